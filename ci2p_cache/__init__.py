@@ -1,0 +1,111 @@
+"""Cache the latents of a frozen CompressAI encoder once, then train CI2P ViTs straight from them.
+
+Stage one runs the frozen g_a over a data set and commits its latents shard by shard; stage two
+trains PatchReshape + ViT from them (Zhao and Sun, "Compress image to patches for Vision
+Transformer", arXiv 2502.10120). Names load on first use, so importing this package is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ci2p_cache.cache.store import Cache, Split, open_cache
+    from ci2p_cache.cache.verify import Finding, verify
+    from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
+    from ci2p_cache.encoding.options import EncodeOptions
+    from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
+    from ci2p_cache.encoding.run import encode
+    from ci2p_cache.errors import CacheError
+    from ci2p_cache.loader.batches import Batch, LatentLoader
+    from ci2p_cache.loader.online import OnlineLoader
+    from ci2p_cache.models.complexity import Complexity, complexity
+    from ci2p_cache.models.registry import create_model, list_models
+    from ci2p_cache.specs import (
+        EncoderSpec,
+        Fingerprint,
+        ImageSpec,
+        LatentSpec,
+        LayoutSpec,
+        ViewSpec,
+    )
+    from ci2p_cache.training.run import TrainSpec, TrainSummary, train
+
+__all__ = [
+    "Batch",
+    "Cache",
+    "CacheError",
+    "Complexity",
+    "EncodeObserver",
+    "EncodeOptions",
+    "EncodeSummary",
+    "EncoderSpec",
+    "Finding",
+    "Fingerprint",
+    "FrozenEncoder",
+    "ImageSpec",
+    "LatentLoader",
+    "LatentSpec",
+    "LayoutSpec",
+    "OnlineLoader",
+    "Split",
+    "TrainSpec",
+    "TrainSummary",
+    "ViewSpec",
+    "__version__",
+    "complexity",
+    "create_model",
+    "encode",
+    "list_models",
+    "load_encoder",
+    "open_cache",
+    "train",
+    "verify",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Batch": "loader.batches",
+    "Cache": "cache.store",
+    "CacheError": "errors",
+    "Complexity": "models.complexity",
+    "EncodeObserver": "encoding.progress",
+    "EncodeOptions": "encoding.options",
+    "EncodeSummary": "encoding.progress",
+    "EncoderSpec": "specs",
+    "Finding": "cache.verify",
+    "Fingerprint": "specs",
+    "FrozenEncoder": "encoder.frozen",
+    "ImageSpec": "specs",
+    "LatentLoader": "loader.batches",
+    "LatentSpec": "specs",
+    "LayoutSpec": "specs",
+    "OnlineLoader": "loader.online",
+    "Split": "cache.store",
+    "TrainSpec": "training.run",
+    "TrainSummary": "training.run",
+    "ViewSpec": "specs",
+    "complexity": "models.complexity",
+    "create_model": "models.registry",
+    "encode": "encoding.run",
+    "list_models": "models.registry",
+    "load_encoder": "encoder.frozen",
+    "open_cache": "cache.store",
+    "train": "training.run",
+    "verify": "cache.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

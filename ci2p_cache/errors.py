@@ -1,0 +1,197 @@
+"""Every error this package raises on purpose, with the exit code the command line gives it.
+
+::
+
+    CacheError                      1   a bug of ours when raised bare
+    +-- UsageError                  2   (ValueError) a flag or argument cannot be used
+    |   +-- UnknownModelError       2   no model of that name
+    |   +-- MissingDependencyError  2   (ImportError) an optional package is not installed
+    +-- InputDataError              3   what was given as data cannot be used
+    |   +-- SourceError             3   the image source is empty, unreadable or of no known layout
+    |   +-- ImageDecodeError        3   (ValueError) one image; counted, ends no run
+    |   +-- TooManyBadImagesError   3   the error budget is used up
+    |   +-- WeightsError            3   (ValueError) a weights file does not fit the architecture
+    |   +-- TrainingDivergedError   3   the loss stayed non-finite
+    +-- RefusedError                4   we could, but it would break a promise
+    |   +-- FingerprintMismatchError 4  the folder was made with other settings
+    |   +-- LockedError             4   another process writes there
+    |   +-- NotACacheError          4   the folder is not one of our caches
+    |   +-- IncompleteCacheError    4   encoding has not finished
+    |   +-- SaturationError         4   the symbols do not fit the dtype
+    |   +-- RunMismatchError        4   the run folder holds a run with other settings
+    +-- IntegrityError              5   bytes on disk are not what was committed
+    |   +-- ManifestError           5   cache.json or plan.parquet is damaged
+    |   +-- ShardError              5   a shard is missing, damaged or not committed
+    |   +-- DigestError             5   a downloaded or recorded file has another sha256
+    |   +-- CheckpointError         5   a checkpoint is damaged
+    +-- ResourceError               6   (OSError) machine or network do not give enough
+    |   +-- DiskFullError           6   no space left
+    |   +-- WeightsUnavailableError 6   official weights cannot be fetched
+    +-- InterruptedRunError   130/143   stopped by a signal; resumable
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CacheError",
+    "CheckpointError",
+    "DigestError",
+    "DiskFullError",
+    "FingerprintMismatchError",
+    "ImageDecodeError",
+    "IncompleteCacheError",
+    "InputDataError",
+    "IntegrityError",
+    "InterruptedRunError",
+    "LockedError",
+    "ManifestError",
+    "MissingDependencyError",
+    "NotACacheError",
+    "RefusedError",
+    "ResourceError",
+    "RunMismatchError",
+    "SaturationError",
+    "ShardError",
+    "SourceError",
+    "TooManyBadImagesError",
+    "TrainingDivergedError",
+    "UnknownModelError",
+    "UsageError",
+    "WeightsError",
+    "WeightsUnavailableError",
+]
+
+
+class CacheError(Exception):
+    """The base of every error of this package.
+
+    Args:
+        message: What is wrong, the value got and the value wanted, and where.
+        hint: One command, or one sentence, that gets the user on; None where there is none.
+    """
+
+    exit_code: int = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(CacheError, ValueError):
+    """A flag or argument cannot be used."""
+
+    exit_code = 2
+
+
+class UnknownModelError(UsageError):
+    """No model of that name is registered."""
+
+
+class MissingDependencyError(UsageError, ImportError):
+    """A package that this call needs is not installed."""
+
+
+class InputDataError(CacheError):
+    """What was given as data cannot be used."""
+
+    exit_code = 3
+
+
+class SourceError(InputDataError):
+    """The image source is empty, unreadable or of no known layout."""
+
+
+class ImageDecodeError(InputDataError, ValueError):
+    """One image cannot be decoded; its row becomes invalid and the run goes on."""
+
+
+class TooManyBadImagesError(InputDataError):
+    """More images failed than `max_errors` allows."""
+
+
+class WeightsError(InputDataError, ValueError):
+    """A weights file does not fit the architecture; the message says which keys or shapes."""
+
+
+class TrainingDivergedError(InputDataError):
+    """The loss stayed non-finite; the last good checkpoint is kept."""
+
+
+class RefusedError(CacheError):
+    """Nothing was changed, because going on would break a promise."""
+
+    exit_code = 4
+
+
+class FingerprintMismatchError(RefusedError):
+    """The folder was made with other values or another layout; the message lists the fields."""
+
+
+class LockedError(RefusedError):
+    """Another process writes to this folder."""
+
+
+class NotACacheError(RefusedError):
+    """The folder exists and is not one of our caches."""
+
+
+class IncompleteCacheError(RefusedError):
+    """Encoding has not finished."""
+
+
+class SaturationError(RefusedError):
+    """More symbols than allowed do not fit the dtype."""
+
+
+class RunMismatchError(RefusedError):
+    """The run folder holds a run with other settings."""
+
+
+class IntegrityError(CacheError):
+    """Bytes on disk are not what was committed."""
+
+    exit_code = 5
+
+
+class ManifestError(IntegrityError):
+    """`cache.json`, `plan.parquet` or a commit record is damaged or of an unknown version."""
+
+
+class ShardError(IntegrityError):
+    """A shard is missing, damaged or not committed; the message names it and its rows."""
+
+
+class DigestError(IntegrityError):
+    """A file's sha256 is not the recorded one."""
+
+
+class CheckpointError(IntegrityError):
+    """A checkpoint is damaged or incomplete."""
+
+
+class ResourceError(CacheError, OSError):
+    """The machine or the network does not give what is needed; resumable."""
+
+    exit_code = 6
+
+
+class DiskFullError(ResourceError):
+    """No space is left on the device."""
+
+
+class WeightsUnavailableError(ResourceError):
+    """Official weights cannot be fetched; the message names the three ways to get an encoder."""
+
+
+class InterruptedRunError(CacheError):
+    """A signal stopped the run; the same command goes on where it stopped.
+
+    Args:
+        message: What was stopped and what is safe on disk.
+        signal_number: The signal's number; the exit code is 128 plus it.
+        hint: The command that continues.
+    """
+
+    def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = 128 + signal_number

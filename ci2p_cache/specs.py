@@ -1,0 +1,289 @@
+"""The frozen value objects that both stages agree on.
+
+`Fingerprint` lists every field that changes a stored value; `LayoutSpec` every field that changes
+which row lies where and in which bytes. Both bind a cache folder: a difference is refused, field by
+field. Batch size, workers, devices, host and paths stand in neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from ci2p_cache.errors import UsageError
+from ci2p_cache.record import Record
+
+__all__ = [
+    "DOWNSAMPLING",
+    "FORMAT_VERSION",
+    "CodecName",
+    "DType",
+    "EncoderSpec",
+    "Fingerprint",
+    "ImageSpec",
+    "LatentSpec",
+    "LayoutSpec",
+    "Precision",
+    "ViewSpec",
+    "differing_fields",
+]
+
+FORMAT_VERSION = 1
+"""Version of the disk format; history at the end of cache/README.md."""
+
+DOWNSAMPLING = 16
+"""g_a halves each side four times: latents are size / 16 (Balle et al. 2018, arXiv 1802.01436)."""
+
+SIZE_MULTIPLE_PX = 32
+"""PatchReshape halves the latents once more (arXiv 2502.10120), so sides are multiples of 32."""
+
+DType = Literal["int8", "int16", "float16", "float32"]
+Precision = Literal["float32", "tf32", "bf16"]
+CodecName = Literal["zstd", "none"]
+
+_SYMBOL_LIMIT: dict[str, int] = {"int8": 127, "int16": 32767}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSpec(Record):
+    """How source bytes become a uint8 RGB square."""
+
+    size: int = 256
+    """Side of the square in pixels; a multiple of 32."""
+    resize_side: int = 256
+    """Length in pixels that the shorter side is resized to before the centre crop."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Filter of the antialiased uint8 resize; bilinear is torchvision's default."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """Whether the EXIF orientation turns the image; torchvision's loader ignores it."""
+    max_pixels: int = 89_000_000
+    """Images with more pixels are refused; Pillow's own warning threshold, rounded."""
+    decoder: str
+    """Name and version of the decoders, as `images.decode.decoder_name()` gives them."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.size > 0 and self.size % SIZE_MULTIPLE_PX == 0,
+            f"`size` is {self.size}; it must be a positive multiple of {SIZE_MULTIPLE_PX}",
+        )
+        _require(
+            self.resize_side >= self.size,
+            f"`resize_side` is {self.resize_side}, smaller than `size` {self.size}: "
+            "the crop would reach outside the image",
+        )
+        _require(self.max_pixels > 0, f"`max_pixels` is {self.max_pixels}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewSpec(Record):
+    """Which views of a training image are stored; other splits always store one."""
+
+    kind: Literal["none", "flip", "crops"] = "flip"
+    """none: the image. flip: the image and its mirror. crops: random-resized crops with flips."""
+    num_crops: int = 0
+    """Number of crops for `crops`, else 0."""
+    seed: int = 0
+    """Seed of the crop boxes; 0 for the other kinds, whose values do not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "crops":
+            _require(
+                1 <= self.num_crops <= 1024,
+                f"`views` asks for {self.num_crops} crops; 1 to 1024 are possible",
+            )
+        else:
+            _require(
+                self.num_crops == 0 and self.seed == 0,
+                f"`views` {self.kind} takes neither a count nor a seed",
+            )
+
+    @classmethod
+    def parse(cls, text: str, *, seed: int = 0) -> Self:
+        """Reads `none`, `flip` or `crops:K`.
+
+        Raises:
+            UsageError: the text is none of these.
+        """
+        if text in ("none", "flip"):
+            return cls(kind=typing.cast("Literal['none', 'flip']", text))
+        kind, _, count = text.partition(":")
+        _require(
+            kind == "crops" and count.isascii() and count.isdigit(),
+            f"`views` is {text!r}; wanted none, flip or crops:K, for example crops:4",
+        )
+        return cls(kind="crops", num_crops=int(count), seed=seed)
+
+    def num_views(self, split: str) -> int:
+        """Returns how many views a sample of `split` has."""
+        if split != "train":
+            return 1
+        return {"none": 1, "flip": 2, "crops": self.num_crops}[self.kind]
+
+    def __str__(self) -> str:
+        return f"crops:{self.num_crops}" if self.kind == "crops" else self.kind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderSpec(Record):
+    """Which frozen g_a made the latents."""
+
+    arch: str = "bmshj2018-factorized"
+    """CompressAI zoo name."""
+    quality: int = 5
+    """CompressAI quality, 1-8; it fixes N and M."""
+    metric: Literal["mse", "ms-ssim"] = "mse"
+    """What the encoder was trained for."""
+    weights_sha256: str
+    """Digest over the sorted tensors of g_a, g_s and the entropy model, whatever file held them."""
+    precision: Precision = "float32"
+    """Arithmetic of g_a."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.quality <= 8, f"`quality` is {self.quality}; 1 to 8 are possible")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentSpec(Record):
+    """What one stored latent is."""
+
+    dtype: DType = "int8"
+    """int8, int16: the codec's symbols round((y - median) / step). float16, float32: y itself."""
+    step: float = 1.0
+    """Quantisation step of the symbols; 1.0 is the codec's own. Unused, and 1.0, for floats."""
+    channels: int
+    """M, the number of latent channels."""
+    height: int
+    """Latent rows."""
+    width: int
+    """Latent columns."""
+
+    def __post_init__(self) -> None:
+        _require(
+            np.isfinite(self.step) and self.step > 0, f"`step` is {self.step}; it must be positive"
+        )
+        _require(
+            self.is_symbols or self.step == 1.0,
+            f"`step` is {self.step}, but dtype {self.dtype} stores y without quantising it; "
+            "use --dtype int8 or int16, or leave --step out",
+        )
+        for name in ("channels", "height", "width"):
+            value = getattr(self, name)
+            _require(0 < value <= 65536, f"latent `{name}` is {value}; 1 to 65536 are possible")
+
+    @property
+    def is_symbols(self) -> bool:
+        """Whether integers stand for quantised values."""
+        return self.dtype in _SYMBOL_LIMIT
+
+    @property
+    def symbol_limit(self) -> int:
+        """The largest absolute symbol that is stored; only for int8 and int16."""
+        return _SYMBOL_LIMIT[self.dtype]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(M, h, w)."""
+        return (self.channels, self.height, self.width)
+
+    @property
+    def num_bytes(self) -> int:
+        """Raw bytes of one latent."""
+        return self.channels * self.height * self.width * np.dtype(self.dtype).itemsize
+
+    @property
+    def fill_value(self) -> int | float:
+        """The value of a hole in the array: never stored as data, so a hole is seen."""
+        return {"int8": -128, "int16": -32768}.get(self.dtype, float("nan"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fingerprint(Record):
+    """Every field that changes a stored value."""
+
+    format_version: int = FORMAT_VERSION
+    """Version of the disk format."""
+    image: ImageSpec
+    """From bytes to pixels."""
+    views: ViewSpec
+    """From pixels to views."""
+    encoder: EncoderSpec
+    """From views to y."""
+    latent: LatentSpec
+    """From y to what is stored."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.format_version == FORMAT_VERSION,
+            f"format version {self.format_version} is not {FORMAT_VERSION}, the one that this "
+            "ci2p-cache reads and writes; encode again, or use the version that made it",
+        )
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the canonical JSON of all fields, as 64 hex digits."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutSpec(Record):
+    """Every field that changes which sample lies where, and in which bytes, but no value."""
+
+    val_fraction: float = 0.1
+    """Share of each class that becomes `val` where the source has no split folders."""
+    seed: int = 0
+    """Seed of the row order and of the validation split."""
+    shard_samples: int = 1024
+    """Rows per shard."""
+    limit: int | None = None
+    """Only that many images of the source, spread over it by hash; None for all."""
+    format: Literal["zarr"] = "zarr"
+    """Container of the latents."""
+    codec: CodecName = "zstd"
+    """Byte compressor of the chunks."""
+    level: int = 1
+    """zstd level; 1 beats 3 in size and speed on symbols (measured), 9 is 4 % smaller and slow."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0.0 <= self.val_fraction < 1.0,
+            f"`val_fraction` is {self.val_fraction}; 0 <= fraction < 1 is wanted",
+        )
+        _require(0 <= self.seed < 2**63, f"`seed` is {self.seed}; 0 to 2**63 - 1 are possible")
+        _require(
+            1 <= self.shard_samples <= 2**20,
+            f"`shard_samples` is {self.shard_samples}; 1 to {2**20} are possible",
+        )
+        _require(
+            self.limit is None or self.limit > 0, f"`limit` is {self.limit}; it must be positive"
+        )
+        _require(-7 <= self.level <= 22, f"`level` is {self.level}; zstd has -7 to 22")
+
+
+def differing_fields(ours: Record, theirs: Record) -> list[tuple[str, Any, Any]]:
+    """Compares two records of one type field by field.
+
+    Returns:
+        (dotted field name, our value, their value) for each field that differs, in field order.
+    """
+    found: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(ours):  # type: ignore[arg-type]  # records are dataclasses
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if isinstance(mine, Record) and isinstance(other, Record):
+            found += [
+                (f"{field.name}.{name}", a, b) for name, a, b in differing_fields(mine, other)
+            ]
+        elif mine != other:
+            found.append((field.name, mine, other))
+    return found

@@ -1,0 +1,128 @@
+"""The rules of the house: who may import whom, how long a file may be, who prints, what is banned."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ci2p_cache
+
+PACKAGE = Path(ci2p_cache.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 400
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "record": {"errors"},
+    "specs": {"errors", "record"},
+    "images": {"errors", "record", "specs"},
+    "encoder": {"errors", "record", "specs"},
+    "cache": {"errors", "record", "specs"},
+    "models": {"errors", "record", "specs"},
+    "encoding": {"errors", "record", "specs", "images", "encoder", "cache"},
+    "loader": {"errors", "record", "specs", "cache"},
+    "training": {"errors", "record", "specs", "cache", "loader", "models"},
+    "report": {"errors", "record", "specs", "cache"},
+    "previews": {"errors", "record", "specs", "cache", "images", "encoder"},
+}
+"""Room -> rooms it may import. Rooms not named here (the cli, the demo) stand on top of all."""
+
+EXCEPTIONS = {
+    # The encoder in the loop is the one loader that needs images and the encoder.
+    ("loader/online.py", "images"),
+    ("loader/online.py", "encoder"),
+}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down_only(path: Path) -> None:
+    room = room_of(path)
+    if room not in MAY_IMPORT:
+        return
+    name = path.relative_to(PACKAGE).as_posix()
+    for module in imported_modules(path):
+        package, _, rest = module.partition(".")
+        if package == "ci2p_cache" and rest:
+            target = rest.split(".")[0]
+            allowed = target == room or target in MAY_IMPORT[room]
+            assert allowed or (name, target) in EXCEPTIONS, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_the_encoder_imports_compressai_and_only_the_cli_prints(path: Path) -> None:
+    text = path.read_text("utf-8")
+    if room_of(path) != "encoder":
+        assert "compressai" not in {module.split(".")[0] for module in imported_modules(path)}
+    if room_of(path) != "cli":
+        assert not re.search(r"^\s*print\(|sys\.std(out|err)\.write|sys\.exit\(", text, re.M)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_are_short_and_open_with_a_sentence(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_runs_code_from_data(path: Path) -> None:
+    text = path.read_text("utf-8")
+    for banned in (
+        r"\bimport pickle\b",
+        r"allow_pickle\s*=\s*True",
+        r"shell\s*=\s*True",
+        r"\bextractall\b",
+        r"(?<![.\w])eval\(",
+        r"(?<![.\w])exec\(",
+        r"LOAD_TRUNCATED_IMAGES\s*=",
+    ):
+        assert not re.search(banned, text), f"{path} holds {banned}"
+    for call in re.findall(r"torch\.load\([^)]*\)", text):
+        assert "weights_only=True" in call, f"{path}: {call}"
+
+
+def test_every_module_lists_what_is_public_in_order() -> None:
+    for path in FILES:
+        if path.name in ("__init__.py", "__main__.py"):
+            continue
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        listed = importlib.import_module(name).__all__
+        assert list(listed) == sorted(listed), f"{name}.__all__ is not sorted"
+
+
+def test_the_public_names_are_there_and_sorted() -> None:
+    assert ci2p_cache.__all__ == sorted(ci2p_cache.__all__)
+    for name in ci2p_cache.__all__:
+        assert getattr(ci2p_cache, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        ci2p_cache.no_such_name  # noqa: B018
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, ci2p_cache, ci2p_cache.cli.app\n"
+        "heavy = {'torch', 'compressai', 'zarr', 'pyarrow', 'timm', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
