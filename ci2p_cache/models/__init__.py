@@ -1,0 +1,1 @@
+"""Vision Transformers on latents: CI2P-ViT and CI2P-ViTds."""

@@ -1,0 +1,271 @@
+"""CI2P-ViT and CI2P-ViTds: Vision Transformers whose input is the latents of a frozen encoder.
+
+Zhao and Sun, "Compress image to patches for Vision Transformer", arXiv 2502.10120. The blocks are
+those of Dosovitskiy et al. 2021 (arXiv 2010.11929), with stochastic depth (Huang et al. 2016, arXiv
+1603.09382), as timm builds them.
+
+Shape suffixes: B batch, M latent channels, D width of a token, H and W rows and columns of a map,
+N = H * W tokens in row-major order, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self, cast
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ci2p_cache.errors import CheckpointError, UsageError
+from ci2p_cache.models.patch_reshape import CnnReshape, PatchReshape, to_map, to_tokens
+
+__all__ = ["CI2PViT", "ModelConfig", "num_heads", "transformer_blocks"]
+
+_CONFIG_VERSION = 1
+_MLP_RATIO = 4
+_HEAD_WIDTH = 64
+_LAYER_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Everything that fixes the tensors of a model; a checkpoint stores it beside the weights."""
+
+    version: int = _CONFIG_VERSION
+    """Version of this record."""
+    name: str
+    """Name of the preset it was made from, for display."""
+    embed_dims: tuple[int, ...]
+    """Token width of each scale: one for CI2P-ViT, two for CI2P-ViTds."""
+    depths: tuple[int, ...]
+    """Number of transformer blocks of each scale."""
+    num_classes: int = 1000
+    """K; 0 leaves the classification head out, and the model gives pooled features."""
+    latent_channels: int = 192
+    """M; 192 is the paper's (CompressAI quality 1-5), 320 that of quality 6-8."""
+    pos_embed: bool = False
+    """Whether a learned positional embedding is added to the first tokens; the paper has none."""
+    latent_size: int = 16
+    """Rows and columns of the latents that `pos_embed` is made for (16 at 256 px); else unused."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the last block, growing linearly from 0 at the first; the paper's."""
+
+    def __post_init__(self) -> None:
+        if self.version != _CONFIG_VERSION:
+            raise UsageError(
+                f"model record `version` is {self.version!r}; this ci2p-cache reads "
+                f"{_CONFIG_VERSION}, so use the version that wrote it"
+            )
+        if type(self.name) is not str:
+            raise UsageError(f"model `name` is {self.name!r}; it must be a string")
+        self._check_scales()
+        for field, lowest in (("num_classes", 0), ("latent_channels", 1), ("latent_size", 2)):
+            value = getattr(self, field)
+            if type(value) is not int or value < lowest:
+                raise UsageError(f"`{field}` is {value!r}; it must be an integer >= {lowest}")
+        if self.latent_size % 2:
+            raise UsageError(
+                f"`latent_size` is {self.latent_size}; it must be even, because the model halves "
+                "the latents"
+            )
+        if type(self.pos_embed) is not bool:
+            raise UsageError(f"`pos_embed` is {self.pos_embed!r}; it must be True or False")
+        if type(self.drop_path_rate) not in (int, float) or not 0 <= self.drop_path_rate < 1:
+            raise UsageError(f"`drop_path_rate` is {self.drop_path_rate!r}; wanted 0 <= rate < 1")
+
+    def _check_scales(self) -> None:
+        for field in ("embed_dims", "depths"):
+            values = getattr(self, field)
+            if (
+                type(values) is not tuple
+                or len(values) not in (1, 2)
+                or any(type(value) is not int or value < 1 for value in values)
+            ):
+                raise UsageError(
+                    f"`{field}` is {values!r}; it must be a tuple of one or two positive integers"
+                )
+        if len(self.embed_dims) != len(self.depths):
+            raise UsageError(
+                f"`embed_dims` {self.embed_dims} and `depths` {self.depths} must be equally long, "
+                "one entry per scale"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain JSON values."""
+        record = dataclasses.asdict(self)
+        return record | {"embed_dims": list(self.embed_dims), "depths": list(self.depths)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuilds the record that `to_dict` gave.
+
+        Raises:
+            CheckpointError: a field is unknown, missing, of another type or out of range.
+        """
+        if not isinstance(data, Mapping):
+            raise CheckpointError(f"a model record must be an object, got {type(data).__name__}")
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown, missing = sorted(map(str, set(data) - names)), sorted(names - set(data))
+        if unknown or missing:
+            raise CheckpointError(
+                f"the model record has unknown fields {unknown} and lacks {missing}; it was "
+                "written by another version of ci2p-cache or is damaged"
+            )
+        values: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in data.items()
+        }
+        try:
+            return cls(**values)
+        except UsageError as error:
+            raise CheckpointError(f"the model record is not valid: {error}") from error
+
+
+def num_heads(width: int) -> int:
+    """Returns the number of attention heads for tokens of `width` channels.
+
+    64 channels a head, ViT's own, where 64 divides `width`; otherwise the divisor whose head width
+    is nearest to 64 (ours: 2 heads of 48 for width 96), the fewer heads on a tie.
+    """
+    divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
+    return min(divisors, key=lambda heads: abs(width // heads - _HEAD_WIDTH))
+
+
+def transformer_blocks(width: int, drop_path_rates: tuple[float, ...]) -> nn.Sequential:
+    """Gives pre-norm ViT blocks (B, N, D) -> (B, N, D), one per entry of `drop_path_rates`.
+
+    MLP four times as wide, biases everywhere, exact GELU, LayerNorm eps 1e-6, no layer scale, no
+    dropout. Attention weights are drawn from a truncated normal of deviation 0.02 with bias 0,
+    those of the MLP from Xavier's uniform (Glorot and Bengio 2010) with biases of deviation 1e-6,
+    all from torch's global generator.
+
+    Args:
+        width: D.
+        drop_path_rates: Stochastic depth of each block, 0 <= rate < 1.
+    """
+    # timm calls `norm_layer` and annotates it as a class.
+    norm_layer = cast("type[nn.Module]", partial(nn.LayerNorm, eps=_LAYER_NORM_EPS))
+    blocks = nn.Sequential(
+        *(
+            Block(
+                width,
+                num_heads(width),
+                mlp_ratio=_MLP_RATIO,
+                qkv_bias=True,
+                drop_path=rate,
+                norm_layer=norm_layer,
+            )
+            for rate in drop_path_rates
+        )
+    )
+    for name, part in blocks.named_modules():
+        if isinstance(part, nn.Linear) and ".attn." in name:
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.normal_(part.bias, std=1e-6)
+    return blocks
+
+
+class CI2PViT(nn.Module):
+    """Latents (B, M, H, W) to logits (B, K), or to pooled features (B, D) where K is 0.
+
+    ::
+
+        one scale,  CI2P-ViT    y -> PatchReshape /2 -> 12 blocks ---------------------> LayerNorm
+        two scales, CI2P-ViTds  y -> PatchReshape -> 6 blocks -> CnnReshape /2 -> 6 blocks  mean
+                                                                                         Linear
+
+    H and W are even and otherwise free, unless there is a positional embedding. There is no class
+    token, and by default no positional embedding: the convolutions alone tell tokens their place.
+    Values of y enter unscaled, as the encoder gives them. Nothing in `forward` depends on values,
+    so torch.compile makes one graph per shape; channels_last latents are read as they lie.
+
+    Args:
+        config: What to build.
+    """
+
+    pos_embed: nn.Parameter | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, last = config.embed_dims, config.embed_dims[-1]
+        rates = _drop_path_rates(config.drop_path_rate, sum(config.depths))
+        two_scales = len(widths) == 2
+        self.patch_reshape = PatchReshape(config.latent_channels, widths[0], halve=not two_scales)
+        self.pos_embed = None
+        if config.pos_embed:
+            side = config.latent_size if two_scales else config.latent_size // 2
+            self.pos_embed = nn.Parameter(torch.empty(1, side * side, widths[0]))
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.blocks = transformer_blocks(widths[0], rates[: config.depths[0]])
+        self.cnn_reshape = CnnReshape(widths[0], last) if two_scales else None
+        # Empty, and without an entry in the state dict, where there is one scale.
+        self.last_blocks = transformer_blocks(last, rates[config.depths[0] :])
+        self.norm = nn.LayerNorm(last, eps=_LAYER_NORM_EPS)
+        self.head: nn.Module = nn.Identity()
+        if config.num_classes:
+            self.head = nn.Linear(last, config.num_classes)
+            nn.init.normal_(self.head.weight, std=0.01)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, latents_BMHW: Tensor) -> Tensor:
+        """Returns logits (B, K), or pooled features (B, D) where K is 0.
+
+        They have the dtype of the weights, or under torch.autocast that of autocast.
+
+        Args:
+            latents_BMHW: y, floating point, H and W even.
+
+        Raises:
+            UsageError: there are not four dimensions and M channels, H or W is odd or 0, or the
+                positional embedding was made for another size.
+        """
+        features_BD = self.forward_features(latents_BMHW).mean(dim=1)
+        return self.head(features_BD)  # type: ignore[no-any-return]  # Identity or Linear
+
+    def forward_features(self, latents_BMHW: Tensor) -> Tensor:
+        """Returns the normalised tokens (B, N, D) of the last scale; N = H * W / 4.
+
+        Raises:
+            UsageError: as `forward` does.
+        """
+        self._check(latents_BMHW)
+        map_BDHW = self.patch_reshape(latents_BMHW)
+        tokens_BND = to_tokens(map_BDHW)
+        if self.pos_embed is not None:
+            tokens_BND = tokens_BND + self.pos_embed
+        tokens_BND = self.blocks(tokens_BND)
+        if self.cnn_reshape is not None:
+            map_BDHW = to_map(tokens_BND, *map_BDHW.shape[2:])
+            tokens_BND = self.last_blocks(to_tokens(self.cnn_reshape(map_BDHW)))
+        return self.norm(tokens_BND)  # type: ignore[no-any-return]  # LayerNorm's call is untyped
+
+    def _check(self, latents_BMHW: Tensor) -> None:
+        config, shape = self.config, tuple(latents_BMHW.shape)
+        if len(shape) != 4 or shape[1] != config.latent_channels:
+            raise UsageError(
+                f"{config.name} wants latents (batch, {config.latent_channels}, height, width), "
+                f"got {shape}; make it with `latent_channels` of the cache"
+            )
+        if shape[2] % 2 or shape[3] % 2 or not shape[2] or not shape[3]:
+            raise UsageError(
+                f"{config.name} wants latents of even height and width, got {shape[2]}x{shape[3]}; "
+                "the image size must be a multiple of 32"
+            )
+        side = config.latent_size
+        if self.pos_embed is not None and shape[2:] != (side, side):
+            raise UsageError(
+                f"{config.name} has a positional embedding for {side}x{side} latents, "
+                f"got {shape[2]}x{shape[3]}; make it with `latent_size` of the cache"
+            )
+
+
+def _drop_path_rates(rate: float, depth: int) -> tuple[float, ...]:
+    """Returns 0 at the first block, growing linearly to `rate` at the last."""
+    return tuple(rate * i / max(depth - 1, 1) for i in range(depth))
