@@ -1,0 +1,1 @@
+"""The cache: the contract between both stages; README.md here specifies the format."""

@@ -1,0 +1,196 @@
+"""Index parts: one parquet file per shard that says, row by row, what was encoded from what."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ci2p_cache.cache.manifest import index_path
+from ci2p_cache.errors import ShardError
+
+__all__ = [
+    "INDEX_SCHEMA",
+    "ChannelSums",
+    "IndexRow",
+    "index_bytes",
+    "parquet_bytes",
+    "read_index",
+    "read_parquet",
+    "read_sums",
+]
+
+_BOX = pa.struct(
+    [
+        ("top", pa.int32()),
+        ("left", pa.int32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("flip", pa.bool_()),
+    ]
+)
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("class", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("path_bytes", pa.binary(), nullable=False),
+        pa.field("source_bytes", pa.int64()),
+        pa.field("source_sha256", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("mode", pa.string()),
+        pa.field("format", pa.string()),
+        pa.field("exif_orientation", pa.int8()),
+        pa.field("boxes", pa.list_(_BOX)),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("clipped", pa.int32()),
+        pa.field("latent_crc32c", pa.list_(pa.uint32())),
+        pa.field("tar_offset", pa.list_(pa.int64())),
+    ]
+)
+"""Columns of an index part; cache/README.md gives their meaning."""
+
+_SUMS_KEY = b"ci2p_channel_sums"
+
+
+@dataclass(slots=True)
+class IndexRow:
+    """One sample as it was encoded; fields as in `INDEX_SCHEMA`, None where not known."""
+
+    row: int
+    key: str
+    label: int
+    class_name: str
+    path: str
+    path_bytes: bytes
+    source_bytes: int | None = None
+    source_sha256: str | None = None
+    width: int | None = None
+    height: int | None = None
+    mode: str | None = None
+    format: str | None = None
+    exif_orientation: int | None = None
+    boxes: list[dict[str, Any]] | None = None
+    status: str = "ok"
+    error: str | None = None
+    clipped: int | None = None
+    latent_crc32c: list[int] | None = None
+    tar_offset: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSums:
+    """Per-channel sums over the stored values of one shard; adding two gives the sums of both.
+
+    All arrays are float64 (M,). Integers add up exactly, so any order gives the same sums.
+    """
+
+    count: int
+    total: npt.NDArray[np.float64]
+    squares: npt.NDArray[np.float64]
+    low: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
+    zeros: npt.NDArray[np.float64]
+    clipped: npt.NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, channels: int) -> ChannelSums:
+        """Returns the sums over nothing."""
+        zero = np.zeros(channels)
+        return cls(0, zero, zero, np.full(channels, np.inf), np.full(channels, -np.inf), zero, zero)
+
+    @classmethod
+    def of(cls, stored: npt.NDArray[np.float64], clipped: npt.NDArray[np.float64]) -> ChannelSums:
+        """Sums over stored values (B, M, h, w) and clip counts (M,)."""
+        if stored.size == 0:
+            return cls.empty(stored.shape[1])
+        axes = (0, 2, 3)
+        return cls(
+            count=stored.size // stored.shape[1],
+            total=stored.sum(axis=axes, dtype=np.float64),
+            squares=np.einsum("bchw,bchw->c", stored, stored, dtype=np.float64, casting="safe"),
+            low=stored.min(axis=axes).astype(np.float64),
+            high=stored.max(axis=axes).astype(np.float64),
+            zeros=(stored == 0).sum(axis=axes).astype(np.float64),
+            clipped=clipped.astype(np.float64),
+        )
+
+    def __add__(self, other: ChannelSums) -> ChannelSums:
+        return ChannelSums(
+            self.count + other.count,
+            self.total + other.total,
+            self.squares + other.squares,
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
+            self.zeros + other.zeros,
+            self.clipped + other.clipped,
+        )
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Serialises a table to parquet with page checksums; the same table gives the same bytes."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads a parquet file with every page's checksum verified.
+
+    Raises:
+        OSError: the file is missing, or a checksum or the structure is wrong
+            (pyarrow's ArrowInvalid is re-raised as OSError).
+    """
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except pa.ArrowException as error:
+        raise OSError(f"{path} is damaged: {error}") from error
+
+
+def index_bytes(rows: Sequence[IndexRow], sums: ChannelSums) -> bytes:
+    """Serialises a shard's index part, its channel sums in the schema's metadata."""
+    attributes = {name: name for name in INDEX_SCHEMA.names} | {"class": "class_name"}
+    columns = {
+        name: [getattr(row, attribute) for row in rows] for name, attribute in attributes.items()
+    }
+    table = pa.table(columns, schema=INDEX_SCHEMA)
+    values = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(sums).items()}
+    metadata = {_SUMS_KEY: json.dumps(values).encode()}
+    return parquet_bytes(table.replace_schema_metadata(metadata))
+
+
+def read_index(
+    root: Path, split: str, shard: int, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Reads the index part of a shard, or some of its columns.
+
+    Raises:
+        ShardError: it is missing or damaged.
+    """
+    try:
+        return read_parquet(root / index_path(split, shard), columns)
+    except OSError as error:
+        raise ShardError(
+            f"index of {split} shard {shard}: {error}",
+            hint=f"ci2p-cache verify {root}",
+        ) from error
+
+
+def read_sums(table: pa.Table) -> ChannelSums:
+    """Returns the channel sums that an index part carries."""
+    values = json.loads(table.schema.metadata[_SUMS_KEY])
+    count = int(values.pop("count"))
+    return ChannelSums(count, **{name: np.array(value) for name, value in values.items()})

@@ -1,0 +1,313 @@
+"""Opening a cache: `open_cache`, and `Split`, one split's arrays with every read checked."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ci2p_cache.cache.commit import CommitRecord, read_commit
+from ci2p_cache.cache.manifest import (
+    Manifest,
+    SplitRecord,
+    array_path,
+    index_path,
+    read_manifest,
+    shard_path,
+)
+from ci2p_cache.cache.zarr_shards import ChunkCodec, ShardFile
+from ci2p_cache.errors import IncompleteCacheError, ManifestError, ShardError, UsageError
+from ci2p_cache.specs import Fingerprint, LatentSpec
+
+if TYPE_CHECKING:
+    import zarr
+
+__all__ = ["Cache", "Split", "open_cache"]
+
+_MAX_OPEN_SHARDS = 256
+"""File descriptors one split keeps; well under the common limit of 1,024 per process."""
+
+
+def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
+    """Opens a cache folder for reading.
+
+    Args:
+        path: The folder that `ci2p-cache encode --out` made.
+        partial: Also open one whose encoding has not finished; its committed shards can be read.
+
+    Raises:
+        NotACacheError: the folder is missing or is no cache.
+        ManifestError: `cache.json` is damaged or of another format version.
+        IncompleteCacheError: encoding has not finished and `partial` is false.
+    """
+    cache = Cache(Path(path))
+    if not (cache.is_complete or partial):
+        done = sum(len(split.committed()) for split in cache.values())
+        total = sum(record.num_shards for record in cache.manifest.splits.values())
+        raise IncompleteCacheError(
+            f"{path} is not encoded to its end: {done} of {total} shards are committed",
+            hint=f"ci2p-cache encode {cache.manifest.source} --out {path}   "
+            "(with the options that it was started with)",
+        )
+    return cache
+
+
+class Cache(Mapping[str, "Split"]):
+    """A cache folder: a mapping from split names to `Split`, with the manifest beside it.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: Manifest = read_manifest(path)
+        self._splits = {name: Split(self, name) for name in self.manifest.splits}
+
+    def __getitem__(self, name: str) -> Split:
+        if name not in self._splits:
+            raise UsageError(f"{self.path} has no split {name!r}; it has {sorted(self._splits)}")
+        return self._splits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._splits)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._splits
+
+    def __len__(self) -> int:
+        return len(self._splits)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(self._splits)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+        return self.manifest.classes
+
+    @property
+    def class_titles(self) -> tuple[str, ...]:
+        """Names for humans, in the order of `classes`."""
+        return self.manifest.class_titles
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Every field that changes a stored value."""
+        return self.manifest.fingerprint
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether encoding has finished."""
+        return self.manifest.is_complete
+
+    @property
+    def encoder_path(self) -> Path:
+        """The frozen encoder that made the latents, as safetensors."""
+        return self.path / self.manifest.encoder.path
+
+    def __repr__(self) -> str:
+        return f"Cache({str(self.path)!r}, splits={self.splits}, classes={len(self.classes)})"
+
+
+class Split:
+    """One split of a cache; reading is safe from many threads.
+
+    `split[row]` gives the dequantised latents and the label. Rows whose image could not be decoded
+    hold nothing (`valid` is false) and raise. Made by `open_cache`, not by hand.
+
+    Args:
+        cache: The cache it belongs to.
+        name: Its name.
+    """
+
+    def __init__(self, cache: Cache, name: str) -> None:
+        manifest = cache.manifest
+        self.cache = cache
+        self.name = name
+        self.record: SplitRecord = manifest.splits[name]
+        self.latent: LatentSpec = manifest.fingerprint.latent
+        self.scale: float = manifest.scale
+        self.offset = np.array(manifest.offset, np.float32)
+        self._codec = ChunkCodec(
+            manifest.layout.codec,
+            level=manifest.layout.level,
+            chunk_bytes=self.latent.num_bytes,
+        )
+        self._open: OrderedDict[int, ShardFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_rows(self) -> int:
+        """Planned samples, N, with those that could not be decoded."""
+        return self.record.rows
+
+    @property
+    def num_views(self) -> int:
+        """Views per sample, V."""
+        return self.record.views
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(N, V, M, h, w)."""
+        return (self.num_rows, self.num_views, *self.latent.shape)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @cached_property
+    def labels(self) -> npt.NDArray[Any]:
+        """Class index of every row, int32 (N,); -1 where the class is not known."""
+        return self._small_array("labels", np.int32)
+
+    @cached_property
+    def valid(self) -> npt.NDArray[Any]:
+        """Which rows hold a latent, bool (N,)."""
+        return self._small_array("valid", np.bool_)
+
+    @cached_property
+    def valid_rows(self) -> npt.NDArray[Any]:
+        """Rows that hold a latent, ascending, int64."""
+        return np.flatnonzero(self.valid).astype(np.int64)
+
+    @cached_property
+    def latents(self) -> zarr.Array[Any]:
+        """The zarr array itself, (N, V, M, h, w), as plain zarr opens it, without our checks."""
+        import zarr
+
+        path = self.cache.path / array_path(self.name)
+        array = zarr.open_array(path, mode="r")
+        if array.shape != self.shape or array.dtype != np.dtype(self.latent.dtype):
+            raise ManifestError(
+                f"{path} is {array.shape} of {array.dtype}; the manifest says {self.shape} of "
+                f"{self.latent.dtype}"
+            )
+        return array
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        """Returns the dequantised latents of a row, float32 (V, M, h, w), and its label.
+
+        Raises:
+            IndexError: no such row, or the row's image could not be decoded.
+            ShardError: its shard is missing or damaged.
+        """
+        if not -self.num_rows <= row < self.num_rows:
+            raise IndexError(f"row {row} of {self.num_rows} in split {self.name!r}")
+        row %= self.num_rows
+        if not self.valid[row]:
+            raise IndexError(
+                f"row {row} of split {self.name!r} holds no latent: its image could not be "
+                f"decoded; see {self.cache.path / 'errors.parquet'}"
+            )
+        stored = np.empty((self.num_views, *self.latent.shape), self.latent.dtype)
+        for view in range(self.num_views):
+            self.read_into(row, view, stored[view])
+        y = torch.from_numpy(stored.astype(np.float32))
+        if self.latent.is_symbols:
+            y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
+        return y, int(self.labels[row])
+
+    def read_into(self, row: int, view: int, out: npt.NDArray[Any]) -> None:
+        """Reads one stored latent, not dequantised, checking its checksum.
+
+        Args:
+            row: 0 <= row < N.
+            view: 0 <= view < V.
+            out: C-contiguous (M, h, w) of the stored dtype; overwritten.
+
+        Raises:
+            ShardError: the shard is missing, damaged or not committed, or the row holds nothing.
+        """
+        shard, offset = divmod(row, self.record.shard_rows)
+        chunk = offset * self.num_views + view
+        try:
+            self._shard_file(shard).read_into(chunk, out.reshape(-1).view(np.uint8))
+        except ShardError as error:
+            raise self._damage(shard, str(error)) from error
+
+    def read_commit(self, shard: int) -> CommitRecord | None:
+        """Returns a shard's commit record, None where it is not committed."""
+        return read_commit(self.cache.path, self.name, shard)
+
+    def committed(self) -> list[int]:
+        """Returns the numbers of the shards that have a commit record."""
+        folder = self.cache.path / "commits"
+        return [
+            shard
+            for shard in range(self.record.num_shards)
+            if (folder / f"{self.name}-{shard:06d}.json").is_file()
+        ]
+
+    def index_file(self, shard: int) -> Path:
+        """Returns the path of a shard's index part."""
+        return self.cache.path / index_path(self.name, shard)
+
+    def open_shard(self, shard: int) -> ShardFile:
+        """Opens a shard's file anew, checked against its commit record.
+
+        Raises:
+            ShardError: it is missing, damaged or not committed.
+        """
+        commit = self.read_commit(shard)
+        if commit is None:
+            raise ShardError("it has no commit record")
+        if commit.fingerprint != self.cache.fingerprint.digest:
+            raise ShardError("its commit record has another fingerprint")
+        path = shard_path(self.name, shard)
+        committed = next((file for file in commit.files if file.path == path), None)
+        if committed is None:
+            raise ShardError(f"its commit record does not list {path}")
+        return ShardFile(
+            self.cache.path / path,
+            num_chunks=self.record.shard_rows * self.num_views,
+            codec=self._codec,
+            file_bytes=committed.bytes,
+            index_crc=commit.index_crc32c,
+        )
+
+    def _shard_file(self, shard: int) -> ShardFile:
+        with self._lock:
+            file = self._open.get(shard)
+            if file is None:
+                # Dropped files close when their last reader lets go of them.
+                if len(self._open) >= _MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)
+                file = self._open[shard] = self.open_shard(shard)
+            else:
+                self._open.move_to_end(shard)
+        return file
+
+    def _damage(self, shard: int, reason: str) -> ShardError:
+        rows = self.record.rows_of(shard)
+        return ShardError(
+            f"split {self.name!r} shard {shard} (rows {rows.start} to {rows.stop - 1}): {reason}",
+            hint=f"ci2p-cache verify {self.cache.path}",
+        )
+
+    def _small_array(self, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+        import zarr
+
+        path = self.cache.path / array_path(self.name, name)
+        try:
+            array = zarr.open_array(path, mode="r")
+            values = np.asarray(array[:])
+        except Exception as error:
+            raise ManifestError(
+                f"{path} cannot be read: {error}", hint=f"ci2p-cache verify {self.cache.path}"
+            ) from error
+        if values.shape != (self.num_rows,) or values.dtype != dtype:
+            raise ManifestError(
+                f"{path} is {values.shape} of {values.dtype}; wanted ({self.num_rows},) of "
+                f"{np.dtype(dtype)}",
+                hint=f"ci2p-cache verify {self.cache.path}",
+            )
+        return values

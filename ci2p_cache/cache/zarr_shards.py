@@ -1,0 +1,193 @@
+"""Shards of a zarr v3 array, written and read by position.
+
+The layout is that of zarr's published `sharding_indexed` codec (zarr-specs, v3, "sharding codec"
+version 1.0): the inner chunks one after another, then the index of (offset, size) pairs as
+little-endian uint64, then the index's crc32c; a missing chunk has both set to 2^64 - 1. Shards are
+packed here because zarr-python writes in place by reading first; they are read here because its
+indexing reads 1.2 k samples/s where one positioned read and one zstd call give 29 k. zarr-python is
+the oracle in the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+from numcodecs.zstd import Zstd
+
+from ci2p_cache.errors import ShardError
+from ci2p_cache.specs import CodecName
+
+__all__ = ["ChunkCodec", "ShardFile", "index_crc32c", "pack_shard"]
+
+_MISSING = 2**64 - 1
+_CRC_BYTES = 4
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+class ChunkCodec:
+    """The byte codec of one inner chunk; safe to use from many threads.
+
+    `zstd` frames carry zstd's own checksum; `none` chunks end in their crc32c (zarr's codec of that
+    name). Either way a flipped bit is found when the chunk is read.
+
+    Args:
+        name: zstd or none.
+        level: zstd level.
+        chunk_bytes: Raw size of every chunk.
+    """
+
+    def __init__(self, name: CodecName, *, level: int, chunk_bytes: int) -> None:
+        self.name = name
+        self.chunk_bytes = chunk_bytes
+        self._zstd = Zstd(level=level, checksum=True)
+
+    def encode(self, raw: memoryview) -> bytes:
+        """Returns the stored bytes of a raw chunk."""
+        if self.name == "none":
+            checksum = google_crc32c.value(bytes(raw))
+            return bytes(raw) + struct.pack("<I", checksum)
+        return bytes(self._zstd.encode(raw))
+
+    def decode_into(self, stored: bytes, out: npt.NDArray[Any]) -> None:
+        """Decodes into `out`, uint8 (chunk_bytes,).
+
+        Raises:
+            ValueError: the checksum or the size is wrong; `out` may then hold anything.
+        """
+        if self.name == "none":
+            if len(stored) != self.chunk_bytes + _CRC_BYTES:
+                raise ValueError(f"{len(stored)} bytes, wanted {self.chunk_bytes + _CRC_BYTES}")
+            raw = memoryview(stored)[: self.chunk_bytes]
+            if google_crc32c.value(bytes(raw)) != struct.unpack("<I", stored[-_CRC_BYTES:])[0]:
+                raise ValueError("crc32c is wrong")
+            out[:] = np.frombuffer(raw, np.uint8)
+            return
+        # A short frame would leave the buffer's old tail, a long one is a bomb: both end here.
+        size = _zstd_content_size(stored)
+        if size != self.chunk_bytes:
+            raise ValueError(f"the frame holds {size} bytes, wanted {self.chunk_bytes}")
+        try:
+            self._zstd.decode(stored, out)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+
+
+def _zstd_content_size(frame: bytes) -> int | None:
+    """Returns the content size that a zstd frame header declares (RFC 8878, 3.1.1.1)."""
+    if len(frame) < 18 or frame[:4] != _ZSTD_MAGIC:
+        return None
+    descriptor = frame[4]
+    single_segment = bool(descriptor & 0x20)
+    start = 5 + (not single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    match descriptor >> 6:
+        case 0:
+            return frame[start] if single_segment else None
+        case 1:
+            return int.from_bytes(frame[start : start + 2], "little") + 256
+        case 2:
+            return int.from_bytes(frame[start : start + 4], "little")
+        case _:
+            return int.from_bytes(frame[start : start + 8], "little")
+
+
+def pack_shard(chunks: Sequence[bytes | None]) -> Iterator[bytes]:
+    """Yields the bytes of a shard piece by piece, the index last.
+
+    Args:
+        chunks: Encoded inner chunks in C order, None for one that is not stored.
+    """
+    entries = np.full((len(chunks), 2), _MISSING, "<u8")
+    position = 0
+    for number, chunk in enumerate(chunks):
+        if chunk is not None:
+            entries[number] = position, len(chunk)
+            position += len(chunk)
+            yield chunk
+    index = entries.tobytes()
+    yield index + struct.pack("<I", google_crc32c.value(index))
+
+
+def index_crc32c(last_part: bytes) -> int:
+    """Returns the index's checksum from the last piece that `pack_shard` yields."""
+    return int(struct.unpack("<I", last_part[-_CRC_BYTES:])[0])
+
+
+class ShardFile:
+    """One shard opened for reading; safe to read from many threads.
+
+    Args:
+        path: The shard's file.
+        num_chunks: Number of inner chunks, stored or not.
+        codec: The codec of its chunks.
+        file_bytes: Size of the file as committed.
+        index_crc: crc32c of its index as committed; it tells swapped shards apart.
+
+    Raises:
+        ShardError: the file is missing, has another size, or its index is damaged.
+    """
+
+    def __init__(
+        self, path: Path, *, num_chunks: int, codec: ChunkCodec, file_bytes: int, index_crc: int
+    ) -> None:
+        self.path = path
+        self._codec = codec
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{path} cannot be opened: {error.strerror}") from error
+        # Closed when the last reader lets go: a descriptor closed under a reader could be reused
+        # for another file, and the reader would get that file's bytes.
+        weakref.finalize(self, os.close, self._descriptor)
+        size = os.fstat(self._descriptor).st_size
+        if size != file_bytes:
+            raise ShardError(f"{path} has {size} bytes, {file_bytes} were committed")
+        self._entries = self._read_index(num_chunks, size, index_crc)
+
+    def _read_index(self, num_chunks: int, size: int, index_crc: int) -> npt.NDArray[Any]:
+        index_bytes = 16 * num_chunks
+        start = size - index_bytes - _CRC_BYTES
+        tail = os.pread(self._descriptor, index_bytes + _CRC_BYTES, start) if start >= 0 else b""
+        if len(tail) != index_bytes + _CRC_BYTES:
+            raise ShardError(f"{self.path} is too short for an index of {num_chunks} chunks")
+        index, stored_crc = tail[:index_bytes], struct.unpack("<I", tail[index_bytes:])[0]
+        if google_crc32c.value(index) != stored_crc:
+            raise ShardError(f"{self.path}: the checksum of its index is wrong")
+        if stored_crc != index_crc:
+            raise ShardError(f"{self.path} is intact but is not the shard that was committed here")
+        entries = np.frombuffer(index, "<u8").reshape(num_chunks, 2)
+        offsets, sizes = entries[:, 0], entries[:, 1]
+        missing = (offsets == _MISSING) & (sizes == _MISSING)
+        inside = (offsets <= start) & (sizes <= start) & (offsets + sizes <= start)
+        if not np.all(missing | inside):
+            raise ShardError(f"{self.path}: its index points outside the file")
+        return entries
+
+    @property
+    def stored(self) -> npt.NDArray[Any]:
+        """Which inner chunks exist, bool (num_chunks,)."""
+        return np.not_equal(self._entries[:, 0], _MISSING)
+
+    def read_into(self, chunk: int, out: npt.NDArray[Any]) -> None:
+        """Reads one inner chunk into `out`, uint8 (chunk_bytes,).
+
+        Raises:
+            ShardError: the chunk is not stored, or its checksum is wrong.
+        """
+        offset, size = (int(value) for value in self._entries[chunk])
+        if offset == _MISSING:
+            raise ShardError(f"{self.path}: chunk {chunk} holds no data")
+        stored = os.pread(self._descriptor, size, offset)
+        if len(stored) != size:
+            raise ShardError(f"{self.path}: chunk {chunk} ends after {len(stored)} of {size} bytes")
+        try:
+            self._codec.decode_into(stored, out)
+        except ValueError as error:
+            raise ShardError(f"{self.path}: chunk {chunk} is damaged: {error}") from error
