@@ -1,0 +1,1 @@
+"""Stage two's door: from a cache to batches on the device."""

@@ -1,0 +1,316 @@
+"""`LatentLoader`: batches of latents, read ahead by threads into buffers that are used again.
+
+::
+
+    order(seed, epoch, step) -> one pread and one zstd call per sample, in threads, straight into
+        the batch's buffer -> device -> dequantised there
+
+Shapes: B batch, M latent channels, h and w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ci2p_cache.cache.store import Split
+from ci2p_cache.errors import InputDataError, UsageError
+from ci2p_cache.loader.order import Rows, epoch_order, epoch_views, num_batches
+
+__all__ = ["Batch", "BatchLoader", "LatentLoader"]
+
+_READ_AHEAD = 3
+"""Batches being read while one is used: two would do at even speeds, the third evens out jitter."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """One training batch."""
+
+    latents: Tensor
+    """float32 (B, M, h, w) on the loader's device, dequantised."""
+    labels: Tensor
+    """int64 (B,) on the loader's device."""
+    rows: Tensor
+    """int64 (B,) on CPU: the samples' rows in the split."""
+
+
+class BatchLoader(ABC):
+    """What all loaders share: the order, the place in it, and reading ahead.
+
+    The order is a pure function of (seed, epoch, step); the state is these three integers.
+    Iterating yields the rest of the current epoch and then stands at the start of the next.
+    `waited_seconds` sums the time that the consumer waited for data.
+
+    Args:
+        split: The split to read.
+        batch_size: Samples per batch; the last batch of an epoch may be smaller.
+        seed: Seed of the order and of the views.
+        device: Where batches are put.
+        shuffle: Whether to shuffle; False gives the rows in ascending order.
+        views: Which view of a sample: random draws one per (seed, epoch, row), a number fixes it.
+        drop_last: Whether to leave out the last, smaller batch.
+        threads: Threads that read; None: one per core.
+
+    Raises:
+        UsageError: a value is out of range.
+        InputDataError: the split holds no latent.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        shuffle: bool = True,
+        views: Literal["random"] | int = "random",
+        drop_last: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"`batch_size` is {batch_size}; it must be at least 1")
+        if views != "random" and not 0 <= views < split.num_views:
+            raise UsageError(
+                f"`views` is {views}; split {split.name!r} has views 0 to {split.num_views - 1}"
+            )
+        if not len(split.valid_rows):
+            raise InputDataError(f"split {split.name!r} of {split.cache.path} holds no latent")
+        self.split = split
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = torch.device(device)
+        self.epoch = 0
+        self.step = 0
+        self.waited_seconds = 0.0
+        self._shuffle = shuffle
+        self._views = views
+        self._drop_last = drop_last
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that an epoch hands out."""
+        total = len(self.split.valid_rows)
+        return len(self) * self.batch_size if self._drop_last else total
+
+    def __len__(self) -> int:
+        """Returns the number of batches in an epoch."""
+        total = len(self.split.valid_rows)
+        return num_batches(total, self.batch_size, drop_last=self._drop_last)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the start of an epoch."""
+        self.epoch, self.step = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the place in the order: seed, epoch, and batches of it handed out."""
+        return {"seed": self.seed, "epoch": self.epoch, "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes to a place that `state_dict` gave, with this loader's own batch size.
+
+        Raises:
+            UsageError: the state is of another seed: the order would be another.
+        """
+        if state["seed"] != self.seed:
+            raise UsageError(f"the state has seed {state['seed']}, this loader has {self.seed}")
+        self.epoch, self.step = state["epoch"], state["step"]
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches from the current place to the end of the epoch."""
+        rows, views = self._sequence(self.epoch)
+        upcoming = iter(range(self.step, len(self)))
+        ahead: deque[Callable[[], Batch]] = deque()
+        try:
+            while True:
+                while len(ahead) < _READ_AHEAD and (step := next(upcoming, None)) is not None:
+                    part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+                    ahead.append(self._start(rows[part], views[part]))
+                if not ahead:
+                    break
+                asked = time.perf_counter()
+                batch = ahead.popleft()()
+                self.waited_seconds += time.perf_counter() - asked
+                self.step += 1
+                yield batch
+        finally:
+            self._drain()
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def _sequence(self, epoch: int) -> tuple[Rows, Rows]:
+        """Returns the rows of an epoch in order, and the view of each."""
+        rows = self.split.valid_rows
+        if self._shuffle:
+            rows = epoch_order(rows, seed=self.seed, epoch=epoch)
+        if self._views == "random":
+            return rows, epoch_views(rows, self.split.num_views, seed=self.seed, epoch=epoch)
+        return rows, np.full(len(rows), self._views, np.int64)
+
+    @abstractmethod
+    def _start(self, rows: Rows, views: Rows) -> Callable[[], Batch]:
+        """Starts reading a batch; the returned function waits for it and hands it out."""
+
+    @abstractmethod
+    def _drain(self) -> None:
+        """Ends an iteration, finished or not: reading ahead stops."""
+
+
+class LatentLoader(BatchLoader):
+    """Loads batches from a cache; every chunk's checksum is verified as it is read.
+
+    With `recycle`, a batch is valid until the next one is asked for, and nothing of a batch's size
+    is allocated on the host once the first few are read: fresh memory for each batch costs up to
+    eight times the reading itself.
+
+    Args:
+        split: The split to read.
+        batch_size: Samples per batch.
+        seed: Seed of the order and of the views.
+        device: Where batches are put and dequantised.
+        shuffle: Whether to shuffle.
+        views: random, or the number of one view.
+        drop_last: Whether to leave out the last, smaller batch.
+        threads: Threads that read; None: one per core.
+        recycle: Whether buffers are used again.
+
+    Raises:
+        UsageError: a value is out of range.
+        InputDataError: the split holds no latent.
+        ShardError: while iterating: a shard is missing, damaged or not committed.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        shuffle: bool = True,
+        views: Literal["random"] | int = "random",
+        drop_last: bool = False,
+        threads: int | None = None,
+        recycle: bool = False,
+    ) -> None:
+        super().__init__(
+            split,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            shuffle=shuffle,
+            views=views,
+            drop_last=drop_last,
+            threads=threads,
+        )
+        self._recycle = recycle
+        self._free: list[_Buffer] = []
+        self._used: _Buffer | None = None
+        self._futures: set[Future[None]] = set()
+        self._offset = torch.from_numpy(split.offset).to(self.device)[:, None, None]
+
+    def _start(self, rows: Rows, views: Rows) -> Callable[[], Batch]:
+        buffer = self._free.pop() if self._free else self._new_buffer()
+        share = -(-len(rows) // self._threads)
+        futures = [
+            self._pool.submit(
+                self._read, rows[i : i + share], views[i : i + share], buffer.array[i : i + share]
+            )
+            for i in range(0, len(rows), share)
+        ]
+        self._futures.update(futures)
+
+        def finish() -> Batch:
+            self._give_back()
+            for future in futures:
+                future.result()
+            self._futures.difference_update(futures)
+            if self._recycle:
+                self._used = buffer
+            return self._hand_out(buffer, rows)
+
+        return finish
+
+    def _read(self, rows: Rows, views: Rows, out: npt.NDArray[Any]) -> None:
+        for row, view, latent in zip(rows.tolist(), views.tolist(), out, strict=True):
+            self.split.read_into(row, view, latent)
+
+    def _hand_out(self, buffer: _Buffer, rows: Rows) -> Batch:
+        count = len(rows)
+        stored = buffer.stored[:count].to(self.device, non_blocking=True)
+        latents = buffer.floats[:count] if buffer.floats is not None else None
+        if self.split.latent.is_symbols:
+            latents = torch.mul(stored, self.split.scale, out=latents).add_(self._offset)
+        elif latents is not None:
+            latents.copy_(stored)
+        else:
+            latents = stored.to(torch.float32)
+        if self.device.type == "cuda":
+            buffer.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch stub
+            buffer.copied.record()
+        labels = torch.from_numpy(self.split.labels[rows].astype(np.int64))
+        return Batch(latents, labels.to(self.device), torch.from_numpy(rows.copy()))
+
+    def _new_buffer(self) -> _Buffer:
+        latent = self.split.latent
+        shape = (self.batch_size, *latent.shape)
+        pinned = self.device.type == "cuda"
+        stored = torch.empty(shape, dtype=getattr(torch, latent.dtype), pin_memory=pinned)
+        floats = None
+        if self._recycle and not pinned and latent.dtype != "float32":
+            floats = torch.empty(shape, dtype=torch.float32)
+        return _Buffer(stored, stored.numpy(), floats)
+
+    def _give_back(self) -> None:
+        """Makes the buffer of the batch handed out last free again, once its copy is done."""
+        if self._used is not None:
+            if self._used.copied is not None:
+                self._used.copied.synchronize()
+            self._free.append(self._used)
+            self._used = None
+
+    def _drain(self) -> None:
+        # No thread may go on writing into a buffer; buffers still out are dropped, not used again.
+        for future in self._futures:
+            future.cancel()
+        wait(self._futures)
+        self._futures.clear()
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """Host memory of one batch: as stored, the same memory as numpy sees it, and as float32."""
+
+    stored: Tensor
+    array: npt.NDArray[Any]
+    floats: Tensor | None
+    copied: torch.cuda.Event | None = None

@@ -1,0 +1,140 @@
+"""`OnlineLoader`: the encoder in the loop, the reference that training from a cache must equal.
+
+It gives the batches of `LatentLoader`, in the same order and views, from the source images: read,
+decoded, encoded and quantised as the cache's fingerprint says, each time anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ci2p_cache.cache.index import read_index
+from ci2p_cache.cache.store import Split
+from ci2p_cache.encoder.frozen import FrozenEncoder, load_saved_encoder
+from ci2p_cache.encoder.quantize import saturate
+from ci2p_cache.errors import InputDataError
+from ci2p_cache.images.decode import decode_image
+from ci2p_cache.images.source import ImageSource, open_source
+from ci2p_cache.images.views import image_views
+from ci2p_cache.loader.batches import Batch, BatchLoader
+from ci2p_cache.loader.order import Rows
+
+__all__ = ["OnlineLoader"]
+
+
+class OnlineLoader(BatchLoader):
+    """Loads batches by running the frozen encoder on the source images.
+
+    Args:
+        split: The split whose images, order, views and settings are used.
+        batch_size: Samples per batch.
+        seed: Seed of the order and of the views.
+        device: Where the encoder runs and batches are put.
+        shuffle: Whether to shuffle.
+        views: random, or the number of one view.
+        drop_last: Whether to leave out the last, smaller batch.
+        threads: Threads that read and decode; None: one per core.
+        source: Where the images are now; None: where they were when the cache was made.
+
+    Raises:
+        UsageError: a value is out of range.
+        InputDataError: the split holds no latent; while iterating: an image has changed since.
+        SourceError: the images are not there any more.
+        WeightsError: the cache's encoder.safetensors is damaged.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        shuffle: bool = True,
+        views: Literal["random"] | int = "random",
+        drop_last: bool = False,
+        threads: int | None = None,
+        source: str | None = None,
+    ) -> None:
+        super().__init__(
+            split,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            shuffle=shuffle,
+            views=views,
+            drop_last=drop_last,
+            threads=threads,
+        )
+        cache = split.cache
+        self._fingerprint = cache.fingerprint
+        self._images: ImageSource = open_source(source or cache.manifest.source)
+        self._encoder: FrozenEncoder = load_saved_encoder(
+            cache.encoder_path, precision=self._fingerprint.encoder.precision, device=self.device
+        )
+        self._futures: set[Future[Tensor]] = set()
+        columns = ["key", "path_bytes", "source_sha256"]
+        self._index = pa.concat_tables(
+            read_index(cache.path, split.name, shard, columns).replace_schema_metadata(None)
+            for shard in range(split.record.num_shards)
+        )
+
+    def _start(self, rows: Rows, views: Rows) -> Callable[[], Batch]:
+        pairs = zip(rows.tolist(), views.tolist(), strict=True)
+        futures = [self._pool.submit(self._view, row, view) for row, view in pairs]
+        self._futures.update(futures)
+
+        def finish() -> Batch:
+            images = torch.stack([future.result() for future in futures])
+            self._futures.difference_update(futures)
+            labels = torch.from_numpy(self.split.labels[rows].astype(np.int64))
+            return Batch(
+                self._latents(images.to(self.device)),
+                labels.to(self.device),
+                torch.from_numpy(rows.copy()),
+            )
+
+        return finish
+
+    def _drain(self) -> None:
+        for future in self._futures:
+            future.cancel()
+        self._futures.clear()
+
+    def _view(self, row: int, view: int) -> Tensor:
+        """Returns one view of a source image, uint8 (3, size, size)."""
+        entry = {name: self._index[name][row].as_py() for name in self._index.column_names}
+        data = self._images.read(entry["path_bytes"])
+        if hashlib.sha256(data).hexdigest() != entry["source_sha256"]:
+            raise InputDataError(
+                f"{entry['key']} (row {row} of split {self.split.name!r}) has changed since the "
+                "cache was made",
+                hint="encode the images into a new cache",
+            )
+        spec = self._fingerprint
+        views, _ = image_views(
+            decode_image(data, spec.image),
+            spec.image,
+            spec.views,
+            split=self.split.name,
+            key=entry["key"],
+        )
+        return views[view]
+
+    def _latents(self, images: Tensor) -> Tensor:
+        """Encodes uint8 (B, 3, size, size) to what the cache would give, float32 (B, M, h, w)."""
+        latent = self._fingerprint.latent
+        y = self._encoder(images.to(torch.float32).div_(255))
+        if not latent.is_symbols:
+            return y.to(getattr(torch, latent.dtype)).to(torch.float32)
+        symbols = self._encoder.quantize(y, step=latent.step)
+        stored, _ = saturate(symbols, latent.symbol_limit)
+        return self._encoder.dequantize(stored, step=latent.step)

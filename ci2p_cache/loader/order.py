@@ -1,0 +1,69 @@
+"""Which sample, in which view, comes when: a pure function of (seed, epoch, step).
+
+Nothing here keeps state, so a run resumes at any step, and any number of readers or ranks agrees on
+one global sequence. The mixing function is written out rather than taken from numpy's generators,
+whose streams may change between releases.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Rows", "epoch_order", "epoch_views", "num_batches"]
+
+Rows = npt.NDArray[np.int64]
+"""Row numbers, or one number per row, int64 (n,)."""
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_ORDER, _VIEW = 1, 2
+
+
+def epoch_order(rows: Rows, *, seed: int, epoch: int) -> Rows:
+    """Returns `rows` in the order of an epoch: each exactly once.
+
+    Args:
+        rows: Distinct rows, int64 (n,), ascending.
+        seed: 0 <= seed < 2**63.
+        epoch: 0 <= epoch.
+
+    Returns:
+        int64 (n,).
+    """
+    return rows[np.argsort(_hash(rows, seed, epoch, _ORDER), kind="stable")]
+
+
+def epoch_views(rows: Rows, num_views: int, *, seed: int, epoch: int) -> Rows:
+    """Returns the view of each row in an epoch, drawn uniformly and independently of the order.
+
+    Args:
+        rows: int64 (n,).
+        num_views: V.
+        seed: As for `epoch_order`.
+        epoch: As for `epoch_order`.
+
+    Returns:
+        int64 (n,), 0 <= view < V.
+    """
+    return (_hash(rows, seed, epoch, _VIEW) % np.uint64(num_views)).astype(np.int64)
+
+
+def num_batches(num_samples: int, batch_size: int, *, drop_last: bool) -> int:
+    """Returns the number of batches in an epoch."""
+    return num_samples // batch_size if drop_last else -(-num_samples // batch_size)
+
+
+def _hash(rows: Rows, seed: int, epoch: int, purpose: int) -> npt.NDArray[np.uint64]:
+    """Mixes rows with (seed, epoch, purpose) to uint64 (n,)."""
+    state = np.array([seed], np.uint64)
+    for word in (epoch, purpose):
+        state = _mix(state ^ _mix(np.array([word], np.uint64)))
+    return _mix(rows.astype(np.uint64) ^ state)
+
+
+def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's output function (Steele, Lea, Flood 2014), a bijection of uint64."""
+    value = value + _GAMMA
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

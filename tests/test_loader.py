@@ -1,0 +1,228 @@
+"""Stage two's door: every sample once, in a known order, exactly as stored, resumable anywhere."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ci2p_cache as cc
+from ci2p_cache import errors
+from tests.conftest import write_image_folder
+
+
+@pytest.fixture(scope="module", params=["int8", "int16", "float16", "float32", "int8 none"])
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> cc.Cache:
+    """A cache of 21 images in shards of 4, one of them bad, for each way of storing."""
+    root = tmp_path_factory.mktemp("loader")
+    source = write_image_folder(root / "src", {"ant": 9, "bee": 7, "cat": 5})
+    (source / "bee" / "002.jpg").write_bytes(b"no image")
+    dtype, _, codec = request.param.partition(" ")
+    options = cc.EncodeOptions(
+        encoder="bundled", size=64, shard_samples=4, val_fraction=0.0, max_errors="1",
+        dtype=dtype, codec=codec or "zstd",
+    )  # fmt: skip
+    cc.encode(source, root / "out", options)
+    return cc.open_cache(root / "out")
+
+
+def test_an_epoch_holds_every_good_sample_once_as_the_split_gives_it(cache: cc.Cache) -> None:
+    train = cache["train"]
+    with cc.LatentLoader(train, batch_size=6, seed=3) as loader:
+        batches = list(loader)
+    assert [len(batch.rows) for batch in batches] == [6, 6, 6, 2]
+    assert len(loader) == 4
+    rows = torch.cat([batch.rows for batch in batches]).tolist()
+    assert sorted(rows) == train.valid_rows.tolist()
+    for batch in batches:
+        assert batch.latents.dtype == torch.float32
+        for latents, label, row in zip(batch.latents, batch.labels, batch.rows, strict=True):
+            views, wanted = train[int(row)]
+            assert label == wanted
+            assert any(torch.equal(latents, view) for view in views)
+
+
+def test_both_views_come_up_and_a_fixed_view_is_that_view(cache: cc.Cache) -> None:
+    train = cache["train"]
+    seen = set()
+    with cc.LatentLoader(train, batch_size=20, shuffle=False) as loader:
+        for epoch in range(6):
+            assert loader.epoch == epoch
+            (batch,) = loader
+            first = [torch.equal(b, train[int(r)][0][0])
+                     for b, r in zip(batch.latents, batch.rows, strict=True)]  # fmt: skip
+            seen |= set(first)
+    assert seen == {True, False}
+    with cc.LatentLoader(train, batch_size=20, shuffle=False, views=1) as loader:
+        (batch,) = loader
+    assert batch.rows.tolist() == train.valid_rows.tolist()
+    for latents, row in zip(batch.latents, batch.rows, strict=True):
+        assert torch.equal(latents, train[int(row)][0][1])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("recycle", [False, True])
+def test_threads_and_recycling_change_no_batch(
+    cache: cc.Cache, threads: int, recycle: bool
+) -> None:
+    with cc.LatentLoader(cache["train"], batch_size=6, seed=1) as plain:
+        wanted = [(b.rows, b.labels, b.latents) for _ in range(3) for b in plain]
+    with cc.LatentLoader(
+        cache["train"], batch_size=6, seed=1, threads=threads, recycle=recycle
+    ) as loader:
+        got = [(b.rows, b.labels, b.latents.clone()) for _ in range(3) for b in loader]
+    for one, other in zip(wanted, got, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_recycled_batches_use_a_few_buffers_again_and_owned_ones_do_not(cache: cc.Cache) -> None:
+    def addresses(recycle: bool) -> list[int]:
+        kept, found = [], []
+        with cc.LatentLoader(cache["train"], batch_size=2, recycle=recycle) as loader:
+            for _ in range(4):
+                for batch in loader:
+                    kept.append(batch)
+                    found.append(batch.latents.data_ptr())
+        return found
+
+    assert len(set(addresses(recycle=True))) <= 5
+    assert len(set(addresses(recycle=False))) == 40
+
+
+def test_state_at_every_step_gives_the_rest_of_the_run(cache: cc.Cache) -> None:
+    def rows(loader: cc.LatentLoader, epochs: int) -> list[list[int]]:
+        return [b.rows.tolist() for _ in range(epochs - loader.epoch) for b in loader]
+
+    with cc.LatentLoader(cache["train"], batch_size=6, seed=5) as loader:
+        whole = rows(loader, 2)
+    for stop in range(1, len(whole)):
+        with cc.LatentLoader(cache["train"], batch_size=6, seed=5) as loader:
+            taken = 0
+            while taken < stop:
+                for _ in loader:
+                    taken += 1
+                    if taken == stop:
+                        state = loader.state_dict()
+                        break
+        with cc.LatentLoader(cache["train"], batch_size=6, seed=5) as resumed:
+            resumed.load_state_dict(state)
+            assert rows(resumed, 2) == whole[stop:], state
+    with cc.LatentLoader(cache["train"], batch_size=6, seed=6) as other:
+        with pytest.raises(errors.UsageError, match="seed 5"):
+            other.load_state_dict(state)
+
+
+def test_drop_last_leaves_out_the_ragged_batch(cache: cc.Cache) -> None:
+    with cc.LatentLoader(cache["train"], batch_size=6, drop_last=True) as loader:
+        assert [len(batch.rows) for batch in loader] == [6, 6, 6]
+        assert loader.num_samples == 18
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"batch_size": 0}, "at least 1"), ({"batch_size": 2, "views": 2}, "views 0 to 1")],
+)
+def test_bad_arguments_are_refused(
+    cache: cc.Cache, arguments: dict[str, int], message: str
+) -> None:
+    with pytest.raises(errors.UsageError, match=message):
+        cc.LatentLoader(cache["train"], **arguments)
+
+
+def test_a_damaged_shard_ends_the_iteration_and_names_the_shard(
+    cache: cc.Cache, tmp_path: Path
+) -> None:
+    shutil.copytree(cache.path, tmp_path / "out")
+    path = tmp_path / "out" / "latents.zarr/train/latents/c.2.0.0.0.0"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 16
+    path.write_bytes(data)
+    damaged = cc.open_cache(tmp_path / "out")["train"]
+    with (
+        cc.LatentLoader(damaged, batch_size=4, views=0) as one,
+        cc.LatentLoader(damaged, batch_size=4, views=1) as two,
+    ):
+        with pytest.raises(errors.ShardError, match=r"shard 2 \(rows 8 to 11\)"):
+            list(one)
+            list(two)
+
+
+@pytest.fixture
+def one_thread() -> object:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_encoder_in_the_loop_gives_the_same_batches_bit_for_bit(cache: cc.Cache) -> None:
+    with (
+        cc.LatentLoader(cache["train"], batch_size=6, seed=9) as cached,
+        cc.OnlineLoader(cache["train"], batch_size=6, seed=9) as online,
+    ):
+        for one, other in zip(cached, online, strict=True):
+            assert torch.equal(one.rows, other.rows)
+            assert torch.equal(one.labels, other.labels)
+            assert torch.equal(one.latents, other.latents)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_twenty_steps_from_the_cache_and_with_the_encoder_in_the_loop_lose_the_same(
+    cache: cc.Cache,
+) -> None:
+    def losses(loader: cc.LatentLoader | cc.OnlineLoader) -> list[float]:
+        torch.manual_seed(0)
+        model = cc.create_model("vitds_tiny", num_classes=3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        found: list[float] = []
+        with loader:
+            while len(found) < 20:
+                for batch in loader:
+                    loss = torch.nn.functional.cross_entropy(model(batch.latents), batch.labels)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    found.append(loss.item())
+        return found
+
+    train = cache["train"]
+    cached = losses(cc.LatentLoader(train, batch_size=4, seed=2, recycle=True))
+    online = losses(cc.OnlineLoader(train, batch_size=4, seed=2))
+    assert cached == online
+    assert np.mean(cached[-5:]) < np.mean(cached[:5])
+
+
+def test_the_online_loader_refuses_an_image_that_has_changed(tmp_path: Path) -> None:
+    source = write_image_folder(tmp_path / "src", {"ant": 3, "bee": 3})
+    options = cc.EncodeOptions(encoder="bundled", size=64, val_fraction=0.0)
+    cc.encode(source, tmp_path / "out", options)
+    shutil.copy(source / "ant" / "001.jpg", source / "ant" / "000.jpg")
+    with cc.OnlineLoader(cc.open_cache(tmp_path / "out")["train"], batch_size=2) as loader:
+        with pytest.raises(errors.InputDataError, match=r"ant/000\.jpg .* has changed"):
+            list(loader)
+
+
+def test_stage_two_reads_without_compressai(cache: cc.Cache) -> None:
+    code = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "compressai":
+            raise ImportError("compressai is not installed")
+sys.meta_path.insert(0, Blocked())
+import ci2p_cache as cc
+cache = cc.open_cache(sys.argv[1])
+model = cc.create_model("vitds_tiny", num_classes=3)
+with cc.LatentLoader(cache["train"], batch_size=4) as loader:
+    for batch in loader:
+        assert model(batch.latents).shape == (len(batch.rows), 3)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code, str(cache.path)]
+    subprocess.run(command, check=True)
