@@ -1,0 +1,1 @@
+"""Images: where they lie (`ImageSource`) and how their bytes become pixels."""

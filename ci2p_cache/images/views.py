@@ -1,0 +1,153 @@
+"""Views: from a decoded image to the uint8 squares that g_a sees, and where each was cut.
+
+Everything is a pure function of its arguments: no global random state, and no dependence on which
+thread runs it or when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from ci2p_cache.images.decode import DecodedImage
+from ci2p_cache.specs import ImageSpec, ViewSpec
+
+__all__ = ["CropBox", "image_views"]
+
+# Random-resized crops: Szegedy et al. 2015, "Going deeper with convolutions" (arXiv 1409.4842,
+# section 6), 8-100 % of the area and a ratio of sides between 3/4 and 4/3; ten attempts and the
+# central fallback as torchvision's RandomResizedCrop makes them.
+_SCALE = (0.08, 1.0)
+_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
+_NUM_ATTEMPTS = 10
+_FLIP_PROBABILITY = 0.5
+_NUM_DRAWS = 2 * _NUM_ATTEMPTS + 3
+"""Per view: area and ratio of each attempt, then top, left, flip. All are always drawn, so that a
+value does not depend on how many attempts failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CropBox:
+    """Where a view was cut, in pixels of the decoded image (after an EXIF turn).
+
+    For a random crop the box is exact. For the centre square, which is cut after the resize, it is
+    the square's place in the decoded image, rounded to whole pixels.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+    """Whether the cut was then mirrored left to right."""
+
+
+def image_views(
+    image: DecodedImage, image_spec: ImageSpec, view_spec: ViewSpec, *, split: str, key: str
+) -> tuple[torch.Tensor, list[CropBox]]:
+    """Cuts the views of one image.
+
+    Args:
+        image: The decoded image.
+        image_spec: `size`, `resize_side` and `interpolation` are used; every resize is antialiased
+            and works on uint8, as torchvision does it.
+        view_spec: Which views `train` has: the centre square; the square and its mirror; or random
+            crops, drawn from (`seed`, `split`, `key`, number of the view) alone.
+        split: Other splits than `train` have one view, the centre square.
+        key: The sample's key within the split.
+
+    Returns:
+        uint8 (V, 3, size, size), 0-255, contiguous; and one box per view.
+    """
+    if split == "train" and view_spec.kind == "crops":
+        height, width = image.pixels.shape[1:]
+        boxes = [
+            _random_box(height, width, _draws(view_spec.seed, split, key, view))
+            for view in range(view_spec.num_crops)
+        ]
+        return torch.stack([_resized_crop(image.pixels, box, image_spec) for box in boxes]), boxes
+    square, box = _centre_square(image.pixels, image_spec)
+    if split == "train" and view_spec.kind == "flip":
+        mirrored = CropBox(box.top, box.left, box.height, box.width, flip=True)
+        return torch.stack([square, square.flip(2)]), [box, mirrored]
+    return torch.stack([square]), [box]
+
+
+def _centre_square(pixels: torch.Tensor, spec: ImageSpec) -> tuple[torch.Tensor, CropBox]:
+    """Resizes the shorter side to `resize_side`, then cuts the central `size` x `size`."""
+    resized = transforms.resize(pixels, [spec.resize_side], _interpolation(spec), antialias=True)
+    square = transforms.center_crop(resized, [spec.size, spec.size])
+    height, width = pixels.shape[1:]
+    top, box_height = _place(height, resized.shape[1], spec.size)
+    left, box_width = _place(width, resized.shape[2], spec.size)
+    return square, CropBox(top, left, box_height, box_width, flip=False)
+
+
+def _place(source: int, resized: int, size: int) -> tuple[int, int]:
+    """Returns (start, length) in source pixels of the central `size` of `resized` pixels."""
+    start = round((resized - size) / 2.0) * source / resized
+    stop = start + size * source / resized
+    first = min(round(start), source - 1)
+    return first, max(1, min(round(stop), source) - first)
+
+
+def _resized_crop(pixels: torch.Tensor, box: CropBox, spec: ImageSpec) -> torch.Tensor:
+    crop = pixels[:, box.top : box.top + box.height, box.left : box.left + box.width]
+    square: torch.Tensor = transforms.resize(
+        crop, [spec.size, spec.size], _interpolation(spec), antialias=True
+    )
+    return square.flip(2) if box.flip else square
+
+
+def _interpolation(spec: ImageSpec) -> InterpolationMode:
+    return InterpolationMode(spec.interpolation)
+
+
+def _draws(seed: int, split: str, key: str, view: int) -> list[float]:
+    """Returns `_NUM_DRAWS` numbers in [0, 1) that only the arguments decide.
+
+    Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") under a key of
+    128 bits of BLAKE2b. Raw words are taken, as numpy promises them to stay; what its
+    distributions make of them may change between versions.
+    """
+    text = f"crops\0{seed}\0{split}\0{key}\0{view}"
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    words = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(_NUM_DRAWS)
+    return [int(word >> 11) * 2.0**-53 for word in words.tolist()]
+
+
+def _random_box(height: int, width: int, draws: list[float]) -> CropBox:
+    """Returns a random-resized crop of an image of `height` x `width` pixels."""
+    box_height, box_width = _fallback_size(height, width)
+    for attempt in range(_NUM_ATTEMPTS):
+        area = height * width * _between(_SCALE, draws[2 * attempt])
+        ratio = math.exp(_between(_LOG_RATIO, draws[2 * attempt + 1]))
+        tried_width, tried_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < tried_width <= width and 0 < tried_height <= height:
+            box_height, box_width = tried_height, tried_width
+            top = int(draws[-3] * (height - box_height + 1))
+            left = int(draws[-2] * (width - box_width + 1))
+            break
+    else:
+        top, left = (height - box_height) // 2, (width - box_width) // 2
+    return CropBox(top, left, box_height, box_width, flip=draws[-1] < _FLIP_PROBABILITY)
+
+
+def _between(bounds: tuple[float, float], draw: float) -> float:
+    return bounds[0] + draw * (bounds[1] - bounds[0])
+
+
+def _fallback_size(height: int, width: int) -> tuple[int, int]:
+    """Returns the largest central (height, width) whose ratio of sides is within the bounds."""
+    narrowest, widest = (math.exp(bound) for bound in _LOG_RATIO)
+    if width / height < narrowest:
+        return round(width / narrowest), width
+    if width / height > widest:
+        return height, round(height * widest)
+    return height, width
