@@ -1,0 +1,1 @@
+"""The frozen encoder: g_a, the quantiser and g_s, and where their weights come from."""
