@@ -1,0 +1,247 @@
+"""Finalising: once every shard is committed, the files that speak of the whole cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from ci2p_cache.cache.commit import (
+    CommitRecord,
+    FileRecord,
+    StagingArea,
+    commit_path,
+    sha256_file,
+)
+from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_sums
+from ci2p_cache.cache.manifest import MANIFEST, Manifest, SplitRecord
+from ci2p_cache.encoding.plan import Plan
+
+__all__ = ["finalise"]
+
+_ERRORS_SCHEMA = pa.schema(
+    [
+        ("split", pa.string()),
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("path", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+
+def finalise(
+    root: Path,
+    manifest: Manifest,
+    plan: Plan,
+    commits: Sequence[CommitRecord],
+    staging: StagingArea,
+) -> Manifest:
+    """Writes metadata, labels, valid, statistics, errors and checksums, and the manifest last.
+
+    Args:
+        root: The cache folder.
+        manifest: Its manifest so far.
+        plan: Its plan.
+        commits: The commit record of every shard.
+        staging: Where files are staged.
+
+    Returns:
+        The completed manifest.
+
+    Raises:
+        ShardError: an index part is damaged.
+        ResourceError: writing failed.
+    """
+    splits: dict[str, SplitRecord] = {}
+    valid: dict[str, npt.NDArray[np.bool_]] = {}
+    errors: list[pa.Table] = []
+    statistics: list[pa.Table] = []
+    for name, record in plan.splits.items():
+        own = [commit for commit in commits if commit.split == name]
+        found = _gather(root, manifest, name, record, own)
+        valid[name] = found.valid
+        errors.append(found.errors)
+        statistics.append(_statistics(name, found.sums))
+        splits[name] = dataclasses.replace(
+            record,
+            valid_rows=int(found.valid.sum()),
+            bytes=sum(file.bytes for commit in own for file in commit.files),
+            source_bytes=found.source_bytes,
+            clipped=int(found.sums.clipped.sum()),
+            exif_turned=found.exif_turned,
+        )
+    written = [
+        *_put_zarr(manifest, plan, valid, staging),
+        staging.put("errors.parquet", parquet_bytes(pa.concat_tables(errors))),
+        staging.put("stats/channels.parquet", parquet_bytes(pa.concat_tables(statistics))),
+        staging.put("README.md", _readme(manifest)),
+    ]
+    written.append(staging.put("checksums.sha256", _checksums(root, manifest, commits, written)))
+    complete = dataclasses.replace(manifest, state="complete", splits=splits, files=tuple(written))
+    staging.put_json(MANIFEST, complete.to_dict())
+    return complete
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """What the index parts of one split say together."""
+
+    valid: npt.NDArray[np.bool_]
+    errors: pa.Table
+    sums: ChannelSums
+    source_bytes: int = 0
+    exif_turned: int = 0
+
+
+def _gather(
+    root: Path, manifest: Manifest, split: str, record: SplitRecord, commits: list[CommitRecord]
+) -> _Gathered:
+    found = _Gathered(
+        np.zeros(record.rows, np.bool_),
+        _ERRORS_SCHEMA.empty_table(),
+        ChannelSums.empty(manifest.fingerprint.latent.channels),
+    )
+    for commit in commits:
+        table = read_index(root, split, commit.shard)
+        good = pc.equal(table["status"], "ok")
+        found.valid[table["row"].to_numpy()] = good.to_numpy()
+        lost = table.filter(pc.invert(good)).select(["row", "key", "path", "error"])
+        names = pa.array([split] * lost.num_rows, pa.string())
+        lost = lost.add_column(0, "split", names).replace_schema_metadata(None)
+        found.errors = pa.concat_tables([found.errors, lost.cast(_ERRORS_SCHEMA)])
+        found.sums = found.sums + read_sums(table)
+        kept = table.filter(good)
+        found.source_bytes += pc.sum(kept["source_bytes"]).as_py() or 0
+        found.exif_turned += pc.sum(pc.not_equal(kept["exif_orientation"], 1)).as_py() or 0
+    return found
+
+
+def _statistics(split: str, sums: ChannelSums) -> pa.Table:
+    """Turns channel sums into one row per channel, in the unit of the stored values."""
+    count = max(sums.count, 1)
+    mean = sums.total / count
+    variance = np.maximum(sums.squares / count - mean**2, 0.0)
+    channels = len(mean)
+    empty = sums.count == 0
+    return pa.table(
+        {
+            "split": pa.array([split] * channels, pa.string()),
+            "channel": pa.array(range(channels), pa.int32()),
+            "count": pa.array([sums.count] * channels, pa.int64()),
+            "mean": mean,
+            "std": np.sqrt(variance),
+            "min": np.zeros(channels) if empty else sums.low,
+            "max": np.zeros(channels) if empty else sums.high,
+            "energy": sums.squares / count,
+            "zero_share": sums.zeros / count,
+            "clipped": pa.array(sums.clipped.astype(np.int64)),
+        }
+    )
+
+
+def _put_zarr(
+    manifest: Manifest, plan: Plan, valid: dict[str, npt.NDArray[np.bool_]], staging: StagingArea
+) -> list[FileRecord]:
+    """Lets zarr-python write small arrays and all metadata into a scratch folder, and puts them.
+
+    The latents' own array is created empty: its shards are in place already.
+    """
+    fingerprint, layout = manifest.fingerprint, manifest.layout
+    latent = fingerprint.latent
+    scratch = staging.scratch("latents.zarr")
+    group = zarr.create_group(scratch, attributes={"ci2p_cache_format": manifest.format_version})
+    if layout.codec == "zstd":
+        compressor: ZstdCodec | Crc32cCodec = ZstdCodec(level=layout.level, checksum=True)
+    else:
+        compressor = Crc32cCodec()
+    for name, record in plan.splits.items():
+        split = group.create_group(name)
+        chunk = (1, 1, *latent.shape)
+        split.create_array(
+            "latents",
+            shape=(record.rows, record.views, *latent.shape),
+            dtype=latent.dtype,
+            chunks=chunk,
+            shards=(record.shard_rows, record.views, *latent.shape),
+            compressors=compressor,
+            fill_value=latent.fill_value,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=("sample", "view", "channel", "y", "x"),
+            attributes={
+                "scale": manifest.scale,
+                "offset": list(manifest.offset),
+                "dequantise": "y = stored.astype('float32') * scale + offset[:, None, None]",
+            },
+        )
+        for array, values, fill in (
+            ("labels", plan.labels(name), -1),
+            ("valid", valid[name], False),
+        ):
+            small = split.create_array(
+                array,
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=(max(1, len(values)),),
+                compressors=ZstdCodec(level=1, checksum=True),
+                fill_value=fill,
+                chunk_key_encoding={"name": "default", "separator": "."},
+                dimension_names=("sample",),
+                # Else an array of nothing but fill values has no chunk, and looks damaged.
+                config={"write_empty_chunks": True},
+            )
+            small[:] = values
+    found = sorted(path for path in scratch.rglob("*") if path.is_file())
+    return [
+        staging.put(f"latents.zarr/{path.relative_to(scratch).as_posix()}", path.read_bytes())
+        for path in found
+    ]
+
+
+def _checksums(
+    root: Path,
+    manifest: Manifest,
+    commits: Sequence[CommitRecord],
+    written: Sequence[FileRecord],
+) -> bytes:
+    """Lists every file but `cache.json` and itself in the form that `sha256sum -c` reads."""
+    lines = {
+        file.path: file.sha256
+        for file in (
+            manifest.plan,
+            manifest.encoder,
+            *(file for commit in commits for file in commit.files),
+            *written,
+        )
+    }
+    for commit in commits:
+        path = commit_path(commit.split, commit.shard)
+        lines[path] = sha256_file(root / path)
+    return "".join(f"{digest}  {path}\n" for path, digest in sorted(lines.items())).encode()
+
+
+def _readme(manifest: Manifest) -> bytes:
+    template = package_files("ci2p_cache.encoding").joinpath("cache_readme.md").read_text("utf-8")
+    fingerprint = manifest.fingerprint
+    text = (
+        template.replace(
+            "@ENCODER@",
+            f"{fingerprint.encoder.arch}, quality "
+            f"{fingerprint.encoder.quality}, {fingerprint.encoder.metric}",
+        )
+        .replace("@DTYPE@", fingerprint.latent.dtype)
+        .replace("@SHAPE@", "x".join(map(str, fingerprint.latent.shape)))
+        .replace("@SPLIT@", next(iter(manifest.splits)))
+        .replace("@FINGERPRINT@", json.dumps(fingerprint.to_dict(), indent=1))
+    )
+    return text.encode()

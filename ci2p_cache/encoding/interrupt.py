@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM as an error that unwinds cleanly, so that nothing half-done is left."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from ci2p_cache.errors import InterruptedRunError
+
+__all__ = ["interruptible"]
+
+
+@contextmanager
+def interruptible(message: str) -> Iterator[None]:
+    """Raises `InterruptedRunError` in the block at the first SIGINT or SIGTERM.
+
+    A second signal meets Python's own handlers, so it ends the process at once. Outside the main
+    thread, where Python delivers no signals, the block runs as it is.
+
+    Args:
+        message: What was interrupted and what is safe.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for each, handler in earlier.items():
+            signal.signal(each, handler)
+        raise InterruptedRunError(message, signal_number=number)
+
+    for number in earlier:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -1,0 +1,111 @@
+"""`EncodeOptions`: everything one can ask of stage one, with where each default comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ci2p_cache.errors import UsageError
+from ci2p_cache.specs import CodecName, DType, ImageSpec, LayoutSpec, Precision, ViewSpec
+
+__all__ = ["EncodeOptions"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeOptions:
+    """What to encode with, into what, and how; the last six fields change no stored byte.
+
+    Raises:
+        UsageError: a value is out of range, on construction.
+    """
+
+    encoder: Literal["official", "bundled"] = "official"
+    """CompressAI's published weights, fetched once, or the ones in this package."""
+    weights: Path | None = None
+    """A weights file instead: CompressAI .pth.tar or safetensors; `encoder` is then not used."""
+    arch: str = "bmshj2018-factorized"
+    """CompressAI zoo name; the paper's encoder."""
+    quality: int = 5
+    """CompressAI quality, 1-8; the paper's is 5."""
+    metric: Literal["mse", "ms-ssim"] = "mse"
+    """Which of CompressAI's two trainings."""
+    size: int = 256
+    """Side of the encoded square in pixels, a multiple of 32; the paper's is 256."""
+    resize_side: int | None = None
+    """Shorter side before the centre crop, in pixels; None: `size`."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Resize filter; torchvision's default."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation; torchvision's loader ignores it."""
+    max_pixels: int = 89_000_000
+    """Larger images count as bad."""
+    views: str = "flip"
+    """Views of a training image: none, flip or crops:K; flip is the paper's augmentation."""
+    dtype: DType = "int8"
+    """What is stored: symbols (int8, int16) or y itself (float16, float32)."""
+    step: float = 1.0
+    """Quantisation step of symbols; the codec's own is 1."""
+    precision: Precision = "float32"
+    """Arithmetic of g_a; float32 is the reference."""
+    codec: CodecName = "zstd"
+    """Byte compressor; none for reading at RAM speed."""
+    level: int = 1
+    """zstd level."""
+    shard_samples: int = 1024
+    """Rows per shard, fewer where 128 MiB of raw latents would be exceeded."""
+    val_fraction: float = 0.1
+    """Share of each class drawn as `val` where the source has no split folders; 0 for none."""
+    seed: int = 0
+    """Seed of the row order, the drawn validation split and the crops."""
+    limit: int | None = None
+    """Only that many images, spread over the source."""
+    batch_size: int | None = None
+    """Views per call of g_a; None: 8 on CPU (fastest measured), 256 on CUDA."""
+    workers: int | None = None
+    """Threads that read and decode; None: one per core."""
+    devices: str = "auto"
+    """auto, cpu, cpu:N, cuda, cuda:0,1."""
+    max_errors: str = "0.1%"
+    """Images that may fail before the run stops: a share or a count."""
+    retry_failed: bool = False
+    """Encode shards again that hold images which failed."""
+    rescan: bool = False
+    """List the source again and append new images."""
+
+    def __post_init__(self) -> None:
+        self.image_spec("unknown")
+        self.view_spec()
+        self.layout_spec()
+        for name in ("batch_size", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"`{name}` is {value}; it must be at least 1")
+        if not 1 <= self.quality <= 8:
+            raise UsageError(f"`quality` is {self.quality}; 1 to 8 are possible")
+
+    def image_spec(self, decoder: str) -> ImageSpec:
+        """Returns the part of the fingerprint that speaks of pixels."""
+        return ImageSpec(
+            size=self.size,
+            resize_side=self.size if self.resize_side is None else self.resize_side,
+            interpolation=self.interpolation,
+            exif=self.exif,
+            max_pixels=self.max_pixels,
+            decoder=decoder,
+        )
+
+    def view_spec(self) -> ViewSpec:
+        """Returns the part of the fingerprint that speaks of views."""
+        return ViewSpec.parse(self.views, seed=self.seed)
+
+    def layout_spec(self) -> LayoutSpec:
+        """Returns the fields that decide which sample lies where."""
+        return LayoutSpec(
+            val_fraction=self.val_fraction,
+            seed=self.seed,
+            shard_samples=self.shard_samples,
+            limit=self.limit,
+            codec=self.codec,
+            level=self.level,
+        )

@@ -1,0 +1,236 @@
+"""The plan: which sample lies in which row of which shard, fixed before the first image is encoded.
+
+A row is the rank of hash(seed, split, key), so rows are not sorted by class and any window of the
+cache is mixed; nothing that goes wrong with one image moves another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ci2p_cache.cache.commit import sha256_file
+from ci2p_cache.cache.index import parquet_bytes, read_parquet
+from ci2p_cache.cache.manifest import MANIFEST, Manifest, SplitRecord, shard_rows
+from ci2p_cache.errors import ManifestError, SourceError
+from ci2p_cache.images.source import ImageRef, ImageSource
+from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec
+
+__all__ = ["PLAN", "Plan", "Sample", "ShardPlan", "build_plan", "read_plan"]
+
+PLAN = "plan.parquet"
+
+_SPLIT_ORDER = ("train", "val", "test")
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("path", pa.binary(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One planned sample: its row, key, label and where its bytes are (relative to the source)."""
+
+    row: int
+    key: str
+    label: int
+    path: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """The planned samples of one shard, in row order."""
+
+    split: str
+    shard: int
+    samples: tuple[Sample, ...]
+
+    @property
+    def first_row(self) -> int:
+        """Row of the first sample."""
+        return self.samples[0].row
+
+    @property
+    def sha256(self) -> str:
+        """Digest over the samples; a commit record holds it, so that a changed plan is noticed."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            head = f"{sample.row}\0{sample.label}\0{sample.key}\0"
+            digest.update(head.encode() + sample.path + b"\n")
+        return digest.hexdigest()
+
+
+class Plan:
+    """All samples of all splits, kept as columns.
+
+    Args:
+        tables: One table per split, rows ascending from 0.
+        records: The shape of each split.
+    """
+
+    def __init__(self, tables: dict[str, pa.Table], records: dict[str, SplitRecord]) -> None:
+        self._tables = tables
+        self.splits = records
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all splits."""
+        return sum(record.rows for record in self.splits.values())
+
+    @property
+    def num_shards(self) -> int:
+        """Shards over all splits."""
+        return sum(record.num_shards for record in self.splits.values())
+
+    def shard_numbers(self) -> Iterator[tuple[str, int]]:
+        """Yields (split, shard) of every shard, train first."""
+        for name, record in self.splits.items():
+            for shard in range(record.num_shards):
+                yield name, shard
+
+    def shard(self, split: str, shard: int) -> ShardPlan:
+        """Returns the samples of one shard."""
+        rows = self.splits[split].rows_of(shard)
+        part = self._tables[split].slice(rows.start, len(rows))
+        samples = zip(
+            rows,
+            part["key"].to_pylist(),
+            part["label"].to_pylist(),
+            part["path"].to_pylist(),
+            strict=True,
+        )
+        return ShardPlan(split, shard, tuple(Sample(*sample) for sample in samples))
+
+    def labels(self, split: str) -> npt.NDArray[np.int32]:
+        """Returns the label of every row of a split, int32 (N,)."""
+        return np.asarray(self._tables[split]["label"].to_numpy(), np.int32)
+
+    def to_bytes(self) -> bytes:
+        """Serialises to parquet."""
+        return parquet_bytes(pa.concat_tables(self._tables.values(), promote_options="permissive"))
+
+
+def build_plan(
+    source: ImageSource,
+    layout: LayoutSpec,
+    views: ViewSpec,
+    latent: LatentSpec,
+    *,
+    earlier: Plan | None = None,
+) -> Plan:
+    """Lists a source and gives every image its split and row.
+
+    Args:
+        source: Where the images are.
+        layout: Validation share, seed, limit and shard size.
+        views: How many views a training sample has; with `latent` it bounds the shard size.
+        latent: The shape and dtype of one latent.
+        earlier: A plan of the same folder; its samples keep their rows and new ones follow.
+
+    Raises:
+        SourceError: there is no image.
+    """
+    columns: dict[str, list[tuple[int, str, int, bytes]]] = {}
+    known = _known_keys(earlier) if earlier is not None else {}
+    for ref in _limited(source.scan(), layout):
+        split = ref.split or _drawn_split(ref, layout)
+        if ref.key in known.get(split, ()):
+            continue
+        rank = _hash64(ref.key, f"row:{split}", layout.seed)
+        columns.setdefault(split, []).append((rank, ref.key, ref.label, ref.path))
+    names = {*columns, *(earlier.splits if earlier else ())}
+    if not names:
+        raise SourceError(f"{source.location()} holds no image")
+    tables, records = {}, {}
+    for name in sorted(names, key=lambda n: (_SPLIT_ORDER.index(n), n)):
+        old = earlier._tables.get(name) if earlier else None
+        table = _table(name, sorted(columns.pop(name, ())), old)
+        num_views = views.num_views(name)
+        size = shard_rows(layout, latent, num_views)
+        shards = pa.array(np.arange(table.num_rows) // size, pa.int32())
+        tables[name] = table.set_column(2, _SCHEMA.field("shard"), shards)
+        records[name] = SplitRecord(rows=table.num_rows, views=num_views, shard_rows=size)
+    return Plan(tables, records)
+
+
+def read_plan(root: Path, manifest: Manifest) -> Plan:
+    """Reads the plan of a cache folder, held against the manifest's digest.
+
+    Raises:
+        ManifestError: it is missing or damaged.
+    """
+    path = root / PLAN
+    hint = f"encode into a new folder; {root} cannot be continued without its plan"
+    try:
+        digest, table = sha256_file(path), read_parquet(path)
+    except OSError as error:
+        raise ManifestError(f"{path} is damaged: {error}", hint=hint) from error
+    if digest != manifest.plan.sha256:
+        raise ManifestError(f"{path} is damaged: its sha256 is not that in {MANIFEST}", hint=hint)
+    splits = table["split"].cast(pa.string())
+    tables = {
+        name: table.filter(pc.equal(splits, name)).combine_chunks() for name in manifest.splits
+    }
+    return Plan(tables, dict(manifest.splits))
+
+
+def _table(
+    split: str, samples: list[tuple[int, str, int, bytes]], earlier: pa.Table | None
+) -> pa.Table:
+    first = earlier.num_rows if earlier is not None else 0
+    count = len(samples)
+    names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count), pa.int8()), [split])
+    new = pa.table(
+        [
+            names,
+            pa.array(np.arange(first, first + count), pa.int64()),
+            pa.array(np.zeros(count), pa.int32()),
+            pa.array([sample[1] for sample in samples], pa.string()),
+            pa.array([sample[2] for sample in samples], pa.int32()),
+            pa.array([sample[3] for sample in samples], pa.binary()),
+        ],
+        schema=_SCHEMA,
+    )
+    return new if earlier is None else pa.concat_tables([earlier, new]).unify_dictionaries()
+
+
+def _limited(refs: Iterable[ImageRef], layout: LayoutSpec) -> Iterable[ImageRef]:
+    """Keeps the `limit` images of smallest hash: the same ones each time, spread over classes."""
+    if layout.limit is None:
+        return refs
+    ranked = sorted(
+        ((_hash64(ref.key, "limit", layout.seed), ref.path, ref) for ref in refs),
+        key=lambda item: item[:2],
+    )
+    return [ref for _, _, ref in ranked[: layout.limit]]
+
+
+def _drawn_split(ref: ImageRef, layout: LayoutSpec) -> str:
+    """Draws train or val by the hash of the key alone, so added files move no other file."""
+    share = _hash64(ref.key, "val", layout.seed) / 2**64
+    return "val" if share < layout.val_fraction else "train"
+
+
+def _hash64(key: str, purpose: str, seed: int) -> int:
+    digest = hashlib.blake2b(
+        key.encode(), digest_size=8, key=seed.to_bytes(8, "little"), person=purpose.encode()
+    )
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _known_keys(plan: Plan) -> dict[str, set[str]]:
+    return {name: set(plan._tables[name]["key"].to_pylist()) for name in plan.splits}

@@ -1,0 +1,306 @@
+"""Encoding shards: read, decode, g_a, quantise, compress, commit, each stage overlapping the next.
+
+::
+
+    decode pool: bytes -> views --+
+                                  +--> lanes: g_a, quantise --> decode pool: crc32c, compress --+
+    (bounded look-ahead) ---------+                                                             |
+                                              committer: shard, index, record  <----------------+
+
+Images are decoded ahead across shards, so lanes do not run dry at a shard's end; batches never
+cross a shard and are filled in row order whatever the timing: the same plan gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ci2p_cache.cache.commit import CommitRecord, StagingArea
+from ci2p_cache.cache.index import ChannelSums, IndexRow, index_bytes
+from ci2p_cache.cache.manifest import SplitRecord, index_path, shard_path
+from ci2p_cache.cache.zarr_shards import ChunkCodec, index_crc32c, pack_shard
+from ci2p_cache.encoding.budget import ErrorBudget, SaturationProbe
+from ci2p_cache.encoding.lane import Lane, encode_views, numerics, single_threaded
+from ci2p_cache.encoding.plan import Sample, ShardPlan
+from ci2p_cache.errors import ImageDecodeError
+from ci2p_cache.images.decode import decode_image
+from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.views import image_views
+from ci2p_cache.specs import Fingerprint, LatentSpec, LayoutSpec
+
+__all__ = ["EncodeSettings", "ShardEncoder"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeSettings:
+    """Everything that encoding a shard needs to know besides the plan and the devices."""
+
+    fingerprint: Fingerprint
+    layout: LayoutSpec
+    splits: dict[str, SplitRecord]
+    classes: tuple[str, ...]
+    batch_size: int
+    """Views per call of g_a; changes no value."""
+    decode_threads: int
+    """Threads that read, decode and compress."""
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """One image read and decoded, or the reason why not."""
+
+    row: IndexRow
+    views: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Shard:
+    """One shard while it is being built."""
+
+    plan: ShardPlan
+    rows: list[IndexRow] = field(default_factory=list)
+    chunks: list[bytes | None] = field(default_factory=list)
+    batches: list[Future[Future[ChannelSums]]] = field(default_factory=list)
+    crc32c: dict[tuple[int, int], int] = field(default_factory=dict)
+    clipped: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
+class ShardEncoder:
+    """Encodes planned shards and commits each; a context manager that owns its threads.
+
+    Host memory is bounded by two shards of encoded chunks (at most 128 MiB each, uncompressed),
+    `lookahead` decoded images (their views), two batches per lane, and one full-size image per
+    decode thread (at most 3 bytes times `max_pixels`, twice while it is resized).
+
+    Args:
+        source: Where the images are read from.
+        settings: What to make of them.
+        lanes: The encoders; all give the same values.
+        staging: Where committed files go.
+        budget: Counts images that cannot be decoded, and ends the run when they are too many.
+        on_image: Called in the caller's thread after each image, with whether it was good.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        settings: EncodeSettings,
+        lanes: list[Lane],
+        staging: StagingArea,
+        *,
+        budget: ErrorBudget,
+        on_image: Callable[[bool], None],
+    ) -> None:
+        self._source = source
+        self._settings = settings
+        self._staging = staging
+        self._budget = budget
+        self._on_image = on_image
+        self._latent: LatentSpec = settings.fingerprint.latent
+        self._probe = SaturationProbe(self._latent)
+        self._codec = ChunkCodec(
+            settings.layout.codec, level=settings.layout.level, chunk_bytes=self._latent.num_bytes
+        )
+        self._free_lanes: deque[Lane] = deque(lanes)
+        self._num_lanes = len(lanes)
+        self._numerics = numerics(lanes[0], settings.batch_size)
+        self.lookahead = max(32, 2 * settings.batch_size * len(lanes))
+        self._slots = threading.Semaphore(2 * len(lanes) + settings.decode_threads)
+        self._num_threads = torch.get_num_threads()
+        self._busy_lock = threading.Lock()
+        self._busy_seconds = 0.0
+        self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode", single_threaded)
+        self._lanes = ThreadPoolExecutor(len(lanes), "lane", single_threaded)
+        self._committer = ThreadPoolExecutor(1, "commit")
+
+    def __enter__(self) -> ShardEncoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (self._decoders, self._lanes, self._committer):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._decoders, self._lanes, self._committer):
+            pool.shutdown(wait=True)
+        # Set in a lane it also reaches MKL's global count; the caller gets its own back.
+        torch.set_num_threads(self._num_threads)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds that g_a ran so far, averaged over the lanes."""
+        with self._busy_lock:
+            return self._busy_seconds / self._num_lanes
+
+    def encode(self, shards: Iterable[ShardPlan]) -> Iterator[CommitRecord]:
+        """Encodes and commits shards in order, yielding each once it is committed.
+
+        Raises:
+            TooManyBadImagesError: the error budget is used up; the shard is not committed.
+            SaturationError: the symbols do not fit the dtype; the shard is not committed.
+            ResourceError: reading or writing failed for good; the same command goes on later.
+        """
+        committing: Future[CommitRecord] | None = None
+        for _, loads in groupby(
+            self._read_ahead(shards), key=lambda item: (item[0].split, item[0].shard)
+        ):
+            built = self._encode_shard(loads)
+            if committing is not None:
+                yield committing.result()
+            committing = self._committer.submit(self._finish, built)
+        if committing is not None:
+            yield committing.result()
+
+    def _read_ahead(
+        self, shards: Iterable[ShardPlan]
+    ) -> Iterator[tuple[ShardPlan, Sample, Future[_Loaded]]]:
+        waiting: deque[tuple[ShardPlan, Sample, Future[_Loaded]]] = deque()
+        for shard in shards:
+            for sample in shard.samples:
+                future = self._decoders.submit(self._load, sample, shard.split)
+                waiting.append((shard, sample, future))
+                if len(waiting) >= self.lookahead:
+                    yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+
+    def _load(self, sample: Sample, split: str) -> _Loaded:
+        spec = self._settings.fingerprint.image
+        row = IndexRow(
+            row=sample.row,
+            key=sample.key,
+            label=sample.label,
+            class_name=self._settings.classes[sample.label] if sample.label >= 0 else "",
+            path=sample.path.decode("utf-8", "backslashreplace"),
+            path_bytes=sample.path,
+        )
+        try:
+            data = self._source.read(sample.path)
+            row.source_bytes = len(data)
+            row.source_sha256 = hashlib.sha256(data).hexdigest()
+            image = decode_image(data, spec)
+        except ImageDecodeError as error:
+            row.status, row.error = "invalid", str(error)
+            return _Loaded(row)
+        views, boxes = image_views(
+            image, spec, self._settings.fingerprint.views, split=split, key=sample.key
+        )
+        row.width, row.height = image.width, image.height
+        row.mode, row.format = image.mode, image.format
+        row.exif_orientation = image.orientation
+        row.boxes = [asdict(box) for box in boxes]
+        return _Loaded(row, views)
+
+    def _encode_shard(self, loads: Iterator[tuple[ShardPlan, Sample, Future[_Loaded]]]) -> _Shard:
+        shard: _Shard | None = None
+        views: list[torch.Tensor] = []
+        places: list[tuple[int, int]] = []
+        for plan, sample, future in loads:
+            if shard is None:
+                record = self._settings.splits[plan.split]
+                shard = _Shard(plan, chunks=[None] * (record.shard_rows * record.views))
+            loaded = future.result()
+            shard.rows.append(loaded.row)
+            self._budget.count(loaded.row)
+            self._on_image(loaded.views is not None)
+            if loaded.views is None:
+                continue
+            for number, view in enumerate(loaded.views):
+                views.append(view)
+                places.append((sample.row - plan.first_row, number))
+                if len(views) == self._settings.batch_size:
+                    self._submit(shard, views, places)
+                    views, places = [], []
+        assert shard is not None, "a planned shard holds at least one sample"
+        if views:
+            self._submit(shard, views, places)
+        return shard
+
+    def _submit(
+        self, shard: _Shard, views: list[torch.Tensor], places: list[tuple[int, int]]
+    ) -> None:
+        self._slots.acquire()
+        shard.batches.append(self._lanes.submit(self._run_batch, shard, views, places))
+
+    def _run_batch(
+        self, shard: _Shard, views: list[torch.Tensor], places: list[tuple[int, int]]
+    ) -> Future[ChannelSums]:
+        try:
+            lane = self._free_lanes.popleft()
+            started = time.perf_counter()
+            try:
+                stored, clipped = encode_views(lane, views, self._latent)
+            finally:
+                self._free_lanes.append(lane)
+                with self._busy_lock:
+                    self._busy_seconds += time.perf_counter() - started
+            return self._decoders.submit(self._pack, shard, stored, clipped, places)
+        except BaseException:
+            self._slots.release()
+            raise
+
+    def _pack(
+        self,
+        shard: _Shard,
+        stored: npt.NDArray[Any],
+        clipped: npt.NDArray[Any],
+        places: list[tuple[int, int]],
+    ) -> ChannelSums:
+        try:
+            num_views = self._settings.splits[shard.plan.split].views
+            for latent, (offset, view) in zip(stored, places, strict=True):
+                raw = memoryview(latent.reshape(-1).view(np.uint8))
+                shard.chunks[offset * num_views + view] = self._codec.encode(raw)
+                shard.crc32c[offset, view] = google_crc32c.value(bytes(raw))
+            for place, lost in zip(places, clipped.sum(axis=1).tolist(), strict=True):
+                shard.clipped[place] = lost
+            return ChannelSums.of(stored, clipped.sum(axis=0))
+        finally:
+            self._slots.release()
+
+    def _finish(self, shard: _Shard) -> CommitRecord:
+        sums = ChannelSums.empty(self._latent.channels)
+        for batch in shard.batches:
+            sums = sums + batch.result().result()
+        self._probe.check(sums)
+        plan, settings = shard.plan, self._settings
+        views = range(settings.splits[plan.split].views)
+        good = [row for row in shard.rows if row.status == "ok"]
+        for row in good:
+            offset = row.row - plan.first_row
+            row.latent_crc32c = [shard.crc32c[offset, view] for view in views]
+            row.clipped = sum(shard.clipped[offset, view] for view in views)
+        pieces = list(pack_shard(shard.chunks))
+        files = (
+            self._staging.put(shard_path(plan.split, plan.shard), pieces),
+            self._staging.put(index_path(plan.split, plan.shard), index_bytes(shard.rows, sums)),
+        )
+        record = CommitRecord(
+            split=plan.split,
+            shard=plan.shard,
+            first_row=plan.first_row,
+            rows=len(plan.samples),
+            valid_rows=len(good),
+            plan_sha256=plan.sha256,
+            fingerprint=settings.fingerprint.digest,
+            index_crc32c=index_crc32c(pieces[-1]),
+            files=files,
+            numerics=self._numerics,
+        )
+        self._staging.commit(record)
+        return record
+
+
+def _place(item: tuple[ShardPlan, Sample, Future[_Loaded]]) -> tuple[str, int]:
+    return item[0].split, item[0].shard
