@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: generated, non-square, asymmetric pictures and where the data is."""
+"""Fixtures shared by all tests: generated, non-square, asymmetric pictures; the real data."""
 
 from __future__ import annotations
 

@@ -264,8 +264,10 @@ def test_killed_at_any_time_and_run_again_gives_the_same_bytes(tmp_path: Path) -
 def test_sigterm_ends_within_seconds_and_the_same_command_goes_on(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "src", {"ant": 150, "bee": 150})
     out = tmp_path / "out"
-    command = [sys.executable, "-W", "ignore", "-m", "ci2p_cache", "encode", str(source), "--out",
-               str(out), "--encoder", "bundled", "--shard-samples", "16", "--size", "128"]  # fmt: skip
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "ci2p_cache", "encode", str(source)),
+        *("--out", str(out), "--encoder", "bundled", "--shard-samples", "16", "--size", "128"),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(out.glob("commits/*")):
         time.sleep(0.01)
@@ -277,7 +279,9 @@ def test_sigterm_ends_within_seconds_and_the_same_command_goes_on(tmp_path: Path
     assert "ci2p-cache encode" in text
     assert not (out / ".staging").exists()
     assert not (out / ".lock").exists()
-    summary = cc.encode(source, out, cc.EncodeOptions(encoder="bundled", shard_samples=16, size=128))
+    summary = cc.encode(
+        source, out, cc.EncodeOptions(encoder="bundled", shard_samples=16, size=128)
+    )
     assert 0 < summary.encoded_now < 300
     assert not cc.verify(out)
 
@@ -352,7 +356,9 @@ class TestBadImages:
         assert not cc.verify(tmp_path / "out")
 
         picture(3).save(source / "ant" / "003.jpg")
-        again = cc.encode(source, tmp_path / "out", with_options(val_fraction=0.0, retry_failed=True))
+        again = cc.encode(
+            source, tmp_path / "out", with_options(val_fraction=0.0, retry_failed=True)
+        )
         assert (again.images, again.bad) == (17, 0)
         assert again.encoded_now == 4
         cc.encode(source, tmp_path / "fresh", with_options(val_fraction=0.0))

@@ -118,6 +118,16 @@ def test_state_at_every_step_gives_the_rest_of_the_run(cache: cc.Cache) -> None:
             other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("batch_size", [17, 13, 64])
+def test_a_ragged_batch_that_threads_share_unevenly_is_whole(
+    cache: cc.Cache, batch_size: int, threads: int
+) -> None:
+    with cc.LatentLoader(cache["train"], batch_size=batch_size, threads=threads) as loader:
+        rows = torch.cat([batch.rows for batch in loader]).tolist()
+    assert sorted(rows) == cache["train"].valid_rows.tolist()
+
+
 def test_drop_last_leaves_out_the_ragged_batch(cache: cc.Cache) -> None:
     with cc.LatentLoader(cache["train"], batch_size=6, drop_last=True) as loader:
         assert [len(batch.rows) for batch in loader] == [6, 6, 6]

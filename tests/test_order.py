@@ -29,9 +29,7 @@ def test_views_are_in_range_and_do_not_depend_on_the_order(
     order = epoch_order(rows, seed=seed, epoch=epoch)
     by_row = epoch_views(rows, views, seed=seed, epoch=epoch)
     assert ((by_row >= 0) & (by_row < views)).all()
-    np.testing.assert_array_equal(
-        epoch_views(order, views, seed=seed, epoch=epoch), by_row[order]
-    )
+    np.testing.assert_array_equal(epoch_views(order, views, seed=seed, epoch=epoch), by_row[order])
 
 
 def test_the_order_is_this_one_for_ever() -> None:
@@ -43,9 +41,7 @@ def test_the_order_is_this_one_for_ever() -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     rows = np.arange(1000, dtype=np.int64)
-    orders = [
-        epoch_order(rows, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)
-    ]
+    orders = [epoch_order(rows, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
     for i, one in enumerate(orders):
         for other in orders[i + 1 :]:
             assert (one == other).mean() < 0.02
@@ -66,4 +62,3 @@ def test_positions_and_views_are_spread_evenly() -> None:
 def test_num_batches_counts_the_ragged_one_unless_dropped() -> None:
     assert [num_batches(n, 4, drop_last=False) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
     assert [num_batches(n, 4, drop_last=True) for n in (0, 1, 4, 5)] == [0, 0, 1, 1]
-

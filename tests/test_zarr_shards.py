@@ -123,7 +123,7 @@ def test_a_truncated_shard_is_refused_when_opened(packed: tuple[Path, ChunkCodec
     path, codec, _ = packed
     intact = path.read_bytes()
     path.write_bytes(intact[:-1])
-    with pytest.raises(ShardError, match="bytes, .* were committed"):
+    with pytest.raises(ShardError, match=r"bytes, .* were committed"):
         read_all(path, codec, len(intact), index_crc32c(intact))
 
 

@@ -125,7 +125,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raised: type[ResourceError] = DiskFullError if full else ResourceError
         raise raised(
-            f"cannot write {path}: {error.strerror or error}. Committed shards are safe.",
+            f"cannot write {path}: {error.strerror or error}. What was committed before is safe.",
             hint="make space, then run the same command again"
             if full
             else "when the disk answers again, run the same command",

@@ -7,8 +7,6 @@ threads inside one convolution change about 3 in a million symbols, two lanes ch
 from __future__ import annotations
 
 import copy
-import ctypes
-import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -20,19 +18,10 @@ import torch
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.quantize import saturate
 from ci2p_cache.errors import SaturationError, UsageError
+from ci2p_cache.machine import num_cores, tune_allocator
 from ci2p_cache.specs import LatentSpec
 
-__all__ = [
-    "Lane",
-    "encode_views",
-    "make_lanes",
-    "num_cores",
-    "numerics",
-    "single_threaded",
-    "tune_allocator",
-]
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+__all__ = ["Lane", "encode_views", "make_lanes", "numerics", "single_threaded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +30,6 @@ class Lane:
 
     encoder: FrozenEncoder
     device: torch.device
-
-
-def num_cores() -> int:
-    """Returns the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def make_lanes(encoder: FrozenEncoder, devices: str) -> list[Lane]:
@@ -78,23 +62,6 @@ def make_lanes(encoder: FrozenEncoder, devices: str) -> list[Lane]:
         Lane(copy.deepcopy(encoder).to(device), device)
         for device in (torch.device("cuda", number) for number in chosen)
     ]
-
-
-def tune_allocator() -> None:
-    """Keeps glibc from mapping and faulting every activation anew; elsewhere it does nothing.
-
-    Batches above one allocate 67 MB activations, which glibc by default maps on each call: half of
-    the encoding time goes into page faults (measured: 22 against 35 images/s on one core). With
-    these settings freed activations stay in the heap and are used again. It holds for the process.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    # A thread's own arena cannot hold blocks over 64 MB; the main arena can.
-    mallopt(_M_ARENA_MAX, 1)
 
 
 def single_threaded() -> None:

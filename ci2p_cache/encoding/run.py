@@ -16,7 +16,7 @@ from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
 from ci2p_cache.encoding.budget import ErrorBudget, parse_max_errors
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.interrupt import interruptible
-from ci2p_cache.encoding.lane import make_lanes, num_cores
+from ci2p_cache.encoding.lane import make_lanes
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import PLAN, Plan, ShardPlan, build_plan, read_plan
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary, ProgressMeter, summarise
@@ -24,6 +24,7 @@ from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
 from ci2p_cache.errors import ManifestError, NotACacheError, UsageError
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.source import ImageSource, open_source
+from ci2p_cache.machine import num_cores
 from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec
 
 __all__ = ["encode"]

@@ -10,7 +10,6 @@ Shapes: B batch, M latent channels, h and w latent rows and columns.
 
 from __future__ import annotations
 
-import os
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -28,6 +27,7 @@ from torch import Tensor
 from ci2p_cache.cache.store import Split
 from ci2p_cache.errors import InputDataError, UsageError
 from ci2p_cache.loader.order import Rows, epoch_order, epoch_views, num_batches
+from ci2p_cache.machine import num_cores
 
 __all__ = ["Batch", "BatchLoader", "LatentLoader"]
 
@@ -99,7 +99,7 @@ class BatchLoader(ABC):
         self._shuffle = shuffle
         self._views = views
         self._drop_last = drop_last
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or num_cores()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
 
     @property
@@ -240,12 +240,11 @@ class LatentLoader(BatchLoader):
 
     def _start(self, rows: Rows, views: Rows) -> Callable[[], Batch]:
         buffer = self._free.pop() if self._free else self._new_buffer()
+        array = buffer.array[: len(rows)]
         share = -(-len(rows) // self._threads)
+        parts = [slice(i, i + share) for i in range(0, len(rows), share)]
         futures = [
-            self._pool.submit(
-                self._read, rows[i : i + share], views[i : i + share], buffer.array[i : i + share]
-            )
-            for i in range(0, len(rows), share)
+            self._pool.submit(self._read, rows[part], views[part], array[part]) for part in parts
         ]
         self._futures.update(futures)
 

@@ -1,0 +1,1 @@
+"""Pictures of run records and caches; knows neither stage."""

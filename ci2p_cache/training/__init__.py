@@ -1,0 +1,1 @@
+"""Stage two: the training loop and what it keeps on disk."""

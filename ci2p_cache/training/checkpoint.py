@@ -1,0 +1,291 @@
+"""Checkpoints: folders that are complete or not there, checked by digest whenever they are read.
+
+::
+
+    checkpoints/
+      epoch-0003-step-000000/     3 epochs done and 0 steps of the next
+        model.safetensors         parameters and buffers
+        optimizer.safetensors     Adam's moments, exp_avg/<parameter> and so on
+        state.json                TrainState: place in the order, running sums, all epochs so far
+        digests.json              size and sha256 of these three
+      last.json                   which folders are the last and the best
+
+A folder is written under a staging name, its files synced, and renamed into place. The newest one
+that is whole counts; `last.json` tells people and other programs what we know from listing. Three
+are kept: the last, the one before it in case the last is damaged, and the best (of either, should
+they not agree). Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ci2p_cache.cache.commit import FileRecord, StagingArea, disk_errors, json_bytes
+from ci2p_cache.errors import CheckpointError, ManifestError, ResourceError
+from ci2p_cache.record import Record, read_json
+from ci2p_cache.training.records import EpochRecord, TrainObserver, best_epoch
+
+__all__ = ["Checkpoint", "CheckpointStore", "TrainState"]
+
+_VERSION = 1
+_FOLDER = "checkpoints"
+_PARTIAL = f"{_FOLDER}/.partial"
+_MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "digests.json",
+)
+_JSON_ERRORS = (ValueError, RecursionError)
+_NAME = re.compile(r"epoch-(\d{4,})-step-(\d{6,})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState(Record):
+    """Where a run stands. With the spec's seed it fixes everything that comes."""
+
+    version: int = _VERSION
+    """Version of this record."""
+    run: str
+    """Digest of the run's settings and data; a checkpoint of another run is refused."""
+    epoch: int = 0
+    """Epochs done."""
+    step: int = 0
+    """Steps of the next epoch done; all of them where only its validation is missing."""
+    sums: dict[str, float]
+    """Sums over these steps, as `TrainTotals.read` gives them; empty at the start of an epoch."""
+    train_seconds: float = 0.0
+    """Wall time of these steps."""
+    waited_seconds: float = 0.0
+    """Part of it spent waiting for data."""
+    bad_in_a_row: int = 0
+    """Steps skipped directly before."""
+    history: tuple[EpochRecord, ...] = ()
+    """The epochs done; `summary.csv` is written from it."""
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint folder."""
+        return _folder_name(self.epoch, self.step)
+
+    @property
+    def best_name(self) -> str | None:
+        """Name of the folder with the best weights; None before the first epoch's end."""
+        return _best_name(self.history)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint in memory; all tensors on CPU."""
+
+    state: TrainState
+    """Where the run stands."""
+    model: dict[str, Tensor]
+    """The model's `state_dict`."""
+    optimizer: dict[str, Tensor]
+    """What `optimizer_tensors` gives."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder; one process at a time, which the run's lock sees to.
+
+    Args:
+        staging: The open staging area of the run folder.
+        run: Digest of the run's settings and data.
+    """
+
+    def __init__(self, staging: StagingArea, *, run: str) -> None:
+        self._staging = staging
+        self._run = run
+        self._folder = staging.root / _FOLDER
+        self._newest: str | None = None
+
+    def path(self, name: str) -> Path:
+        """Returns the path of a checkpoint folder."""
+        return self._folder / name
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint, points `last.json` to it and removes those no longer needed.
+
+        Does nothing where the newest checkpoint is of the same place, because it is the same.
+
+        Raises:
+            DiskFullError: no space is left; earlier checkpoints are safe.
+            ResourceError: another write error; earlier checkpoints are safe.
+        """
+        state, root = checkpoint.state, self._staging.root
+        if state.name == self._newest:
+            return
+        _remove_folder(root / _PARTIAL)
+        contents = {
+            _MODEL: _tensor_bytes(checkpoint.model),
+            _OPTIMIZER: _tensor_bytes(checkpoint.optimizer),
+            _STATE: json_bytes(state.to_dict()),
+        }
+        target = self.path(state.name)
+        try:
+            files = []
+            for name, content in contents.items():
+                written = self._staging.put(f"{_PARTIAL}/{name}", content)
+                files.append({"path": name, "bytes": written.bytes, "sha256": written.sha256})
+            self._staging.put_json(f"{_PARTIAL}/{_DIGESTS}", {"version": _VERSION, "files": files})
+            # Only a damaged folder can lie there: the run would have gone on from a good one.
+            _remove_folder(target)
+            with disk_errors(target):
+                (root / _PARTIAL).rename(target)
+                _sync_folder(self._folder)
+        except ResourceError:
+            # A full disk is not left fuller.
+            shutil.rmtree(root / _PARTIAL, ignore_errors=True)
+            raise
+        self._newest = state.name
+        pointer = {"version": _VERSION, "last": state.name, "best": state.best_name}
+        self._staging.put_json(f"{_FOLDER}/last.json", pointer)
+        self._remove_old(state)
+
+    def load(self, observer: TrainObserver) -> Checkpoint | None:
+        """Reads the newest checkpoint that is whole.
+
+        Damaged ones are passed over, and the observer is told which, why, and what counts instead.
+
+        Returns:
+            None where the run has not saved one yet.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none of them is whole.
+        """
+        _remove_folder(self._staging.root / _PARTIAL)
+        names = self._names()
+        pointed = self._pointed_to(observer)
+        if pointed is not None and pointed not in names:
+            names.append(pointed)
+        damaged: list[str] = []
+        for name in sorted(names, key=_place, reverse=True):
+            try:
+                checkpoint = self._read(name)
+            except CheckpointError as error:
+                damaged.append(f"{name} ({error})")
+                continue
+            if damaged:
+                observer.notice(
+                    f"damaged checkpoint passed over: {'; '.join(damaged)}. Training goes on from "
+                    f"{name}; what came after it is trained again."
+                )
+            self._newest = name
+            return checkpoint
+        if damaged:
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} is whole: {'; '.join(damaged)}",
+                hint="put one back from a backup, or start again with --overwrite",
+            )
+        return None
+
+    def _names(self) -> list[str]:
+        if not self._folder.is_dir():
+            return []
+        return [path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
+
+    def _pointed_to(self, observer: TrainObserver) -> str | None:
+        path = self._folder / "last.json"
+        try:
+            name = read_json(path).get("last")
+        except FileNotFoundError:
+            return None
+        except (ManifestError, OSError) as error:
+            observer.notice(f"{path} is damaged ({error}); the newest whole checkpoint counts.")
+            return None
+        return name if isinstance(name, str) and _NAME.fullmatch(name) else None
+
+    def _read(self, name: str) -> Checkpoint:
+        """Reads one checkpoint; what is parsed is the very bytes whose digest was checked.
+
+        Raises:
+            CheckpointError: anything about it is not as it was written.
+        """
+        folder = self.path(name)
+        try:
+            listing = read_json(folder / _DIGESTS)
+            records = [FileRecord.from_dict(entry) for entry in listing.get("files", ())]
+            content = {record.path: _checked_bytes(folder, record) for record in records}
+            if listing.get("version") != _VERSION or set(content) != {_MODEL, _OPTIMIZER, _STATE}:
+                raise CheckpointError(f"{_DIGESTS} is of another version or lists other files")
+            state = TrainState.from_dict(json.loads(content[_STATE]))
+            if state.version != _VERSION or state.run != self._run or state.name != name:
+                raise CheckpointError(f"{_STATE} is of another run, place or version")
+            model = safetensors.torch.load(content[_MODEL])
+            optimizer = safetensors.torch.load(content[_OPTIMIZER])
+        except (ManifestError, SafetensorError, OSError, TypeError, *_JSON_ERRORS) as error:
+            raise CheckpointError(str(error)) from error
+        return Checkpoint(state, model, optimizer)
+
+    def _remove_old(self, state: TrainState) -> None:
+        before = [name for name in self._names() if _place(name) < _place(state.name)]
+        keep = {state.name, state.best_name}
+        if before:
+            previous = max(before, key=_place)
+            keep |= {previous, _best_name(state.history[: _place(previous)[0]])}
+        for name in self._names():
+            if name not in keep:
+                _remove_folder(self.path(name))
+
+
+def _folder_name(epoch: int, step: int) -> str:
+    return f"epoch-{epoch:04d}-step-{step:06d}"
+
+
+def _best_name(history: tuple[EpochRecord, ...]) -> str | None:
+    return _folder_name(best_epoch(history).epoch, 0) if history else None
+
+
+def _place(name: str) -> tuple[int, int]:
+    found = _NAME.fullmatch(name)
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
+def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Serialises tensors, on any device and in any memory format, to safetensors."""
+    return safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    )
+
+
+def _checked_bytes(folder: Path, record: FileRecord) -> bytes:
+    path = folder / record.path
+    # A file of another size is not read at all: it could be of any size.
+    content = path.read_bytes() if path.stat().st_size == record.bytes else b""
+    digest = hashlib.sha256(content).hexdigest()
+    if len(content) != record.bytes or digest != record.sha256:
+        raise CheckpointError(
+            f"{record.path} is not what was written: {record.bytes} bytes of sha256 "
+            f"{record.sha256[:12]}..., now {path.stat().st_size} bytes"
+        )
+    return content
+
+
+def _remove_folder(path: Path) -> None:
+    """Removes a folder, or whatever else lies there; never what a link points to."""
+    with disk_errors(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,200 @@
+"""The run folder: whose it is, what it is bound to, and who may write there.
+
+::
+
+    runs/<name>/
+      args.yaml       what binds the folder (RunSettings), and what it was started with
+      model.json      everything needed to rebuild the model and to read its latents
+      summary.csv     a row per epoch
+      tensorboard/    the same as events
+      checkpoints/    see checkpoint.py
+      .lock           only while somebody trains here
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from ci2p_cache.cache.commit import StagingArea, disk_errors
+from ci2p_cache.cache.lock import locked
+from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
+from ci2p_cache.record import Record
+from ci2p_cache.specs import Fingerprint, differing_fields
+from ci2p_cache.training.records import TrainObserver
+from ci2p_cache.training.spec import TrainSpec
+
+__all__ = ["RunArgs", "RunSettings", "open_run_folder", "run_path"]
+
+_ARGS = "args.yaml"
+_MAX_ARGS_BYTES = 2**20
+"""Ours have a few thousand; what lies beyond is not read, and then does not parse."""
+_OWN_WORK = {".lock", ".staging"}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings(Record):
+    """What binds a run folder: everything that the numbers of a run depend on."""
+
+    spec: TrainSpec
+    """How it trains."""
+    fingerprint: Fingerprint
+    """How the cache's latents were made."""
+    data_sha256: str
+    """Digest of which samples the cache holds, their order, labels and validity."""
+    loader: str
+    """Kind of the loader: LatentLoader reads the cache, others may give other numbers."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the canonical JSON of all fields, 64 hex digits."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunArgs(Record):
+    """The content of `args.yaml`."""
+
+    version: int = 1
+    """Version of this record."""
+    cache: str
+    """Where the cache lay; information only."""
+    numerics: dict[str, str]
+    """Device, threads and versions at the start; others may change the last bits."""
+    settings: RunSettings
+    """What binds the folder."""
+
+    def __post_init__(self) -> None:
+        if self.version != 1:
+            raise UsageError(f"`version` is {self.version}; this ci2p-cache reads 1")
+
+
+def run_path(runs_dir: Path, name: str | None, settings: RunSettings) -> Path:
+    """Returns the folder of a run; without a name its settings give one, always the same.
+
+    Raises:
+        UsageError: the name is no plain folder name.
+    """
+    if name is None:
+        name = f"{settings.spec.model}-{settings.digest[:8]}"
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"`name` is {name!r}; wanted up to 100 letters, digits, dots, dashes and underscores, "
+            "beginning with a letter or digit"
+        )
+    return runs_dir / name
+
+
+@contextmanager
+def open_run_folder(
+    path: Path, args: RunArgs, *, overwrite: bool, observer: TrainObserver
+) -> Iterator[StagingArea]:
+    """Makes or takes up a run folder and holds its lock while the block runs.
+
+    Args:
+        path: The folder.
+        args: What is asked for.
+        overwrite: Whether to remove the run that lies there first.
+        observer: Told where device, threads or versions have changed since the start.
+
+    Yields:
+        The folder's staging area; `args.yaml` stands.
+
+    Raises:
+        RunMismatchError: a run with other settings lies there, or something else than a run.
+        LockedError: another process trains there.
+        ResourceError: the folder cannot be written.
+    """
+    _refuse_foreign(path)
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with locked(path / ".lock", what="train"):
+        _refuse_foreign(path)
+        started = _read_args(path)
+        if started is not None and overwrite:
+            _clear(path)
+            started = None
+        if started is not None:
+            _refuse_difference(path, started.settings, args.settings)
+        with StagingArea(path, name="train") as staging:
+            if started is None:
+                text = yaml.safe_dump(args.to_dict(), sort_keys=False, allow_unicode=True)
+                staging.put(_ARGS, text.encode())
+            elif started.numerics != args.numerics:
+                observer.notice(_changed_numerics(started.numerics, args.numerics))
+            yield staging
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raises RunMismatchError where something other than a run, or a run's beginning, lies."""
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_dir():
+        names = {child.name for child in path.iterdir()}
+        if _ARGS in names or not names - _OWN_WORK:
+            return
+    raise RunMismatchError(
+        f"{path} exists and is no run folder: it has no {_ARGS}; nothing was changed",
+        hint="choose another --name",
+    )
+
+
+def _read_args(path: Path) -> RunArgs | None:
+    file = path / _ARGS
+    if not file.exists():
+        return None
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(_MAX_ARGS_BYTES)
+        return RunArgs.from_dict(yaml.safe_load(text))
+    except (ManifestError, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RunMismatchError(
+            f"{file} is damaged or of another version, so the run cannot be told apart: {error}",
+            hint="choose another --name, or remove the folder by hand",
+        ) from error
+
+
+def _refuse_difference(path: Path, made: RunSettings, asked: RunSettings) -> None:
+    if made == asked:
+        return
+    lines = [
+        f"  {name}: {ours!r} in the folder, {theirs!r} asked for"
+        for name, ours, theirs in differing_fields(made, asked)
+    ]
+    raise RunMismatchError(
+        f"{path} holds a run with other settings; nothing was changed:\n" + "\n".join(lines),
+        hint="choose another --name, or leave it out and get a folder for these settings",
+    )
+
+
+def _clear(path: Path) -> None:
+    """Removes a run; `args.yaml` goes last, so that what is left stays recognised as a run."""
+    children = [child for child in path.iterdir() if child.name not in _OWN_WORK]
+    with disk_errors(path):
+        for child in sorted(children, key=lambda child: child.name == _ARGS):
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            else:
+                child.unlink()
+
+
+def _changed_numerics(started: dict[str, str], now: dict[str, str]) -> str:
+    changes = [
+        f"{name} {started.get(name)} -> {now.get(name)}"
+        for name in sorted(started.keys() | now.keys())
+        if started.get(name) != now.get(name)
+    ]
+    return (
+        "this run was started with another device, thread count or version, so its numbers may "
+        f"differ in their last bits from one that was not: {', '.join(changes)}"
+    )

@@ -1,0 +1,190 @@
+"""What a run is made from: device, splits, loaders, and what is recorded of them."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from ci2p_cache import __version__
+from ci2p_cache.cache.store import Cache, Split
+from ci2p_cache.errors import InputDataError, UsageError
+from ci2p_cache.loader.batches import BatchLoader, LatentLoader
+from ci2p_cache.models.ci2p_vit import ModelConfig
+from ci2p_cache.models.registry import model_config
+from ci2p_cache.training.spec import TrainSpec
+
+__all__ = [
+    "checked_device",
+    "data_digest",
+    "make_loaders",
+    "model_config_for",
+    "model_record",
+    "numerics",
+    "train_and_val",
+]
+
+_MODEL_RECORD_VERSION = 1
+
+
+def checked_device(name: str) -> torch.device:
+    """Returns the device of that name; auto is CUDA where there is one.
+
+    Raises:
+        UsageError: torch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"`device` is {name!r}; wanted auto, cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"`device` is {name!r}; wanted auto, cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"`device` is {name!r}; torch can use {torch.cuda.device_count()} CUDA devices here"
+        )
+    return device
+
+
+def model_config_for(cache: Cache, spec: TrainSpec) -> ModelConfig:
+    """Returns the record of the model that reads this cache's latents.
+
+    Raises:
+        UnknownModelError: no model has the spec's name.
+    """
+    latent = cache.fingerprint.latent
+    return model_config(
+        spec.model,
+        num_classes=len(cache.classes),
+        latent_channels=latent.channels,
+        pos_embed=spec.pos_embed,
+        latent_size=latent.height,
+        drop_path_rate=spec.drop_path,
+    )
+
+
+def train_and_val(cache: Cache, spec: TrainSpec) -> tuple[Split, Split | None]:
+    """Returns the splits to train from and to validate on, the latter None where there is none.
+
+    Raises:
+        InputDataError: there is no train split, no image in it, or an image without a label.
+        UsageError: the batch size leaves one image that BatchNorm could not normalise.
+    """
+    if "train" not in cache or not len(cache["train"].valid_rows):
+        raise InputDataError(
+            f"{cache.path} holds no image to train from; its splits are {list(cache.splits)}"
+        )
+    train = cache["train"]
+    val = cache["val"] if "val" in cache and len(cache["val"].valid_rows) else None
+    for split in (train, val):
+        if split is not None:
+            _check_labels(split, len(cache.classes))
+    last_batch = len(train.valid_rows) % spec.batch_size or spec.batch_size
+    part = -(-last_batch // spec.accumulate)
+    smallest = last_batch % part or part
+    # PatchReshape or CnnReshape halves 2x2 to 1x1, which leaves BatchNorm one value per channel.
+    if smallest == 1 and train.latent.height == 2:
+        raise UsageError(
+            f"`batch_size` {spec.batch_size} leaves {len(train.valid_rows)} images with a part of "
+            "one image at the end, which BatchNorm cannot normalise at 32 px; choose another"
+        )
+    return train, val
+
+
+def _check_labels(split: Split, num_classes: int) -> None:
+    labels = split.labels[split.valid_rows]
+    unknown = int(((labels < 0) | (labels >= num_classes)).sum())
+    if unknown:
+        raise InputDataError(
+            f"{unknown} of {len(labels)} images of split {split.name!r} of {split.cache.path} have "
+            "no label; training needs them all"
+        )
+
+
+def make_loaders(
+    splits: tuple[Split, Split | None],
+    spec: TrainSpec,
+    device: torch.device,
+    *,
+    threads: int | None,
+    given: BatchLoader | None,
+) -> tuple[BatchLoader, BatchLoader | None]:
+    """Returns the loaders of the train and the val split; the caller closes those not `given`.
+
+    Raises:
+        UsageError: the given loader has another seed, batch size, split or device.
+    """
+    train, val = splits
+    if given is None:
+        given = LatentLoader(
+            train,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            device=device,
+            threads=threads,
+            recycle=True,
+        )
+    has = (given.seed, given.batch_size, given.split.name, given.split.cache.path)
+    wanted = (spec.seed, spec.batch_size, train.name, train.cache.path)
+    if has != wanted or given.device.type != device.type:
+        raise UsageError(
+            f"the given loader has (seed, batch size, split, cache) {has} on {given.device}; "
+            f"the run wants {wanted} on {device}"
+        )
+    if val is None:
+        return given, None
+    return given, LatentLoader(
+        val,
+        batch_size=spec.batch_size,
+        device=device,
+        shuffle=False,
+        views=0,
+        threads=threads,
+        recycle=True,
+    )
+
+
+def data_digest(cache: Cache) -> str:
+    """Returns a sha256 over which samples the cache holds, in order, with labels and validity.
+
+    The fingerprint says how latents were made, not of what: two caches may share it. Paths and
+    names of the folder are left out, so a cache may move.
+    """
+    digest = hashlib.sha256(cache.manifest.plan.sha256.encode())
+    for name, split in sorted(cache.items()):
+        digest.update(f"{name} {split.num_rows}\n".encode())
+        digest.update(split.labels.tobytes())
+        digest.update(split.valid.tobytes())
+    return digest.hexdigest()
+
+
+def model_record(cache: Cache, config: ModelConfig) -> dict[str, Any]:
+    """Returns `model.json`: what rebuilds the model and reads its latents, weights apart."""
+    return {
+        "version": _MODEL_RECORD_VERSION,
+        "software": f"ci2p-cache {__version__}",
+        "model": config.to_dict(),
+        "fingerprint": cache.fingerprint.to_dict(),
+        "scale": cache.manifest.scale,
+        "offset": list(cache.manifest.offset),
+        "classes": list(cache.classes),
+        "class_titles": list(cache.class_titles),
+    }
+
+
+def numerics(device: torch.device) -> dict[str, str]:
+    """Returns what may change the last bits of a run without changing what it computes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "device": name,
+        "cpu_threads": str(torch.get_num_threads()),
+        "ci2p-cache": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "timm": version("timm"),
+    }

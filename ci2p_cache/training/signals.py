@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM as a flag that the loop looks at, so that a step and a save end whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+__all__ = ["StopSignal"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignal:
+    """Notes the first SIGINT or SIGTERM while its block runs.
+
+    A second one meets the handlers that were there before, so it ends the process at once. Outside
+    the main thread, where Python delivers no signals, it notes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._earlier: dict[signal.Signals, Any] = {}
+
+    def is_set(self) -> bool:
+        """Returns whether a signal has come."""
+        return self.number is not None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._put_back()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)

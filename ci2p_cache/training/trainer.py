@@ -1,0 +1,287 @@
+"""The loop: steps, epochs, and when to save. Everything else it is given."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from ci2p_cache.loader.batches import Batch, BatchLoader
+from ci2p_cache.training.checkpoint import TrainState
+from ci2p_cache.training.guard import BadStep, StepGuard
+from ci2p_cache.training.metrics import TrainTotals, autocast, validate
+from ci2p_cache.training.optim import lr_at, set_lr
+from ci2p_cache.training.records import EpochRecord, TrainObserver, TrainProgress
+from ci2p_cache.training.spec import TrainSpec
+
+__all__ = ["Trainer"]
+
+_READ_EVERY_STEPS = 50
+"""How often the loop waits for the device to look for bad steps: rare enough to cost nothing."""
+
+_PROGRESS_SECONDS = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class Trainer:
+    """Trains a model to the end of its run, or to where it is asked to stop.
+
+    All randomness of a step comes from (seed, epoch, step), so a run that was stopped anywhere goes
+    on to the same last bit on CPU, with the same number of threads and versions.
+    """
+
+    spec: TrainSpec
+    """What to do."""
+    model: nn.Module
+    """On its device, with the weights to go on from."""
+    optimizer: Optimizer
+    """From `make_optimizer`, with the moments to go on from."""
+    train_loader: BatchLoader
+    """Shuffled by the spec's seed; its batches may be recycled."""
+    val_loader: BatchLoader | None
+    """Unshuffled, the first view; None where the cache has no validation split."""
+    save: Callable[[TrainState], None]
+    """Saves a checkpoint of model and optimiser together with this state."""
+    should_stop: Callable[[], bool]
+    """Asked after each step and before each validation batch."""
+    observer: TrainObserver
+    """Told of progress and skipped steps; epochs are the caller's to tell, in `save`."""
+    save_every_steps: int | None = None
+    """Steps between checkpoints inside an epoch; None saves at the end of epochs only."""
+    _guard: StepGuard = field(init=False)
+    _parameters: list[nn.Parameter] = field(init=False)
+    _last_tick: float = field(init=False, default=0.0)
+
+    def run(self, state: TrainState) -> TrainState:
+        """Trains from `state` on.
+
+        Returns:
+            The state at the end, or where it was stopped; saved in both cases.
+
+        Raises:
+            TrainingDivergedError: ten steps in a row were not finite; nothing was saved since.
+            ShardError: the cache is damaged; nothing was saved since.
+            ResourceError: a checkpoint could not be written.
+        """
+        self._guard = StepGuard(self.model, self.optimizer, in_a_row=state.bad_in_a_row)
+        self._parameters = list(self.model.parameters())
+        device = self.train_loader.device
+        with _ieee_float32(device), _own_randomness(device):
+            while state.epoch < self.spec.epochs and not self.should_stop():
+                state = self._train_epoch(state)
+                if state.step == len(self.train_loader) and not self.should_stop():
+                    state = self._end_epoch(state)
+                self.save(state)
+        return state
+
+    def _train_epoch(self, state: TrainState) -> TrainState:
+        """Takes the steps that are left of an epoch, or those until it is stopped."""
+        loader, steps = self.train_loader, len(self.train_loader)
+        if state.step == steps:
+            return state
+        totals = TrainTotals(loader.device, state.sums)
+        clock = _Clock(loader, state)
+        loader.load_state_dict({"seed": self.spec.seed, "epoch": state.epoch, "step": state.step})
+        self.model.train()
+        loss = None
+        for step, batch in enumerate(loader, start=state.step):
+            self._step(batch, totals, epoch=state.epoch, step=step)
+            done = step + 1
+            stop = done == steps or self.should_stop()
+            due = self.save_every_steps is not None and done % self.save_every_steps == 0
+            if stop or due or done % _READ_EVERY_STEPS == 0:
+                self._tell_bad_steps()
+                sums = totals.read()
+                loss = sums["loss"] / max(sums["images"], 1)
+            if stop or due:
+                state = clock.stamp(state, step=done, sums=sums, in_a_row=self._guard.in_a_row)
+            if stop:
+                break
+            if due:
+                self.save(state)
+            self._tell_progress(state.epoch, done, loss, clock)
+        return state
+
+    def _step(self, batch: Batch, totals: TrainTotals, *, epoch: int, step: int) -> None:
+        """Takes one optimiser step; waits for nothing."""
+        spec, images = self.spec, len(batch.labels)
+        set_lr(self.optimizer, self._lr(epoch, step))
+        torch.manual_seed(_step_seed(spec.seed, epoch, step))
+        self._guard.before()
+        latents_BMHW = batch.latents.contiguous(memory_format=torch.channels_last)
+        loss = correct = torch.zeros((), device=latents_BMHW.device)
+        for latents, labels in zip(
+            latents_BMHW.chunk(spec.accumulate), batch.labels.chunk(spec.accumulate), strict=True
+        ):
+            part_loss, part_correct = self._backward(latents, labels, share=len(labels) / images)
+            loss, correct = loss + part_loss, correct + part_correct
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self._parameters, spec.clip_grad_norm or float("inf"), foreach=True
+        )
+        is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        rows = batch.rows.tolist()
+        self._guard.step(is_finite, BadStep(epoch=epoch + 1, step=step, rows=rows))
+        self.optimizer.zero_grad(set_to_none=True)
+        totals.add(
+            loss=loss, correct=correct, grad_norm=grad_norm, images=images, is_finite=is_finite
+        )
+
+    def _backward(self, latents: Tensor, labels: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
+        """Adds the gradients of a part of a batch; returns its share of the loss, and its hits."""
+        with autocast(latents.device, self.spec.precision):
+            logits = self.model(latents)
+        logits = logits.float()
+        loss = cross_entropy(logits, labels, label_smoothing=self.spec.label_smoothing) * share
+        loss.backward()  # type: ignore[no-untyped-call]  # torch stub
+        return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+
+    def _end_epoch(self, state: TrainState) -> TrainState:
+        """Validates and starts the next epoch; returns `state` where validation was stopped."""
+        started = time.perf_counter()
+        validation = None
+        if self.val_loader is not None:
+            validation = validate(
+                self.model,
+                self.val_loader,
+                precision=self.spec.precision,
+                should_stop=self.should_stop,
+            )
+            if validation is None:
+                return state
+        sums, steps = state.sums, len(self.train_loader)
+        images = sums["images"]
+        record = EpochRecord(
+            epoch=state.epoch + 1,
+            epochs=self.spec.epochs,
+            loss=sums["loss"] / images if images else float("nan"),
+            train_top1=sums["top1"] / max(images, 1),
+            val_loss=validation.loss if validation else None,
+            top1=validation.top1 if validation else None,
+            top5=validation.top5 if validation else None,
+            lr=self._lr(state.epoch, steps - 1),
+            grad_norm=sums["grad_norm"] / max(sums["steps"], 1),
+            skipped_steps=int(sums["skipped"]),
+            images=int(images),
+            images_per_second=images / max(state.train_seconds, 1e-9),
+            wait_share=state.waited_seconds / max(state.train_seconds, 1e-9),
+            epoch_seconds=state.train_seconds + time.perf_counter() - started,
+        )
+        return dataclasses.replace(
+            state,
+            epoch=state.epoch + 1,
+            step=0,
+            sums={},
+            train_seconds=0.0,
+            waited_seconds=0.0,
+            history=(*state.history, record),
+        )
+
+    def _lr(self, epoch: int, step: int) -> float:
+        steps = len(self.train_loader)
+        return lr_at(epoch * steps + step, spec=self.spec, steps_per_epoch=steps)
+
+    def _tell_bad_steps(self) -> None:
+        for bad in self._guard.read():
+            self.observer.notice(
+                f"step {bad.step} of epoch {bad.epoch} was skipped: loss or gradients were not "
+                f"finite on rows {bad.rows} of the train split"
+            )
+
+    def _tell_progress(self, epoch: int, done: int, loss: float | None, clock: _Clock) -> None:
+        now = time.perf_counter()
+        if now - self._last_tick < _PROGRESS_SECONDS:
+            return
+        self._last_tick = now
+        epochs, steps = self.spec.epochs, len(self.train_loader)
+        seconds = clock.seconds_per_step(done)
+        self.observer.progress(
+            TrainProgress(
+                epoch=epoch + 1,
+                epochs=epochs,
+                step=done,
+                steps=steps,
+                loss=loss,
+                images_per_second=self.spec.batch_size / seconds,
+                wait_share=clock.wait_share,
+                eta_seconds=seconds * (epochs * steps - epoch * steps - done),
+            )
+        )
+
+
+class _Clock:
+    """Measures the steps of an epoch and the waiting in them, earlier parts included."""
+
+    def __init__(self, loader: BatchLoader, state: TrainState) -> None:
+        self._loader = loader
+        self._first_step = state.step
+        self._earlier = (state.train_seconds, state.waited_seconds)
+        self._waited_before = loader.waited_seconds
+        self._started = time.perf_counter()
+
+    def seconds_per_step(self, done: int) -> float:
+        """Returns the mean of the steps taken since this clock was made, the `done`th the last."""
+        return (time.perf_counter() - self._started) / max(done - self._first_step, 1)
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time since this clock was made that was spent waiting for data."""
+        waited = self._loader.waited_seconds - self._waited_before
+        return waited / max(time.perf_counter() - self._started, 1e-9)
+
+    def stamp(
+        self, state: TrainState, *, step: int, sums: dict[str, float], in_a_row: int
+    ) -> TrainState:
+        """Returns the state after `step` steps of the epoch."""
+        trained, waited = self._earlier
+        return dataclasses.replace(
+            state,
+            step=step,
+            sums=sums,
+            train_seconds=trained + time.perf_counter() - self._started,
+            waited_seconds=waited + self._loader.waited_seconds - self._waited_before,
+            bad_in_a_row=in_a_row,
+        )
+
+
+def _step_seed(seed: int, epoch: int, step: int) -> int:
+    """Mixes three integers to the seed of one step, below 2**63."""
+    digest = hashlib.sha256(f"{seed} {epoch} {step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextlib.contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Leaves torch's global generators as they were found."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextlib.contextmanager
+def _ieee_float32(device: torch.device) -> Iterator[None]:
+    """Makes float32 mean IEEE float32 on CUDA too, where convolutions otherwise round to TF32."""
+    if device.type != "cuda":
+        yield
+        return
+    # torch makes these attributes at run time.
+    switches: tuple[Any, ...] = (
+        cast("Any", torch.backends.cudnn).conv,
+        torch.backends.cuda.matmul,
+    )
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
