@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, how long a file may be, who prints, what is banned."""
+"""The rules of the house: who may import whom, who prints, what is banned, how long files are."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ MAX_LINES = 400
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "machine": set(),
     "record": {"errors"},
     "specs": {"errors", "record"},
     "images": {"errors", "record", "specs"},
     "encoder": {"errors", "record", "specs"},
     "cache": {"errors", "record", "specs"},
     "models": {"errors", "record", "specs"},
-    "encoding": {"errors", "record", "specs", "images", "encoder", "cache"},
-    "loader": {"errors", "record", "specs", "cache"},
-    "training": {"errors", "record", "specs", "cache", "loader", "models"},
+    "encoding": {"machine", "errors", "record", "specs", "images", "encoder", "cache"},
+    "loader": {"machine", "errors", "record", "specs", "cache"},
+    "training": {"machine", "errors", "record", "specs", "cache", "loader", "models"},
     "report": {"errors", "record", "specs", "cache"},
-    "previews": {"errors", "record", "specs", "cache", "images", "encoder"},
+    "preview_figure": {"errors", "record", "specs", "cache"},
+    "previews": {"errors", "record", "specs", "cache", "images", "encoder", "preview_figure"},
 }
 """Room -> rooms it may import. Rooms not named here (the cli, the demo) stand on top of all."""
 
@@ -98,17 +100,18 @@ def test_nothing_runs_code_from_data(path: Path) -> None:
         r"LOAD_TRUNCATED_IMAGES\s*=",
     ):
         assert not re.search(banned, text), f"{path} holds {banned}"
-    for call in re.findall(r"torch\.load\([^)]*\)", text):
+    for call in re.findall(r"(?<![.\w])torch\.load\([^)]*\)", text):
         assert "weights_only=True" in call, f"{path}: {call}"
 
 
-def test_every_module_lists_what_is_public_in_order() -> None:
+def test_every_module_lists_what_is_public() -> None:
     for path in FILES:
         if path.name in ("__init__.py", "__main__.py"):
             continue
         name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-        listed = importlib.import_module(name).__all__
-        assert list(listed) == sorted(listed), f"{name}.__all__ is not sorted"
+        module = importlib.import_module(name)
+        for public in module.__all__:
+            assert hasattr(module, public), f"{name}.{public} is listed and not there"
 
 
 def test_the_public_names_are_there_and_sorted() -> None:

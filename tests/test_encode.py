@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -30,10 +32,13 @@ from tests.conftest import picture, write_image_folder
 SMALL = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.25)
 
 
-def with_options(**changes: object) -> cc.EncodeOptions:
-    import dataclasses
-
+def with_options(**changes: Any) -> cc.EncodeOptions:
     return dataclasses.replace(SMALL, **changes)
+
+
+def plain_zarr(cache_dir: Path) -> Any:
+    """Opens the arrays as the README shows it, nothing of ours in between."""
+    return zarr.open(cache_dir / "latents.zarr", mode="r")
 
 
 def data_digests(root: Path) -> dict[str, str]:
@@ -77,7 +82,7 @@ def assert_equals_reference(
 ) -> None:
     """Holds rows of plain zarr, no reader of ours, against CompressAI."""
     model = reference_model(cache_dir)
-    array = zarr.open(cache_dir / "latents.zarr", mode="r")["train/latents"]
+    array = plain_zarr(cache_dir)["train/latents"]
     index = pq.read_table(sorted((cache_dir / "index").glob("train-*.parquet")))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -141,13 +146,13 @@ def test_reading_through_split_dequantises_to_the_codecs_y_hat(
 
 def test_plain_zarr_dequantises_from_the_attributes(cache_dir: Path) -> None:
     # The three lines of the README, nothing of ours imported.
-    latents = zarr.open(cache_dir / "latents.zarr", mode="r")["train/latents"]
-    offset = np.float32(latents.attrs["offset"])[:, None, None]
+    latents = plain_zarr(cache_dir)["train/latents"]
+    offset = np.asarray(latents.attrs["offset"], np.float32)[:, None, None]
     y = latents[0].astype("float32") * latents.attrs["scale"] + offset
 
     np.testing.assert_array_equal(y, cc.open_cache(cache_dir)["train"][0][0].numpy())
     assert latents.metadata.dimension_names == ("sample", "view", "channel", "y", "x")
-    assert zarr.open(cache_dir / "latents.zarr", mode="r")["train/valid"][:].all()
+    assert plain_zarr(cache_dir)["train/valid"][:].all()
 
 
 def test_rows_are_mixed_and_the_split_is_stable_when_files_are_added(

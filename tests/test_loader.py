@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_drop_last_leaves_out_the_ragged_batch(cache: cc.Cache) -> None:
     [({"batch_size": 0}, "at least 1"), ({"batch_size": 2, "views": 2}, "views 0 to 1")],
 )
 def test_bad_arguments_are_refused(
-    cache: cc.Cache, arguments: dict[str, int], message: str
+    cache: cc.Cache, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(errors.UsageError, match=message):
         cc.LatentLoader(cache["train"], **arguments)

@@ -161,7 +161,7 @@ def test_one_epoch_equals_a_plain_loop_written_out(cache_dir: Path, tmp_path: Pa
                 model(latents), batch.labels, label_smoothing=0.1
             )
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch stub
+            loss.backward()
             optimizer.step()
             total += loss.item() * len(batch.labels)
     assert summary.last.loss == total / 24

@@ -14,6 +14,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from ci2p_cache.cache.zarr_shards import ChunkCodec, ShardFile, index_crc32c, pack_shard
 from ci2p_cache.errors import ShardError
+from ci2p_cache.specs import CodecName
 
 SHAPE = (3, 2, 4)
 
@@ -51,7 +52,7 @@ def open_shard(path: Path, codec: ChunkCodec, num_chunks: int) -> ShardFile:
 @settings(max_examples=25, deadline=None)
 @given(stored=st.lists(st.booleans(), min_size=1, max_size=9), seed=st.integers(0, 2**32 - 1))
 def test_zarr_reads_what_we_pack(
-    tmp_path_factory: pytest.TempPathFactory, name: str, stored: list[bool], seed: int
+    tmp_path_factory: pytest.TempPathFactory, name: CodecName, stored: list[bool], seed: int
 ) -> None:
     folder = tmp_path_factory.mktemp("pack")
     values = np.random.default_rng(seed).integers(-127, 128, (len(stored), *SHAPE)).astype("int8")
@@ -73,7 +74,7 @@ def test_zarr_reads_what_we_pack(
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 9), seed=st.integers(0, 2**32 - 1))
 def test_we_read_what_zarr_writes(
-    tmp_path_factory: pytest.TempPathFactory, name: str, rows: int, seed: int
+    tmp_path_factory: pytest.TempPathFactory, name: CodecName, rows: int, seed: int
 ) -> None:
     folder = tmp_path_factory.mktemp("read")
     values = np.random.default_rng(seed).integers(-127, 128, (rows, *SHAPE)).astype("int8")

@@ -1,0 +1,84 @@
+"""The `ci2p-cache` command: assembles the commands and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from ci2p_cache import __version__
+from ci2p_cache.cli import render
+from ci2p_cache.cli.demo import demo
+from ci2p_cache.cli.encode import encode
+from ci2p_cache.cli.look import complexity, inspect, verify
+from ci2p_cache.cli.train import train
+from ci2p_cache.errors import CacheError, InterruptedRunError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="ci2p-cache",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"auto_envvar_prefix": "CI2P_CACHE", "help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        render.line(f"ci2p-cache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Cache a frozen CompressAI encoder's latents once, then train CI2P ViTs straight from them.
+
+    \b
+      ci2p-cache demo                                   try it, on generated pictures
+      ci2p-cache encode imagenet/ --out shards/         stage one: images -> latents
+      ci2p-cache verify shards/                         is every byte what was committed?
+      ci2p-cache inspect shards/ --picture look.png     what is in there
+      ci2p-cache train shards/ --model vitds            stage two: latents -> classifier
+
+    Each command goes on where it stopped when it is run again. Every option can also be set by an
+    environment variable: CI2P_CACHE_ENCODE_QUALITY=5 stands for `encode --quality 5`.
+
+    Exit codes: 0 ok, 1 bug, 2 usage, 3 input data, 4 refused, 5 integrity, 6 resources,
+    130 and 143 interrupted and resumable.
+    """
+
+
+for command in (encode, verify, inspect, train, complexity, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Runs the command line; the exit code is the error's own."""
+    # CompressAI still compiles a function with torch.jit when it is imported; nobody here can act
+    # on torch's warning about that.
+    warnings.filterwarnings("ignore", message=r"`torch\.jit")
+    command = typer.main.get_command(app)
+    for part in getattr(command, "commands", {}).values():
+        for option in part.params:
+            # Named once in the root's help; on every option it would drown the rest.
+            option.show_envvar = False
+    try:
+        command()
+    except InterruptedRunError as error:
+        error.hint = error.hint or render.command_line()
+        render.fail(error)
+        sys.exit(error.exit_code)
+    except CacheError as error:
+        render.fail(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

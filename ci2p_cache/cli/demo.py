@@ -1,0 +1,70 @@
+"""`ci2p-cache demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ci2p_cache.cli import render
+
+if TYPE_CHECKING:
+    from ci2p_cache.demo import DemoEvent, DemoResult
+
+__all__ = ["demo"]
+
+
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where to put everything [default: a new temporary folder]."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Run both stages on generated pictures; one or two minutes, no network.
+
+    \b
+      ci2p-cache demo                      in a temporary folder, which is kept
+      ci2p-cache demo --folder tryout/     in a folder of your choice, new or empty
+
+    Generates small labelled pictures, encodes them with the bundled encoder, verifies every byte,
+    trains vitds_tiny from the latents, and writes the training curves and a picture of originals
+    and reconstructions. It ends with the commands that do the same on your own images.
+    """
+    from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
+    from ci2p_cache.demo import run_demo
+
+    with render.ProgressLine("demo", unit="") as line:
+        result = run_demo(
+            folder,
+            on_event=_tell,
+            encode_observer=EncodeWatch(line),
+            train_observer=TrainWatch(line),
+        )
+    if json:
+        render.print_json(result.to_dict())
+    else:
+        _print_result(result)
+
+
+def _tell(event: DemoEvent) -> None:
+    if event.seconds is None:
+        render.status(f"{event.text} ...")
+    else:
+        render.status(f"  {event.text}  ({event.seconds:.1f} s)")
+
+
+def _print_result(result: DemoResult) -> None:
+    render.heading(
+        f"demo: validation top-1 {result.top1:.1%} (chance {result.chance:.0%}) on "
+        f"{result.images} generated pictures, in {render.duration(sum(result.seconds.values()))}"
+    )
+    render.line(f"  {result.note}")
+    render.line(f"  cache       {result.cache}")
+    render.line(f"  curves      {result.curves}")
+    render.line(f"  picture     {result.preview}  (mean PSNR {result.psnr_db:.1f} dB)")
+    render.line(f"  everything  {result.folder}")
+    render.line("the same on your own images:")
+    for command in result.commands:
+        render.line(f"  {command}")

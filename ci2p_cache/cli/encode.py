@@ -1,0 +1,167 @@
+"""`ci2p-cache encode`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ci2p_cache.cli import render
+from ci2p_cache.errors import UsageError
+
+if TYPE_CHECKING:
+    from ci2p_cache.encoding.progress import EncodeSummary
+
+__all__ = ["encode"]
+
+_WHAT = "What is stored (binds the folder)"
+_LAYOUT = "Where it is stored (binds the folder)"
+_RUN = "How it runs (changes no stored byte)"
+
+
+def encode(
+    source: Annotated[Path, typer.Argument(help="Folder of images.", metavar="SRC")],
+    out: Annotated[Path, typer.Option(help="Cache folder; made if it is not there.")],
+    encoder: Annotated[
+        Literal["official", "bundled"],
+        typer.Option(help="CompressAI's published weights (fetched once), or the ones shipped."),
+    ] = "official",
+    weights: Annotated[
+        Path | None, typer.Option(help="A weights file instead: .pth.tar or .safetensors.")
+    ] = None,
+    arch: Annotated[str, typer.Option(help="CompressAI zoo name.")] = "bmshj2018-factorized",
+    quality: Annotated[int, typer.Option(help="CompressAI quality, 1 to 8.")] = 5,
+    metric: Annotated[
+        Literal["mse", "ms-ssim"], typer.Option(help="What the encoder was trained for.")
+    ] = "mse",
+    size: Annotated[
+        int, typer.Option(help="Side of the square in pixels, a multiple of 32.")
+    ] = 256,
+    resize_side: Annotated[
+        int | None, typer.Option(help="Shorter side before the centre crop [default: size].")
+    ] = None,
+    interpolation: Annotated[
+        Literal["bilinear", "bicubic"], typer.Option(help="Resize filter, antialiased.")
+    ] = "bilinear",
+    views: Annotated[
+        str, typer.Option(help="Views of a training image: none, flip or crops:K.")
+    ] = "flip",
+    dtype: Annotated[
+        Literal["int8", "int16", "float16", "float32"],
+        typer.Option(help="int8, int16: the codec's symbols. float16, float32: y itself."),
+    ] = "int8",
+    step: Annotated[float, typer.Option(help="Quantisation step of the symbols.")] = 1.0,
+    precision: Annotated[
+        Literal["float32", "tf32", "bf16"], typer.Option(help="Arithmetic of the encoder.")
+    ] = "float32",
+    exif: Annotated[
+        Literal["ignore", "apply"], typer.Option(help="What to do with EXIF orientation.")
+    ] = "ignore",
+    max_pixels: Annotated[int, typer.Option(help="Larger images count as bad.")] = 89_000_000,
+    codec: Annotated[
+        Literal["zstd", "none"], typer.Option(help="Byte compressor of the chunks.")
+    ] = "zstd",
+    level: Annotated[int, typer.Option(help="zstd level, -7 to 22.")] = 1,
+    shard_samples: Annotated[int, typer.Option(help="Images per shard.")] = 1024,
+    val_fraction: Annotated[
+        float, typer.Option(help="Validation share where SRC has no split folders; 0 for none.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of row order, drawn split and crops.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(help="Only that many images, spread over the source.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Views per encoder call [default: 8 on CPU, 256 on CUDA].")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read and decode [default: one per core].")
+    ] = None,
+    devices: Annotated[
+        str, typer.Option(help="auto, cpu, cpu:N (lanes), cuda, cuda:0,1.")
+    ] = "auto",
+    max_errors: Annotated[
+        str, typer.Option(help="Images that may fail before the run stops: share or count.")
+    ] = "0.1%",
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Encode shards with failed images again.")
+    ] = False,
+    rescan: Annotated[
+        bool, typer.Option("--rescan", help="List SRC again and append new images.")
+    ] = False,
+    overwrite: Annotated[
+        str | None,
+        typer.Option(
+            help="Remove the cache in --out first; NAME must be that folder's name.",
+            metavar="NAME",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Stage one: run the frozen encoder over a folder of images and commit their latents.
+
+    \b
+      ci2p-cache encode imagenet/ --out shards/                    256 px, int8, image + mirror
+      ci2p-cache encode photos/ --out shards/ --encoder bundled    without a network
+      ci2p-cache encode photos/ --out paper/ --dtype float16       continuous y, as in the paper
+      ci2p-cache encode photos/ --out crops/ --views crops:4       four random-resized crops each
+
+    SRC holds CLASS/..., or {train,val,test}/CLASS/..., or ImageNet's own ILSVRC folders. Run the
+    same command again to go on after any interruption. Settings that change what is stored are
+    bound to the folder: a command with others is refused, with the difference.
+    """
+    from ci2p_cache.cli.watch import EncodeWatch
+    from ci2p_cache.encoding.options import EncodeOptions
+    from ci2p_cache.encoding.run import encode as run
+
+    if overwrite is not None and overwrite.strip("/") != out.resolve().name:
+        raise UsageError(
+            f"--overwrite names {overwrite!r}, the folder is {out.resolve().name!r}",
+            hint=f"--overwrite {out.resolve().name} to remove the cache in {out} first",
+        )
+    options = EncodeOptions(
+        encoder=encoder, weights=weights, arch=arch, quality=quality, metric=metric, size=size,
+        resize_side=resize_side, interpolation=interpolation, exif=exif, max_pixels=max_pixels,
+        views=views, dtype=dtype, step=step, precision=precision, codec=codec, level=level,
+        shard_samples=shard_samples, val_fraction=val_fraction, seed=seed, limit=limit,
+        batch_size=batch_size, workers=workers, devices=devices, max_errors=max_errors,
+        retry_failed=retry_failed, rescan=rescan,
+    )  # fmt: skip
+
+    with render.ProgressLine("encode", unit="images") as line:
+        summary = run(
+            source, out, options, overwrite=overwrite is not None, observer=EncodeWatch(line)
+        )
+    if json:
+        render.print_json(summary.to_dict())
+    else:
+        _print_summary(summary)
+
+
+def _print_summary(summary: EncodeSummary) -> None:
+    """Prints what a run ended with."""
+    splits = ", ".join(f"{name} {count:,}" for name, count in summary.splits.items())
+    render.heading(f"{summary.path}: {summary.images:,} images ({splits}), complete")
+    if summary.encoded_now:
+        render.line(
+            f"  encoded now   {summary.encoded_now:,} images in "
+            f"{render.duration(summary.seconds)}, {summary.images_per_second:.1f} images/s; "
+            f"the encoder waited {summary.waiting_share:.0%} of the time"
+        )
+    else:
+        render.line("  encoded now   nothing: everything was committed already")
+    bad = f"{summary.bad:,}" + (" (see errors.parquet)" if summary.bad else "")
+    render.line(f"  bad images    {bad}")
+    ratio = summary.cache_bytes / max(summary.source_bytes, 1)
+    render.line(
+        f"  size          {render.size(summary.cache_bytes)}, "
+        f"{render.size(summary.bytes_per_image)} per image with "
+        f"{summary.views / max(summary.images, 1):.1f} views, {ratio:.2f} x the source files"
+    )
+    render.line(f"  saturated     {summary.clipped:,} symbols")
+    if summary.exif_turned:
+        render.line(
+            f"  EXIF          {summary.exif_turned:,} images carry an orientation "
+            "(--exif says whether it is applied; torchvision's loader ignores it)"
+        )
+    render.line(f"next: ci2p-cache train {summary.path} --model vitds")

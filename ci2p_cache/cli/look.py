@@ -1,0 +1,315 @@
+"""The commands that only look: `inspect`, `verify` and `complexity`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ci2p_cache.cli import render
+from ci2p_cache.errors import IntegrityError, UsageError
+
+if TYPE_CHECKING:
+    from ci2p_cache.cache.card import CacheCard
+    from ci2p_cache.cache.sample_card import SampleCard
+    from ci2p_cache.previews import PreviewResult
+
+__all__ = ["complexity", "inspect", "verify"]
+
+_CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def inspect(
+    path: _CacheFolder,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the sample or picture [default: the first].")
+    ] = None,
+    row: Annotated[int | None, typer.Option(help="Show the sample in this row.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Show the sample of this key, such as daisy/1.jpg.")
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Write a PNG: originals, reconstructions, channel energy."),
+    ] = None,
+    count: Annotated[int, typer.Option(help="Samples in the picture.")] = 4,
+    source: Annotated[
+        Path | None, typer.Option(help="Where the images are now, if they were moved.")
+    ] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Show what lies in the folder.")] = False,
+    json: _Json = False,
+) -> None:
+    """Show what a cache holds: a card, one sample, or a picture of reconstructions.
+
+    \b
+      ci2p-cache inspect shards/                                 the card
+      ci2p-cache inspect shards/ --key daisy/1.jpg               one sample
+      ci2p-cache inspect shards/ --split val --row 7             the same, by row
+      ci2p-cache inspect shards/ --picture look.png --count 6    what the latents still show
+      ci2p-cache inspect shards/ --tree                          files and sizes
+
+    Works on a cache that is still being encoded, as far as it goes.
+    """
+    from ci2p_cache.cache.card import describe, folder_tree
+    from ci2p_cache.cache.sample_card import describe_sample
+    from ci2p_cache.cache.store import open_cache
+
+    cache = open_cache(path, partial=True)
+    chosen = split or cache.splits[0]
+    if row is not None or key is not None:
+        sample = describe_sample(cache, chosen, row=row, key=key)
+        render.print_json(sample.to_dict()) if json else _print_sample(sample)
+        rows = [sample.row]
+    else:
+        rows = None
+        if tree:
+            entries = folder_tree(path)
+            if json:
+                render.print_json([entry.to_dict() for entry in entries])
+            else:
+                render.print_table(
+                    ("path", "files", "shards", "size"),
+                    [(e.path, e.files, e.shards, render.size(e.bytes)) for e in entries],
+                )
+        elif picture is None or json:
+            card = describe(cache)
+            render.print_json(card.to_dict()) if json else _print_card(card)
+    if picture is not None:
+        from ci2p_cache.previews import draw_preview
+
+        _print_preview(
+            draw_preview(cache, picture, split=chosen, rows=rows, count=count, source=source),
+            quiet=json,
+        )
+
+
+def _print_card(card: CacheCard) -> None:
+    fingerprint = card.fingerprint
+    encoder, latent, image = fingerprint.encoder, fingerprint.latent, fingerprint.image
+    state = "complete" if card.complete else "NOT complete"
+    render.heading(f"{card.path}: {card.images:,} images in {len(card.classes)} classes, {state}")
+    kind = f"symbols, step {latent.step:g}" if latent.is_symbols else "continuous y"
+    crop = f"shorter side {image.resize_side}, centre {image.size} px, {image.interpolation}"
+    lines = {
+        "shards": f"{card.committed_shards} of {card.shards} committed",
+        "latents": f"{latent.dtype} ({kind}) of {latent.channels} x {latent.height} x "
+        f"{latent.width}; views: {fingerprint.views}",
+        "images": f"{crop}, EXIF {image.exif}, {image.decoder}",
+        "encoder": f"{encoder.arch}, quality {encoder.quality}, {encoder.metric}, "
+        f"{encoder.precision}; weights sha256 {encoder.weights_sha256[:16]}",
+        "size": f"{render.size(card.disk_bytes)} on disk"
+        + (f", {render.size(card.bytes_per_image)} per image" if card.bytes_per_image else "")
+        + (f", {card.source_ratio:.2f} x the source files" if card.source_ratio else ""),
+        "codec": f"{card.layout.codec}"
+        + (f" level {card.layout.level}" if card.layout.codec == "zstd" else ""),
+        "saturated": f"{card.clipped:,} symbols",
+        "bad images": f"{card.bad_images:,}" + (" (errors.parquet)" if card.bad_images else ""),
+        "source": card.source,
+        "fingerprint": card.fingerprint_digest[:16],
+        "made by": card.software,
+    }
+    for name, text in lines.items():
+        render.line(f"  {name:<12}{text}")
+    render.line()
+    render.print_table(
+        ("split", "images", "bad", "views", "shards", "rows/shard", "array shape"),
+        [
+            (s.name, s.valid_rows, s.bad_rows, s.views, s.shards, s.shard_rows, _shape(s.shape))
+            for s in card.splits
+        ],
+    )
+    render.line()
+    shown = 20
+    render.print_table(
+        ("label", "class", "title", *(split.name for split in card.splits)),
+        [
+            (label, name, title, *(split.class_counts[label] for split in card.splits))
+            for label, (name, title) in enumerate(
+                zip(card.classes[:shown], card.class_titles[:shown], strict=True)
+            )
+        ],
+    )
+    if len(card.classes) > shown:
+        render.line(f"... and {len(card.classes) - shown:,} more classes (--json lists them)")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(f"{length:,}" for length in shape)
+
+
+def _print_sample(sample: SampleCard) -> None:
+    render.heading(f"{sample.split} row {sample.row}: {sample.key}")
+    lines = {
+        "class": f"{sample.label} {sample.class_name}"
+        + (f" ({sample.class_title})" if sample.class_title != sample.class_name else ""),
+        "file": sample.source_file,
+        "image": f"{sample.format}, {sample.width} x {sample.height} px, {sample.mode}, EXIF "
+        f"orientation {sample.exif_orientation}, {render.size(sample.source_bytes or 0)}",
+        "sha256": sample.source_sha256,
+        "shard": sample.shard,
+        "status": sample.status + (f": {sample.error}" if sample.error else ""),
+        "saturated": f"{sample.clipped} symbols",
+    }
+    for name, text in lines.items():
+        render.line(f"  {name:<12}{text}")
+    if sample.latents:
+        render.line()
+        render.print_table(
+            ("view", "box (top, left, height, width)", "mirrored", "stored", "of raw", "min",
+             "max", "mean", "zeros"),
+            [
+                (
+                    str(number),
+                    f"{box.top}, {box.left}, {box.height}, {box.width}",
+                    "yes" if box.flip else "no",
+                    render.size(latent.stored_bytes),
+                    f"{latent.stored_bytes / latent.raw_bytes:.0%}",
+                    f"{latent.minimum:g}",
+                    f"{latent.maximum:g}",
+                    f"{latent.mean:.3f}",
+                    f"{latent.zero_share:.0%}",
+                )
+                for number, (box, latent) in enumerate(
+                    zip(sample.boxes, sample.latents, strict=True)
+                )
+            ],
+        )  # fmt: skip
+
+
+def _print_preview(result: PreviewResult, *, quiet: bool) -> None:
+    if quiet:
+        return
+    render.print_table(
+        ("row", "key", "view", "PSNR dB", "bits/pixel", "stored"),
+        [
+            (
+                str(sample.row),
+                sample.key,
+                str(view),
+                "-" if psnr is None else f"{psnr:.2f}",
+                "-" if bpp is None else f"{bpp:.3f}",
+                render.size(stored),
+            )
+            for sample in result.samples
+            for view, (psnr, bpp, stored) in enumerate(
+                zip(
+                    sample.psnr_db,
+                    sample.bpp,
+                    sample.stored_bytes,
+                    strict=True,
+                )
+            )
+        ],
+    )
+    render.line(f"written: {result.path}")
+
+
+def verify(
+    path: _CacheFolder,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Records, sizes and small files only.")
+    ] = False,
+    json: _Json = False,
+) -> None:
+    """Check that every byte of a cache is what was committed.
+
+    \b
+      ci2p-cache verify shards/            every digest, every chunk, index against arrays
+      ci2p-cache verify shards/ --quick    commit records, sizes, small files; seconds
+
+    Prints what is wrong and which rows it costs, and exits with code 5 if anything is. Running the
+    encode command again puts missing shards back.
+    """
+    from ci2p_cache.cache.commit import commit_path
+    from ci2p_cache.cache.manifest import read_manifest
+    from ci2p_cache.cache.verify import verify as run
+
+    with render.ProgressLine("verify", unit="shards") as bar:
+        findings = run(path, quick=quick, on_shard=bar.update)
+    if json:
+        render.print_json([finding.to_dict() for finding in findings])
+    elif not findings:
+        how = "records, sizes and small files are" if quick else "every byte is"
+        render.line(f"{path}: {how} as committed")
+    else:
+        render.print_table(
+            ("file", "rows lost", "problem"),
+            [
+                (
+                    finding.path,
+                    "" if finding.first_row is None
+                    else f"{finding.split} {finding.first_row}-{finding.last_row}",
+                    finding.problem,
+                )
+                for finding in findings
+            ],
+        )  # fmt: skip
+    if findings:
+        shards = sorted({(f.split, f.shard) for f in findings if f.split and f.shard is not None})
+        records = [str(path / commit_path(split, shard)) for split, shard in shards]
+        again = f"ci2p-cache encode {read_manifest(path).source} --out {path}"
+        raise IntegrityError(
+            f"{len(findings)} findings in {path}",
+            hint=(f"rm -rf {shlex.join(records)} && " if records else "")
+            + f"{again}   (with the options it was made with: exactly the shards whose commit "
+            "record is gone are encoded anew)",
+        )
+
+
+def complexity(
+    size: Annotated[int, typer.Option(help="Image side in pixels, a multiple of 32.")] = 256,
+    latent_channels: Annotated[
+        int, typer.Option(help="M: 192 for CompressAI quality 1-5, 320 for 6-8.")
+    ] = 192,
+    num_classes: Annotated[int, typer.Option(help="Outputs of the head; 0 counts none.")] = 0,
+    json: _Json = False,
+) -> None:
+    """Count parameters and MACs of every model, with and without the frozen encoder.
+
+    \b
+      ci2p-cache complexity                               at 256 px, as in the paper's Table 2
+      ci2p-cache complexity --size 384
+      ci2p-cache complexity --latent-channels 320         behind CompressAI quality 6-8
+
+    MACs count convolutions, linear layers, GDN and both attention products. "cached" is what is
+    left in the training step once the latents come from a cache.
+    """
+    from ci2p_cache.models.complexity import complexity_table
+
+    if latent_channels not in (192, 320):
+        raise UsageError(
+            f"`latent_channels` is {latent_channels}; CompressAI's encoder has 192 or 320"
+        )
+    rows = complexity_table(
+        size,
+        latent_channels=latent_channels,
+        encoder_width=128 if latent_channels == 192 else 192,
+        num_classes=num_classes,
+    )
+    if json:
+        render.print_json([row.to_dict() for row in rows])
+        return
+    render.print_table(
+        ("model", "parameters", "trainable", "GMAC", "vs ViT-B/16", "GMAC cached", "vs ViT-B/16"),
+        [
+            (
+                row.name,
+                row.parameters,
+                row.trainable_parameters,
+                f"{row.macs / 1e9:.4f}",
+                _percent(row.reduction),
+                f"{row.model_macs / 1e9:.4f}",
+                _percent(row.cached_reduction),
+            )
+            for row in rows
+        ],
+        title=f"{size} x {size} px, backbone "
+        + ("without head" if num_classes == 0 else f"with a head of {num_classes} classes"),
+    )
+
+
+def _percent(reduction: float) -> str:
+    return f"-{reduction:.2%}" if reduction else ""

@@ -1,0 +1,162 @@
+"""What people see: the only module that prints. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ci2p_cache.errors import CacheError
+
+__all__ = [
+    "ProgressLine",
+    "command_line",
+    "duration",
+    "fail",
+    "heading",
+    "line",
+    "notice",
+    "print_json",
+    "print_table",
+    "size",
+    "status",
+]
+
+_LOG_SECONDS = 30.0
+"""Pause between progress lines where the output is not a terminal."""
+
+_out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def command_line() -> str:
+    """Returns the command that is running, quoted so that it can be pasted."""
+    return shlex.join(["ci2p-cache", *sys.argv[1:]])
+
+
+def size(num_bytes: float) -> str:
+    """Formats a number of bytes, 1000-based."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} TB"
+
+
+def duration(seconds: float | None) -> str:
+    """Formats a number of seconds; "?" where it is not known."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def line(text: str = "") -> None:
+    """Prints a line of the result, on stdout."""
+    _out.print(escape(text))
+
+
+def heading(text: str) -> None:
+    """Prints a heading of the result, on stdout."""
+    _out.print(f"[bold]{escape(text)}[/bold]")
+
+
+def notice(text: str) -> None:
+    """Prints something the user should know, on stderr."""
+    _err.print(f"[yellow]note:[/yellow] {escape(text)}")
+
+
+def status(text: str) -> None:
+    """Prints a line about what is going on, on stderr."""
+    _err.print(escape(text))
+
+
+def print_json(data: Any) -> None:
+    """Prints one JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> None:
+    """Prints a table on stdout; numbers are set flush right."""
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    rows = [list(row) for row in rows]
+    for number, column in enumerate(columns):
+        cells = [row[number] for row in rows]
+        right = bool(cells) and all(isinstance(cell, (int, float)) for cell in cells)
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(
+            *(escape(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row)
+        )
+    _out.print(table)
+
+
+def fail(error: CacheError) -> None:
+    """Prints an error and how to go on, on stderr."""
+    _err.print(f"[bold red]error:[/bold red] {escape(str(error))}")
+    if error.hint:
+        _err.print(f"[bold]try:[/bold]   {escape(error.hint)}")
+
+
+class ProgressLine:
+    """A progress bar on a terminal; elsewhere a plain line now and then.
+
+    rich's own bar writes a single line at the very end where the output is not a terminal.
+
+    Args:
+        label: What is going on, for example "encode".
+        unit: What is counted, for example "images".
+    """
+
+    def __init__(self, label: str, *, unit: str) -> None:
+        self._label = label
+        self._unit = unit
+        self._bar: Progress | None = None
+        self._next = time.monotonic() + _LOG_SECONDS
+        if _err.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(compact=True),
+                console=_err,
+                transient=True,
+            )
+            self._task = self._bar.add_task(label, total=None, detail="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, total: int, *, detail: str = "", eta: float | None = None) -> None:
+        """Shows how far it is."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, detail=escape(detail))
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + _LOG_SECONDS
+            rest = f"; {duration(eta)} left" if eta is not None else ""
+            parts = f"{self._label}: {done:,}/{total:,} {self._unit}"
+            _err.print(escape(", ".join(filter(None, [parts, detail])) + rest))

@@ -1,0 +1,143 @@
+"""`ci2p-cache train`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ci2p_cache.cli import render
+from ci2p_cache.errors import UsageError
+
+if TYPE_CHECKING:
+    from ci2p_cache.training.records import TrainSummary
+
+__all__ = ["train"]
+
+
+def train(
+    cache: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR")],
+    model: Annotated[
+        str, typer.Option(help="vit, vitds, or these with _small or _tiny.")
+    ] = "vitds",
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
+    accumulate: Annotated[int, typer.Option(help="Parts a batch is cut into, for memory.")] = 1,
+    optimizer: Annotated[Literal["adamw", "adam"], typer.Option(help="Optimiser.")] = "adamw",
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    min_lr: Annotated[float, typer.Option(help="Learning rate at the end.")] = 1.25e-6,
+    warmup_epochs: Annotated[
+        float | None, typer.Option(help="Linear warm-up [default: a tenth of the epochs].")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Weight decay [default: 0.05; 0 with adam].")
+    ] = None,
+    clip_grad_norm: Annotated[float, typer.Option(help="Gradient norm limit; 0: none.")] = 1.0,
+    label_smoothing: Annotated[float, typer.Option(help="Share spread over all classes.")] = 0.1,
+    drop_path: Annotated[float, typer.Option(help="Stochastic depth of the last block.")] = 0.1,
+    pos_embed: Annotated[
+        bool, typer.Option("--pos-embed", help="Add a learned positional embedding.")
+    ] = False,
+    precision: Annotated[
+        Literal["float32", "bf16"], typer.Option(help="bf16 is autocast; use it on GPUs.")
+    ] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
+    runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
+    name: Annotated[
+        str | None, typer.Option(help="Run folder [default: model and a digest of settings].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read [default: one per core].")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Also save every so many steps.", metavar="STEPS")
+    ] = None,
+    online: Annotated[
+        bool,
+        typer.Option("--online", help="Encode the source images anew each epoch (the reference)."),
+    ] = False,
+    overwrite: Annotated[
+        str | None,
+        typer.Option(help="Remove this run first; NAME must be its name.", metavar="NAME"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Stage two: train a Vision Transformer straight from the latents.
+
+    \b
+      ci2p-cache train shards/ --model vitds                        the paper's CI2P-ViTds
+      ci2p-cache train shards/ --model vitds_tiny --epochs 30       minutes, on two CPU cores
+      ci2p-cache train shards/ --model vit --precision bf16         on a GPU
+      ci2p-cache train shards/ --model vit --optimizer adam --lr 1e-4 --epochs 300   paper
+
+    Writes runs/NAME/ with args.yaml, summary.csv, TensorBoard events, curves.png and checkpoints
+    (best and last). The same command goes on where it stopped, in the middle of an epoch if need
+    be, and gives the same numbers as if it had never stopped.
+    """
+    from ci2p_cache.cli.watch import TrainWatch
+    from ci2p_cache.report.plots import draw_curves
+    from ci2p_cache.training.run import train as run
+    from ci2p_cache.training.spec import TrainSpec
+
+    if overwrite is not None and overwrite != name:
+        raise UsageError(
+            f"--overwrite names {overwrite!r}, --name is {name!r}",
+            hint=f"--name {overwrite} --overwrite {overwrite} trains that run from the start",
+        )
+    spec = TrainSpec(
+        model=model, epochs=epochs, batch_size=batch_size, accumulate=accumulate,
+        optimizer=optimizer, lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs,
+        weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
+        label_smoothing=label_smoothing, drop_path=drop_path, pos_embed=pos_embed,
+        precision=precision, seed=seed,
+    )  # fmt: skip
+
+    with ExitStack() as stack:
+        line = stack.enter_context(render.ProgressLine("train", unit="steps"))
+
+        loader = None
+        if online:
+            from ci2p_cache.cache.store import open_cache
+            from ci2p_cache.loader.online import OnlineLoader
+
+            loader = stack.enter_context(
+                OnlineLoader(
+                    open_cache(cache)["train"], batch_size=batch_size, seed=seed, threads=workers
+                )
+            )
+        summary = run(
+            cache,
+            spec=spec,
+            runs_dir=runs,
+            name=name,
+            overwrite=overwrite is not None,
+            device=device,
+            threads=workers,
+            save_every_steps=save_every,
+            loader=loader,
+            observer=TrainWatch(line),
+        )
+    curves = draw_curves(Path(summary.path))
+    if json:
+        render.print_json(summary.to_dict())
+    else:
+        _print_summary(summary, curves)
+
+
+def _print_summary(summary: TrainSummary, curves: Path) -> None:
+    last, best = summary.last, summary.best
+    if best.top1 is None or last.top1 is None:
+        render.heading(f"{summary.name}: training loss {last.loss:.3f} after {last.epoch} epochs")
+    else:
+        render.heading(
+            f"{summary.name}: top-1 {last.top1:.2%} after {last.epoch} epochs, "
+            f"best {best.top1:.2%} in epoch {best.epoch}"
+        )
+    render.line(f"  curves      {curves}")
+    render.line(f"  numbers     {summary.path}/summary.csv")
+    render.line(f"  best        {summary.best_checkpoint}")
+    render.line(f"  last        {summary.last_checkpoint}")
+    render.line(f"next: tensorboard --logdir {Path(summary.path).parent}")

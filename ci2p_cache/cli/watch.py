@@ -1,0 +1,78 @@
+"""How a running stage is shown: observers that feed a progress line."""
+
+from __future__ import annotations
+
+from ci2p_cache.cli import render
+from ci2p_cache.encoding.progress import EncodeObserver, EncodeProgress
+from ci2p_cache.training.records import EpochRecord, TrainObserver, TrainProgress
+
+__all__ = ["EncodeWatch", "TrainWatch"]
+
+
+class EncodeWatch(EncodeObserver):
+    """Shows stage one.
+
+    Args:
+        line: Where progress goes.
+    """
+
+    def __init__(self, line: render.ProgressLine) -> None:
+        self._line = line
+
+    def notice(self, text: str) -> None:
+        """Prints the notice."""
+        render.notice(text)
+
+    def progress(self, progress: EncodeProgress) -> None:
+        """Moves the line."""
+        self._line.update(
+            progress.done,
+            progress.total,
+            detail=f"{progress.images_per_second:.1f} images/s, {progress.bad} bad, "
+            f"waiting {progress.waiting_share:.0%}",
+            eta=progress.eta_seconds,
+        )
+
+    def download(self, done_bytes: int, total_bytes: int) -> None:
+        """Moves the line while official weights are fetched."""
+        self._line.update(done_bytes, total_bytes, detail="bytes of official weights")
+
+
+class TrainWatch(TrainObserver):
+    """Shows stage two: a progress line within an epoch, and one printed line per epoch.
+
+    Args:
+        line: Where progress goes.
+    """
+
+    def __init__(self, line: render.ProgressLine) -> None:
+        self._line = line
+
+    def notice(self, text: str) -> None:
+        """Prints the notice."""
+        render.notice(text)
+
+    def progress(self, progress: TrainProgress) -> None:
+        """Moves the line."""
+        loss = "" if progress.loss is None else f"loss {progress.loss:.3f}, "
+        self._line.update(
+            progress.step,
+            progress.steps,
+            detail=f"epoch {progress.epoch}/{progress.epochs}, {loss}"
+            f"{progress.images_per_second:.0f} images/s",
+            eta=progress.eta_seconds,
+        )
+
+    def epoch(self, record: EpochRecord) -> None:
+        """Prints the epoch's line."""
+        scores = (
+            f"top-1 {record.train_top1:.1%} (train)"
+            if record.top1 is None or record.top5 is None
+            else f"val loss {record.val_loss:.3f}  top-1 {record.top1:.1%}  top-5 {record.top5:.1%}"
+        )
+        skipped = f"  {record.skipped_steps} steps skipped" if record.skipped_steps else ""
+        render.status(
+            f"epoch {record.epoch:>{len(str(record.epochs))}}/{record.epochs}  "
+            f"loss {record.loss:.3f}  {scores}  {record.images_per_second:.0f} images/s  "
+            f"waiting {record.wait_share:.1%}  {render.duration(record.eta_seconds)} left{skipped}"
+        )

@@ -1,0 +1,318 @@
+"""The demo: generated pictures through both stages, end to end, in one folder.
+
+::
+
+    folder/pictures/CLASS/*.jpg -> folder/shards/ -> folder/runs/demo/ -> curves.png, preview.png
+
+It shows that everything works on this machine; its accuracy says nothing about photographs, because
+the pictures are drawn by this program.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ci2p_cache.cache.store import open_cache
+from ci2p_cache.cache.verify import verify
+from ci2p_cache.demo_pictures import CLASSES, write_pictures
+from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
+from ci2p_cache.encoding.run import encode
+from ci2p_cache.errors import CacheError, IntegrityError, ResourceError, UsageError
+from ci2p_cache.previews import PreviewResult, draw_preview
+from ci2p_cache.record import Record
+from ci2p_cache.report.plots import draw_curves
+from ci2p_cache.training.run import TrainObserver, TrainSpec, TrainSummary, train
+
+__all__ = ["DemoEvent", "DemoOptions", "DemoResult", "DemoStep", "run_demo"]
+
+DemoStep = Literal["pictures", "encode", "verify", "train", "draw"]
+
+_MODEL = "vitds_tiny"
+
+_CLEARLY = 2.0
+"""Times chance that validation top-1 must reach: with the default's 127 validation pictures and
+five classes, guessing gets there less than once in a million demos."""
+
+_NOTE = (
+    "The pictures are generated: coloured patterns drawn by this program, no photographs. "
+    "The accuracy shows that both stages work, and nothing about real images."
+)
+
+_COMMANDS = (
+    "ci2p-cache encode IMAGES --out shards/ --encoder bundled",
+    "ci2p-cache verify shards/",
+    f"ci2p-cache train shards/ --model {_MODEL} --epochs 30",
+    "ci2p-cache inspect shards/ --picture preview.png",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoOptions:
+    """How large the demo is; the defaults take about a minute on two cores.
+
+    Raises:
+        UsageError: a number is too small, on construction.
+    """
+
+    per_class: int = 120
+    """Pictures of each of the five classes."""
+    size: int = 128
+    """Side of the encoded square in pixels, a multiple of 32."""
+    epochs: int = 16
+    """Epochs of training."""
+    batch_size: int = 32
+    """Images per step; small, so that few pictures make enough steps."""
+    seed: int = 0
+    """Seed of everything."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("per_class", 2), ("epochs", 1), ("batch_size", 2), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise UsageError(f"demo `{name}` is {getattr(self, name)}; wanted {low} or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoEvent:
+    """A step that starts or has ended."""
+
+    step: DemoStep
+    """Which one."""
+    text: str
+    """One line: what it will do, or what came of it."""
+    seconds: float | None
+    """How long it took; None when it starts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoResult(Record):
+    """What the demo made and measured."""
+
+    note: str
+    """That the pictures are generated."""
+    folder: str
+    """Where everything lies; it is kept."""
+    pictures: str
+    """Folder of the generated pictures."""
+    cache: str
+    """The cache."""
+    run: str
+    """The run folder."""
+    curves: str
+    """Picture of the training curves."""
+    preview: str
+    """Picture of originals and reconstructions."""
+    images: int
+    """Pictures encoded."""
+    classes: tuple[str, ...]
+    """Their classes."""
+    splits: dict[str, int]
+    """Pictures per split."""
+    bytes_per_image: float
+    """Cache bytes per picture, all its views together."""
+    encode_images_per_second: float
+    """Speed of stage one."""
+    train_images_per_second: float
+    """Speed of stage two in its last epoch."""
+    psnr_db: float
+    """Mean PSNR of the reconstructions in the preview, in dB."""
+    top1: float
+    """Validation top-1 after the last epoch, 0 to 1."""
+    chance: float
+    """Top-1 of guessing."""
+    seconds: dict[str, float]
+    """Wall time of each step."""
+    commands: tuple[str, ...]
+    """The commands that do the same on one's own IMAGES."""
+
+
+def run_demo(
+    folder: str | Path | None = None,
+    *,
+    options: DemoOptions | None = None,
+    on_event: Callable[[DemoEvent], None] | None = None,
+    encode_observer: EncodeObserver | None = None,
+    train_observer: TrainObserver | None = None,
+) -> DemoResult:
+    """Generates pictures, encodes, verifies, trains, and draws the curves and a preview.
+
+    Args:
+        folder: Where to put everything; new or empty. None: a new folder below the system's
+            temporary one. It is kept either way.
+        options: How large the demo is; None for the defaults.
+        on_event: Told when a step starts and ends.
+        encode_observer: Told of stage one's progress.
+        train_observer: Told of stage two's progress and epochs.
+
+    Raises:
+        UsageError: `folder` holds something, or an option is too small.
+        ResourceError: a folder or picture cannot be written.
+        IntegrityError: the new cache does not verify.
+        CacheError: the model did not learn; something in this installation is broken.
+        InterruptedRunError: Ctrl-C or SIGTERM while encoding or training.
+    """
+    options = options or DemoOptions()
+    root = _empty_folder(folder)
+    clock = _Clock(on_event or (lambda _: None))
+    _generate(root / "pictures", options, clock)
+    encoded = _encode(root, options, clock, encode_observer)
+    _verify(root, clock)
+    trained = _train(root, options, clock, train_observer)
+    preview = _draw(root, trained, clock)
+    return _result(root, encoded, trained, preview, clock)
+
+
+class _Clock:
+    """Times the steps and tells of them."""
+
+    def __init__(self, tell: Callable[[DemoEvent], None]) -> None:
+        self._tell = tell
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: DemoStep, plan: str) -> Iterator[list[str]]:
+        """Tells of a step that starts and, if it succeeds, what the caller put into the list."""
+        self._tell(DemoEvent(step=name, text=plan, seconds=None))
+        started = time.perf_counter()
+        outcome: list[str] = []
+        yield outcome
+        self.seconds[name] = time.perf_counter() - started
+        text = "; ".join(outcome)
+        self._tell(DemoEvent(step=name, text=text, seconds=self.seconds[name]))
+
+
+def _empty_folder(folder: str | Path | None) -> Path:
+    if folder is None:
+        return Path(tempfile.mkdtemp(prefix="ci2p-cache-demo-"))
+    root = Path(folder)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with os.scandir(root) as entries:
+            found = next(entries, None)
+    except FileExistsError as error:
+        raise UsageError(f"the demo's folder {root} is a file; wanted a new folder") from error
+    except OSError as error:
+        raise ResourceError(f"cannot use the folder {root}: {error.strerror}") from error
+    if found is not None:
+        raise UsageError(
+            f"the demo's folder {root} is not empty: it holds {found.name!r}",
+            hint="give it a new folder, or none: it then makes a temporary one",
+        )
+    return root
+
+
+def _generate(pictures: Path, options: DemoOptions, clock: _Clock) -> None:
+    total = options.per_class * len(CLASSES)
+    plan = f"generating {total} pictures of {len(CLASSES)} kinds: {', '.join(CLASSES)}"
+    with clock.step("pictures", plan) as outcome:
+        try:
+            paths = list(write_pictures(pictures, per_class=options.per_class, seed=options.seed))
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write the pictures to {pictures}: {error.strerror or error}"
+            ) from error
+        size = sum(path.stat().st_size for path in paths)
+        outcome.append(f"{len(paths)} JPEG files, {size / 1e6:.1f} MB, in {pictures}")
+
+
+def _encode(
+    root: Path, options: DemoOptions, clock: _Clock, observer: EncodeObserver | None
+) -> EncodeSummary:
+    plan = f"encoding them with the bundled encoder at {options.size} x {options.size} pixels"
+    with clock.step("encode", plan) as outcome:
+        settings = EncodeOptions(
+            encoder="bundled", size=options.size, val_fraction=0.2, seed=options.seed
+        )
+        summary = encode(root / "pictures", root / "shards", settings, observer=observer)
+        outcome.append(
+            f"{summary.images} pictures, {summary.views} latents, "
+            f"{summary.bytes_per_image / 1e3:.1f} kB per picture with its views, "
+            f"{summary.images_per_second:.0f} pictures/s, in {summary.path}"
+        )
+    return summary
+
+
+def _verify(root: Path, clock: _Clock) -> None:
+    with clock.step("verify", "checking every byte of the cache") as outcome:
+        findings = verify(root / "shards")
+        if findings:
+            first = findings[0]
+            raise IntegrityError(
+                f"the new cache in {root / 'shards'} is damaged: {first.path}: {first.problem}",
+                hint="check the disk that it lies on",
+            )
+        outcome.append("intact")
+
+
+def _train(
+    root: Path, options: DemoOptions, clock: _Clock, observer: TrainObserver | None
+) -> TrainSummary:
+    chance = 1 / len(CLASSES)
+    plan = f"training {_MODEL} for {options.epochs} epochs, from the latents alone"
+    with clock.step("train", plan) as outcome:
+        spec = TrainSpec(
+            model=_MODEL,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            seed=options.seed,
+        )
+        summary = train(
+            root / "shards", spec=spec, runs_dir=root / "runs", name="demo", observer=observer
+        )
+        top1 = summary.last.top1 or 0.0
+        if top1 < _CLEARLY * chance:
+            raise CacheError(
+                f"the model did not learn: validation top-1 is {top1:.1%} after {options.epochs} "
+                f"epochs, guessing gives {chance:.0%}, and at least {_CLEARLY * chance:.0%} was "
+                f"expected; see {summary.path}"
+            )
+        outcome.append(
+            f"validation top-1 {top1:.1%} where guessing gives {chance:.0%}, "
+            f"{summary.last.images_per_second:.0f} pictures/s, in {summary.path}"
+        )
+    return summary
+
+
+def _draw(root: Path, trained: TrainSummary, clock: _Clock) -> PreviewResult:
+    with clock.step("draw", "drawing the curves and a preview") as outcome:
+        draw_curves(trained.path, root / "curves.png")
+        preview = draw_preview(open_cache(root / "shards"), root / "preview.png")
+        outcome += [str(root / "curves.png"), preview.path]
+    return preview
+
+
+def _result(
+    root: Path,
+    encoded: EncodeSummary,
+    trained: TrainSummary,
+    preview: PreviewResult,
+    clock: _Clock,
+) -> DemoResult:
+    psnr_db = [value for s in preview.samples for value in s.psnr_db if value is not None]
+    return DemoResult(
+        note=_NOTE,
+        folder=str(root),
+        pictures=str(root / "pictures"),
+        cache=encoded.path,
+        run=trained.path,
+        curves=str(root / "curves.png"),
+        preview=preview.path,
+        images=encoded.images,
+        classes=CLASSES,
+        splits=encoded.splits,
+        bytes_per_image=encoded.bytes_per_image,
+        encode_images_per_second=encoded.images_per_second,
+        train_images_per_second=trained.last.images_per_second,
+        psnr_db=sum(psnr_db) / len(psnr_db),
+        top1=trained.last.top1 or 0.0,
+        chance=1 / len(CLASSES),
+        seconds=clock.seconds,
+        commands=_COMMANDS,
+    )

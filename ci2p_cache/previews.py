@@ -1,0 +1,303 @@
+"""Previews: what a cache remembers of its pictures, drawn beside the pictures themselves.
+
+::
+
+    original square | view 0 by g_s | view 1 by g_s | energy by position | energy by channel
+
+The reconstructions come from the stored latents and the cache's own encoder.safetensors; the
+originals from the source, where it is still there and unchanged.
+
+Shape suffixes: M latent channels, h w latent rows and columns, C H W of pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ci2p_cache.cache.card import stored_rows
+from ci2p_cache.cache.index import IndexRow
+from ci2p_cache.cache.sample_card import describe_sample, read_row
+from ci2p_cache.cache.store import Cache, Split
+from ci2p_cache.encoder.frozen import FrozenEncoder, load_saved_encoder
+from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError, UsageError
+from ci2p_cache.images.decode import decode_image
+from ci2p_cache.images.source import ImageSource, open_source
+from ci2p_cache.images.views import image_views
+from ci2p_cache.preview_figure import PreviewRow, Square, draw_png
+from ci2p_cache.record import Record
+
+__all__ = ["PreviewResult", "PreviewSample", "draw_preview"]
+
+_MAX_SAMPLES = 64
+"""More rows of panels make a picture that no viewer opens well."""
+
+_SHOWN_VIEWS = 2
+"""The first two views of a sample show what the others are like."""
+
+SourceState = Literal["unchanged", "changed", "missing"]
+
+_STATE_WORDS = {"changed": "has changed", "missing": "not found"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreviewSample(Record):
+    """One row of the picture; tuples have one entry per shown view."""
+
+    split: str
+    """Its split."""
+    row: int
+    """Its row in the split."""
+    key: str
+    """Its name within the split."""
+    class_title: str
+    """Its class, for humans."""
+    source: SourceState
+    """Whether the original could be read again and is still the file that was encoded."""
+    psnr_db: tuple[float | None, ...]
+    """PSNR of the reconstruction, clamped to [0, 1], in dB; None without the original."""
+    bpp: tuple[float | None, ...]
+    """Bits per pixel by the entropy model; of the rounded latents where floats are stored; None for
+    encoders without symbols."""
+    stored_bytes: tuple[int, ...]
+    """Bytes on disk."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreviewResult(Record):
+    """What a preview shows."""
+
+    path: str
+    """The picture."""
+    rounded: bool
+    """Whether the stored latents are quantised; if not, nothing was rounded before g_s."""
+    samples: tuple[PreviewSample, ...]
+    """Its rows, from the top."""
+
+
+def draw_preview(
+    cache: Cache,
+    path: str | Path,
+    *,
+    split: str | None = None,
+    rows: Sequence[int] | None = None,
+    count: int = 4,
+    source: str | Path | None = None,
+) -> PreviewResult:
+    """Writes a PNG of originals, reconstructions and the energy of the latents.
+
+    Args:
+        cache: The cache; `encoder.safetensors` in it is the decoder.
+        path: The picture to write; replaced as a whole if it exists.
+        split: Which split; None: the first one.
+        rows: Which rows; None: `count` rows spread evenly over those that hold a latent.
+        count: How many rows if `rows` is None.
+        source: Where the images are now; None: where they were when the cache was made, and if
+            they are not there the picture says so.
+
+    Raises:
+        UsageError: a row does not exist or holds no latent, or there are too many or none.
+        SourceError: `source` is given and cannot be opened.
+        ShardError: a shard or index part is damaged.
+        WeightsError: the cache's encoder.safetensors is damaged.
+        ResourceError: the picture cannot be written.
+    """
+    part = cache[split if split is not None else cache.splits[0]]
+    chosen = _chosen_rows(part, rows, count)
+    images = _open_images(cache, source)
+    encoder = load_saved_encoder(cache.encoder_path)
+    pairs = [_measure(part, row, images, encoder) for row in chosen]
+    png = draw_png([panels for _, panels in pairs], _headings(part), _footer(cache))
+    _write(Path(path), png)
+    return PreviewResult(
+        path=str(path),
+        rounded=part.latent.is_symbols,
+        samples=tuple(sample for sample, _ in pairs),
+    )
+
+
+def _chosen_rows(split: Split, rows: Sequence[int] | None, count: int) -> list[int]:
+    """Returns the rows to draw; those asked for are checked when they are read."""
+    if rows is None:
+        stored = stored_rows(split)
+        if not len(stored):
+            raise UsageError(f"split {split.name!r} of {split.cache.path} holds no latent to draw")
+        wanted = min(count, len(stored))
+        # The middles of `wanted` equal parts: the first rows are no better than others.
+        chosen = [int(stored[(2 * i + 1) * len(stored) // (2 * wanted)]) for i in range(wanted)]
+    else:
+        chosen = list(rows)
+    if not 1 <= len(chosen) <= _MAX_SAMPLES:
+        raise UsageError(f"{len(chosen)} samples to draw; 1 to {_MAX_SAMPLES} fit a picture")
+    return chosen
+
+
+def _open_images(cache: Cache, source: str | Path | None) -> ImageSource | None:
+    if source is not None:
+        return open_source(source)
+    try:
+        return open_source(cache.manifest.source)
+    except (SourceError, ResourceError):
+        return None
+
+
+def _headings(split: Split) -> list[str]:
+    views = split.cache.fingerprint.views
+    if split.num_views == 1:
+        return ["original", "decoded by g_s"]
+    if views.kind == "flip":
+        return ["original", "view 0, decoded by g_s", "view 1, the mirror, decoded"]
+    return ["view 0, original", "view 0, decoded by g_s", "view 1, original", "view 1, decoded"]
+
+
+def _footer(cache: Cache) -> tuple[str, str]:
+    encoder, latent = cache.fingerprint.encoder, cache.fingerprint.latent
+    stored = f"symbols, step {latent.step:g}" if latent.is_symbols else "y, nothing rounded"
+    return (
+        f"{encoder.arch} quality {encoder.quality} {encoder.metric}, weights "
+        f"{encoder.weights_sha256[:12]}   |   {latent.dtype}: {stored}",
+        "PSNR after clamping to [0, 1]   |   bpp by the entropy model   |   energy: squares of "
+        "view 0 about the medians",
+    )
+
+
+def _measure(
+    split: Split, row: int, images: ImageSource | None, encoder: FrozenEncoder
+) -> tuple[PreviewSample, PreviewRow]:
+    """Reads, decodes and measures one sample."""
+    entry = read_row(split, row)
+    if entry.status != "ok":
+        raise UsageError(
+            f"row {row} of split {split.name!r} ({entry.key}) holds no latent: {entry.error}",
+            hint=f"choose other rows; {split.cache.path / 'errors.parquet'} lists the bad ones",
+        )
+    card = describe_sample(split.cache, split.name, row=row)
+    num_views = min(split.num_views, _SHOWN_VIEWS)
+    originals, state = _originals(split, entry, images)
+    y_VMhw = torch.stack([_latent(split, row, view) for view in range(num_views)])
+    decoded_VCHW = encoder.decode(y_VMhw).clamp(0, 1)
+    sample = PreviewSample(
+        split=split.name,
+        row=row,
+        key=entry.key,
+        class_title=card.class_title,
+        source=state,
+        psnr_db=tuple(
+            None if originals is None else _psnr_db(decoded_VCHW[view], originals[view])
+            for view in range(num_views)
+        ),
+        bpp=_bits_per_pixel(split, encoder, y_VMhw),
+        stored_bytes=tuple(latent.stored_bytes for latent in card.latents[:num_views]),
+    )
+    centre = encoder.medians[:, None, None] if encoder.has_symbols else 0.0
+    energy_Mhw = (y_VMhw[0] - centre).double().square().numpy()
+    title = f"{card.class_title or 'no class'}   |   {split.name} row {row}   |   {entry.key}"
+    return sample, PreviewRow(title, _squares(split, sample, originals, decoded_VCHW), energy_Mhw)
+
+
+def _squares(
+    split: Split, sample: PreviewSample, originals: Tensor | None, decoded_VCHW: Tensor
+) -> tuple[Square, ...]:
+    """Returns the picture panels of a row, in the order of `_headings`."""
+    size = split.cache.fingerprint.image.size
+    squares: list[Square] = []
+    for view, decoded_CHW in enumerate(decoded_VCHW):
+        if view == 0 or split.cache.fingerprint.views.kind == "crops":
+            if originals is None:
+                squares.append(Square(None, "", f"source {_STATE_WORDS[sample.source]}"))
+            else:
+                squares.append(Square(_pixels(originals[view]), f"{size} x {size} pixels"))
+        pixels = _pixels(decoded_CHW.mul(255).round().to(torch.uint8))
+        squares.append(Square(pixels, _caption(split, sample, view)))
+    return tuple(squares)
+
+
+def _caption(split: Split, sample: PreviewSample, view: int) -> str:
+    psnr_db, bpp = sample.psnr_db[view], sample.bpp[view]
+    quality = "PSNR unknown" if psnr_db is None else f"{psnr_db:.2f} dB"
+    if bpp is None:
+        rate = "no entropy model"
+    else:
+        rate = f"{bpp:.3f} bpp" + ("" if split.latent.is_symbols else " if it were rounded")
+    return f"{quality}, {rate}\n{sample.stored_bytes[view]:,} bytes stored"
+
+
+def _originals(
+    split: Split, entry: IndexRow, images: ImageSource | None
+) -> tuple[Tensor | None, SourceState]:
+    """Reads the views of the source image again, uint8 (V, 3, H, W), if it is the same file."""
+    if images is None:
+        return None, "missing"
+    try:
+        data = images.read(entry.path_bytes)
+    except (ImageDecodeError, ResourceError):
+        return None, "missing"
+    if hashlib.sha256(data).hexdigest() != entry.source_sha256:
+        return None, "changed"
+    fingerprint = split.cache.fingerprint
+    views, _ = image_views(
+        decode_image(data, fingerprint.image),
+        fingerprint.image,
+        fingerprint.views,
+        split=split.name,
+        key=entry.key,
+    )
+    return views, "unchanged"
+
+
+def _latent(split: Split, row: int, view: int) -> Tensor:
+    """Returns one dequantised latent, float32 (M, h, w); of an incomplete cache as well."""
+    stored = np.empty(split.latent.shape, split.latent.dtype)
+    split.read_into(row, view, stored)
+    y_Mhw = torch.from_numpy(stored.astype(np.float32))
+    if split.latent.is_symbols:
+        y_Mhw.mul_(split.scale).add_(torch.from_numpy(split.offset)[:, None, None])
+    return y_Mhw
+
+
+def _bits_per_pixel(
+    split: Split, encoder: FrozenEncoder, y_VMhw: Tensor
+) -> tuple[float | None, ...]:
+    if not encoder.has_symbols:
+        return (None,) * len(y_VMhw)
+    step, size = split.latent.step, split.cache.fingerprint.image.size
+    y_hat_VMhw = encoder.dequantize(encoder.quantize(y_VMhw, step=step), step=step)
+    return tuple((encoder.bits(y_hat_VMhw, step=step) / size**2).tolist())
+
+
+def _psnr_db(decoded_CHW: Tensor, original_CHW: Tensor) -> float:
+    """Returns 10 log10(1 / MSE) of pixels in [0, 1]; 99 dB where they are equal."""
+    error = decoded_CHW.double() - original_CHW.double() / 255
+    mean_square = float(error.square().mean())
+    return -10 * math.log10(max(mean_square, 10**-9.9))
+
+
+def _pixels(view_CHW: Tensor) -> npt.NDArray[np.uint8]:
+    """Returns uint8 (3, H, W) as (H, W, 3)."""
+    return np.asarray(view_CHW.permute(1, 2, 0).numpy(), np.uint8)
+
+
+def _write(path: Path, data: bytes) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(data)
+        staged.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+        raise ResourceError(
+            f"cannot write the picture {path}: {error.strerror or error}",
+            hint="choose another place for it",
+        ) from error

@@ -1,0 +1,253 @@
+"""The command line: what is printed where, and the documented exit code of each kind of error."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from compressai.models import FactorizedPrior
+
+import ci2p_cache as cc
+from ci2p_cache.cli.app import main
+from ci2p_cache.cli.encode import encode as encode_command
+from ci2p_cache.cli.train import train as train_command
+from tests.conftest import write_image_folder
+
+ENCODE = ("--encoder", "bundled", "--size", "64", "--shard-samples", "4")
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs the command as its script does, in this process."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["ci2p-cache", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+            sys.exit(0)
+        captured = capfd.readouterr()
+        return Ran(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def cache_dir(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "shards"
+    options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4)
+    cc.encode(image_folder, out, options)
+    return out
+
+
+@pytest.fixture
+def copy(cache_dir: Path, tmp_path: Path) -> Path:
+    shutil.copytree(cache_dir, tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def test_encode_verify_inspect_train_one_after_another(
+    run: Callable[..., Ran], image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    first = run("encode", image_folder, "--out", out, *ENCODE)
+    assert first.code == 0, first.err
+    assert "21 images" in first.out
+    assert f"next: ci2p-cache train {out}" in first.out.replace("\n", "")
+    assert "nothing: everything was committed" in run(
+        "encode", image_folder, "--out", out, *ENCODE
+    ).out  # fmt: skip
+    assert run("verify", out).code == 0
+    assert "bmshj2018-factorized" in run("inspect", out).out
+    trained = run(
+        "train", out, "--model", "vitds_tiny", "--epochs", "2", "--batch-size", "8",
+        "--runs", tmp_path / "runs", "--name", "one",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    assert "epoch 2/2" in trained.err
+    assert (tmp_path / "runs" / "one" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_goes_to_stdout_alone(run: Callable[..., Ran], cache_dir: Path) -> None:
+    card = json.loads(run("inspect", cache_dir, "--json").out)
+    assert card["complete"] is True
+    sample = json.loads(run("inspect", cache_dir, "--row", "0", "--json").out)
+    assert sample["row"] == 0
+    assert json.loads(run("verify", cache_dir, "--json").out) == []
+    rows = json.loads(run("complexity", "--json").out)
+    assert {row["name"]: row["parameters"] for row in rows}["vitds"] == 49_699_424
+
+
+def test_complexity_prints_the_papers_figures(run: Callable[..., Ran]) -> None:
+    text = run("complexity").out
+    for figure in ("88,956,320", "49,699,424", "8.4687", "6.6211", "-63.34%", "-71.34%"):
+        assert figure in text
+
+
+def test_an_environment_variable_stands_for_an_option_and_a_flag_wins(
+    run: Callable[..., Ran], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI2P_CACHE_ENCODE_VIEWS", "none")
+    run("encode", image_folder, "--out", tmp_path / "a", *ENCODE)
+    run("encode", image_folder, "--out", tmp_path / "b", *ENCODE, "--views", "flip")
+    assert cc.open_cache(tmp_path / "a")["train"].num_views == 1
+    assert cc.open_cache(tmp_path / "b")["train"].num_views == 2
+
+
+@pytest.mark.parametrize("command", [[], ["encode"], ["verify"], ["inspect"], ["train"],
+                                     ["complexity"], ["demo"]])  # fmt: skip
+def test_help_teaches_by_example_in_its_first_lines(
+    run: Callable[..., Ran], command: list[str]
+) -> None:
+    shown = run(*command, "--help")
+    assert shown.code == 0
+    assert "  ci2p-cache " in "\n".join(shown.out.splitlines()[2:10])
+
+
+@pytest.mark.parametrize(
+    ("command", "spec"), [(encode_command, cc.EncodeOptions), (train_command, cc.TrainSpec)]
+)
+def test_flags_and_library_have_the_same_defaults(command: Callable[..., None], spec: type) -> None:
+    flags = {name: value.default for name, value in inspect.signature(command).parameters.items()}
+    for field in dataclasses.fields(spec):
+        if field.name in flags:
+            assert flags[field.name] == field.default, field.name
+
+
+class TestBadInput:
+    def refused(self, ran: Ran, code: int, *texts: str) -> None:
+        assert ran.code == code, ran.err
+        assert "error:" in ran.err
+        flat = " ".join(ran.err.split())
+        for text in texts:
+            assert text in flat
+        assert "Traceback" not in ran.err
+
+    def test_an_empty_folder(self, run: Callable[..., Ran], tmp_path: Path) -> None:
+        (tmp_path / "src").mkdir()
+        self.refused(run("encode", tmp_path / "src", "--out", tmp_path / "out", *ENCODE), 3, "src")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_folder_of_text_files(self, run: Callable[..., Ran], tmp_path: Path) -> None:
+        (tmp_path / "src" / "notes").mkdir(parents=True)
+        (tmp_path / "src" / "notes" / "a.txt").write_text("no picture")
+        self.refused(
+            run("encode", tmp_path / "src", "--out", tmp_path / "out", *ENCODE), 3, "image"
+        )
+
+    def test_a_missing_and_an_unreadable_folder(
+        self, run: Callable[..., Ran], tmp_path: Path
+    ) -> None:
+        ran = run("encode", tmp_path / "nowhere", "--out", tmp_path / "out", *ENCODE)
+        self.refused(ran, 3, "nowhere")
+        (tmp_path / "file").write_text("x")
+        ran = run("encode", tmp_path / "file", "--out", tmp_path / "out", *ENCODE)
+        self.refused(ran, 3, "file")
+
+    def test_an_existing_cache_of_other_settings(
+        self, run: Callable[..., Ran], image_folder: Path, copy: Path
+    ) -> None:
+        ran = run("encode", image_folder, "--out", copy, *ENCODE, "--views", "none", "--seed", "4")
+        self.refused(ran, 4, "views.kind: 'flip' in the folder, 'none' asked for", "seed: 0")
+
+    def test_a_size_that_is_no_multiple_of_32(
+        self, run: Callable[..., Ran], image_folder: Path, tmp_path: Path
+    ) -> None:
+        ran = run("encode", image_folder, "--out", tmp_path / "out", "--size", "100")
+        self.refused(ran, 2, "`size` is 100", "multiple of 32")
+
+    def test_weights_of_another_architecture(
+        self, run: Callable[..., Ran], image_folder: Path, tmp_path: Path
+    ) -> None:
+        torch.save(FactorizedPrior(16, 24).state_dict(), tmp_path / "small.pth.tar")
+        ran = run(
+            "encode", image_folder, "--out", tmp_path / "out", "--weights",
+            tmp_path / "small.pth.tar",
+        )  # fmt: skip
+        self.refused(ran, 3, "small.pth.tar", "g_a")
+
+    def test_no_network_and_no_weights_names_three_ways(
+        self,
+        run: Callable[..., Ran],
+        image_folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+        # Port 9 of loopback: nobody listens, so the connection is refused at once.
+        monkeypatch.setenv("CI2P_CACHE_WEIGHTS_URL", "http://127.0.0.1:9/")
+        ran = run("encode", image_folder, "--out", tmp_path / "out")
+        self.refused(ran, 6, "--weights", "--encoder bundled", str(tmp_path / "home"))
+        assert not (tmp_path / "out").exists()
+
+    def test_an_unknown_model(
+        self, run: Callable[..., Ran], cache_dir: Path, tmp_path: Path
+    ) -> None:
+        ran = run("train", cache_dir, "--model", "vitsd", "--runs", tmp_path / "runs")
+        self.refused(ran, 2, "vitsd", "vitds")
+        assert not (tmp_path / "runs").exists()
+
+    def test_a_half_encoded_cache_given_to_train(
+        self, run: Callable[..., Ran], copy: Path, tmp_path: Path
+    ) -> None:
+        manifest = json.loads((copy / "cache.json").read_text())
+        manifest["state"] = "encoding"
+        (copy / "cache.json").write_text(json.dumps(manifest))
+        next(copy.glob("commits/*")).unlink()
+        ran = run("train", copy, "--model", "vitds_tiny", "--runs", tmp_path / "runs")
+        self.refused(ran, 4, "not encoded to its end", "ci2p-cache encode")
+
+    def test_a_corrupt_shard_given_to_train(
+        self, run: Callable[..., Ran], copy: Path, tmp_path: Path
+    ) -> None:
+        for path in copy.glob("latents.zarr/train/latents/c.*"):
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        ran = run(
+            "train", copy, "--model", "vitds_tiny", "--epochs", "1", "--runs", tmp_path / "runs"
+        )
+        self.refused(ran, 5, "shard", "rows", f"ci2p-cache verify {copy}")
+        self.refused(run("verify", copy), 5, "findings", "ci2p-cache encode")
+
+    def test_no_cache_at_all(self, run: Callable[..., Ran], tmp_path: Path) -> None:
+        for command in ("train", "inspect", "verify"):
+            self.refused(run(command, tmp_path), 4, "is no latent cache")
+
+    def test_too_many_bad_images(self, run: Callable[..., Ran], tmp_path: Path) -> None:
+        source = write_image_folder(tmp_path / "src", {"ant": 5})
+        (source / "ant" / "bad.jpg").write_bytes(b"\xff\xd8 nothing")
+        ran = run("encode", source, "--out", tmp_path / "out", *ENCODE)
+        self.refused(ran, 3, "ant/bad.jpg", "--max-errors")
+        assert (
+            run("encode", source, "--out", tmp_path / "out", *ENCODE, "--max-errors", "1").code == 0
+        )
+
+    def test_overwrite_wants_the_folders_name(
+        self, run: Callable[..., Ran], image_folder: Path, copy: Path
+    ) -> None:
+        again = ("encode", image_folder, "--out", copy, *ENCODE, "--views", "none")
+        self.refused(run(*again, "--overwrite", "other"), 2, "shards")
+        assert run(*again, "--overwrite", "shards").code == 0
+
+
+def test_python_dash_m_runs_the_same_command() -> None:
+    command = [sys.executable, "-m", "ci2p_cache", "--version"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert shown.stdout.strip() == f"ci2p-cache {cc.__version__}"
