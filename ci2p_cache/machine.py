@@ -1,13 +1,39 @@
-"""What this machine offers: processor cores, and an allocator that suits large activations."""
+"""What this machine offers: devices, processor cores, an allocator for large activations."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 
-__all__ = ["num_cores", "tune_allocator"]
+import torch
+
+from ci2p_cache.errors import UsageError
+
+__all__ = ["checked_device", "num_cores", "tune_allocator"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """Returns the device of that name; auto is CUDA where there is one.
+
+    Raises:
+        UsageError: torch knows no such device, or this machine has none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        checked = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"`device` is {device!r}; wanted auto, cpu, cuda or cuda:1") from error
+    if checked.type not in ("cpu", "cuda"):
+        raise UsageError(f"`device` is {str(checked)!r}; wanted auto, cpu, cuda or cuda:1")
+    if checked.type == "cuda" and (checked.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"`device` is {str(checked)!r}; torch can use {torch.cuda.device_count()} CUDA devices "
+            "here"
+        )
+    return checked
 
 
 def num_cores() -> int:

@@ -33,7 +33,8 @@ from ci2p_cache.cache.store import Cache, Split
 from ci2p_cache.encoder.frozen import FrozenEncoder, load_saved_encoder
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError, UsageError
 from ci2p_cache.images.decode import decode_image
-from ci2p_cache.images.source import ImageSource, open_source
+from ci2p_cache.images.locate import open_source
+from ci2p_cache.images.source import ImageSource
 from ci2p_cache.images.views import image_views
 from ci2p_cache.preview_figure import PreviewRow, Square, draw_png
 from ci2p_cache.record import Record

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# One OpenMP thread, here and in every process that a test starts: it is the reference setting, and
+# two threads that wait for each other lose tenfold as soon as another process takes a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 from PIL import Image

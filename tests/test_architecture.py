@@ -19,11 +19,11 @@ MAX_LINES = 400
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "machine": set(),
+    "machine": {"errors"},
     "record": {"errors"},
     "specs": {"errors", "record"},
     "images": {"errors", "record", "specs"},
-    "encoder": {"errors", "record", "specs"},
+    "encoder": {"machine", "errors", "record", "specs"},
     "cache": {"errors", "record", "specs"},
     "models": {"errors", "record", "specs"},
     "encoding": {"machine", "errors", "record", "specs", "images", "encoder", "cache"},

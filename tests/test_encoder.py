@@ -479,9 +479,9 @@ def test_weights_too_large_for_float16_are_refused(tmp_path):
         ({"source": "bundled", "arch": "mbt2018"}, "the bundled encoder is bmshj2018-factorized"),
         ({"source": "bundled", "weights": Path("x.pth")}, "choose one"),
         ({"source": "bundled", "precision": "float64"}, "wanted float32, tf32, bf16"),
-        ({"source": "bundled", "device": "toaster"}, "wanted cpu, cuda or cuda:0"),
-        ({"source": "bundled", "device": "meta"}, "wanted cpu, cuda or cuda:0"),
-        ({"source": "bundled", "device": "cuda:77"}, "CUDA devices that torch can use"),
+        ({"source": "bundled", "device": "toaster"}, "wanted auto, cpu, cuda or cuda:1"),
+        ({"source": "bundled", "device": "meta"}, "wanted auto, cpu, cuda or cuda:1"),
+        ({"source": "bundled", "device": "cuda:77"}, "torch can use . CUDA devices"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_named(arguments, message):

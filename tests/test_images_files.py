@@ -14,7 +14,7 @@ import pytest
 
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.decode import decode_image
-from ci2p_cache.images.source import open_source
+from ci2p_cache.images.locate import open_source
 from ci2p_cache.specs import ImageSpec
 from tests.test_images_folder import keys, notice, put, text
 

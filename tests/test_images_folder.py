@@ -10,7 +10,8 @@ import pytest
 
 from ci2p_cache.errors import SourceError
 from ci2p_cache.images.folder import FolderSource
-from ci2p_cache.images.source import ImageRef, ImageSource, open_source
+from ci2p_cache.images.locate import open_source
+from ci2p_cache.images.source import ImageRef, ImageSource
 from tests.conftest import picture
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from ci2p_cache.errors import MissingDependencyError, SourceError
 from ci2p_cache.images.folder import FolderSource
-from ci2p_cache.images.source import open_source
+from ci2p_cache.images.locate import open_source
 from tests.conftest import picture
 
 scipy_io = pytest.importorskip("scipy.io")

@@ -29,7 +29,9 @@ __all__ = [
     "disk_errors",
     "json_bytes",
     "read_commit",
+    "remove_path",
     "sha256_file",
+    "sync_folder",
 ]
 
 _BLOCK_BYTES = 2**20
@@ -149,7 +151,7 @@ class StagingArea:
 
     def __enter__(self) -> StagingArea:
         with disk_errors(self._folder):
-            _remove(self._folder)
+            remove_path(self._folder)
             self._folder.mkdir(parents=True)
         return self
 
@@ -188,9 +190,9 @@ class StagingArea:
                     os.fsync(file.fileno())
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.is_dir() and not target.is_symlink():
-                    _remove(target)
+                    remove_path(target)
                 staged.replace(target)
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
             except OSError:
                 staged.unlink(missing_ok=True)
                 raise
@@ -204,7 +206,7 @@ class StagingArea:
         """Returns a new, empty folder that goes when the area is closed; nothing in it counts."""
         folder = self._folder / f"scratch-{name}"
         with disk_errors(folder):
-            _remove(folder)
+            remove_path(folder)
             folder.mkdir()
         return folder
 
@@ -213,15 +215,21 @@ class StagingArea:
         self.put_json(commit_path(record.split, record.shard), record.to_dict())
 
 
-def _remove(path: Path) -> None:
-    """Removes whatever lies at `path`, never what a link there points to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def remove_path(path: Path) -> None:
+    """Removes whatever lies at `path`, never what a link there points to.
+
+    Raises:
+        ResourceError: it cannot be removed.
+    """
+    with disk_errors(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -9,32 +9,10 @@ from typing import Any, cast
 
 import torch
 
-from ci2p_cache.errors import UsageError
-
-__all__ = ["checked_device", "fixed_arithmetic"]
+__all__ = ["fixed_arithmetic"]
 
 # cuDNN's switches belong to the process: two threads must not set them at the same time.
 _CUDNN_LOCK = threading.Lock()
-
-
-def checked_device(device: str | torch.device) -> torch.device:
-    """Gives the device of that name.
-
-    Raises:
-        UsageError: torch knows no such device, or this machine has none.
-    """
-    try:
-        checked = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"`device` is {device!r}; wanted cpu, cuda or cuda:0") from error
-    if checked.type not in ("cpu", "cuda"):
-        raise UsageError(f"`device` is {str(checked)!r}; wanted cpu, cuda or cuda:0")
-    if checked.type == "cuda" and (checked.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"`device` is {str(checked)!r}; this machine has {torch.cuda.device_count()} CUDA "
-            "devices that torch can use"
-        )
-    return checked
 
 
 @contextlib.contextmanager

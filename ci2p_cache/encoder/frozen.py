@@ -32,7 +32,7 @@ from ci2p_cache.encoder.architecture import (
     has_factorized_prior,
     value_tensors,
 )
-from ci2p_cache.encoder.arithmetic import checked_device, fixed_arithmetic
+from ci2p_cache.encoder.arithmetic import fixed_arithmetic
 from ci2p_cache.encoder.download import Progress
 from ci2p_cache.encoder.weights import (
     BUNDLED,
@@ -48,6 +48,7 @@ from ci2p_cache.encoder.weights import (
     weights_folder,
 )
 from ci2p_cache.errors import UsageError, WeightsError
+from ci2p_cache.machine import checked_device
 from ci2p_cache.specs import DOWNSAMPLING, EncoderSpec, Precision
 
 __all__ = ["FrozenEncoder", "load_encoder", "load_saved_encoder", "save_half"]

@@ -23,7 +23,8 @@ from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary, Progress
 from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
 from ci2p_cache.errors import ManifestError, NotACacheError, UsageError
 from ci2p_cache.images.decode import decoder_name
-from ci2p_cache.images.source import ImageSource, open_source
+from ci2p_cache.images.locate import open_source
+from ci2p_cache.images.source import ImageSource
 from ci2p_cache.machine import num_cores
 from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec
 

@@ -22,7 +22,8 @@ from ci2p_cache.encoder.frozen import FrozenEncoder, load_saved_encoder
 from ci2p_cache.encoder.quantize import saturate
 from ci2p_cache.errors import InputDataError
 from ci2p_cache.images.decode import decode_image
-from ci2p_cache.images.source import ImageSource, open_source
+from ci2p_cache.images.locate import open_source
+from ci2p_cache.images.source import ImageSource
 from ci2p_cache.images.views import image_views
 from ci2p_cache.loader.batches import Batch, BatchLoader
 from ci2p_cache.loader.order import Rows

@@ -10,18 +10,17 @@ N = H * W tokens in row-major order, K classes.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, cast
+from typing import cast
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ci2p_cache.errors import CheckpointError, UsageError
+from ci2p_cache.errors import UsageError
 from ci2p_cache.models.patch_reshape import CnnReshape, PatchReshape, to_map, to_tokens
+from ci2p_cache.record import Record
 
 __all__ = ["CI2PViT", "ModelConfig", "num_heads", "transformer_blocks"]
 
@@ -32,7 +31,7 @@ _LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class ModelConfig(Record):
     """Everything that fixes the tensors of a model; a checkpoint stores it beside the weights."""
 
     version: int = _CONFIG_VERSION
@@ -93,35 +92,6 @@ class ModelConfig:
                 f"`embed_dims` {self.embed_dims} and `depths` {self.depths} must be equally long, "
                 "one entry per scale"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain JSON values."""
-        record = dataclasses.asdict(self)
-        return record | {"embed_dims": list(self.embed_dims), "depths": list(self.depths)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Rebuilds the record that `to_dict` gave.
-
-        Raises:
-            CheckpointError: a field is unknown, missing, of another type or out of range.
-        """
-        if not isinstance(data, Mapping):
-            raise CheckpointError(f"a model record must be an object, got {type(data).__name__}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        unknown, missing = sorted(map(str, set(data) - names)), sorted(names - set(data))
-        if unknown or missing:
-            raise CheckpointError(
-                f"the model record has unknown fields {unknown} and lacks {missing}; it was "
-                "written by another version of ci2p-cache or is damaged"
-            )
-        values: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in data.items()
-        }
-        try:
-            return cls(**values)
-        except UsageError as error:
-            raise CheckpointError(f"the model record is not valid: {error}") from error
 
 
 def num_heads(width: int) -> int:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -31,7 +30,14 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ci2p_cache.cache.commit import FileRecord, StagingArea, disk_errors, json_bytes
+from ci2p_cache.cache.commit import (
+    FileRecord,
+    StagingArea,
+    disk_errors,
+    json_bytes,
+    remove_path,
+    sync_folder,
+)
 from ci2p_cache.errors import CheckpointError, ManifestError, ResourceError
 from ci2p_cache.record import Record, read_json
 from ci2p_cache.training.records import EpochRecord, TrainObserver, best_epoch
@@ -127,7 +133,7 @@ class CheckpointStore:
         state, root = checkpoint.state, self._staging.root
         if state.name == self._newest:
             return
-        _remove_folder(root / _PARTIAL)
+        remove_path(root / _PARTIAL)
         contents = {
             _MODEL: _tensor_bytes(checkpoint.model),
             _OPTIMIZER: _tensor_bytes(checkpoint.optimizer),
@@ -141,10 +147,10 @@ class CheckpointStore:
                 files.append({"path": name, "bytes": written.bytes, "sha256": written.sha256})
             self._staging.put_json(f"{_PARTIAL}/{_DIGESTS}", {"version": _VERSION, "files": files})
             # Only a damaged folder can lie there: the run would have gone on from a good one.
-            _remove_folder(target)
+            remove_path(target)
             with disk_errors(target):
                 (root / _PARTIAL).rename(target)
-                _sync_folder(self._folder)
+                sync_folder(self._folder)
         except ResourceError:
             # A full disk is not left fuller.
             shutil.rmtree(root / _PARTIAL, ignore_errors=True)
@@ -165,7 +171,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints, and none of them is whole.
         """
-        _remove_folder(self._staging.root / _PARTIAL)
+        remove_path(self._staging.root / _PARTIAL)
         names = self._names()
         pointed = self._pointed_to(observer)
         if pointed is not None and pointed not in names:
@@ -237,7 +243,7 @@ class CheckpointStore:
             keep |= {previous, _best_name(state.history[: _place(previous)[0]])}
         for name in self._names():
             if name not in keep:
-                _remove_folder(self.path(name))
+                remove_path(self.path(name))
 
 
 def _folder_name(epoch: int, step: int) -> str:
@@ -272,20 +278,3 @@ def _checked_bytes(folder: Path, record: FileRecord) -> bytes:
             f"{record.sha256[:12]}..., now {path.stat().st_size} bytes"
         )
     return content
-
-
-def _remove_folder(path: Path) -> None:
-    """Removes a folder, or whatever else lies there; never what a link points to."""
-    with disk_errors(path):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

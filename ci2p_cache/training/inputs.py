@@ -18,7 +18,6 @@ from ci2p_cache.models.registry import model_config
 from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
-    "checked_device",
     "data_digest",
     "make_loaders",
     "model_config_for",
@@ -28,27 +27,6 @@ __all__ = [
 ]
 
 _MODEL_RECORD_VERSION = 1
-
-
-def checked_device(name: str) -> torch.device:
-    """Returns the device of that name; auto is CUDA where there is one.
-
-    Raises:
-        UsageError: torch knows no such device, or this machine has none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"`device` is {name!r}; wanted auto, cpu, cuda or cuda:1") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"`device` is {name!r}; wanted auto, cpu, cuda or cuda:1")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"`device` is {name!r}; torch can use {torch.cuda.device_count()} CUDA devices here"
-        )
-    return device
 
 
 def model_config_for(cache: Cache, spec: TrainSpec) -> ModelConfig:

@@ -11,13 +11,12 @@ from ci2p_cache.cache.commit import StagingArea
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.errors import CheckpointError, InterruptedRunError, UsageError
 from ci2p_cache.loader.batches import BatchLoader, LatentLoader
-from ci2p_cache.machine import tune_allocator
+from ci2p_cache.machine import checked_device, tune_allocator
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model
 from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore, TrainState
 from ci2p_cache.training.folder import RunArgs, RunSettings, open_run_folder, run_path
 from ci2p_cache.training.inputs import (
-    checked_device,
     data_digest,
     make_loaders,
     model_config_for,
