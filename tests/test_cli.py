@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -247,7 +250,56 @@ class TestBadInput:
         assert run(*again, "--overwrite", "shards").code == 0
 
 
+def test_on_a_terminal_there_is_a_bar_and_in_a_log_there_is_none(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    command = [*(sys.executable, "-m", "ci2p_cache", "encode", str(image_folder)), *ENCODE, "--out"]
+    main_end, other_end = pty.openpty()
+    process = subprocess.Popen([*command, str(tmp_path / "a")], stdout=other_end, stderr=other_end)
+    os.close(other_end)
+    shown = b""
+    # Reading a terminal whose last writer has gone ends in EIO.
+    with contextlib.suppress(OSError):
+        while part := os.read(main_end, 4096):
+            shown += part
+    os.close(main_end)
+    assert process.wait() == 0, shown.decode()
+    assert b"/21 images" in shown
+    logged = subprocess.run([*command, str(tmp_path / "b")], check=True, capture_output=True)
+    assert b"\x1b" not in logged.stdout + logged.stderr
+
+
 def test_python_dash_m_runs_the_same_command() -> None:
     command = [sys.executable, "-m", "ci2p_cache", "--version"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True)
     assert shown.stdout.strip() == f"ci2p-cache {cc.__version__}"
+
+
+def test_train_inspect_and_verify_run_where_compressai_is_not_installed(
+    cache_dir: Path, tmp_path: Path
+) -> None:
+    code = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "compressai":
+            raise ModuleNotFoundError("compressai is not installed")
+sys.meta_path.insert(0, Blocked())
+from ci2p_cache.cli.app import main
+for command in COMMANDS:
+    sys.argv = ["ci2p-cache", *command]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, (command, ended.code)
+"""
+    cache, runs = str(cache_dir), str(tmp_path / "runs")
+    commands = [
+        ["inspect", cache],
+        ["inspect", cache, "--row", "0"],
+        ["verify", cache],
+        ["train", cache, "--model", "vitds_tiny", "--epochs", "1", "--runs", runs],
+    ]
+    text = code.replace("COMMANDS", repr(commands))
+    subprocess.run([sys.executable, "-c", text], check=True, capture_output=True)
+    assert list((tmp_path / "runs").glob("*/summary.csv"))

@@ -404,6 +404,14 @@ def test_too_many_saturated_symbols_ask_for_int16(image_folder: Path, tmp_path: 
     assert summary.clipped == 0
 
 
+def test_a_source_whose_path_is_not_utf8_is_encoded(image_folder: Path, tmp_path: Path) -> None:
+    source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/na\xefve"))
+    shutil.copytree(image_folder, source)
+    summary = cc.encode(source, tmp_path / "out", SMALL)
+    assert summary.images == 21
+    assert cc.open_cache(tmp_path / "out").manifest.source.endswith("ve")
+
+
 class TestRefusedPlaces:
     def test_a_folder_that_holds_something_else_is_not_touched(
         self, image_folder: Path, tmp_path: Path

@@ -209,7 +209,7 @@ def _latent_cards(split: Split, row: int) -> tuple[LatentCard, ...]:
         values = stored.astype(np.float64)
         cards.append(
             LatentCard(
-                stored_bytes=int(file._entries[offset * split.num_views + view, 1]),
+                stored_bytes=file.stored_bytes(offset * split.num_views + view),
                 raw_bytes=split.latent.num_bytes,
                 minimum=float(values.min()),
                 maximum=float(values.max()),

@@ -175,6 +175,10 @@ class ShardFile:
         """Which inner chunks exist, bool (num_chunks,)."""
         return np.not_equal(self._entries[:, 0], _MISSING)
 
+    def stored_bytes(self, chunk: int) -> int:
+        """Returns the size of a stored inner chunk in the file."""
+        return int(self._entries[chunk, 1])
+
     def read_into(self, chunk: int, out: npt.NDArray[Any]) -> None:
         """Reads one inner chunk into `out`, uint8 (chunk_bytes,).
 

@@ -129,13 +129,13 @@ class ProgressLine:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+                TextColumn("{task.fields[counts]}"),
                 TextColumn("{task.fields[detail]}"),
                 TimeRemainingColumn(compact=True),
                 console=_err,
                 transient=True,
             )
-            self._task = self._bar.add_task(label, total=None, detail="")
+            self._task = self._bar.add_task(label, total=None, counts="", detail="")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -154,7 +154,10 @@ class ProgressLine:
     def update(self, done: int, total: int, *, detail: str = "", eta: float | None = None) -> None:
         """Shows how far it is."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, detail=escape(detail))
+            counts = f"{done:,}/{total:,} {self._unit}"
+            self._bar.update(
+                self._task, completed=done, total=total, counts=counts, detail=escape(detail)
+            )
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + _LOG_SECONDS
             rest = f"; {duration(eta)} left" if eta is not None else ""

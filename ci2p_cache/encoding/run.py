@@ -192,7 +192,8 @@ def _open_or_start(
         state="encoding",
         fingerprint=fingerprint,
         layout=layout,
-        source=images.location(),
+        # A path that is not UTF-8 is shown with escapes; JSON could not hold it.
+        source=images.location().encode("utf-8", "backslashreplace").decode(),
         classes=images.classes,
         class_titles=images.class_titles,
         splits=plan.splits,
