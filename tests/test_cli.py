@@ -163,6 +163,25 @@ class TestBadInput:
         ran = run("encode", tmp_path / "file", "--out", tmp_path / "out", *ENCODE)
         self.refused(ran, 3, "file")
 
+    def test_an_unreadable_folder(self, tmp_path: Path) -> None:
+        folder = write_image_folder(tmp_path / "src", {"ant": 2})
+        command = [*(sys.executable, "-m", "ci2p_cache", "encode", str(folder)),
+                   *("--out", str(tmp_path / "out"), *ENCODE)]  # fmt: skip
+        if os.geteuid() == 0:
+            # Root reads everything until it drops that capability.
+            if shutil.which("setpriv") is None:
+                pytest.skip("runs as root and there is no setpriv to drop its capabilities with")
+            command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
+        for locked in (folder / "ant", folder):
+            locked.chmod(0)
+            try:
+                shown = subprocess.run(command, capture_output=True, text=True, check=False)
+            finally:
+                locked.chmod(0o755)
+            assert shown.returncode == 3, shown.stderr
+            assert "Permission denied" in shown.stderr
+            assert not (tmp_path / "out").exists()
+
     def test_an_existing_cache_of_other_settings(
         self, run: Callable[..., Ran], image_folder: Path, copy: Path
     ) -> None:

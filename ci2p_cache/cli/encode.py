@@ -21,14 +21,17 @@ _RUN = "How it runs (changes no stored byte)"
 
 
 def encode(
-    source: Annotated[Path, typer.Argument(help="Folder of images.", metavar="SRC")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder of images.", metavar="SRC", readable=False)
+    ],
     out: Annotated[Path, typer.Option(help="Cache folder; made if it is not there.")],
     encoder: Annotated[
         Literal["official", "bundled"],
         typer.Option(help="CompressAI's published weights (fetched once), or the ones shipped."),
     ] = "official",
     weights: Annotated[
-        Path | None, typer.Option(help="A weights file instead: .pth.tar or .safetensors.")
+        Path | None,
+        typer.Option(help="A weights file instead: .pth.tar or .safetensors.", readable=False),
     ] = None,
     arch: Annotated[str, typer.Option(help="CompressAI zoo name.")] = "bmshj2018-factorized",
     quality: Annotated[int, typer.Option(help="CompressAI quality, 1 to 8.")] = 5,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["complexity", "inspect", "verify"]
 
-_CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR")]
+_CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 

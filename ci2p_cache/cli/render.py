@@ -154,12 +154,12 @@ class ProgressLine:
     def update(self, done: int, total: int, *, detail: str = "", eta: float | None = None) -> None:
         """Shows how far it is."""
         if self._bar is not None:
-            counts = f"{done:,}/{total:,} {self._unit}"
+            counts = f"{done:,}/{total:,} {self._unit}".rstrip()
             self._bar.update(
                 self._task, completed=done, total=total, counts=counts, detail=escape(detail)
             )
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + _LOG_SECONDS
             rest = f"; {duration(eta)} left" if eta is not None else ""
-            parts = f"{self._label}: {done:,}/{total:,} {self._unit}"
+            parts = f"{self._label}: {done:,}/{total:,} {self._unit}".rstrip()
             _err.print(escape(", ".join(filter(None, [parts, detail])) + rest))

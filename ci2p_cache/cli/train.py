@@ -18,7 +18,7 @@ __all__ = ["train"]
 
 
 def train(
-    cache: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR")],
+    cache: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)],
     model: Annotated[
         str, typer.Option(help="vit, vitds, or these with _small or _tiny.")
     ] = "vitds",
