@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
     from ci2p_cache.encoding.options import EncodeOptions
     from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
+    from ci2p_cache.encoding.reencode import ReencodeSummary, reencode
+    from ci2p_cache.encoding.repair import RepairSummary, repair
     from ci2p_cache.encoding.run import encode
     from ci2p_cache.errors import CacheError
     from ci2p_cache.loader.batches import Batch, LatentLoader
@@ -49,6 +51,8 @@ __all__ = [
     "LatentSpec",
     "LayoutSpec",
     "OnlineLoader",
+    "ReencodeSummary",
+    "RepairSummary",
     "Split",
     "TrainSpec",
     "TrainSummary",
@@ -60,6 +64,8 @@ __all__ = [
     "list_models",
     "load_encoder",
     "open_cache",
+    "reencode",
+    "repair",
     "train",
     "verify",
 ]
@@ -83,6 +89,8 @@ _HOMES = {
     "LatentSpec": "specs",
     "LayoutSpec": "specs",
     "OnlineLoader": "loader.online",
+    "ReencodeSummary": "encoding.reencode",
+    "RepairSummary": "encoding.repair",
     "Split": "cache.store",
     "TrainSpec": "training.run",
     "TrainSummary": "training.run",
@@ -93,6 +101,8 @@ _HOMES = {
     "list_models": "models.registry",
     "load_encoder": "encoder.frozen",
     "open_cache": "cache.store",
+    "reencode": "encoding.reencode",
+    "repair": "encoding.repair",
     "train": "training.run",
     "verify": "cache.verify",
 }

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import reprlib
+import stat
 import types
 import typing
 from collections.abc import Mapping
@@ -12,10 +16,10 @@ from typing import Any, Literal, Self
 
 from ci2p_cache.errors import ManifestError, UsageError
 
-__all__ = ["Record", "read_json"]
+__all__ = ["Record", "read_json", "read_regular"]
 
-MAX_JSON_BYTES = 64 * 2**20
-"""No JSON file of ours comes near this; a larger one is refused before it is parsed."""
+MAX_JSON_BYTES = 8 * 2**20
+"""Room for 50,000 classes with titles. Parsed, hostile JSON takes about 25 times its size."""
 
 
 class Record:
@@ -33,7 +37,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Rebuilds a record written by `to_dict`.
+        """Rebuilds a record written by `to_dict`; messages show no more than the start of a value.
 
         Raises:
             ManifestError: a field is unknown, missing, of another type or out of range.
@@ -42,10 +46,10 @@ class Record:
             raise ManifestError(f"{cls.__name__} wants an object, got {type(data).__name__}")
         hints = typing.get_type_hints(cls)
         names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        unknown, missing = sorted(set(data) - set(names)), sorted(set(names) - set(data))
+        unknown, missing = sorted(set(map(str, data)) - set(names)), sorted(set(names) - set(data))
         if unknown or missing:
             raise ManifestError(
-                f"{cls.__name__} has unknown fields {unknown} and lacks {missing}; "
+                f"{cls.__name__} has unknown fields {_shown(unknown)} and lacks {missing}; "
                 "it was written by another version of ci2p-cache or is damaged"
             )
         values = {
@@ -72,16 +76,53 @@ def _checked(place: str, wanted: Any, value: Any) -> Any:
         rest = [arg for arg in args if arg not in (type(None), str, int, bool)]
         if rest and value is not None:
             return _checked(place, rest[0], value)
-        raise ManifestError(f"{place} wants {wanted}, got {value!r}")
+        raise ManifestError(f"{place} wants {wanted}, got {_shown(value)}")
     if origin is Literal:
-        fits = value in args
+        fits = any(type(value) is type(arg) and value == arg for arg in args)
     elif wanted is float and type(value) is int:
         value, fits = float(value), True
     else:
         fits = type(value) is wanted
     if not fits:
-        raise ManifestError(f"{place} wants {wanted}, got {value!r}")
+        raise ManifestError(f"{place} wants {wanted}, got {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """Returns the start of a value's repr: whole, that of shared lists may not fit any memory."""
+    return reprlib.repr(value)
+
+
+def read_regular(path: Path, *, max_bytes: int) -> bytes:
+    """Reads a file of ours that may come from a stranger.
+
+    Links are not followed, because they may lead out of the folder; a pipe is not waited for, a
+    device not read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ManifestError: it is a link, no regular file, or larger than `max_bytes`.
+        OSError: it cannot be read.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ManifestError(f"{path} is a link, which may lead anywhere") from error
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ManifestError(f"{path} is no regular file")
+        if found.st_size > max_bytes:
+            raise ManifestError(
+                f"{path} has {found.st_size} bytes; at most {max_bytes} are plausible"
+            )
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(found.st_size)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -89,13 +130,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ManifestError: it is too large, no JSON, nested too deeply, or no object.
+        ManifestError: it is a link, too large, no JSON, nested too deeply, or no object.
     """
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ManifestError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are plausible")
+    content = read_regular(path, max_bytes=MAX_JSON_BYTES)
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(data, dict):

@@ -20,6 +20,7 @@ import torch
 from compressai.models import FactorizedPrior
 
 import ci2p_cache as cc
+from ci2p_cache.cache.commit import sealed_bytes
 from ci2p_cache.cli.app import main
 from ci2p_cache.cli.encode import encode as encode_command
 from ci2p_cache.cli.train import train as train_command
@@ -230,7 +231,7 @@ class TestBadInput:
     ) -> None:
         manifest = json.loads((copy / "cache.json").read_text())
         manifest["state"] = "encoding"
-        (copy / "cache.json").write_text(json.dumps(manifest))
+        (copy / "cache.json").write_bytes(sealed_bytes(manifest))
         next(copy.glob("commits/*")).unlink()
         ran = run("train", copy, "--model", "vitds_tiny", "--runs", tmp_path / "runs")
         self.refused(ran, 4, "not encoded to its end", "ci2p-cache encode")
@@ -246,7 +247,7 @@ class TestBadInput:
             "train", copy, "--model", "vitds_tiny", "--epochs", "1", "--runs", tmp_path / "runs"
         )
         self.refused(ran, 5, "shard", "rows", f"ci2p-cache verify {copy}")
-        self.refused(run("verify", copy), 5, "findings", "ci2p-cache encode")
+        self.refused(run("verify", copy), 5, "findings", f"verify {copy} --repair")
 
     def test_no_cache_at_all(self, run: Callable[..., Ran], tmp_path: Path) -> None:
         for command in ("train", "inspect", "verify"):

@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import ci2p_cache as cc
 from ci2p_cache import errors
+from ci2p_cache.cache.commit import sealed_bytes
 from tests.conftest import picture, write_image_folder
 
 SMALL = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.25)
@@ -447,7 +448,7 @@ def test_an_unfinished_cache_is_refused_with_the_command_that_goes_on(
     shutil.copytree(cache_dir, out)
     manifest = json.loads((out / "cache.json").read_text())
     manifest["state"] = "encoding"
-    (out / "cache.json").write_text(json.dumps(manifest))
+    (out / "cache.json").write_bytes(sealed_bytes(manifest))
     with pytest.raises(errors.IncompleteCacheError, match="shards are committed") as caught:
         cc.open_cache(out)
     assert "ci2p-cache encode" in str(caught.value.hint)

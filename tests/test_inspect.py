@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 import ci2p_cache as cc
 from ci2p_cache.cache.card import CacheCard, describe, folder_tree
+from ci2p_cache.cache.commit import sealed_bytes
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.sample_card import SampleCard, describe_sample
 from ci2p_cache.errors import IncompleteCacheError, ResourceError, SourceError, UsageError
@@ -66,7 +67,7 @@ def half_encoded(cache: cc.Cache, to: Path) -> cc.Cache:
     for record in data["splits"].values():
         for name in ("valid_rows", "bytes", "source_bytes", "clipped", "exif_turned"):
             record[name] = None
-    (to / "cache.json").write_text(json.dumps(data))
+    (to / "cache.json").write_bytes(sealed_bytes(data))
     shutil.rmtree(to / "latents.zarr" / "train" / "valid")
     return cc.open_cache(to, partial=True)
 
@@ -297,7 +298,7 @@ def moved(cache, folder, tmp_path):
     manifest = tmp_path / "shards" / "cache.json"
     data = json.loads(manifest.read_text())
     data["source"] = str(tmp_path / "gone")
-    manifest.write_text(json.dumps(data))
+    manifest.write_bytes(sealed_bytes(data))
     return cc.open_cache(tmp_path / "shards")
 
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 import ci2p_cache as cc
 from ci2p_cache import errors
+from ci2p_cache.cache.commit import sealed_bytes
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model
@@ -598,7 +599,7 @@ def test_a_half_encoded_or_unfit_cache_makes_no_run_folder(cache_dir: Path, tmp_
     half = tmp_path / "half"
     shutil.copytree(cache_dir, half)
     manifest = json.loads((half / "cache.json").read_text())
-    (half / "cache.json").write_text(json.dumps(manifest | {"state": "encoding"}))
+    (half / "cache.json").write_bytes(sealed_bytes(manifest | {"state": "encoding"}))
     runs = tmp_path / "runs"
     with pytest.raises(errors.IncompleteCacheError):
         cc.train(half, spec=SPEC, runs_dir=runs)

@@ -292,6 +292,6 @@ def _class_counts(split: Split, labels: npt.NDArray[Any]) -> tuple[int, ...]:
         raise ManifestError(
             f"split {split.name!r} of {split.cache.path} has label {outside[0]}, and there are "
             f"{len(classes)} classes",
-            hint=f"ci2p-cache verify {split.cache.path}",
+            hint=f"ci2p-cache verify {split.cache.path} --repair",
         )
     return tuple(np.bincount(labels[labels >= 0], minlength=len(classes)).tolist())

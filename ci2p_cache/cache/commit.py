@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ci2p_cache.errors import DiskFullError, ManifestError, ResourceError, UsageError
-from ci2p_cache.record import Record, read_json
+from ci2p_cache.record import MAX_JSON_BYTES, Record, read_regular
 from ci2p_cache.specs import FORMAT_VERSION
 
 __all__ = [
@@ -29,12 +29,15 @@ __all__ = [
     "disk_errors",
     "json_bytes",
     "read_commit",
+    "read_sealed",
     "remove_path",
+    "sealed_bytes",
     "sha256_file",
     "sync_folder",
 ]
 
-_BLOCK_BYTES = 2**20
+_SEAL = "sha256"
+_BLANK = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,20 +97,62 @@ def read_commit(root: Path, split: str, shard: int) -> CommitRecord | None:
         ManifestError: the record is damaged or speaks of another shard.
     """
     path = root / commit_path(split, shard)
+    hint = f"ci2p-cache verify {root} --repair"
     try:
-        record = CommitRecord.from_dict(read_json(path))
+        data, intact = read_sealed(path)
+        if not intact:
+            raise ManifestError(f"{path} is damaged: its own sha256 does not fit it")  # noqa: TRY301
+        record = CommitRecord.from_dict(data)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ManifestError(f"{path} cannot be read: {error}") from error
+        raise ManifestError(f"{path} cannot be read: {error}", hint=hint) from error
+    except ManifestError as error:
+        raise ManifestError(str(error), hint=hint) from error
     if (record.split, record.shard) != (split, shard):
-        raise ManifestError(f"{path} speaks of {record.split} shard {record.shard}")
+        raise ManifestError(f"{path} speaks of {record.split} shard {record.shard}", hint=hint)
     return record
 
 
 def json_bytes(data: Mapping[str, Any]) -> bytes:
     """Serialises to UTF-8 JSON, the same bytes for the same data."""
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def sealed_bytes(data: Mapping[str, Any]) -> bytes:
+    """Serialises to JSON that vouches for itself: its last field is the sha256 of the whole file.
+
+    The digest is taken with the field's own 64 digits as zeros, so that a reader in any language
+    can hold the file's bytes against it, and every flipped bit is noticed.
+    """
+    fields = {name: value for name, value in data.items() if name != _SEAL}
+    head, blank, tail = json_bytes(fields | {_SEAL: _BLANK}).rpartition(_BLANK.encode())
+    return head + hashlib.sha256(head + blank + tail).hexdigest().encode() + tail
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
+    """Reads what `sealed_bytes` made.
+
+    Returns:
+        Its fields without the digest, and whether the digest fits. The caller looks at the format
+        version first: another version may be sealed in another way.
+
+    Raises:
+        OSError: it cannot be read; FileNotFoundError where there is none.
+        ManifestError: it is a link, too large, no JSON, nested too deeply, or no object.
+    """
+    raw = read_regular(path, max_bytes=MAX_JSON_BYTES)
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path} is damaged: not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ManifestError(f"{path} is damaged: wanted an object, got {type(data).__name__}")
+    seal = data.pop(_SEAL, None)
+    if not isinstance(seal, str) or not seal.isascii() or len(seal) != len(_BLANK):
+        return data, False
+    blank = _BLANK.encode().join(raw.rsplit(seal.encode(), 1))
+    return data, hashlib.sha256(blank).hexdigest() == seal
 
 
 def sha256_file(path: Path) -> str:
@@ -202,6 +247,10 @@ class StagingArea:
         """Writes a JSON file the way `put` does."""
         return self.put(path, json_bytes(data))
 
+    def put_sealed(self, path: str, data: Mapping[str, Any]) -> FileRecord:
+        """Writes a JSON file that vouches for itself, the way `put` does."""
+        return self.put(path, sealed_bytes(data))
+
     def scratch(self, name: str) -> Path:
         """Returns a new, empty folder that goes when the area is closed; nothing in it counts."""
         folder = self._folder / f"scratch-{name}"
@@ -212,7 +261,7 @@ class StagingArea:
 
     def commit(self, record: CommitRecord) -> None:
         """Makes a shard count: its record is written last, after all files that it lists."""
-        self.put_json(commit_path(record.split, record.shard), record.to_dict())
+        self.put_sealed(commit_path(record.split, record.shard), record.to_dict())
 
 
 def remove_path(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ci2p_cache.cache.manifest import index_path
+from ci2p_cache.cache.parquet_pages import require_small_pages
 from ci2p_cache.errors import ShardError
 
 __all__ = [
@@ -62,6 +65,9 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 """Columns of an index part; cache/README.md gives their meaning."""
+
+_MAX_TEXT_RATIO = 256
+"""Bytes of one text column over those of the file: keys of ours take about twice the file."""
 
 _SUMS_KEY = b"ci2p_channel_sums"
 
@@ -147,17 +153,66 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Reads a parquet file with every page's checksum verified.
+def read_parquet(
+    path: Path, columns: Sequence[str] | None = None, *, schema: pa.Schema | None = None
+) -> pa.Table:
+    """Reads a parquet file with every page's checksum verified; it may come from a stranger.
+
+    Args:
+        path: The file.
+        columns: The columns wanted; None for all.
+        schema: The schema it must have; None for any.
 
     Raises:
-        OSError: the file is missing, or a checksum or the structure is wrong
-            (pyarrow's ArrowInvalid is re-raised as OSError).
+        OSError: the file is missing, is a link or no file, unpacks to far more than it has, has
+            another schema, or a checksum or the structure is wrong (pyarrow's ArrowException is
+            re-raised as OSError).
     """
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{path} is a link or no regular file")
     try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except pa.ArrowException as error:
+        with _open_parquet(path) as file:
+            require_small_pages(path, file.metadata)
+            known = file.schema_arrow
+        if schema is not None and not known.equals(schema):
+            raise OSError(f"{path} has another schema than ci2p-cache writes")
+        # Kept as dictionaries: one long text that many rows refer to would be copied for each.
+        texts = [name for name in known.names if _is_text(known.field(name).type)]
+        with _open_parquet(path, read_dictionary=texts) as file:
+            table = file.read(columns=None if columns is None else list(columns))
+        return _without_dictionaries(table, texts, _MAX_TEXT_RATIO * max(found.st_size, 2**16))
+    except (pa.ArrowException, ValueError, MemoryError) as error:
         raise OSError(f"{path} is damaged: {error}") from error
+
+
+def _open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        path,
+        page_checksum_verification=True,
+        thrift_string_size_limit=2**24,
+        thrift_container_size_limit=2**16,
+        **options,
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_binary(kind))
+
+
+def _without_dictionaries(table: pa.Table, texts: Sequence[str], max_bytes: int) -> pa.Table:
+    """Returns the table with plain text columns, none of more than `max_bytes`."""
+    for number, name in enumerate(table.column_names):
+        column = table.column(number)
+        if name not in texts or not pa.types.is_dictionary(column.type):
+            continue
+        lengths = (pc.binary_length(part.dictionary).take(part.indices) for part in column.chunks)
+        total = sum(pc.sum(part).as_py() or 0 for part in lengths)
+        if total > max_bytes:
+            raise ValueError(f"column {name} would unpack to {total} bytes")
+        field = table.schema.field(number).with_type(column.type.value_type)
+        table = table.set_column(number, field, column.cast(column.type.value_type))
+    return table
 
 
 def index_bytes(rows: Sequence[IndexRow], sums: ChannelSums) -> bytes:
@@ -181,16 +236,24 @@ def read_index(
         ShardError: it is missing or damaged.
     """
     try:
-        return read_parquet(root / index_path(split, shard), columns)
+        return read_parquet(root / index_path(split, shard), columns, schema=INDEX_SCHEMA)
     except OSError as error:
         raise ShardError(
             f"index of {split} shard {shard}: {error}",
-            hint=f"ci2p-cache verify {root}",
+            hint=f"ci2p-cache verify {root} --repair",
         ) from error
 
 
 def read_sums(table: pa.Table) -> ChannelSums:
-    """Returns the channel sums that an index part carries."""
-    values = json.loads(table.schema.metadata[_SUMS_KEY])
-    count = int(values.pop("count"))
-    return ChannelSums(count, **{name: np.array(value) for name, value in values.items()})
+    """Returns the channel sums that an index part carries.
+
+    Raises:
+        ShardError: it carries none, or not in their form.
+    """
+    try:
+        values = json.loads(table.schema.metadata[_SUMS_KEY])
+        count = int(values.pop("count"))
+        arrays = {name: np.array(value, np.float64) for name, value in values.items()}
+        return ChannelSums(count, **arrays)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ShardError(f"the channel sums of an index part are damaged: {error!r}") from error

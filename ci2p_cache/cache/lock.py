@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ci2p_cache.cache.commit import disk_errors
 from ci2p_cache.errors import LockedError
 
 __all__ = ["locked"]
@@ -27,17 +28,23 @@ def locked(path: Path, *, what: str) -> Iterator[None]:
 
     Raises:
         LockedError: another process holds it; the message names its host and process id.
+        ResourceError: the lock file cannot be written or removed.
     """
-    descriptor = _acquire(path, what)
+    with disk_errors(path):
+        descriptor = _acquire(path, what)
     try:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "what": what}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        with disk_errors(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         yield
     finally:
-        # Unlinked while still held: whoever opened it meanwhile sees another inode and retries.
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+        try:
+            # Unlinked while still held: whoever opened it meanwhile sees another inode and retries.
+            with disk_errors(path):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
 
 
 def _acquire(path: Path, what: str) -> int:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ci2p_cache.cache.commit import FileRecord
+from ci2p_cache.cache.commit import FileRecord, read_sealed
 from ci2p_cache.errors import FingerprintMismatchError, ManifestError, NotACacheError, UsageError
-from ci2p_cache.record import Record, read_json
+from ci2p_cache.record import Record
 from ci2p_cache.specs import (
     FORMAT_VERSION,
     Fingerprint,
@@ -147,7 +147,7 @@ def read_manifest(root: Path) -> Manifest:
     """
     path = root / MANIFEST
     try:
-        data = read_json(path)
+        data, intact = read_sealed(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotACacheError(
             f"{root} is no latent cache: it has no {MANIFEST}",
@@ -163,6 +163,8 @@ def read_manifest(root: Path) -> Manifest:
             hint=f"encode again: ci2p-cache encode IMAGES --out NEW_FOLDER (or use the ci2p-cache "
             f"that wrote it: {data.get('software', 'unknown')})",
         )
+    if not intact:
+        raise ManifestError(f"{path} is damaged: its own sha256 does not fit it")
     try:
         return Manifest.from_dict(data)
     except ManifestError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 from ci2p_cache.cache.card import index_parts
 from ci2p_cache.cache.index import INDEX_SCHEMA, IndexRow, read_index
 from ci2p_cache.cache.store import Cache, Split
-from ci2p_cache.errors import IncompleteCacheError, UsageError
+from ci2p_cache.errors import IncompleteCacheError, ShardError, UsageError
 from ci2p_cache.record import Record
 
 __all__ = ["BoxCard", "LatentCard", "SampleCard", "describe_sample", "read_row"]
@@ -160,13 +161,30 @@ def read_row(split: Split, row: int) -> IndexRow:
     if split.read_commit(shard) is None:
         raise IncompleteCacheError(
             f"row {row} of split {split.name!r} lies in shard {shard}, which is not encoded yet",
-            hint=f"ci2p-cache encode {split.cache.manifest.source} --out {split.cache.path}   "
+            hint=f"ci2p-cache encode {shlex.quote(split.cache.manifest.source)} --out "
+            f"{shlex.quote(str(split.cache.path))}   "
             "(with the options that it was started with)",
         )
     table = read_index(split.cache.path, split.name, shard, INDEX_SCHEMA.names)
+    if table.num_rows != len(split.record.rows_of(shard)) or table["row"][offset].as_py() != row:
+        raise _index_damage(split, shard, f"row {row} is not where the plan puts it")
     values = table.slice(offset, 1).to_pylist()[0]
+    classes = len(split.cache.classes)
+    if not -1 <= values["label"] < classes:
+        raise _index_damage(
+            split, shard, f"row {row} has label {values['label']}; there are {classes} classes"
+        )
+    if values["status"] == "ok" and len(values["boxes"] or ()) != split.num_views:
+        raise _index_damage(split, shard, f"row {row} has not one box per view")
     values["class_name"] = values.pop("class")
     return IndexRow(**values)
+
+
+def _index_damage(split: Split, shard: int, problem: str) -> ShardError:
+    return ShardError(
+        f"{split.index_file(shard)} is damaged: {problem}",
+        hint=f"ci2p-cache verify {shlex.quote(str(split.cache.path))} --repair",
+    )
 
 
 def _find_key(split: Split, key: str) -> int:

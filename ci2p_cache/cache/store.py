@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -13,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ci2p_cache.cache.commit import CommitRecord, read_commit
+from ci2p_cache.cache.commit import CommitRecord, commit_path, read_commit
 from ci2p_cache.cache.manifest import (
     Manifest,
     SplitRecord,
@@ -22,8 +25,10 @@ from ci2p_cache.cache.manifest import (
     read_manifest,
     shard_path,
 )
+from ci2p_cache.cache.plausible import require_plausible
 from ci2p_cache.cache.zarr_shards import ChunkCodec, ShardFile
 from ci2p_cache.errors import IncompleteCacheError, ManifestError, ShardError, UsageError
+from ci2p_cache.record import read_regular
 from ci2p_cache.specs import Fingerprint, LatentSpec
 
 if TYPE_CHECKING:
@@ -33,6 +38,9 @@ __all__ = ["Cache", "Split", "open_cache"]
 
 _MAX_OPEN_SHARDS = 256
 """File descriptors one split keeps; well under the common limit of 1,024 per process."""
+
+_MAX_METADATA_BYTES = 2**20
+"""Of one zarr.json; ours have a few thousand, most of it the offsets."""
 
 
 def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
@@ -44,7 +52,8 @@ def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
 
     Raises:
         NotACacheError: the folder is missing or is no cache.
-        ManifestError: `cache.json` is damaged or of another format version.
+        ManifestError: `cache.json` is damaged, absurd or of another format version, or a folder
+            of the cache is a link.
         IncompleteCacheError: encoding has not finished and `partial` is false.
     """
     cache = Cache(Path(path))
@@ -53,7 +62,8 @@ def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
         total = sum(record.num_shards for record in cache.manifest.splits.values())
         raise IncompleteCacheError(
             f"{path} is not encoded to its end: {done} of {total} shards are committed",
-            hint=f"ci2p-cache encode {cache.manifest.source} --out {path}   "
+            hint=f"ci2p-cache encode {shlex.quote(cache.manifest.source)} --out "
+            f"{shlex.quote(str(path))}   "
             "(with the options that it was started with)",
         )
     return cache
@@ -69,6 +79,7 @@ class Cache(Mapping[str, "Split"]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
+        require_plausible(path, self.manifest)
         self._splits = {name: Split(self, name) for name in self.manifest.splits}
 
     def __getitem__(self, name: str) -> Split:
@@ -114,6 +125,30 @@ class Cache(Mapping[str, "Split"]):
     def encoder_path(self) -> Path:
         """The frozen encoder that made the latents, as safetensors."""
         return self.path / self.manifest.encoder.path
+
+    def read_committed(self, path: str, *, max_bytes: int) -> bytes:
+        """Reads one of the small files that finalising wrote, held against its digest.
+
+        Args:
+            path: Its path relative to the cache folder, as `Manifest.files` lists it.
+            max_bytes: The most that is plausible.
+
+        Raises:
+            ManifestError: it is not listed, missing, larger, or not what was committed.
+        """
+        file = next((file for file in self.manifest.files if file.path == path), None)
+        if file is None:
+            raise ManifestError(f"cache.json does not list {path}")
+        try:
+            content = read_regular(self.path / path, max_bytes=max_bytes)
+        except OSError as error:
+            raise ManifestError(f"{path}: {error.strerror}") from error
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != file.sha256:
+            raise ManifestError(
+                f"{path} has sha256 {digest[:12]}..., {file.sha256[:12]}... was committed"
+            )
+        return content
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, splits={self.splits}, classes={len(self.classes)})"
@@ -181,15 +216,29 @@ class Split:
 
     @cached_property
     def latents(self) -> zarr.Array[Any]:
-        """The zarr array itself, (N, V, M, h, w), as plain zarr opens it, without our checks."""
+        """The zarr array itself, (N, V, M, h, w), as plain zarr opens it.
+
+        Its metadata is checked; what is then read through zarr is not held against commits.
+
+        Raises:
+            ManifestError: the metadata is not what was committed, or does not fit the manifest.
+        """
         import zarr
 
-        path = self.cache.path / array_path(self.name)
-        array = zarr.open_array(path, mode="r")
-        if array.shape != self.shape or array.dtype != np.dtype(self.latent.dtype):
+        folder = array_path(self.name)
+        path = self.cache.path / folder
+        self.cache.read_committed(f"{folder}/zarr.json", max_bytes=_MAX_METADATA_BYTES)
+        try:
+            array = zarr.open_array(path, mode="r")
+            found = (array.shape, array.shards, array.chunks, array.dtype)
+        except Exception as error:
+            # zarr refuses unknown codecs and grids with nearly any type.
+            raise ManifestError(f"{path} cannot be opened: {error}") from error
+        shard = (self.record.shard_rows, *self.shape[1:])
+        wanted = (self.shape, shard, (1, 1, *self.latent.shape), np.dtype(self.latent.dtype))
+        if found != wanted:
             raise ManifestError(
-                f"{path} is {array.shape} of {array.dtype}; the manifest says {self.shape} of "
-                f"{self.latent.dtype}"
+                f"{path} has (shape, shards, chunks, dtype) {found}; the manifest says {wanted}"
             )
         return array
 
@@ -240,11 +289,18 @@ class Split:
 
     def committed(self) -> list[int]:
         """Returns the numbers of the shards that have a commit record."""
-        folder = self.cache.path / "commits"
+        pattern = re.compile(rf"{self.name}-(\d{{6,12}})\.json")
+        # Listed, because asking for each shard would take as long as the manifest says there are.
+        try:
+            found = [pattern.fullmatch(p.name) for p in (self.cache.path / "commits").iterdir()]
+        except OSError:
+            return []
+        numbers = sorted(int(match[1]) for match in found if match is not None)
         return [
             shard
-            for shard in range(self.record.num_shards)
-            if (folder / f"{self.name}-{shard:06d}.json").is_file()
+            for shard in numbers
+            if shard < self.record.num_shards
+            and (self.cache.path / commit_path(self.name, shard)).is_file()
         ]
 
     def index_file(self, shard: int) -> Path:
@@ -290,24 +346,30 @@ class Split:
         rows = self.record.rows_of(shard)
         return ShardError(
             f"split {self.name!r} shard {shard} (rows {rows.start} to {rows.stop - 1}): {reason}",
-            hint=f"ci2p-cache verify {self.cache.path}",
+            hint=f"ci2p-cache verify {shlex.quote(str(self.cache.path))} --repair",
         )
 
     def _small_array(self, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
-        import zarr
+        """Reads labels or valid by their committed digest, whatever the array's metadata says.
 
-        path = self.cache.path / array_path(self.name, name)
+        Not by zarr: it gives fill values for a chunk that is missing, and these look like labels.
+        """
+        folder = array_path(self.name, name)
+        size = self.num_rows * np.dtype(dtype).itemsize
+        codec = ChunkCodec("zstd", level=1, chunk_bytes=size)
+        raw = np.empty(size, np.uint8)
         try:
-            array = zarr.open_array(path, mode="r")
-            values = np.asarray(array[:])
-        except Exception as error:
+            self.cache.read_committed(f"{folder}/zarr.json", max_bytes=_MAX_METADATA_BYTES)
+            if size:
+                stored = self.cache.read_committed(
+                    f"{folder}/c.0", max_bytes=codec.max_stored_bytes
+                )
+                codec.decode_into(stored, raw)
+        except (ManifestError, ValueError) as error:
             raise ManifestError(
-                f"{path} cannot be read: {error}", hint=f"ci2p-cache verify {self.cache.path}"
+                f"{self.cache.path / folder} cannot be read: {error}",
+                hint=f"ci2p-cache verify {shlex.quote(str(self.cache.path))} --repair",
             ) from error
-        if values.shape != (self.num_rows,) or values.dtype != dtype:
-            raise ManifestError(
-                f"{path} is {values.shape} of {values.dtype}; wanted ({self.num_rows},) of "
-                f"{np.dtype(dtype)}",
-                hint=f"ci2p-cache verify {self.cache.path}",
-            )
-        return values
+        if dtype is np.bool_:
+            return raw.astype(np.bool_)
+        return raw.view(np.dtype(dtype).newbyteorder("<")).astype(dtype, copy=False)

@@ -1,29 +1,43 @@
 """`verify`: holds every byte of a cache against what was committed, and says what is wrong.
 
 Findings are values: a damaged cache is an answer here, not an error.
+
+::
+
+    cache.json (vouches for itself) --> plan, encoder, metadata, labels, valid, checksums.sha256
+    commit record (vouches for itself, listed in checksums.sha256) --> shard, index part
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ci2p_cache.cache.commit import CommitRecord, FileRecord, sha256_file
+from ci2p_cache.cache.commit import CommitRecord, FileRecord, commit_path, sha256_file
 from ci2p_cache.cache.index import read_index
+from ci2p_cache.cache.manifest import MANIFEST, array_path, index_path, shard_path
 from ci2p_cache.cache.store import Cache, Split, open_cache
 from ci2p_cache.errors import IntegrityError
 from ci2p_cache.record import Record
 
-__all__ = ["Finding", "verify"]
+__all__ = ["CHECKSUMS", "Finding", "FindingKind", "listed_digests", "verify"]
+
+CHECKSUMS = "checksums.sha256"
 
 _SMALL_BYTES = 4 * 2**20
 """Files up to this size have their digest checked even by a quick verify."""
+
+FindingKind = Literal["missing", "damaged", "foreign", "unfinished", "differs"]
+"""missing, damaged: a file that was committed. foreign: a file that no record lists. unfinished:
+encoding has not ended. differs: encoding again gives other values than those stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +46,8 @@ class Finding(Record):
 
     path: str
     """The file it is about, relative to the cache folder."""
+    kind: FindingKind
+    """What sort of thing."""
     problem: str
     """What is wrong with it."""
     split: str | None = None
@@ -39,9 +55,9 @@ class Finding(Record):
     shard: int | None = None
     """The shard."""
     first_row: int | None = None
-    """First row of the shard."""
+    """First row that is lost."""
     last_row: int | None = None
-    """Last row of the shard."""
+    """Last row that is lost."""
 
 
 def verify(
@@ -53,8 +69,9 @@ def verify(
     """Checks a cache.
 
     Full: the sha256 of every file; every chunk's checksum, decoded, and its crc32c against the
-    index; labels, valid and rows of the arrays against the index. Quick: commit records, sizes, and
-    digests of small files; the latents themselves are not read.
+    index; labels, valid and rows of the arrays against the index. Quick: commit records, sizes,
+    every shard's own index, and digests of small files; the latents themselves are not read.
+    Either way files that no record lists are found in `latents.zarr`, `index` and `commits`.
 
     Args:
         path: The cache folder; one that is still being encoded is checked as far as it goes.
@@ -69,54 +86,95 @@ def verify(
         ManifestError: `cache.json` itself is damaged: nothing can be held against it.
     """
     cache = open_cache(path, partial=True)
-    findings = list(_check_files(cache))
+    findings = [*_check_files(cache), *_foreign_files(cache)]
+    digests = listed_digests(cache)
     total = sum(split.record.num_shards for split in cache.values())
     done = 0
     for split in cache.values():
         for shard in range(split.record.num_shards):
-            findings += _check_shard(split, shard, quick=quick)
+            findings += _check_shard(split, shard, digests, quick=quick)
             done += 1
             if on_shard is not None:
                 on_shard(done, total)
     return findings
 
 
+def listed_digests(cache: Cache) -> dict[str, str]:
+    """Returns path -> sha256 from `checksums.sha256`; empty where it is damaged or not there yet.
+
+    It is the second witness: it knows a shard's files where the commit record is lost.
+    """
+    record = next((file for file in cache.manifest.files if file.path == CHECKSUMS), None)
+    if record is None or _file_problem(cache.path, record, quick=False) is not None:
+        return {}
+    lines = (cache.path / CHECKSUMS).read_text("utf-8").splitlines()
+    return {path: digest for digest, _, path in (line.partition("  ") for line in lines)}
+
+
 def _check_files(cache: Cache) -> Iterator[Finding]:
     """Checks the files that belong to no shard."""
     manifest = cache.manifest
     if not manifest.is_complete:
-        yield Finding(path="cache.json", problem="encoding has not finished")
+        yield Finding(path=MANIFEST, kind="unfinished", problem="encoding has not finished")
     for file in (manifest.plan, manifest.encoder, *manifest.files):
-        problem = _file_problem(cache.path, file, quick=False)
-        if problem is not None:
-            yield Finding(path=file.path, problem=problem)
+        found = _file_problem(cache.path, file, quick=False)
+        if found is not None:
+            yield Finding(path=file.path, kind=found[0], problem=found[1])
 
 
-def _file_problem(root: Path, file: FileRecord, *, quick: bool) -> str | None:
+def _foreign_files(cache: Cache) -> Iterator[Finding]:
+    """Finds files that no record lists in the three folders that are wholly ours."""
+    known = {file.path for file in cache.manifest.files}
+    for split in cache.values():
+        if not cache.is_complete:
+            # Left from before a rescan or a repair; finalising writes them anew.
+            known |= {"latents.zarr/zarr.json", f"latents.zarr/{split.name}/zarr.json"}
+            for array in ("latents", "labels", "valid"):
+                folder = array_path(split.name, array)
+                known.add(f"{folder}/zarr.json")
+                known |= {f"{folder}/c.0"} if array != "latents" else set()
+        for shard in range(split.record.num_shards):
+            known |= {path(split.name, shard) for path in (shard_path, index_path, commit_path)}
+    for top in ("commits", "index", "latents.zarr"):
+        for folder, _, names in os.walk(cache.path / top):
+            for name in sorted(names):
+                path = (Path(folder) / name).relative_to(cache.path).as_posix()
+                if path not in known:
+                    shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+                    yield Finding(path=shown, kind="foreign", problem="no record lists this file")
+
+
+def _file_problem(root: Path, file: FileRecord, *, quick: bool) -> tuple[FindingKind, str] | None:
     """Says what is wrong with one file, None where nothing is."""
     path = root / file.path
-    if path.is_symlink() or not path.is_file():
-        return "it is missing" if not path.exists() else "it is no regular file"
-    size = path.stat().st_size
-    if size != file.bytes:
-        return f"it has {size} bytes, {file.bytes} were committed"
-    if quick and size > _SMALL_BYTES:
-        return None
     try:
+        if path.is_symlink() or not path.is_file():
+            if not path.exists() and not path.is_symlink():
+                return "missing", "it is missing"
+            return "damaged", "it is no regular file"
+        size = path.stat().st_size
+        if size != file.bytes:
+            return "damaged", f"it has {size} bytes, {file.bytes} were committed"
+        if quick and size > _SMALL_BYTES:
+            return None
         digest = sha256_file(path)
     except OSError as error:
-        return f"it cannot be read: {error.strerror}"
+        return "damaged", f"it cannot be read: {error.strerror}"
     if digest != file.sha256:
-        return f"its sha256 is {digest[:12]}..., {file.sha256[:12]}... was committed"
+        return "damaged", f"its sha256 is {digest[:12]}..., {file.sha256[:12]}... was committed"
     return None
 
 
-def _check_shard(split: Split, shard: int, *, quick: bool) -> list[Finding]:
+def _check_shard(
+    split: Split, shard: int, digests: Mapping[str, str], *, quick: bool
+) -> list[Finding]:
     rows = split.record.rows_of(shard)
+    record_path = commit_path(split.name, shard)
 
-    def finding(path: str, problem: str) -> Finding:
+    def finding(path: str, kind: FindingKind, problem: str) -> Finding:
         return Finding(
             path=path,
+            kind=kind,
             problem=problem,
             split=split.name,
             shard=shard,
@@ -124,28 +182,65 @@ def _check_shard(split: Split, shard: int, *, quick: bool) -> list[Finding]:
             last_row=rows.stop - 1,
         )
 
-    record_path = f"commits/{split.name}-{shard:06d}.json"
     try:
         commit = split.read_commit(shard)
     except IntegrityError as error:
-        return [finding(record_path, str(error))]
+        others = _unvouched(split, shard, digests, quick=quick)
+        return [finding(record_path, "damaged", str(error)), *(finding(*each) for each in others)]
     if commit is None:
         if not split.cache.is_complete:
             return []
-        return [finding(record_path, "the shard has no commit record")]
-    if (commit.first_row, commit.rows) != (rows.start, len(rows)):
-        return [finding(record_path, f"it speaks of {commit.rows} rows from {commit.first_row}")]
-    if commit.fingerprint != split.cache.fingerprint.digest:
-        return [finding(record_path, "it has another fingerprint than cache.json")]
+        others = _unvouched(split, shard, digests, quick=quick)
+        lost = finding(record_path, "missing", "the shard has no commit record")
+        return [lost, *(finding(*each) for each in others)]
+    problem = _record_problem(split, commit, digests)
+    if problem is not None:
+        return [finding(record_path, "damaged", problem)]
     problems = [
-        finding(file.path, problem)
+        finding(file.path, *found)
         for file in commit.files
-        if (problem := _file_problem(split.cache.path, file, quick=quick)) is not None
+        if (found := _file_problem(split.cache.path, file, quick=quick)) is not None
     ]
-    if problems or quick:
+    if problems:
         return problems
-    shard_file = commit.files[0].path
-    return [finding(shard_file, problem) for problem in _content_problems(split, commit)]
+    shard_file = shard_path(split.name, shard)
+    try:
+        # Sizes fit: this reads the shard's own index, and tells shards of one size apart.
+        split.open_shard(shard)
+    except IntegrityError as error:
+        return [finding(shard_file, "damaged", str(error))]
+    if quick:
+        return []
+    return [finding(shard_file, "damaged", text) for text in _content_problems(split, commit)]
+
+
+def _record_problem(split: Split, commit: CommitRecord, digests: Mapping[str, str]) -> str | None:
+    """Says why an intact commit record does not belong here, None where it does."""
+    rows = split.record.rows_of(commit.shard)
+    path = commit_path(split.name, commit.shard)
+    if (commit.first_row, commit.rows) != (rows.start, len(rows)):
+        return f"it speaks of {commit.rows} rows from {commit.first_row}"
+    if commit.fingerprint != split.cache.fingerprint.digest:
+        return f"it has another fingerprint than {MANIFEST}"
+    wanted = {shard_path(split.name, commit.shard), index_path(split.name, commit.shard)}
+    if {file.path for file in commit.files} != wanted:
+        return f"it lists other files than {sorted(wanted)}"
+    if path in digests and sha256_file(split.cache.path / path) != digests[path]:
+        return f"it is intact, but not the one that {CHECKSUMS} lists"
+    return None
+
+
+def _unvouched(
+    split: Split, shard: int, digests: Mapping[str, str], *, quick: bool
+) -> Iterator[tuple[str, FindingKind, str]]:
+    """Checks the files of a shard whose commit record is lost, as far as another witness goes."""
+    for path in (shard_path(split.name, shard), index_path(split.name, shard)):
+        file = split.cache.path / path
+        size = file.stat().st_size if file.is_file() else 0
+        record = FileRecord(path=path, bytes=size, sha256=digests.get(path, ""))
+        found = _file_problem(split.cache.path, record, quick=quick)
+        if found is not None and (found[0] == "missing" or path in digests):
+            yield path, *found
 
 
 def _content_problems(split: Split, commit: CommitRecord) -> Iterator[str]:
@@ -186,8 +281,8 @@ def _small_array_problems(
     part = slice(rows.start, rows.stop)
     try:
         labels, valid = split.labels[part], split.valid[part]
-    except IntegrityError as error:
-        yield str(error)
+    except IntegrityError:
+        # Not this shard's damage: `_check_files` has named the array's own file.
         return
     if labels.tolist() != index["label"].to_pylist():
         yield "the labels array and the index disagree"

@@ -11,6 +11,7 @@ the oracle in the tests.
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import weakref
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,10 @@ __all__ = ["ChunkCodec", "ShardFile", "index_crc32c", "pack_shard"]
 
 _MISSING = 2**64 - 1
 _CRC_BYTES = 4
+_MAX_CHUNKS = 2**22
+"""Of one shard: a 64 MiB index. Ours have 128 MiB of latents of at least 768 bytes: 2**18."""
+_MIN_FRAME_BYTES = 14
+"""Magic, descriptor, content size, one block of one byte, checksum (RFC 8878, 3.1.1)."""
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
@@ -47,6 +52,8 @@ class ChunkCodec:
     def __init__(self, name: CodecName, *, level: int, chunk_bytes: int) -> None:
         self.name = name
         self.chunk_bytes = chunk_bytes
+        # zstd's own bound for data that does not compress is 0.4 % and 64 bytes.
+        self.max_stored_bytes = chunk_bytes + chunk_bytes // 128 + 1024
         self._zstd = Zstd(level=level, checksum=True)
 
     def encode(self, raw: memoryview) -> bytes:
@@ -82,7 +89,7 @@ class ChunkCodec:
 
 def _zstd_content_size(frame: bytes) -> int | None:
     """Returns the content size that a zstd frame header declares (RFC 8878, 3.1.1.1)."""
-    if len(frame) < 18 or frame[:4] != _ZSTD_MAGIC:
+    if len(frame) < _MIN_FRAME_BYTES or frame[:4] != _ZSTD_MAGIC:
         return None
     descriptor = frame[4]
     single_segment = bool(descriptor & 0x20)
@@ -139,14 +146,21 @@ class ShardFile:
     ) -> None:
         self.path = path
         self._codec = codec
+        if num_chunks > _MAX_CHUNKS:
+            raise ShardError(f"{path}: a shard of {num_chunks} chunks; at most {_MAX_CHUNKS} fit")
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Links are not followed, pipes not waited for: the folder may come from a stranger.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            self._descriptor = os.open(path, flags)
         except OSError as error:
             raise ShardError(f"{path} cannot be opened: {error.strerror}") from error
         # Closed when the last reader lets go: a descriptor closed under a reader could be reused
         # for another file, and the reader would get that file's bytes.
         weakref.finalize(self, os.close, self._descriptor)
-        size = os.fstat(self._descriptor).st_size
+        found = os.fstat(self._descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ShardError(f"{path} is no regular file")
+        size = found.st_size
         if size != file_bytes:
             raise ShardError(f"{path} has {size} bytes, {file_bytes} were committed")
         self._entries = self._read_index(num_chunks, size, index_crc)
@@ -168,6 +182,12 @@ class ShardFile:
         inside = (offsets <= start) & (sizes <= start) & (offsets + sizes <= start)
         if not np.all(missing | inside):
             raise ShardError(f"{self.path}: its index points outside the file")
+        if np.any(sizes[~missing] > self._codec.max_stored_bytes):
+            raise ShardError(f"{self.path}: its index has chunks that are larger than raw ones")
+        order = np.argsort(offsets[~missing], kind="stable")
+        starts, lengths = offsets[~missing][order], sizes[~missing][order]
+        if np.any(starts[:-1] + lengths[:-1] > starts[1:]):
+            raise ShardError(f"{self.path}: its index has chunks that overlap")
         return entries
 
     @property

@@ -13,8 +13,9 @@ from ci2p_cache import __version__
 from ci2p_cache.cli import render
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.encode import encode
-from ci2p_cache.cli.look import complexity, inspect, verify
+from ci2p_cache.cli.look import complexity, inspect
 from ci2p_cache.cli.train import train
+from ci2p_cache.cli.verify import verify
 from ci2p_cache.errors import CacheError, InterruptedRunError
 
 __all__ = ["app", "main"]

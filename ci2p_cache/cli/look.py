@@ -1,22 +1,21 @@
-"""The commands that only look: `inspect`, `verify` and `complexity`."""
+"""The commands that only look: `inspect` and `complexity`."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ci2p_cache.cli import render
-from ci2p_cache.errors import IntegrityError, UsageError
+from ci2p_cache.errors import UsageError
 
 if TYPE_CHECKING:
     from ci2p_cache.cache.card import CacheCard
     from ci2p_cache.cache.sample_card import SampleCard
     from ci2p_cache.previews import PreviewResult
 
-__all__ = ["complexity", "inspect", "verify"]
+__all__ = ["complexity", "inspect"]
 
 _CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -205,58 +204,6 @@ def _print_preview(result: PreviewResult, *, quiet: bool) -> None:
         ],
     )
     render.line(f"written: {result.path}")
-
-
-def verify(
-    path: _CacheFolder,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Records, sizes and small files only.")
-    ] = False,
-    json: _Json = False,
-) -> None:
-    """Check that every byte of a cache is what was committed.
-
-    \b
-      ci2p-cache verify shards/            every digest, every chunk, index against arrays
-      ci2p-cache verify shards/ --quick    commit records, sizes, small files; seconds
-
-    Prints what is wrong and which rows it costs, and exits with code 5 if anything is. Running the
-    encode command again puts missing shards back.
-    """
-    from ci2p_cache.cache.commit import commit_path
-    from ci2p_cache.cache.manifest import read_manifest
-    from ci2p_cache.cache.verify import verify as run
-
-    with render.ProgressLine("verify", unit="shards") as bar:
-        findings = run(path, quick=quick, on_shard=bar.update)
-    if json:
-        render.print_json([finding.to_dict() for finding in findings])
-    elif not findings:
-        how = "records, sizes and small files are" if quick else "every byte is"
-        render.line(f"{path}: {how} as committed")
-    else:
-        render.print_table(
-            ("file", "rows lost", "problem"),
-            [
-                (
-                    finding.path,
-                    "" if finding.first_row is None
-                    else f"{finding.split} {finding.first_row}-{finding.last_row}",
-                    finding.problem,
-                )
-                for finding in findings
-            ],
-        )  # fmt: skip
-    if findings:
-        shards = sorted({(f.split, f.shard) for f in findings if f.split and f.shard is not None})
-        records = [str(path / commit_path(split, shard)) for split, shard in shards]
-        again = f"ci2p-cache encode {read_manifest(path).source} --out {path}"
-        raise IntegrityError(
-            f"{len(findings)} findings in {path}",
-            hint=(f"rm -rf {shlex.join(records)} && " if records else "")
-            + f"{again}   (with the options it was made with: exactly the shards whose commit "
-            "record is gone are encoded anew)",
-        )
 
 
 def complexity(

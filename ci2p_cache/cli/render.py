@@ -31,6 +31,10 @@ __all__ = [
     "status",
 ]
 
+_MAX_TEXT = 20_000
+_MAX_CELL = 500
+"""Characters shown of one text or table cell; names from a stranger's cache may have megabytes."""
+
 _LOG_SECONDS = 30.0
 """Pause between progress lines where the output is not a terminal."""
 
@@ -63,24 +67,47 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def _clean(text: str, *, longest: int = _MAX_TEXT, keep: str = "") -> str:
+    """Returns text that a terminal only shows: names in a cache may come from a stranger.
+
+    Control and direction characters, and bytes that are no text, become escapes; rich's markup is
+    taken literally.
+
+    Args:
+        text: What is to be shown.
+        longest: Characters shown at most.
+        keep: Characters that stay although they do not print.
+    """
+    if len(text) > longest:
+        text = f"{text[:longest]}... ({len(text):,} characters)"
+    if not text.isprintable():
+        text = "".join(
+            char
+            if char.isprintable() or char in keep
+            else char.encode("unicode_escape").decode("ascii")
+            for char in text
+        )
+    return escape(text)
+
+
 def line(text: str = "") -> None:
     """Prints a line of the result, on stdout."""
-    _out.print(escape(text))
+    _out.print(_clean(text))
 
 
 def heading(text: str) -> None:
     """Prints a heading of the result, on stdout."""
-    _out.print(f"[bold]{escape(text)}[/bold]")
+    _out.print(f"[bold]{_clean(text)}[/bold]")
 
 
 def notice(text: str) -> None:
     """Prints something the user should know, on stderr."""
-    _err.print(f"[yellow]note:[/yellow] {escape(text)}")
+    _err.print(f"[yellow]note:[/yellow] {_clean(text)}")
 
 
 def status(text: str) -> None:
     """Prints a line about what is going on, on stderr."""
-    _err.print(escape(text))
+    _err.print(_clean(text))
 
 
 def print_json(data: Any) -> None:
@@ -90,24 +117,27 @@ def print_json(data: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> None:
     """Prints a table on stdout; numbers are set flush right."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=_clean(title) or None, title_justify="left", box=None, pad_edge=False)
     rows = [list(row) for row in rows]
     for number, column in enumerate(columns):
         cells = [row[number] for row in rows]
         right = bool(cells) and all(isinstance(cell, (int, float)) for cell in cells)
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+        table.add_column(_clean(column), justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(
-            *(escape(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row)
+            *(
+                f"{cell:,}" if isinstance(cell, int) else _clean(str(cell), longest=_MAX_CELL)
+                for cell in row
+            )
         )
     _out.print(table)
 
 
 def fail(error: CacheError) -> None:
     """Prints an error and how to go on, on stderr."""
-    _err.print(f"[bold red]error:[/bold red] {escape(str(error))}")
+    _err.print(f"[bold red]error:[/bold red] {_clean(str(error), keep=chr(10))}")
     if error.hint:
-        _err.print(f"[bold]try:[/bold]   {escape(error.hint)}")
+        _err.print(f"[bold]try:[/bold]   {_clean(error.hint, keep=chr(10))}")
 
 
 class ProgressLine:
@@ -156,10 +186,10 @@ class ProgressLine:
         if self._bar is not None:
             counts = f"{done:,}/{total:,} {self._unit}".rstrip()
             self._bar.update(
-                self._task, completed=done, total=total, counts=counts, detail=escape(detail)
+                self._task, completed=done, total=total, counts=counts, detail=_clean(detail)
             )
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + _LOG_SECONDS
             rest = f"; {duration(eta)} left" if eta is not None else ""
             parts = f"{self._label}: {done:,}/{total:,} {self._unit}".rstrip()
-            _err.print(escape(", ".join(filter(None, [parts, detail])) + rest))
+            _err.print(_clean(", ".join(filter(None, [parts, detail])) + rest))

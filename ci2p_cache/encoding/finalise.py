@@ -21,6 +21,7 @@ from ci2p_cache.cache.commit import (
     FileRecord,
     StagingArea,
     commit_path,
+    disk_errors,
     sha256_file,
 )
 from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_sums
@@ -81,15 +82,17 @@ def finalise(
             clipped=int(found.sums.clipped.sum()),
             exif_turned=found.exif_turned,
         )
-    written = [
-        *_put_zarr(manifest, plan, valid, staging),
+    # zarr-python writes its scratch folder itself, and raises bare OSErrors.
+    with disk_errors(root / "latents.zarr"):
+        written = _put_zarr(manifest, plan, valid, staging)
+    written += [
         staging.put("errors.parquet", parquet_bytes(pa.concat_tables(errors))),
         staging.put("stats/channels.parquet", parquet_bytes(pa.concat_tables(statistics))),
         staging.put("README.md", _readme(manifest)),
     ]
     written.append(staging.put("checksums.sha256", _checksums(root, manifest, commits, written)))
     complete = dataclasses.replace(manifest, state="complete", splits=splits, files=tuple(written))
-    staging.put_json(MANIFEST, complete.to_dict())
+    staging.put_sealed(MANIFEST, complete.to_dict())
     return complete
 
 

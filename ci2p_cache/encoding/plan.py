@@ -7,7 +7,7 @@ cache is mixed; nothing that goes wrong with one image moves another.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ci2p_cache.errors import ManifestError, SourceError
 from ci2p_cache.images.source import ImageRef, ImageSource
 from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec
 
-__all__ = ["PLAN", "Plan", "Sample", "ShardPlan", "build_plan", "read_plan"]
+__all__ = ["PLAN", "Plan", "Sample", "ShardPlan", "build_plan", "plan_of_rows", "read_plan"]
 
 PLAN = "plan.parquet"
 
@@ -161,10 +161,23 @@ def build_plan(
         table = _table(name, sorted(columns.pop(name, ())), old)
         num_views = views.num_views(name)
         size = shard_rows(layout, latent, num_views)
-        shards = pa.array(np.arange(table.num_rows) // size, pa.int32())
-        tables[name] = table.set_column(2, _SCHEMA.field("shard"), shards)
+        tables[name] = _with_shards(table, name, size)
         records[name] = SplitRecord(rows=table.num_rows, views=num_views, shard_rows=size)
     return Plan(tables, records)
+
+
+def plan_of_rows(rows: Mapping[str, Iterable[Sample]], records: Mapping[str, SplitRecord]) -> Plan:
+    """Puts a plan together again from all its samples, each split's in row order.
+
+    Args:
+        rows: The samples of each split.
+        records: The shape of each split.
+    """
+    tables = {}
+    for name, samples in rows.items():
+        columns = [(0, sample.key, sample.label, sample.path) for sample in samples]
+        tables[name] = _with_shards(_table(name, columns, None), name, records[name].shard_rows)
+    return Plan(tables, dict(records))
 
 
 def read_plan(root: Path, manifest: Manifest) -> Plan:
@@ -174,7 +187,7 @@ def read_plan(root: Path, manifest: Manifest) -> Plan:
         ManifestError: it is missing or damaged.
     """
     path = root / PLAN
-    hint = f"encode into a new folder; {root} cannot be continued without its plan"
+    hint = f"ci2p-cache verify {root} --repair"
     try:
         digest, table = sha256_file(path), read_parquet(path)
     except OSError as error:
@@ -206,6 +219,15 @@ def _table(
         schema=_SCHEMA,
     )
     return new if earlier is None else pa.concat_tables([earlier, new]).unify_dictionaries()
+
+
+def _with_shards(table: pa.Table, split: str, size: int) -> pa.Table:
+    """Fills in the shard numbers; the same samples give the same bytes, however listed."""
+    count = table.num_rows
+    names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count), pa.int8()), [split])
+    shards = pa.array(np.arange(count) // size, pa.int32())
+    columns = [names, table["row"], shards, table["key"], table["label"], table["path"]]
+    return pa.table(columns, schema=_SCHEMA).combine_chunks()
 
 
 def _limited(refs: Iterable[ImageRef], layout: LayoutSpec) -> Iterable[ImageRef]:

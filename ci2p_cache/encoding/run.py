@@ -203,7 +203,7 @@ def _open_or_start(
         if fingerprint.latent.is_symbols
         else (0.0,) * channels,
     )
-    staging.put_json(MANIFEST, manifest.to_dict())
+    staging.put_sealed(MANIFEST, manifest.to_dict())
     return manifest, plan
 
 
@@ -234,7 +234,7 @@ def _encode_missing(
     if missing:
         if manifest.is_complete:
             manifest = dataclasses.replace(manifest, state="encoding", files=())
-            staging.put_json(MANIFEST, manifest.to_dict())
+            staging.put_sealed(MANIFEST, manifest.to_dict())
         _tell_disk_need(root, manifest, plan, missing, observer)
         lanes = make_lanes(encoder, options.devices)
         on_cpu = lanes[0].device.type == "cpu"

@@ -39,7 +39,7 @@ from ci2p_cache.cache.commit import (
     sync_folder,
 )
 from ci2p_cache.errors import CheckpointError, ManifestError, ResourceError
-from ci2p_cache.record import Record, read_json
+from ci2p_cache.record import Record, read_json, read_regular
 from ci2p_cache.training.records import EpochRecord, TrainObserver, best_epoch
 
 __all__ = ["Checkpoint", "CheckpointStore", "TrainState"]
@@ -53,6 +53,10 @@ _MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
     "state.json",
     "digests.json",
 )
+_MAX_STATE_BYTES = 16 * 2**20
+"""Of state.json: some 40,000 epochs."""
+_MAX_TENSOR_BYTES = 16 * 2**30
+"""Of a safetensors file: what fits no memory is not begun with."""
 _JSON_ERRORS = (ValueError, RecursionError)
 _NAME = re.compile(r"epoch-(\d{4,})-step-(\d{6,})")
 
@@ -220,12 +224,15 @@ class CheckpointStore:
             CheckpointError: anything about it is not as it was written.
         """
         folder = self.path(name)
+        if folder.is_symlink():
+            raise CheckpointError("it is a link, which may lead anywhere")
         try:
             listing = read_json(folder / _DIGESTS)
             records = [FileRecord.from_dict(entry) for entry in listing.get("files", ())]
-            content = {record.path: _checked_bytes(folder, record) for record in records}
-            if listing.get("version") != _VERSION or set(content) != {_MODEL, _OPTIMIZER, _STATE}:
+            names = sorted(record.path for record in records)
+            if listing.get("version") != _VERSION or names != sorted((_MODEL, _OPTIMIZER, _STATE)):
                 raise CheckpointError(f"{_DIGESTS} is of another version or lists other files")
+            content = {record.path: _checked_bytes(folder, record) for record in records}
             state = TrainState.from_dict(json.loads(content[_STATE]))
             if state.version != _VERSION or state.run != self._run or state.name != name:
                 raise CheckpointError(f"{_STATE} is of another run, place or version")
@@ -269,12 +276,14 @@ def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 def _checked_bytes(folder: Path, record: FileRecord) -> bytes:
     path = folder / record.path
+    limit = _MAX_STATE_BYTES if record.path == _STATE else _MAX_TENSOR_BYTES
     # A file of another size is not read at all: it could be of any size.
-    content = path.read_bytes() if path.stat().st_size == record.bytes else b""
+    same = path.lstat().st_size == record.bytes
+    content = read_regular(path, max_bytes=limit) if same else b""
     digest = hashlib.sha256(content).hexdigest()
     if len(content) != record.bytes or digest != record.sha256:
         raise CheckpointError(
             f"{record.path} is not what was written: {record.bytes} bytes of sha256 "
-            f"{record.sha256[:12]}..., now {path.stat().st_size} bytes"
+            f"{record.sha256[:12]}..., now {path.lstat().st_size} bytes"
         )
     return content

@@ -1,0 +1,342 @@
+"""`repair`: puts back what `verify` finds damaged, to the same bytes, and touches nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from ci2p_cache.cache.commit import (
+    CommitRecord,
+    StagingArea,
+    commit_path,
+    disk_errors,
+    read_commit,
+    sha256_file,
+)
+from ci2p_cache.cache.index import read_index
+from ci2p_cache.cache.lock import locked
+from ci2p_cache.cache.manifest import MANIFEST, Manifest, index_path, read_manifest, shard_path
+from ci2p_cache.cache.store import open_cache
+from ci2p_cache.cache.verify import Finding, listed_digests, verify
+from ci2p_cache.encoder.frozen import FrozenEncoder, load_saved_encoder
+from ci2p_cache.encoding.finalise import finalise
+from ci2p_cache.encoding.interrupt import interruptible
+from ci2p_cache.encoding.plan import PLAN, Plan, read_plan
+from ci2p_cache.encoding.progress import EncodeObserver
+from ci2p_cache.encoding.replay import (
+    DamagedShard,
+    Replay,
+    changed_sources,
+    refuse_other_decoder,
+    source_digests,
+)
+from ci2p_cache.encoding.restore import restored_encoder, restored_plan
+from ci2p_cache.errors import ManifestError, ShardError, SourceError
+from ci2p_cache.images.locate import open_source
+from ci2p_cache.images.source import ImageSource
+from ci2p_cache.record import Record
+
+__all__ = ["RepairSummary", "repair"]
+
+_MAX_NAMED = 10
+"""Changed source images that an error names; it counts the rest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepairSummary(Record):
+    """What a repair found, did and left."""
+
+    path: str
+    """The cache folder."""
+    found: tuple[Finding, ...]
+    """What was wrong."""
+    repaired: tuple[str, ...]
+    """Files written anew, relative to the cache folder, sorted."""
+    shards: int
+    """Shards encoded again."""
+    images: int
+    """Images encoded again, bad ones included."""
+    identical: bool
+    """Whether every repaired byte is known to be as first committed."""
+    remaining: tuple[Finding, ...]
+    """What is still wrong: foreign files, and what cannot be restored, with the reason."""
+
+
+def repair(
+    path: str | Path,
+    *,
+    source: str | Path | None = None,
+    weights: Path | None = None,
+    observer: EncodeObserver | None = None,
+    on_shard: Callable[[int, int], None] | None = None,
+) -> RepairSummary:
+    """Checks every byte of a cache and puts back what is damaged.
+
+    Damaged shards are encoded again with the batch size and device that their commit records hold,
+    by the cache's own encoder, so on the same software the cache has the very bytes it had. Files
+    that no record lists are left alone. Run again after an interruption, it goes on.
+
+    Args:
+        path: The cache folder; in one that is still being encoded only committed shards are put
+            back.
+        source: Where the images are now; None: where they were when the cache was made.
+        weights: A weights file to restore a damaged encoder.safetensors from; None: the bundled
+            or the downloaded official weights, if they are the ones.
+        observer: Told of progress and notices.
+        on_shard: Called with (shards checked, shards in all) while looking for damage.
+
+    Returns:
+        What was found, repaired and left.
+
+    Raises:
+        NotACacheError: the folder is missing or is no cache.
+        ManifestError: `cache.json` is damaged, or the plan is and cannot be put together again.
+        LockedError: another process works on the folder.
+        SourceError: the source is gone, or images have changed since; the message names them, and
+            their shards are left as they are.
+        WeightsError: `weights` cannot be used or is another encoder.
+        FingerprintMismatchError: the decoders here are not those that made the cache.
+        RefusedError: a shard was encoded on a device that is not here.
+        ResourceError: reading or writing failed; run it again later.
+        InterruptedRunError: Ctrl-C or SIGTERM; run it again to go on.
+    """
+    root = Path(path)
+    read_manifest(root)
+    with (
+        interruptible(f"interrupted; what was repaired so far in {root} is in place"),
+        disk_errors(root),
+        locked(root / ".lock", what="repair"),
+    ):
+        found = verify(root, on_shard=on_shard)
+        job = _Repair(root, found, source, weights, observer or EncodeObserver())
+        if job.wanted:
+            with StagingArea(root) as staging:
+                job.run(staging)
+        return job.summary()
+
+
+class _Repair:
+    """One repair while it runs.
+
+    Args:
+        root: The cache folder.
+        found: What is wrong.
+        source: Where the images are now.
+        weights: A weights file.
+        observer: Told of progress and notices.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        found: list[Finding],
+        source: str | Path | None,
+        weights: Path | None,
+        observer: EncodeObserver,
+    ) -> None:
+        self.root = root
+        self.found = found
+        self.wanted = [item for item in found if item.kind not in ("foreign", "unfinished")]
+        self.manifest: Manifest = read_manifest(root)
+        self._digests = listed_digests(open_cache(root, partial=True))
+        self._paths = {item.path for item in self.wanted}
+        self._places = [
+            (split, shard)
+            for split, record in self.manifest.splits.items()
+            for shard in range(record.num_shards)
+        ]
+        damaged = {(item.split, item.shard) for item in self.wanted}
+        self._damaged = [place for place in self._places if place in damaged]
+        self._source = source
+        self._weights = weights
+        self._observer = observer
+        self._images: ImageSource | None = None
+        self._commits: dict[tuple[str, int], CommitRecord] = {}
+        self._encoder: FrozenEncoder | None = None
+        self._repaired: set[str] = set()
+        self._reasons: dict[str, str] = {}
+        self._encoded: list[CommitRecord] = []
+        self._identical = True
+
+    def run(self, staging: StagingArea) -> None:
+        """Repairs encoder, plan, shards and whole-cache files, in this order."""
+        for place in self._places:
+            try:
+                commit = read_commit(self.root, *place)
+            except ManifestError:
+                continue
+            if commit is not None and commit_path(*place) not in self._paths:
+                self._commits[place] = commit
+        self._mend_encoder(staging)
+        whole = {file.path for file in self.manifest.files} & self._paths
+        if not (self._damaged or whole or PLAN in self._paths):
+            return
+        plan = self._mend_plan(staging)
+        changed = self._mend_shards(plan, staging) if self._damaged else []
+        if self.manifest.is_complete and (whole or not self._identical):
+            self._finalise(plan, staging)
+        if changed:
+            named = "; ".join(changed[:_MAX_NAMED])
+            rest = len(changed) - _MAX_NAMED
+            raise SourceError(
+                f"{len(changed)} source images are not what the cache was made from: {named}"
+                + (f" and {rest} more" if rest > 0 else "")
+                + f". Their shards were left as they are, {len(self._encoded)} others repaired",
+                hint="put these images back as they were, then run the same command",
+            )
+
+    def summary(self) -> RepairSummary:
+        """Looks once more, quickly, and tells."""
+        left = {item.path: item for item in self.found if item.path not in self._repaired}
+        if self._repaired:
+            left |= {item.path: item for item in verify(self.root, quick=True)}
+        remaining = [
+            dataclasses.replace(item, problem=f"{item.problem}; {self._reasons[item.path]}")
+            if item.path in self._reasons
+            else item
+            for item in left.values()
+        ]
+        return RepairSummary(
+            path=str(self.root),
+            found=tuple(self.found),
+            repaired=tuple(sorted(self._repaired)),
+            shards=len(self._encoded),
+            images=sum(commit.rows for commit in self._encoded),
+            identical=self._identical,
+            remaining=tuple(remaining),
+        )
+
+    def _open_images(self) -> ImageSource:
+        if self._images is None:
+            place = self.manifest.source if self._source is None else self._source
+            try:
+                self._images = open_source(place)
+            except SourceError as error:
+                raise SourceError(
+                    f"damaged shards are encoded again from the source, and {error}",
+                    hint=f"ci2p-cache verify {self.root} --repair --source DIR   "
+                    "(where the images are now)",
+                ) from error
+        return self._images
+
+    def _mend_encoder(self, staging: StagingArea) -> None:
+        record, spec = self.manifest.encoder, self.manifest.fingerprint.encoder
+        if record.path not in self._paths:
+            if self._damaged:
+                saved = load_saved_encoder(self.root / record.path, precision=spec.precision)
+                self._encoder = saved
+            return
+        restored = restored_encoder(self.manifest, self._weights)
+        if restored is None:
+            self._reasons[record.path] = (
+                f"no weights of digest {spec.weights_sha256[:12]}... ({spec.arch}, quality "
+                f"{spec.quality}, {spec.metric}) are at hand: repeat with --weights FILE"
+            )
+            return
+        self._encoder, data = restored
+        staging.put(record.path, data)
+        self._repaired.add(record.path)
+
+    def _mend_plan(self, staging: StagingArea) -> Plan:
+        if self.manifest.plan.path not in self._paths:
+            return read_plan(self.root, self.manifest)
+        plan = restored_plan(self.manifest, self._intact_index, self._open_images)
+        staging.put(self.manifest.plan.path, plan.to_bytes())
+        self._repaired.add(self.manifest.plan.path)
+        return plan
+
+    def _intact_index(self, split: str, shard: int) -> pa.Table | None:
+        """Reads an index part if a witness vouches for its bytes."""
+        path = index_path(split, shard)
+        commit = self._commits.get((split, shard))
+        listed = {file.path: file.sha256 for file in commit.files} if commit else self._digests
+        if path in self._paths or path not in listed:
+            return None
+        try:
+            if sha256_file(self.root / path) == listed[path]:
+                return read_index(self.root, split, shard)
+        except (OSError, ShardError):
+            pass
+        return None
+
+    def _mend_shards(self, plan: Plan, staging: StagingArea) -> list[str]:
+        """Encodes damaged shards again; returns the names of source images that have changed."""
+        if self._encoder is None:
+            for item in self.wanted:
+                if item.split is not None:
+                    self._reasons[item.path] = "it cannot be encoded again without the encoder"
+            return []
+        refuse_other_decoder(self.manifest)
+        images = self._open_images()
+        shards, changed = [], []
+        for split, number in self._damaged:
+            shard = self._describe(plan, split, number)
+            names = changed_sources(images, shard)
+            changed += names
+            if not names:
+                shards.append(shard)
+        # Those first whose source is known to be as it was.
+        shards.sort(key=lambda shard: not shard.sources)
+        replay = Replay(self.root, self.manifest, images, self._encoder, staging, self._observer)
+        for record, identical in replay.encode(shards, allowed_bad=self._allowed_bad(shards)):
+            self._commits[record.split, record.shard] = record
+            self._encoded.append(record)
+            self._identical &= identical
+            self._repaired |= {file.path for file in record.files}
+            self._repaired.add(commit_path(record.split, record.shard))
+        return changed
+
+    def _describe(self, plan: Plan, split: str, number: int) -> DamagedShard:
+        commit = self._commits.get((split, number))
+        paths = (shard_path(split, number), index_path(split, number), commit_path(split, number))
+        digests = {path: self._digests[path] for path in paths if path in self._digests}
+        if commit is not None:
+            digests |= {file.path: file.sha256 for file in commit.files}
+        # A neighbour was most likely encoded in the same way; the digests tell if it was not.
+        known = commit or next(iter(self._commits.values()), None)
+        return DamagedShard(
+            plan=plan.shard(split, number),
+            numerics={} if known is None else known.numerics,
+            digests=digests,
+            sources=source_digests(self._intact_index(split, number)),
+        )
+
+    def _allowed_bad(self, shards: list[DamagedShard]) -> int:
+        """Counts the bad images that the shards held when they were first committed, at most."""
+        bad = {place: commit.rows - commit.valid_rows for place, commit in self._commits.items()}
+        if not self.manifest.is_complete:
+            return sum(
+                bad.get((shard.plan.split, shard.plan.shard), len(shard.plan.samples))
+                for shard in shards
+            )
+        total = sum(
+            record.rows - (record.valid_rows or 0) for record in self.manifest.splits.values()
+        )
+        others = set(bad) - {(shard.plan.split, shard.plan.shard) for shard in shards}
+        return total - sum(bad[place] for place in others)
+
+    def _finalise(self, plan: Plan, staging: StagingArea) -> None:
+        """Writes the whole-cache files anew; needs every commit record and index part."""
+        lost = [
+            place
+            for place in self._places
+            if place not in self._commits or self._intact_index_path(place) is None
+        ]
+        if lost:
+            for file in self.manifest.files:
+                self._reasons[file.path] = "it is written anew once every shard is repaired"
+            return
+        ordered = [self._commits[place] for place in self._places]
+        complete = finalise(self.root, self.manifest, plan, ordered, staging)
+        self._identical &= complete == self.manifest
+        self._repaired |= {file.path for file in self.manifest.files} & self._paths
+        if complete != self.manifest:
+            self._repaired |= {MANIFEST, *(file.path for file in complete.files)}
+
+    def _intact_index_path(self, place: tuple[str, int]) -> str | None:
+        path = index_path(*place)
+        return path if path in self._repaired or path not in self._paths else None

@@ -1,0 +1,199 @@
+"""A warm parent that forks one child per command: importing torch takes seconds, a fork none.
+
+The parent is started with the shim preloaded, imports everything, computes nothing and starts no
+thread; each child then runs the real command line (`ci2p_cache.cli.app.main`), with a fault armed
+or with a SIGKILL to come, and is a process like any other: own descriptors, own locks, own death.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+__all__ = ["Ended", "Nursery", "build_shim"]
+
+_REPO = Path(__file__).resolve().parent.parent.parent
+_SOURCE = Path(__file__).with_name("faults.c")
+
+
+def build_shim(folder: Path) -> Path | None:
+    """Compiles the shim into `folder`; None where there is no compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        return None
+    shim = folder / "faults.so"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", shim, _SOURCE, "-ldl"], check=True
+    )
+    return shim
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a child ended."""
+
+    code: int
+    """Exit code; the negative number of the signal that ended it."""
+    calls: int
+    """Calls that changed something below the root; -1 where it was killed."""
+    seconds: float
+    """How long it lived."""
+    told: str
+    """What it wrote, both streams."""
+
+
+class Nursery:
+    """Starts the warm parent and asks it for children; a context manager.
+
+    Args:
+        folder: Where the shim is built and children write what they say.
+        root: The folder whose changes are counted.
+    """
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self._folder = folder
+        self._root = root
+        shim = build_shim(folder)
+        self.has_shim = shim is not None
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if shim is not None:
+            environment["LD_PRELOAD"] = str(shim)
+        self._parent = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.faults.nursery"],
+            cwd=_REPO, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.close()
+        self._parent.wait()
+        self._parent.stdout.close()
+
+    def run(
+        self,
+        arguments: list[str],
+        *,
+        at: int = 0,
+        kind: str = "",
+        kill_after: float | None = None,
+        limit: float = 120.0,
+    ) -> Ended:
+        """Runs one command in a new child and waits for its end.
+
+        Args:
+            arguments: Those of `ci2p-cache`.
+            at: Number of the call that is hit, from 1; 0 for none.
+            kind: What happens there: EIO, ENOSPC, before, after; trace tells every call.
+            kill_after: Seconds after which it gets SIGKILL; None for never.
+            limit: Seconds after which it is killed as hung, which is an error.
+        """
+        log = self._folder / "child.log"
+        asked = {
+            "arguments": arguments, "at": at, "kind": kind, "kill_after": kill_after,
+            "limit": limit, "root": str(self._root), "log": str(log),
+        }  # fmt: skip
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.write(json.dumps(asked) + "\n")
+        self._parent.stdin.flush()
+        answer = self._parent.stdout.readline()
+        assert answer, "the warm parent died"
+        return Ended(**json.loads(answer), told=log.read_text("utf-8", "replace"))
+
+
+def _child(asked: dict[str, Any], channel: int) -> int:
+    """Runs the command line in this process; returns its exit code."""
+    from ci2p_cache.cli import app
+
+    descriptor = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["ci2p-cache", *asked["arguments"]]
+    shim = ctypes.CDLL(None) if "LD_PRELOAD" in os.environ else None
+    if shim is not None:
+        shim.ci2p_fault_arm(
+            os.fsencode(asked["root"]), ctypes.c_long(asked["at"]), asked["kind"].encode()
+        )
+    code = 0
+    try:
+        app.main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    calls = shim.ci2p_fault_count() if shim is not None else -1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(channel, str(calls).encode())
+    return code
+
+
+def _watch(child: int, started: float, asked: dict[str, Any]) -> int:
+    """Waits for a child, killing it where that was asked for or where it hangs."""
+    kill_after = asked["kill_after"]
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        lived = time.monotonic() - started
+        if lived > asked["limit"] or (kill_after is not None and lived >= kill_after):
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            code = os.waitstatus_to_exitcode(status)
+            return 124 if lived > asked["limit"] else code
+        left = 0.02 if kill_after is None else kill_after - lived
+        time.sleep(min(0.02, max(left, 0.0005)))
+
+
+def _threads() -> set[str]:
+    """Names of the threads beside the main one; jemalloc's minds forks by itself."""
+    tasks = Path("/proc/self/task")
+    own = str(os.getpid())
+    return {(task / "comm").read_text().strip() for task in tasks.iterdir() if task.name != own}
+
+
+def _main() -> None:
+    """Serves requests, one line of JSON each, until the input ends."""
+    # What the commands import late; nothing here computes or starts a thread.
+    import ci2p_cache.cli.watch
+    import ci2p_cache.encoding.run
+    import ci2p_cache.training.run  # noqa: F401
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        others = _threads() - {"jemalloc_bg_thd"}
+        assert not others, f"a fork would lose the threads {others}"
+        reading, writing = os.pipe()
+        started = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            os._exit(_child(asked, writing))
+        os.close(writing)
+        code = _watch(child, started, asked)
+        seconds = time.monotonic() - started
+        calls = int(os.read(reading, 32) or b"-1")
+        os.close(reading)
+        print(json.dumps({"code": code, "calls": calls, "seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    _main()

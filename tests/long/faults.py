@@ -1,0 +1,57 @@
+"""Bar R2: every call of a small encode that changes the disk fails in turn; all must recover.
+
+python tests/long/faults.py [--count POINTS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.faults.bench import KINDS, EncodeBench, spread
+from tests.faults.nursery import Nursery
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, help="only that many points, evenly spread")
+    wanted = parser.parse_args().count
+    started = time.monotonic()
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        bench = EncodeBench(Path(folder))
+        with Nursery(Path(folder), bench.out) as nursery:
+            if not nursery.has_shim:
+                print("no C compiler `cc` here, so no shim")
+                return 1
+            bench.undisturbed(nursery)
+            points = spread(bench.calls, wanted)
+            for kind in KINDS:
+                recovered = 0
+                bench.tidied_later = 0
+                for at in points:
+                    problems = list(bench.fault(nursery, at, kind))
+                    recovered += not problems
+                    for problem in problems[:3]:
+                        print(f"  {kind} at call {at}: {problem}", flush=True)
+                failures += len(points) - recovered
+                print(
+                    f"{kind}: recovered {recovered}/{len(points)}"
+                    f" (exit 0 because only tidying up failed: {bench.tidied_later})",
+                    flush=True,
+                )
+    total = len(points) * len(KINDS)
+    print(
+        f"recovered {total - failures}/{total} ({len(points)} of {bench.calls} calls x "
+        f"{', '.join(KINDS)}; {time.monotonic() - started:.0f} s)"
+    )
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Bar R1: SIGKILL at random times in `encode`; going on gives the same bytes.
+
+Each kill hits a process of its own. Half of the runs begin on an empty folder, half on what the
+kill before left there; after each kill the command is repeated to the end on a copy, and held
+against an undisturbed run.
+
+python tests/long/kills.py [--count KILLS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.faults.bench import EncodeBench
+from tests.faults.nursery import Nursery
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=200, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the random times")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    started = time.monotonic()
+    recovered = kills = too_late = most_lost = 0
+    with tempfile.TemporaryDirectory() as folder:
+        bench = EncodeBench(Path(folder), images=16, shard_samples=2)
+        aside = Path(folder) / "aside"
+        with Nursery(Path(folder), bench.out) as nursery:
+            bench.undisturbed(nursery)
+            spots: dict[str, int] = {}
+            shutil.rmtree(bench.out)
+            while kills < arguments.count:
+                before = bench.commits()
+                ended = nursery.run(bench.arguments, kill_after=rng.uniform(0, bench.seconds))
+                if ended.code != -9:
+                    too_late += 1
+                    shutil.rmtree(bench.out)
+                    continue
+                kills += 1
+                committed = bench.commits()
+                spot = _spot(bench.out, committed, bench.num_shards)
+                spots[spot] = spots.get(spot, 0) + 1
+                # Shards whose file is in place without the record: the work that is done again.
+                shards = len(list(bench.out.glob("latents.zarr/train/latents/c.*")))
+                lost = shards - len(committed)
+                most_lost = max(most_lost, lost)
+                problems = [] if before <= committed else [f"lost {sorted(before - committed)}"]
+                if lost > 1:
+                    problems.append(f"{lost} shards lie there without a record")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                if bench.out.exists():
+                    shutil.copytree(bench.out, aside)
+                problems += bench.repeated(nursery)
+                recovered += not problems
+                for problem in problems[:3]:
+                    print(f"  kill {kills} ({spot}): {problem}", flush=True)
+                shutil.rmtree(bench.out)
+                if kills % 2 and aside.exists():
+                    shutil.copytree(aside, bench.out)
+    print("killed where: " + ", ".join(f"{name} {n}" for name, n in sorted(spots.items())))
+    print(
+        f"{recovered}/{kills} (at most {most_lost} shard encoded again per kill; "
+        f"{too_late} came after the end and do not count; {time.monotonic() - started:.0f} s)"
+    )
+    return int(recovered < kills)
+
+
+def _spot(out: Path, committed: set[str], num_shards: int) -> str:
+    if not (out / "cache.json").exists():
+        return "before the manifest"
+    if len(committed) < num_shards:
+        return "between shards" if committed else "in the first shard"
+    return "finalising"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
