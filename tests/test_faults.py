@@ -79,9 +79,6 @@ def test_a_fault_anywhere_is_survived_and_the_same_command_gives_the_same_bytes(
     assert not problems
 
 
-@pytest.mark.xfail(
-    strict=False, reason="encoding/run.py and StagingArea.__enter__ let some errors end with exit 1"
-)
 @pytest.mark.parametrize("kind", ["EIO", "ENOSPC"])
 @pytest.mark.parametrize(
     ("call", "path"),

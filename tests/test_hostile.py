@@ -382,7 +382,7 @@ def test_a_hostile_cache_is_refused_by_every_command_that_would_use_it(
     before = snapshot(place.parent / "outside")
     attack(place / "shards")
     for name in names:
-        # Digests that were made to fit are no damage to `verify`, which may name the commit instead.
+        # Digests that were made to fit are no damage to `verify`; it may name the commit instead.
         codes, wanted = ({0, 3, 4, 5}, "") if name == "verify" else ({3, 4, 5}, named)
         refused(arena.run(*commands(place, name)), codes, wanted)
     assert snapshot(place.parent / "outside") == before

@@ -195,9 +195,13 @@ class StagingArea:
         self._folder = root / ".staging" / name
 
     def __enter__(self) -> StagingArea:
-        with disk_errors(self._folder):
-            remove_path(self._folder)
-            self._folder.mkdir(parents=True)
+        try:
+            with disk_errors(self._folder):
+                remove_path(self._folder)
+                self._folder.mkdir(parents=True)
+        except ResourceError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -176,13 +176,13 @@ def read_parquet(
             require_small_pages(path, file.metadata)
             known = file.schema_arrow
         if schema is not None and not known.equals(schema):
-            raise OSError(f"{path} has another schema than ci2p-cache writes")
+            raise OSError(f"{path} has another schema than ci2p-cache writes")  # noqa: TRY301
         # Kept as dictionaries: one long text that many rows refer to would be copied for each.
         texts = [name for name in known.names if _is_text(known.field(name).type)]
         with _open_parquet(path, read_dictionary=texts) as file:
             table = file.read(columns=None if columns is None else list(columns))
         return _without_dictionaries(table, texts, _MAX_TEXT_RATIO * max(found.st_size, 2**16))
-    except (pa.ArrowException, ValueError, MemoryError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise OSError(f"{path} is damaged: {error}") from error
 
 

@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ci2p_cache import __version__
-from ci2p_cache.cache.commit import CommitRecord, StagingArea, read_commit
+from ci2p_cache.cache.commit import (
+    CommitRecord,
+    StagingArea,
+    disk_errors,
+    read_commit,
+    remove_path,
+)
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.manifest import MANIFEST, Manifest, read_manifest, refuse_difference
 from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
@@ -124,7 +130,8 @@ def _refuse_place(root: Path, source: Path) -> None:
 def _exclusive(root: Path) -> Iterator[None]:
     """Makes and locks the folder; one that was made here and stays empty goes again."""
     made = not root.exists()
-    root.mkdir(parents=True, exist_ok=True)
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
     try:
         with locked(root / ".lock", what="encode"):
             yield
@@ -135,14 +142,10 @@ def _exclusive(root: Path) -> Iterator[None]:
 
 def _clear(root: Path) -> None:
     """Removes a cache's files, the manifest first: what is left of it then counts for nothing."""
-    (root / MANIFEST).unlink(missing_ok=True)
+    remove_path(root / MANIFEST)
     for path in root.iterdir():
-        if path.name in (".lock", ".staging"):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if path.name not in (".lock", ".staging"):
+            remove_path(path)
 
 
 def _fingerprint(options: EncodeOptions, encoder: FrozenEncoder) -> Fingerprint:
@@ -184,8 +187,6 @@ def _open_or_start(
         if not options.rescan:
             return manifest, earlier
     plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=earlier)
-    scratch = staging.scratch("encoder") / _ENCODER
-    encoder.save(scratch)
     channels = fingerprint.latent.channels
     manifest = Manifest(
         software=f"ci2p-cache {__version__}",
@@ -198,7 +199,7 @@ def _open_or_start(
         class_titles=images.class_titles,
         splits=plan.splits,
         plan=staging.put(PLAN, plan.to_bytes()),
-        encoder=staging.put(_ENCODER, scratch.read_bytes()),
+        encoder=staging.put(_ENCODER, encoder.to_bytes()),
         offset=tuple(encoder.medians.tolist())
         if fingerprint.latent.is_symbols
         else (0.0,) * channels,
