@@ -37,6 +37,7 @@ from ci2p_cache.training.optim import lr_at
 from ci2p_cache.training.records import summary_csv
 from ci2p_cache.training.run import EpochRecord, TrainObserver
 from tests.conftest import write_image_folder
+from tests.seals import reseal
 
 SPEC = cc.TrainSpec(model="vitds_tiny", epochs=3, batch_size=5)
 TIMES = {"images_per_second", "wait_share", "epoch_seconds"}
@@ -620,9 +621,12 @@ def test_a_cache_without_images_labels_or_room_for_batch_norm_is_refused(
 ) -> None:
     odd = shutil.copytree(cache_dir, tmp_path / "odd")
     zarr.open_array(odd / "latents.zarr" / "val" / "labels", mode="r+")[2] = -1
+    reseal(odd)
     with pytest.raises(errors.InputDataError, match=r"1 of 8 images of split 'val'.*no label"):
         cc.train(odd, spec=SPEC, runs_dir=tmp_path)
-    zarr.open_array(odd / "latents.zarr" / "train" / "valid", mode="r+")[:] = False
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        zarr.open_array(odd / "latents.zarr" / "train" / "valid", mode="r+")[:] = False
+    reseal(odd)
     with pytest.raises(errors.InputDataError, match="holds no image to train from"):
         cc.train(odd, spec=SPEC, runs_dir=tmp_path)
 

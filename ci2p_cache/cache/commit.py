@@ -100,15 +100,18 @@ def read_commit(root: Path, split: str, shard: int) -> CommitRecord | None:
     hint = f"ci2p-cache verify {root} --repair"
     try:
         data, intact = read_sealed(path)
-        if not intact:
-            raise ManifestError(f"{path} is damaged: its own sha256 does not fit it")  # noqa: TRY301
-        record = CommitRecord.from_dict(data)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error}", hint=hint) from error
     except ManifestError as error:
         raise ManifestError(str(error), hint=hint) from error
+    if not intact:
+        raise ManifestError(f"{path} is damaged: its own sha256 does not fit it", hint=hint)
+    try:
+        record = CommitRecord.from_dict(data)
+    except ManifestError as error:
+        raise ManifestError(f"{path} is damaged: {error}", hint=hint) from error
     if (record.split, record.shard) != (split, shard):
         raise ManifestError(f"{path} speaks of {record.split} shard {record.shard}", hint=hint)
     return record
