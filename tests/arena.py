@@ -17,7 +17,9 @@ import json, os, resource, signal, sys, traceback, warnings
 warnings.simplefilter("ignore")
 import ci2p_cache.previews, ci2p_cache.cache.verify, ci2p_cache.cache.sample_card
 import ci2p_cache.training.run, ci2p_cache.encoding.run, ci2p_cache.report.plots, zarr
-from ci2p_cache.cli.app import main
+from ci2p_cache.cli.app import run_command
+from ci2p_cache.images.decoders import start_decoder_server
+start_decoder_server()
 
 def peak(name="VmHWM"):
     with open("/proc/self/status") as status:
@@ -32,7 +34,7 @@ def child(job):
     before, code = peak(), 0
     sys.argv = ["ci2p-cache", *job["argv"]]
     try:
-        main()
+        run_command()
     except SystemExit as error:
         code = error.code or 0
     except BaseException:

@@ -31,7 +31,8 @@ REPO = Path(__file__).resolve().parent.parent
 MAX_RSS_BYTES = 2 * 2**30
 
 _ENCODE = """
-import json, resource, sys
+import json, os, re, sys, threading
+from pathlib import Path
 import ci2p_cache as cc
 from ci2p_cache.encoding.progress import EncodeObserver
 
@@ -43,19 +44,47 @@ class Notes(EncodeObserver):
 notes = Notes()
 options = cc.EncodeOptions(**json.loads(sys.argv[3]))
 if len(sys.argv) > 4:
-    import os
+    from ci2p_cache.images.decoders import start_decoder_server
     # Everything is imported first: that user may not be able to read this installation.
     cc.load_encoder("bundled")
+    start_decoder_server()
     os.seteuid(int(sys.argv[4]))
+done, peaks = threading.Event(), [0]
+
+def watch():
+    # The memory of this process and of all that descend from it, the decoders among them.
+    while not done.wait(0.05):
+        parents, memory = {}, 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(stat.parent.name)] = int(fields[1])
+        ours = {os.getpid()}
+        while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+            ours |= more
+        for pid in ours:
+            try:
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            except OSError:
+                continue
+            # Pages that several processes share count once in all (Pss).
+            memory += sum(int(n) * 1024 for n in re.findall(r"^Pss: +(\\d+)", rollup, re.M))
+        peaks.append(memory)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
 summary = cc.encode(sys.argv[1], sys.argv[2], options, observer=notes)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+done.set()
+watcher.join()
 counts = {"images": summary.images, "bad": summary.bad}
-print(json.dumps(counts | {"peak": peak, "notes": notes.texts}))
+print(json.dumps(counts | {"peak": max(peaks), "notes": notes.texts}))
 """
 
 
 def encode_apart(source: Path, out: Path, *, user: int | None = None, **changes: object) -> dict:
-    """Encodes in a process of its own; returns its counts, notices and peak memory."""
+    """Encodes in a process of its own; returns counts, notices, peak memory of all processes."""
     options = {
         name: getattr(OPTIONS, name)
         for name in ("encoder", "size", "views", "val_fraction", "max_errors", "shard_samples")

@@ -21,7 +21,7 @@ from compressai.models import FactorizedPrior
 
 import ci2p_cache as cc
 from ci2p_cache.cache.commit import sealed_bytes
-from ci2p_cache.cli.app import main
+from ci2p_cache.cli.app import run_command
 from ci2p_cache.cli.encode import encode as encode_command
 from ci2p_cache.cli.train import train as train_command
 from tests.conftest import write_image_folder
@@ -44,7 +44,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         monkeypatch.setattr(sys, "argv", ["ci2p-cache", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main()
+            run_command()
             sys.exit(0)
         captured = capfd.readouterr()
         return Ran(int(ended.value.code or 0), captured.out, captured.err)
@@ -305,11 +305,11 @@ class Blocked:
         if name.split(".")[0] == "compressai":
             raise ModuleNotFoundError("compressai is not installed")
 sys.meta_path.insert(0, Blocked())
-from ci2p_cache.cli.app import main
+from ci2p_cache.cli.app import run_command
 for command in COMMANDS:
     sys.argv = ["ci2p-cache", *command]
     try:
-        main()
+        run_command()
     except SystemExit as ended:
         assert not ended.code, (command, ended.code)
 """

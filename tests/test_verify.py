@@ -17,7 +17,7 @@ from ci2p_cache import errors
 from ci2p_cache.cache.commit import sealed_bytes
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.zarr_shards import ChunkCodec
-from ci2p_cache.cli.app import main
+from ci2p_cache.cli.app import run_command
 from tests.conftest import picture, write_image_folder
 from tests.long.bitflips import run as run_bitflips
 from tests.test_encode import SMALL, data_digests, with_options
@@ -372,7 +372,7 @@ class TestCommand:
             monkeypatch.setattr(sys, "argv", ["ci2p-cache", "verify", *map(str, arguments)])
             capfd.readouterr()
             with pytest.raises(SystemExit) as ended:
-                main()
+                run_command()
                 sys.exit(0)
             return (int(ended.value.code or 0), *capfd.readouterr())
 

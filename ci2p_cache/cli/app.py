@@ -14,11 +14,12 @@ from ci2p_cache.cli import render
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.encode import encode
 from ci2p_cache.cli.look import complexity, inspect
+from ci2p_cache.cli.start import command_line
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
 from ci2p_cache.errors import CacheError, InterruptedRunError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "run_command"]
 
 app = typer.Typer(
     name="ci2p-cache",
@@ -63,7 +64,7 @@ for command in (encode, verify, inspect, train, complexity, demo):
     app.command()(command)
 
 
-def main() -> None:
+def run_command() -> None:
     """Runs the command line; the exit code is the error's own."""
     # OpenMP threads that wait for each other spin, and lose tenfold when the reading threads or
     # another program take a core: 4.4 against 15.8 images/s for vitds_tiny on two shared cores.
@@ -80,11 +81,9 @@ def main() -> None:
     try:
         command()
     except InterruptedRunError as error:
-        error.hint = error.hint or render.command_line()
+        error.hint = error.hint or command_line()
         render.fail(error)
         sys.exit(error.exit_code)
     except CacheError as error:
         render.fail(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)

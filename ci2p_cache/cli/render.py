@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,6 @@ from ci2p_cache.errors import CacheError
 
 __all__ = [
     "ProgressLine",
-    "command_line",
     "duration",
     "fail",
     "heading",
@@ -40,11 +38,6 @@ _LOG_SECONDS = 30.0
 
 _out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def command_line() -> str:
-    """Returns the command that is running, quoted so that it can be pasted."""
-    return shlex.join(["ci2p-cache", *sys.argv[1:]])
 
 
 def size(num_bytes: float) -> str:

@@ -29,6 +29,7 @@ from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary, Progress
 from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
 from ci2p_cache.errors import ManifestError, NotACacheError, UsageError
 from ci2p_cache.images.decode import decoder_name
+from ci2p_cache.images.decoders import start_decoder_server
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.machine import num_cores
@@ -92,6 +93,8 @@ def encode(
     ):
         if overwrite:
             _clear(root)
+        # It imports torch while the encoder is loaded and the source is listed.
+        start_decoder_server()
         encoder = load_encoder(
             options.encoder,
             weights=options.weights,

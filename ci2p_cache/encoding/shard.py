@@ -2,10 +2,10 @@
 
 ::
 
-    decode pool: bytes -> views --+
-                                  +--> lanes: g_a, quantise --> decode pool: crc32c, compress --+
-    (bounded look-ahead) ---------+                                                             |
-                                              committer: shard, index, record  <----------------+
+    readers: file -> bytes -> decoder processes: views --+
+                                                         +--> lanes: g_a, quantise --+
+    (bounded look-ahead) --------------------------------+                           |
+       committer: shard, index, record  <--  readers: crc32c, compress  <------------+
 
 Images are decoded ahead across shards, so lanes do not run dry at a shard's end; batches never
 cross a shard and are filled in row order whatever the timing: the same plan gives the same bytes.
@@ -36,9 +36,8 @@ from ci2p_cache.encoding.budget import ErrorBudget, SaturationProbe
 from ci2p_cache.encoding.lane import Lane, encode_views, numerics, single_threaded
 from ci2p_cache.encoding.plan import Sample, ShardPlan
 from ci2p_cache.errors import ImageDecodeError
-from ci2p_cache.images.decode import decode_image
+from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.images.views import image_views
 from ci2p_cache.specs import Fingerprint, LatentSpec, LayoutSpec
 
 __all__ = ["EncodeSettings", "ShardEncoder"]
@@ -55,7 +54,7 @@ class EncodeSettings:
     batch_size: int
     """Views per call of g_a; changes no value."""
     decode_threads: int
-    """Threads that read, decode and compress."""
+    """Threads that read and compress, each with a process that decodes."""
 
 
 @dataclass(slots=True)
@@ -79,11 +78,11 @@ class _Shard:
 
 
 class ShardEncoder:
-    """Encodes planned shards and commits each; a context manager that owns its threads.
+    """Encodes planned shards and commits each; a context manager that owns its threads, processes.
 
     Host memory is bounded by two shards of encoded chunks (at most 128 MiB each, uncompressed),
     `lookahead` decoded images (their views), two batches per lane, and one full-size image per
-    decode thread (at most 3 bytes times `max_pixels`, twice while it is resized).
+    decoder process (at most 24 bytes times `max_pixels`, where it ends as a bad image).
 
     Args:
         source: Where the images are read from.
@@ -122,7 +121,8 @@ class ShardEncoder:
         self._num_threads = torch.get_num_threads()
         self._busy_lock = threading.Lock()
         self._busy_seconds = 0.0
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode", single_threaded)
+        self._decoders = Decoders(settings.fingerprint.image, settings.fingerprint.views)
+        self._readers = ThreadPoolExecutor(settings.decode_threads, "read", single_threaded)
         self._lanes = ThreadPoolExecutor(len(lanes), "lane", single_threaded)
         self._committer = ThreadPoolExecutor(1, "commit")
 
@@ -130,9 +130,10 @@ class ShardEncoder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pool in (self._decoders, self._lanes, self._committer):
+        self._decoders.close()
+        for pool in (self._readers, self._lanes, self._committer):
             pool.shutdown(wait=False, cancel_futures=True)
-        for pool in (self._decoders, self._lanes, self._committer):
+        for pool in (self._readers, self._lanes, self._committer):
             pool.shutdown(wait=True)
         # Set in a lane it also reaches MKL's global count; the caller gets its own back.
         torch.set_num_threads(self._num_threads)
@@ -168,7 +169,7 @@ class ShardEncoder:
         waiting: deque[tuple[ShardPlan, Sample, Future[_Loaded]]] = deque()
         for shard in shards:
             for sample in shard.samples:
-                future = self._decoders.submit(self._load, sample, shard.split)
+                future = self._readers.submit(self._load, sample, shard.split)
                 waiting.append((shard, sample, future))
                 if len(waiting) >= self.lookahead:
                     yield waiting.popleft()
@@ -176,7 +177,6 @@ class ShardEncoder:
             yield waiting.popleft()
 
     def _load(self, sample: Sample, split: str) -> _Loaded:
-        spec = self._settings.fingerprint.image
         row = IndexRow(
             row=sample.row,
             key=sample.key,
@@ -189,18 +189,15 @@ class ShardEncoder:
             data = self._source.read(sample.path)
             row.source_bytes = len(data)
             row.source_sha256 = hashlib.sha256(data).hexdigest()
-            image = decode_image(data, spec)
+            image = self._decoders.decode(data, split=split, key=sample.key)
         except ImageDecodeError as error:
             row.status, row.error = "invalid", str(error)
             return _Loaded(row)
-        views, boxes = image_views(
-            image, spec, self._settings.fingerprint.views, split=split, key=sample.key
-        )
         row.width, row.height = image.width, image.height
         row.mode, row.format = image.mode, image.format
         row.exif_orientation = image.orientation
-        row.boxes = [asdict(box) for box in boxes]
-        return _Loaded(row, views)
+        row.boxes = [asdict(box) for box in image.boxes]
+        return _Loaded(row, image.views)
 
     def _encode_shard(self, loads: Iterator[tuple[ShardPlan, Sample, Future[_Loaded]]]) -> _Shard:
         shard: _Shard | None = None
@@ -245,7 +242,7 @@ class ShardEncoder:
                 self._free_lanes.append(lane)
                 with self._busy_lock:
                     self._busy_seconds += time.perf_counter() - started
-            return self._decoders.submit(self._pack, shard, stored, clipped, places)
+            return self._readers.submit(self._pack, shard, stored, clipped, places)
         except BaseException:
             self._slots.release()
             raise
@@ -300,7 +297,3 @@ class ShardEncoder:
         )
         self._staging.commit(record)
         return record
-
-
-def _place(item: tuple[ShardPlan, Sample, Future[_Loaded]]) -> tuple[str, int]:
-    return item[0].split, item[0].shard

@@ -1,7 +1,7 @@
 """A warm parent that forks one child per command: importing torch takes seconds, a fork none.
 
 The parent is started with the shim preloaded, imports everything, computes nothing and starts no
-thread; each child then runs the real command line (`ci2p_cache.cli.app.main`), with a fault armed
+thread; each child then runs the real command line (`ci2p_cache.cli.start.main`), with a fault armed
 or with a SIGKILL to come, and is a process like any other: own descriptors, own locks, own death.
 """
 
@@ -24,17 +24,17 @@ from typing import Any, Self
 __all__ = ["Ended", "Nursery", "build_shim"]
 
 _REPO = Path(__file__).resolve().parent.parent.parent
-_SOURCE = Path(__file__).with_name("faults.c")
 
 
-def build_shim(folder: Path) -> Path | None:
-    """Compiles the shim into `folder`; None where there is no compiler."""
+def build_shim(folder: Path, name: str = "faults") -> Path | None:
+    """Compiles a shim of this folder into `folder`; None where there is no compiler."""
     compiler = shutil.which("cc")
     if compiler is None or not sys.platform.startswith("linux"):
         return None
-    shim = folder / "faults.so"
+    shim = folder / f"{name}.so"
+    source = Path(__file__).with_name(f"{name}.c")
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", shim, _SOURCE, "-ldl"], check=True
+        [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", shim, source, "-ldl"], check=True
     )
     return shim
 
@@ -59,16 +59,17 @@ class Nursery:
     Args:
         folder: Where the shim is built and children write what they say.
         root: The folder whose changes are counted.
+        shim: What is preloaded into the parent and whatever it starts: faults or crash.
     """
 
-    def __init__(self, folder: Path, root: Path) -> None:
+    def __init__(self, folder: Path, root: Path, *, shim: str = "faults") -> None:
         self._folder = folder
         self._root = root
-        shim = build_shim(folder)
-        self.has_shim = shim is not None
+        library = build_shim(folder, shim)
+        self.has_shim = library is not None
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        if shim is not None:
-            environment["LD_PRELOAD"] = str(shim)
+        if library is not None:
+            environment["LD_PRELOAD"] = str(library)
         self._parent = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.faults.nursery"],
             cwd=_REPO, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -120,26 +121,27 @@ class Nursery:
 
 def _child(asked: dict[str, Any], channel: int) -> int:
     """Runs the command line in this process; returns its exit code."""
-    from ci2p_cache.cli import app
+    from ci2p_cache.cli import start
 
     descriptor = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["ci2p-cache", *asked["arguments"]]
-    shim = ctypes.CDLL(None) if "LD_PRELOAD" in os.environ else None
-    if shim is not None:
+    shim = ctypes.CDLL(None)
+    counts = hasattr(shim, "ci2p_fault_arm")
+    if counts:
         shim.ci2p_fault_arm(
             os.fsencode(asked["root"]), ctypes.c_long(asked["at"]), asked["kind"].encode()
         )
     code = 0
     try:
-        app.main()
+        start.main()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
     except BaseException:
         traceback.print_exc()
         code = 1
-    calls = shim.ci2p_fault_count() if shim is not None else -1
+    calls = shim.ci2p_fault_count() if counts else -1
     sys.stdout.flush()
     sys.stderr.flush()
     os.write(channel, str(calls).encode())
@@ -176,7 +178,9 @@ def _main() -> None:
     import ci2p_cache.cli.watch
     import ci2p_cache.encoding.run
     import ci2p_cache.training.run  # noqa: F401
+    from ci2p_cache.images.decoders import start_decoder_server
 
+    start_decoder_server()
     for line in sys.stdin:
         asked = json.loads(line)
         others = _threads() - {"jemalloc_bg_thd"}

@@ -1,0 +1,45 @@
+"""The very first line of the command: what Ctrl-C means is settled before anything is imported."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from types import FrameType
+
+__all__ = ["command_line", "main"]
+
+_SHOW_CURSOR = b"\x1b[?25h\r"
+
+
+def command_line() -> str:
+    """Returns the command that is running, quoted so that it can be pasted."""
+    return shlex.join(["ci2p-cache", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Runs the command line; the exit code is the error's own.
+
+    Ctrl-C and SIGTERM end the process at once, with the command that goes on, wherever no work is
+    guarded against them: while torch is imported an exception could be lost in C code that clears
+    errors. Encoding, repairing and training put their own handlers in place.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    from ci2p_cache.cli.app import run_command
+
+    try:
+        run_command()
+    finally:
+        # All is said and done; while Python takes itself down a signal changes nothing any more.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    if os.isatty(2):
+        os.write(2, _SHOW_CURSOR)
+    text = f"error: interrupted; nothing half-done is left\ntry:   {command_line()}\n"
+    os.write(2, text.encode("utf-8", "backslashreplace"))
+    os._exit(128 + number)
