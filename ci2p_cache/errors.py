@@ -32,6 +32,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 __all__ = [
     "CacheError",
     "CheckpointError",
@@ -59,6 +61,7 @@ __all__ = [
     "UsageError",
     "WeightsError",
     "WeightsUnavailableError",
+    "command",
 ]
 
 
@@ -195,3 +198,14 @@ class InterruptedRunError(CacheError):
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+def command(*words: object, note: str = "") -> str:
+    """Returns a `ci2p-cache` command for a hint, quoted so that a shell takes it as it stands.
+
+    Args:
+        words: Subcommand, options and paths, one word each.
+        note: What to say behind it, for people.
+    """
+    line = shlex.join(["ci2p-cache", *map(str, words)])
+    return f"{line}   ({note})" if note else line

@@ -13,6 +13,7 @@ Shape suffixes: M latent channels, h w latent rows and columns, C H W of pixels.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import os
@@ -30,7 +31,8 @@ from ci2p_cache.cache.card import stored_rows
 from ci2p_cache.cache.index import IndexRow
 from ci2p_cache.cache.sample_card import describe_sample, read_row
 from ci2p_cache.cache.store import Cache, Split
-from ci2p_cache.encoder.frozen import FrozenEncoder, load_saved_encoder
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError, UsageError
 from ci2p_cache.images.decode import decode_image
 from ci2p_cache.images.locate import open_source
@@ -112,12 +114,15 @@ def draw_preview(
         SourceError: `source` is given and cannot be opened.
         ShardError: a shard or index part is damaged.
         WeightsError: the cache's encoder.safetensors is damaged.
+        DigestError: it is another encoder than the one that made the latents.
         ResourceError: the picture cannot be written.
     """
     part = cache[split if split is not None else cache.splits[0]]
     chosen = _chosen_rows(part, rows, count)
     images = _open_images(cache, source)
-    encoder = load_saved_encoder(cache.encoder_path)
+    # Only g_s is used here, which runs in float32 whatever g_a ran in.
+    spec = dataclasses.replace(cache.fingerprint.encoder, precision="float32")
+    encoder = load_recorded_encoder(cache.encoder_path, spec)
     pairs = [_measure(part, row, images, encoder) for row in chosen]
     png = draw_png([panels for _, panels in pairs], _headings(part), _footer(cache))
     _write(Path(path), png)

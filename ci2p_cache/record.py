@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import reprlib
 import stat
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from ci2p_cache.errors import ManifestError, UsageError
 
-__all__ = ["Record", "read_json", "read_regular"]
+__all__ = ["MAX_JSON_BYTES", "Record", "read_json", "read_regular", "regular_file"]
 
 MAX_JSON_BYTES = 8 * 2**20
 """Room for 50,000 classes with titles. Parsed, hostile JSON takes about 25 times its size."""
@@ -93,16 +95,17 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def read_regular(path: Path, *, max_bytes: int) -> bytes:
-    """Reads a file of ours that may come from a stranger.
+@contextmanager
+def regular_file(path: Path) -> Iterator[io.BufferedReader]:
+    """Opens a file of ours that may come from a stranger, for reading.
 
     Links are not followed, because they may lead out of the folder; a pipe is not waited for, a
     device not read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ManifestError: it is a link, no regular file, or larger than `max_bytes`.
-        OSError: it cannot be read.
+        ManifestError: it is a link or no regular file.
+        OSError: it cannot be opened.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -112,17 +115,27 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
             raise ManifestError(f"{path} is a link, which may lead anywhere") from error
         raise
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ManifestError(f"{path} is no regular file")
-        if found.st_size > max_bytes:
-            raise ManifestError(
-                f"{path} has {found.st_size} bytes; at most {max_bytes} are plausible"
-            )
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(found.st_size)
+            yield file
     finally:
         os.close(descriptor)
+
+
+def read_regular(path: Path, *, max_bytes: int) -> bytes:
+    """Reads a file of ours that may come from a stranger, the way `regular_file` opens it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ManifestError: it is a link, no regular file, or larger than `max_bytes`.
+        OSError: it cannot be read.
+    """
+    with regular_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise ManifestError(f"{path} has {size} bytes; at most {max_bytes} are plausible")
+        return file.read(size)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ci2p_cache.record import Record
 __all__ = [
     "DOWNSAMPLING",
     "FORMAT_VERSION",
+    "MAX_LATENT_BYTES",
     "CodecName",
     "DType",
     "EncoderSpec",
@@ -42,6 +43,9 @@ DOWNSAMPLING = 16
 
 SIZE_MULTIPLE_PX = 32
 """PatchReshape halves the latents once more (arXiv 2502.10120), so sides are multiples of 32."""
+
+MAX_LATENT_BYTES = 128 * 2**20
+"""Of one latent, and of the raw latents of one shard: a shard is built in memory."""
 
 DType = Literal["int8", "int16", "float16", "float32"]
 Precision = Literal["float32", "tf32", "bf16"]
@@ -180,6 +184,11 @@ class LatentSpec(Record):
         for name in ("channels", "height", "width"):
             value = getattr(self, name)
             _require(0 < value <= 65536, f"latent `{name}` is {value}; 1 to 65536 are possible")
+        _require(
+            self.num_bytes <= MAX_LATENT_BYTES,
+            f"one latent has {self.num_bytes} bytes; at most {MAX_LATENT_BYTES} fit a shard: "
+            "choose a smaller --size or --dtype",
+        )
 
     @property
     def is_symbols(self) -> bool:
@@ -227,6 +236,12 @@ class Fingerprint(Record):
             self.format_version == FORMAT_VERSION,
             f"format version {self.format_version} is not {FORMAT_VERSION}, the one that this "
             "ci2p-cache reads and writes; encode again, or use the version that made it",
+        )
+        side = self.image.size // DOWNSAMPLING
+        _require(
+            (self.latent.height, self.latent.width) == (side, side),
+            f"latents of {self.latent.height} x {self.latent.width} from images of "
+            f"{self.image.size} px; g_a gives {side} x {side}",
         )
 
     @property

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.store import Cache, Split
-from ci2p_cache.errors import ManifestError
+from ci2p_cache.errors import ManifestError, command
 from ci2p_cache.record import Record
 from ci2p_cache.specs import Fingerprint, LayoutSpec
 
@@ -292,6 +292,6 @@ def _class_counts(split: Split, labels: npt.NDArray[Any]) -> tuple[int, ...]:
         raise ManifestError(
             f"split {split.name!r} of {split.cache.path} has label {outside[0]}, and there are "
             f"{len(classes)} classes",
-            hint=f"ci2p-cache verify {split.cache.path} --repair",
+            hint=command("verify", split.cache.path, "--repair"),
         )
     return tuple(np.bincount(labels[labels >= 0], minlength=len(classes)).tolist())

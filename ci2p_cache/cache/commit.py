@@ -17,8 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ci2p_cache.errors import DiskFullError, ManifestError, ResourceError, UsageError
-from ci2p_cache.record import MAX_JSON_BYTES, Record, read_regular
+from ci2p_cache.errors import (
+    DiskFullError,
+    ManifestError,
+    ResourceError,
+    UsageError,
+    command,
+)
+from ci2p_cache.record import MAX_JSON_BYTES, Record, read_regular, regular_file
 from ci2p_cache.specs import FORMAT_VERSION
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "json_bytes",
     "read_commit",
     "read_sealed",
+    "refuse_link",
     "remove_path",
     "sealed_bytes",
     "sha256_file",
@@ -97,7 +104,7 @@ def read_commit(root: Path, split: str, shard: int) -> CommitRecord | None:
         ManifestError: the record is damaged or speaks of another shard.
     """
     path = root / commit_path(split, shard)
-    hint = f"ci2p-cache verify {root} --repair"
+    hint = command("verify", root, "--repair")
     try:
         data, intact = read_sealed(path)
     except FileNotFoundError:
@@ -159,8 +166,13 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def sha256_file(path: Path) -> str:
-    """Returns the sha256 of a file's bytes, 64 hex digits."""
-    with path.open("rb") as file:
+    """Returns the sha256 of a regular file's bytes, 64 hex digits.
+
+    Raises:
+        OSError: it cannot be read.
+        ManifestError: it is a link or no regular file.
+    """
+    with regular_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -200,8 +212,10 @@ class StagingArea:
     def __enter__(self) -> StagingArea:
         try:
             with disk_errors(self._folder):
+                if self._folder.parent.is_symlink() or not self._folder.parent.is_dir():
+                    remove_path(self._folder.parent)
                 remove_path(self._folder)
-                self._folder.mkdir(parents=True)
+                self._make_folder(self._folder)
         except ResourceError:
             self.__exit__()
             raise
@@ -218,7 +232,9 @@ class StagingArea:
     def put(self, path: str, parts: bytes | Iterable[bytes | memoryview]) -> FileRecord:
         """Writes one file of the cache: staged, synced, renamed, its folder synced.
 
-        Anything that lies at the target, be it a folder or a link, is replaced.
+        Anything that lies at the target, be it a folder or a link, is replaced, and so is a file
+        where a folder of the cache should be. A folder that is a link is refused: what it leads to
+        is not ours.
 
         Args:
             path: Posix path relative to the cache folder.
@@ -227,6 +243,7 @@ class StagingArea:
         Raises:
             DiskFullError: no space is left; the staged bytes are removed.
             ResourceError: another write error.
+            ManifestError: a folder on the way is a link.
         """
         target = self.root / path
         staged = self._folder / path.replace("/", "__")
@@ -240,15 +257,26 @@ class StagingArea:
                         size += len(part)
                     file.flush()
                     os.fsync(file.fileno())
-                target.parent.mkdir(parents=True, exist_ok=True)
+                self._make_folder(target.parent)
                 if target.is_dir() and not target.is_symlink():
                     remove_path(target)
                 staged.replace(target)
                 sync_folder(target.parent)
-            except OSError:
+            except BaseException:
                 staged.unlink(missing_ok=True)
                 raise
         return FileRecord(path=path, bytes=size, sha256=digest.hexdigest())
+
+    def _make_folder(self, folder: Path) -> None:
+        """Makes a folder below the root, and the root itself, where it is not there yet."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        below = self.root
+        for name in folder.relative_to(self.root).parts:
+            below /= name
+            refuse_link(below, self.root)
+            if not below.is_dir():
+                below.unlink(missing_ok=True)
+                below.mkdir(exist_ok=True)
 
     def put_json(self, path: str, data: Mapping[str, Any]) -> FileRecord:
         """Writes a JSON file the way `put` does."""
@@ -269,6 +297,19 @@ class StagingArea:
     def commit(self, record: CommitRecord) -> None:
         """Makes a shard count: its record is written last, after all files that it lists."""
         self.put_sealed(commit_path(record.split, record.shard), record.to_dict())
+
+
+def refuse_link(folder: Path, root: Path) -> None:
+    """Refuses a folder of a cache that is a link.
+
+    Raises:
+        ManifestError: it is one.
+    """
+    if folder.is_symlink():
+        raise ManifestError(
+            f"{folder} is a link; a cache must lie in one folder",
+            hint=f"put the folder itself in its place, or move all of {root}",
+        )
 
 
 def remove_path(path: Path) -> None:

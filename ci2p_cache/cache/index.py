@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from ci2p_cache.cache.manifest import index_path
 from ci2p_cache.cache.parquet_pages import require_small_pages
-from ci2p_cache.errors import ShardError
+from ci2p_cache.errors import ShardError, command
 
 __all__ = [
     "INDEX_SCHEMA",
@@ -240,7 +240,7 @@ def read_index(
     except OSError as error:
         raise ShardError(
             f"index of {split} shard {shard}: {error}",
-            hint=f"ci2p-cache verify {root} --repair",
+            hint=command("verify", root, "--repair"),
         ) from error
 
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ci2p_cache.cache.commit import FileRecord, read_sealed
-from ci2p_cache.errors import FingerprintMismatchError, ManifestError, NotACacheError, UsageError
-from ci2p_cache.record import Record
+from ci2p_cache.cache.commit import FileRecord, commit_path, read_sealed, refuse_link
+from ci2p_cache.errors import (
+    FingerprintMismatchError,
+    ManifestError,
+    NotACacheError,
+    UsageError,
+    command,
+)
+from ci2p_cache.record import MAX_JSON_BYTES, Record
 from ci2p_cache.specs import (
     FORMAT_VERSION,
+    MAX_LATENT_BYTES,
     Fingerprint,
     LatentSpec,
     LayoutSpec,
@@ -33,8 +42,20 @@ __all__ = [
 
 MANIFEST = "cache.json"
 
-MAX_SHARD_BYTES = 128 * 2**20
+MAX_SHARD_BYTES = MAX_LATENT_BYTES
 """Raw latents of one shard at most: it is built in memory, and lost whole when a run is killed."""
+
+_MAX_ROWS = 2**24
+"""Of one split. ImageNet-21k has 14 million; labels and valid then take 84 MB in memory."""
+
+_MAX_SHARDS = 2**20
+"""Of one split: as many files lie in one folder. ImageNet-21k in shards of 14 rows."""
+
+_MAX_SPLITS = 8
+"""There are train, val and test."""
+
+_MAX_NAMES_BYTES = MAX_JSON_BYTES - 2**20
+"""Of all class names and titles: what is left of `cache.json` has some 100 kB."""
 
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
@@ -62,13 +83,22 @@ class SplitRecord(Record):
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("rows", 0, 2**40),
+            ("rows", 0, _MAX_ROWS),
             ("views", 1, 1024),
             ("shard_rows", 1, 2**20),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UsageError(f"split `{name}` is {value}; {low} to {high} are possible")
+        if self.num_shards > _MAX_SHARDS:
+            raise UsageError(
+                f"a split of {self.rows} rows has {self.num_shards} shards of {self.shard_rows}; "
+                f"at most {_MAX_SHARDS} are possible",
+                hint="repeat the command with more --shard-samples, fewer --views, or a smaller "
+                "--dtype or --size",
+            )
+        if self.valid_rows is not None and not 0 <= self.valid_rows <= self.rows:
+            raise UsageError(f"a split has {self.valid_rows} valid rows of {self.rows}")
 
     @property
     def num_shards(self) -> int:
@@ -126,6 +156,31 @@ class Manifest(Record):
             raise UsageError(
                 f"{len(self.offset)} offsets for {self.fingerprint.latent.channels} channels"
             )
+        if not all(map(math.isfinite, self.offset)):
+            raise UsageError("an offset is not finite")
+        names_bytes = len(json.dumps([self.classes, self.class_titles], ensure_ascii=False))
+        if names_bytes > _MAX_NAMES_BYTES:
+            raise UsageError(
+                f"the names of {len(self.classes)} classes take {names_bytes} bytes; at most "
+                f"{_MAX_NAMES_BYTES} fit {MANIFEST}"
+            )
+        self._check_splits()
+
+    def _check_splits(self) -> None:
+        """Refuses splits whose shapes are not what fingerprint and layout make."""
+        if not 1 <= len(self.splits) <= _MAX_SPLITS:
+            raise UsageError(f"{len(self.splits)} splits; 1 to {_MAX_SPLITS} are possible")
+        for name, record in self.splits.items():
+            views = self.fingerprint.views.num_views(name)
+            if record.views != views:
+                raise UsageError(
+                    f"split {name} has {record.views} views, its fingerprint makes {views}"
+                )
+            rows = shard_rows(self.layout, self.fingerprint.latent, views)
+            if record.shard_rows != rows:
+                raise UsageError(
+                    f"split {name} has {record.shard_rows} rows per shard, its layout makes {rows}"
+                )
 
     @property
     def scale(self) -> float:
@@ -139,11 +194,18 @@ class Manifest(Record):
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Reads `cache.json` of a cache folder.
+    """Reads `cache.json` of a cache folder; it may come from a stranger.
+
+    What it says is bounded, because it decides how much memory readers take and which files they
+    open. A folder that passes can still be damaged; that shows when its files are read.
+
+    Args:
+        root: The folder; it may itself be reached by a link.
 
     Raises:
         NotACacheError: the folder is missing or holds no `cache.json`.
-        ManifestError: it is damaged, or of another format version.
+        ManifestError: it is damaged, absurd or of another format version, or a folder of the cache
+            is a link.
     """
     path = root / MANIFEST
     try:
@@ -151,7 +213,7 @@ def read_manifest(root: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotACacheError(
             f"{root} is no latent cache: it has no {MANIFEST}",
-            hint=f"ci2p-cache encode IMAGES --out {root}",
+            hint=command("encode", "IMAGES", "--out", root),
         ) from error
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error}") from error
@@ -166,9 +228,20 @@ def read_manifest(root: Path) -> Manifest:
     if not intact:
         raise ManifestError(f"{path} is damaged: its own sha256 does not fit it")
     try:
-        return Manifest.from_dict(data)
+        manifest = Manifest.from_dict(data)
     except ManifestError as error:
         raise ManifestError(f"{path} is damaged: {error}") from error
+    _refuse_links(root, manifest)
+    return manifest
+
+
+def _refuse_links(root: Path, manifest: Manifest) -> None:
+    """Refuses a cache of which a folder, listed or expected, leads elsewhere."""
+    files = [file.path for file in (manifest.plan, manifest.encoder, *manifest.files)]
+    for split in manifest.splits:
+        files += [index_path(split, 0), commit_path(split, 0), shard_path(split, 0)]
+    for folder in sorted({parent for file in files for parent in Path(file).parents} - {Path()}):
+        refuse_link(root / folder, root)
 
 
 def refuse_difference(

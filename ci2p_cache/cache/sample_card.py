@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from ci2p_cache.cache.card import index_parts
 from ci2p_cache.cache.index import INDEX_SCHEMA, IndexRow, read_index
 from ci2p_cache.cache.store import Cache, Split
-from ci2p_cache.errors import IncompleteCacheError, ShardError, UsageError
+from ci2p_cache.errors import IncompleteCacheError, ShardError, UsageError, command
 from ci2p_cache.record import Record
 
 __all__ = ["BoxCard", "LatentCard", "SampleCard", "describe_sample", "read_row"]
@@ -161,9 +161,13 @@ def read_row(split: Split, row: int) -> IndexRow:
     if split.read_commit(shard) is None:
         raise IncompleteCacheError(
             f"row {row} of split {split.name!r} lies in shard {shard}, which is not encoded yet",
-            hint=f"ci2p-cache encode {shlex.quote(split.cache.manifest.source)} --out "
-            f"{shlex.quote(str(split.cache.path))}   "
-            "(with the options that it was started with)",
+            hint=command(
+                "encode",
+                split.cache.manifest.source,
+                "--out",
+                split.cache.path,
+                note="with the options that it was started with",
+            ),
         )
     table = read_index(split.cache.path, split.name, shard, INDEX_SCHEMA.names)
     if table.num_rows != len(split.record.rows_of(shard)) or table["row"][offset].as_py() != row:
@@ -183,7 +187,7 @@ def read_row(split: Split, row: int) -> IndexRow:
 def _index_damage(split: Split, shard: int, problem: str) -> ShardError:
     return ShardError(
         f"{split.index_file(shard)} is damaged: {problem}",
-        hint=f"ci2p-cache verify {shlex.quote(str(split.cache.path))} --repair",
+        hint=command("verify", split.cache.path, "--repair"),
     )
 
 
@@ -202,7 +206,7 @@ def _find_key(split: Split, key: str) -> int:
         + (
             "" if split.cache.is_complete else "; shards that are not encoded yet were not searched"
         ),
-        hint=f"did you mean {near}?" if near else None,
+        hint=f"did you mean {shlex.quote(near)}?" if near else None,
     )
 
 

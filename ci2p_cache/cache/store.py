@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -25,9 +24,8 @@ from ci2p_cache.cache.manifest import (
     read_manifest,
     shard_path,
 )
-from ci2p_cache.cache.plausible import require_plausible
 from ci2p_cache.cache.zarr_shards import ChunkCodec, ShardFile
-from ci2p_cache.errors import IncompleteCacheError, ManifestError, ShardError, UsageError
+from ci2p_cache.errors import IncompleteCacheError, ManifestError, ShardError, UsageError, command
 from ci2p_cache.record import read_regular
 from ci2p_cache.specs import Fingerprint, LatentSpec
 
@@ -62,9 +60,13 @@ def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
         total = sum(record.num_shards for record in cache.manifest.splits.values())
         raise IncompleteCacheError(
             f"{path} is not encoded to its end: {done} of {total} shards are committed",
-            hint=f"ci2p-cache encode {shlex.quote(cache.manifest.source)} --out "
-            f"{shlex.quote(str(path))}   "
-            "(with the options that it was started with)",
+            hint=command(
+                "encode",
+                cache.manifest.source,
+                "--out",
+                path,
+                note="with the options that it was started with",
+            ),
         )
     return cache
 
@@ -79,7 +81,6 @@ class Cache(Mapping[str, "Split"]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
-        require_plausible(path, self.manifest)
         self._splits = {name: Split(self, name) for name in self.manifest.splits}
 
     def __getitem__(self, name: str) -> Split:
@@ -346,7 +347,7 @@ class Split:
         rows = self.record.rows_of(shard)
         return ShardError(
             f"split {self.name!r} shard {shard} (rows {rows.start} to {rows.stop - 1}): {reason}",
-            hint=f"ci2p-cache verify {shlex.quote(str(self.cache.path))} --repair",
+            hint=command("verify", self.cache.path, "--repair"),
         )
 
     def _small_array(self, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -368,7 +369,7 @@ class Split:
         except (ManifestError, ValueError) as error:
             raise ManifestError(
                 f"{self.cache.path / folder} cannot be read: {error}",
-                hint=f"ci2p-cache verify {shlex.quote(str(self.cache.path))} --repair",
+                hint=command("verify", self.cache.path, "--repair"),
             ) from error
         if dtype is np.bool_:
             return raw.astype(np.bool_)

@@ -11,26 +11,29 @@ Findings are values: a damaged cache is an answer here, not an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import google_crc32c
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
+import pyarrow.compute as pc
 
 from ci2p_cache.cache.commit import CommitRecord, FileRecord, commit_path, sha256_file
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.manifest import MANIFEST, array_path, index_path, shard_path
 from ci2p_cache.cache.store import Cache, Split, open_cache
+from ci2p_cache.cache.traces import gaps, named_ranges, own_files, shard_of
 from ci2p_cache.errors import IntegrityError
 from ci2p_cache.record import Record
 
 __all__ = ["CHECKSUMS", "Finding", "FindingKind", "listed_digests", "verify"]
 
 CHECKSUMS = "checksums.sha256"
+
+_ARRAYS = ("labels", "valid")
 
 _SMALL_BYTES = 4 * 2**20
 """Files up to this size have their digest checked even by a quick verify."""
@@ -54,6 +57,8 @@ class Finding(Record):
     """The split that loses rows by it, if one does."""
     shard: int | None = None
     """The shard."""
+    last_shard: int | None = None
+    """The last one of a range of shards of which nothing is there; None where it is one."""
     first_row: int | None = None
     """First row that is lost."""
     last_row: int | None = None
@@ -86,16 +91,24 @@ def verify(
         ManifestError: `cache.json` itself is damaged: nothing can be held against it.
     """
     cache = open_cache(path, partial=True)
-    findings = [*_check_files(cache), *_foreign_files(cache)]
+    files = list(own_files(cache.path))
+    findings = [*_check_files(cache), *_foreign_files(cache, files)]
     digests = listed_digests(cache)
+    traces = {place for file in chain(files, digests) if (place := shard_of(file)) is not None}
     total = sum(split.record.num_shards for split in cache.values())
     done = 0
     for split in cache.values():
-        for shard in range(split.record.num_shards):
-            findings += _check_shard(split, shard, digests, quick=quick)
-            done += 1
+        for shards in _visits(split, traces):
+            if len(shards) == 1:
+                findings += _check_shard(split, shards[0], digests, quick=quick)
+            elif cache.is_complete:
+                findings.append(_nothing_there(split, shards))
+            done += len(shards)
             if on_shard is not None:
                 on_shard(done, total)
+        if cache.is_complete and not quick:
+            named = {finding.path for finding in findings}
+            findings += [found for found in _check_arrays(split) if found.path not in named]
     return findings
 
 
@@ -115,33 +128,65 @@ def _check_files(cache: Cache) -> Iterator[Finding]:
     """Checks the files that belong to no shard."""
     manifest = cache.manifest
     if not manifest.is_complete:
-        yield Finding(path=MANIFEST, kind="unfinished", problem="encoding has not finished")
+        left = {s.name: gaps(s.record.num_shards, s.committed()) for s in cache.values()}
+        count = sum(map(len, chain.from_iterable(left.values())))
+        problem = f"encoding has not finished: {count} shards are not committed"
+        told = f" ({named_ranges(left)})" if count else ""
+        yield Finding(path=MANIFEST, kind="unfinished", problem=problem + told)
+    else:
+        listed = {file.path for file in manifest.files}
+        for path in sorted(_finalised_paths(cache) - listed):
+            yield Finding(path=path, kind="missing", problem=f"{MANIFEST} does not list it")
     for file in (manifest.plan, manifest.encoder, *manifest.files):
         found = _file_problem(cache.path, file, quick=False)
         if found is not None:
             yield Finding(path=file.path, kind=found[0], problem=found[1])
 
 
-def _foreign_files(cache: Cache) -> Iterator[Finding]:
-    """Finds files that no record lists in the three folders that are wholly ours."""
-    known = {file.path for file in cache.manifest.files}
+def _finalised_paths(cache: Cache) -> set[str]:
+    """Returns the paths of the files that finalising writes; some may not be listed yet."""
+    found = {CHECKSUMS, "README.md", "errors.parquet", "stats/channels.parquet"}
+    found.add("latents.zarr/zarr.json")
     for split in cache.values():
-        if not cache.is_complete:
-            # Left from before a rescan or a repair; finalising writes them anew.
-            known |= {"latents.zarr/zarr.json", f"latents.zarr/{split.name}/zarr.json"}
-            for array in ("latents", "labels", "valid"):
-                folder = array_path(split.name, array)
-                known.add(f"{folder}/zarr.json")
-                known |= {f"{folder}/c.0"} if array != "latents" else set()
-        for shard in range(split.record.num_shards):
-            known |= {path(split.name, shard) for path in (shard_path, index_path, commit_path)}
-    for top in ("commits", "index", "latents.zarr"):
-        for folder, _, names in os.walk(cache.path / top):
-            for name in sorted(names):
-                path = (Path(folder) / name).relative_to(cache.path).as_posix()
-                if path not in known:
-                    shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-                    yield Finding(path=shown, kind="foreign", problem="no record lists this file")
+        found.add(f"latents.zarr/{split.name}/zarr.json")
+        found |= {f"{array_path(split.name, array)}/zarr.json" for array in ("latents", *_ARRAYS)}
+        if split.num_rows:
+            found |= {f"{array_path(split.name, array)}/c.0" for array in _ARRAYS}
+    return found
+
+
+def _foreign_files(cache: Cache, files: Collection[str]) -> Iterator[Finding]:
+    """Finds what no record lists among the files that lie in the folders that are wholly ours."""
+    # Those that are not listed yet are left from before a rescan or a repair.
+    known = {file.path for file in cache.manifest.files} | _finalised_paths(cache)
+    for path in files:
+        split, shard = shard_of(path) or ("", 0)
+        planned = split in cache and shard < cache[split].record.num_shards
+        if not planned and path not in known:
+            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+            yield Finding(path=shown, kind="foreign", problem="no record lists this file")
+
+
+def _visits(split: Split, traces: Collection[tuple[str, int]]) -> Iterator[range]:
+    """Yields all shards of a split: one by one those that left a trace, the others in ranges."""
+    total = split.record.num_shards
+    numbers = sorted(shard for name, shard in traces if name == split.name and shard < total)
+    rest = gaps(total, numbers)
+    yield from sorted([*rest, *(range(n, n + 1) for n in numbers)], key=lambda shards: shards[0])
+
+
+def _nothing_there(split: Split, shards: range) -> Finding:
+    return Finding(
+        path=commit_path(split.name, shards[0]),
+        kind="missing",
+        problem=f"{len(shards)} shards, {shards[0]} to {shards[-1]}, have no commit record "
+        "and no files",
+        split=split.name,
+        shard=shards[0],
+        last_shard=shards[-1],
+        first_row=split.record.rows_of(shards[0]).start,
+        last_row=split.record.rows_of(shards[-1]).stop - 1,
+    )
 
 
 def _file_problem(root: Path, file: FileRecord, *, quick: bool) -> tuple[FindingKind, str] | None:
@@ -158,8 +203,8 @@ def _file_problem(root: Path, file: FileRecord, *, quick: bool) -> tuple[Finding
         if quick and size > _SMALL_BYTES:
             return None
         digest = sha256_file(path)
-    except OSError as error:
-        return "damaged", f"it cannot be read: {error.strerror}"
+    except (OSError, IntegrityError) as error:
+        return "damaged", f"it cannot be read: {error}"
     if digest != file.sha256:
         return "damaged", f"its sha256 is {digest[:12]}..., {file.sha256[:12]}... was committed"
     return None
@@ -244,7 +289,7 @@ def _unvouched(
 
 
 def _content_problems(split: Split, commit: CommitRecord) -> Iterator[str]:
-    """Decodes every chunk of a shard and holds it and the small arrays against the index."""
+    """Decodes every chunk of a shard and holds it against the index."""
     try:
         index = read_index(split.cache.path, split.name, commit.shard)
         file = split.open_shard(commit.shard)
@@ -259,7 +304,6 @@ def _content_problems(split: Split, commit: CommitRecord) -> Iterator[str]:
     stored = file.stored.reshape(split.record.shard_rows, split.num_views)
     if not np.array_equal(stored[: len(rows)], np.repeat(good[:, None], split.num_views, 1)):
         yield "the chunks that are stored are not those of the rows that the index calls ok"
-    yield from _small_array_problems(split, index, rows, good)
     out = np.empty(split.latent.num_bytes, np.uint8)
     checksums = index["latent_crc32c"].to_pylist()
     for offset in np.flatnonzero(good).tolist():
@@ -273,18 +317,30 @@ def _content_problems(split: Split, commit: CommitRecord) -> Iterator[str]:
                 yield f"row {rows[offset]} view {view} is not the latent that the index speaks of"
 
 
-def _small_array_problems(
-    split: Split, index: pa.Table, rows: range, good: npt.NDArray[np.bool_]
-) -> Iterator[str]:
-    if not split.cache.is_complete:
-        return
-    part = slice(rows.start, rows.stop)
-    try:
-        labels, valid = split.labels[part], split.valid[part]
-    except IntegrityError:
-        # Not this shard's damage: `_check_files` has named the array's own file.
-        return
-    if labels.tolist() != index["label"].to_pylist():
-        yield "the labels array and the index disagree"
-    if not np.array_equal(valid, good):
-        yield "the valid array and the index disagree"
+def _check_arrays(split: Split) -> Iterator[Finding]:
+    """Decodes labels and valid, and holds them against the index parts that can be read."""
+    for name, column in zip(_ARRAYS, ("label", "status"), strict=True):
+        try:
+            array = split.labels if name == "labels" else split.valid
+        except IntegrityError as error:
+            yield _array_damage(split, name, str(error))
+            continue
+        wrong = []
+        for shard in split.committed():
+            try:
+                values = read_index(split.cache.path, split.name, shard, [column])[column]
+            except IntegrityError:
+                # Named with its shard.
+                continue
+            rows = split.record.rows_of(shard)
+            wanted = values if name == "labels" else pc.equal(values, "ok")
+            if not np.array_equal(array[rows.start : rows.stop], wanted.to_numpy()):
+                wrong.append(shard)
+        if wrong:
+            told = named_ranges({split.name: [range(shard, shard + 1) for shard in wrong]})
+            yield _array_damage(split, name, f"it is not what the index says (shards {told})")
+
+
+def _array_damage(split: Split, name: str, problem: str) -> Finding:
+    path = f"{array_path(split.name, name)}/c.0"
+    return Finding(path=path, kind="damaged", problem=problem, split=split.name)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from ci2p_cache.cache.commit import sha256_file
 from ci2p_cache.cache.index import parquet_bytes, read_parquet
 from ci2p_cache.cache.manifest import MANIFEST, Manifest, SplitRecord, shard_rows
-from ci2p_cache.errors import ManifestError, SourceError
+from ci2p_cache.errors import ManifestError, SourceError, command
 from ci2p_cache.images.source import ImageRef, ImageSource
 from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec
 
@@ -28,6 +28,8 @@ __all__ = ["PLAN", "Plan", "Sample", "ShardPlan", "build_plan", "plan_of_rows", 
 PLAN = "plan.parquet"
 
 _SPLIT_ORDER = ("train", "val", "test")
+
+_LEADS_OUT = r"^$|^/|(^|/)\.\.(/|$)"
 
 _SCHEMA = pa.schema(
     [
@@ -181,24 +183,49 @@ def plan_of_rows(rows: Mapping[str, Iterable[Sample]], records: Mapping[str, Spl
 
 
 def read_plan(root: Path, manifest: Manifest) -> Plan:
-    """Reads the plan of a cache folder, held against the manifest's digest.
+    """Reads the plan of a cache folder, held against the manifest's digest and its splits.
 
     Raises:
-        ManifestError: it is missing or damaged.
+        ManifestError: it is missing or damaged, or no plan that this cache could have.
     """
     path = root / PLAN
-    hint = f"ci2p-cache verify {root} --repair"
+    hint = command("verify", root, "--repair")
     try:
-        digest, table = sha256_file(path), read_parquet(path)
-    except OSError as error:
+        digest, table = sha256_file(path), read_parquet(path, schema=_SCHEMA)
+    except (OSError, ManifestError) as error:
         raise ManifestError(f"{path} is damaged: {error}", hint=hint) from error
     if digest != manifest.plan.sha256:
         raise ManifestError(f"{path} is damaged: its sha256 is not that in {MANIFEST}", hint=hint)
+    wanted = sum(record.rows for record in manifest.splits.values())
+    if table.num_rows != wanted:
+        raise ManifestError(f"{path} has {table.num_rows} rows, {MANIFEST} has {wanted}", hint=hint)
     splits = table["split"].cast(pa.string())
     tables = {
         name: table.filter(pc.equal(splits, name)).combine_chunks() for name in manifest.splits
     }
+    for name, part in tables.items():
+        problem = _impossible(part, manifest.splits[name], len(manifest.classes))
+        if problem is not None:
+            raise ManifestError(f"{path} is damaged: split {name} {problem}", hint=hint)
     return Plan(tables, dict(manifest.splits))
+
+
+def _impossible(table: pa.Table, record: SplitRecord, num_classes: int) -> str | None:
+    """Says why a split's part of a plan cannot be one that was made here; None where it can."""
+    rows = np.arange(record.rows)
+    if not np.array_equal(table["row"].to_numpy(), rows):
+        return f"does not list rows 0 to {record.rows - 1} one after another"
+    if not np.array_equal(table["shard"].to_numpy(), rows // record.shard_rows):
+        return f"does not lie in shards of {record.shard_rows} rows"
+    labels = table["label"].to_numpy()
+    if np.any((labels < -1) | (labels >= num_classes)):
+        return f"has labels that are none of {num_classes} classes"
+    for column in ("key", "path"):
+        if pc.any(pc.match_substring_regex(table[column], _LEADS_OUT)).as_py():
+            return f"has a {column} that leads out of the source"
+    if pc.count_distinct(table["key"]).as_py() != record.rows:
+        return "has a key twice"
+    return None
 
 
 def _table(

@@ -17,7 +17,7 @@ from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.manifest import shard_path
 from ci2p_cache.cache.store import Cache, Split, open_cache
 from ci2p_cache.cache.verify import Finding
-from ci2p_cache.encoder.frozen import load_saved_encoder
+from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.encoding.lane import Lane, encode_views, make_lanes, numerics, single_threaded
 from ci2p_cache.errors import FingerprintMismatchError, ImageDecodeError, ShardError, UsageError
 from ci2p_cache.images.decode import decode_image, decoder_name
@@ -83,6 +83,7 @@ def reencode(
         UsageError: `count` is not positive.
         IncompleteCacheError: encoding has not finished.
         ManifestError, WeightsError: the cache's own records or its encoder are damaged.
+        DigestError: its encoder is another one than that which made the latents.
         SourceError: the source is not there.
         FingerprintMismatchError: the decoders here are not those that made the cache.
         ResourceError: the source cannot be read for now.
@@ -129,8 +130,7 @@ class _Lanes:
     """The cache's encoder on each kind of device that its shards ask for and this machine has."""
 
     def __init__(self, cache: Cache) -> None:
-        precision = cache.fingerprint.encoder.precision
-        self._encoder = load_saved_encoder(cache.encoder_path, precision=precision)
+        self._encoder = load_recorded_encoder(cache.encoder_path, cache.fingerprint.encoder)
         self._lanes: dict[str, Lane] = {}
 
     def of(self, commit: CommitRecord) -> Lane:

@@ -19,10 +19,18 @@ from ci2p_cache.cache.commit import (
 )
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.lock import locked
-from ci2p_cache.cache.manifest import MANIFEST, Manifest, index_path, read_manifest, shard_path
+from ci2p_cache.cache.manifest import (
+    MANIFEST,
+    Manifest,
+    array_path,
+    index_path,
+    read_manifest,
+    shard_path,
+)
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.cache.verify import Finding, listed_digests, verify
-from ci2p_cache.encoder.frozen import FrozenEncoder, load_saved_encoder
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.plan import PLAN, Plan, read_plan
@@ -34,8 +42,8 @@ from ci2p_cache.encoding.replay import (
     refuse_other_decoder,
     source_digests,
 )
-from ci2p_cache.encoding.restore import restored_encoder, restored_plan
-from ci2p_cache.errors import ManifestError, ShardError, SourceError
+from ci2p_cache.encoding.restore import index_samples, restored_encoder, restored_plan
+from ci2p_cache.errors import IntegrityError, ManifestError, SourceError, command
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.record import Record
@@ -142,15 +150,10 @@ class _Repair:
         self.found = found
         self.wanted = [item for item in found if item.kind not in ("foreign", "unfinished")]
         self.manifest: Manifest = read_manifest(root)
-        self._digests = listed_digests(open_cache(root, partial=True))
+        self._cache = open_cache(root, partial=True)
+        self._digests = listed_digests(self._cache)
         self._paths = {item.path for item in self.wanted}
-        self._places = [
-            (split, shard)
-            for split, record in self.manifest.splits.items()
-            for shard in range(record.num_shards)
-        ]
-        damaged = {(item.split, item.shard) for item in self.wanted}
-        self._damaged = [place for place in self._places if place in damaged]
+        self._damaged: list[tuple[str, int]] = []
         self._source = source
         self._weights = weights
         self._observer = observer
@@ -164,21 +167,23 @@ class _Repair:
 
     def run(self, staging: StagingArea) -> None:
         """Repairs encoder, plan, shards and whole-cache files, in this order."""
-        for place in self._places:
+        for place in ((name, shard) for name in self._cache for shard in self._committed(name)):
             try:
                 commit = read_commit(self.root, *place)
             except ManifestError:
                 continue
-            if commit is not None and commit_path(*place) not in self._paths:
+            if commit is not None:
                 self._commits[place] = commit
         self._mend_encoder(staging)
-        whole = {file.path for file in self.manifest.files} & self._paths
-        if not (self._damaged or whole or PLAN in self._paths):
+        if self._paths <= {self.manifest.encoder.path}:
             return
         plan = self._mend_plan(staging)
+        self._damaged = self._find_damaged(plan)
         changed = self._mend_shards(plan, staging) if self._damaged else []
+        alone = {PLAN, self.manifest.encoder.path}
+        whole = {item.path for item in self.wanted if item.shard is None} - alone
         if self.manifest.is_complete and (whole or not self._identical):
-            self._finalise(plan, staging)
+            self._finalise(plan, whole, staging)
         if changed:
             named = "; ".join(changed[:_MAX_NAMED])
             rest = len(changed) - _MAX_NAMED
@@ -210,6 +215,30 @@ class _Repair:
             remaining=tuple(remaining),
         )
 
+    def _committed(self, split: str) -> list[int]:
+        """Returns the shards that have a commit record which was not found damaged."""
+        found = self._cache[split].committed()
+        return [shard for shard in found if commit_path(split, shard) not in self._paths]
+
+    def _find_damaged(self, plan: Plan) -> list[tuple[str, int]]:
+        """Returns the shards to encode again, in the plan's order."""
+        lost = [item for item in self.wanted if item.split is not None and item.shard is not None]
+        found = {
+            (str(item.split), shard)
+            for item in lost
+            for shard in range(item.shard or 0, (item.last_shard or item.shard or 0) + 1)
+        }
+        for name in plan.splits:
+            if f"{array_path(name, 'labels')}/c.0" in self._paths:
+                # Either of them may be wrong; the plan tells if it is the index.
+                found |= {(name, n) for n in self._committed(name) if self._differs(plan, name, n)}
+        return [place for place in plan.shard_numbers() if place in found]
+
+    def _differs(self, plan: Plan, split: str, shard: int) -> bool:
+        """Whether an intact index part speaks of other samples than the plan."""
+        table = self._intact_index(split, shard)
+        return table is not None and tuple(index_samples(table)) != plan.shard(split, shard).samples
+
     def _open_images(self) -> ImageSource:
         if self._images is None:
             place = self.manifest.source if self._source is None else self._source
@@ -218,17 +247,20 @@ class _Repair:
             except SourceError as error:
                 raise SourceError(
                     f"damaged shards are encoded again from the source, and {error}",
-                    hint=f"ci2p-cache verify {self.root} --repair --source DIR   "
-                    "(where the images are now)",
+                    hint=command(
+                        "verify",
+                        self.root,
+                        "--repair",
+                        "--source",
+                        "DIR",
+                        note="where the images are now",
+                    ),
                 ) from error
         return self._images
 
     def _mend_encoder(self, staging: StagingArea) -> None:
         record, spec = self.manifest.encoder, self.manifest.fingerprint.encoder
         if record.path not in self._paths:
-            if self._damaged:
-                saved = load_saved_encoder(self.root / record.path, precision=spec.precision)
-                self._encoder = saved
             return
         restored = restored_encoder(self.manifest, self._weights)
         if restored is None:
@@ -259,15 +291,19 @@ class _Repair:
         try:
             if sha256_file(self.root / path) == listed[path]:
                 return read_index(self.root, split, shard)
-        except (OSError, ShardError):
+        except (OSError, IntegrityError):
             pass
         return None
 
     def _mend_shards(self, plan: Plan, staging: StagingArea) -> list[str]:
         """Encodes damaged shards again; returns the names of source images that have changed."""
+        saved = self.manifest.encoder.path
+        if saved not in self._paths:
+            spec = self.manifest.fingerprint.encoder
+            self._encoder = load_recorded_encoder(self.root / saved, spec)
         if self._encoder is None:
             for item in self.wanted:
-                if item.split is not None:
+                if item.shard is not None:
                     self._reasons[item.path] = "it cannot be encoded again without the encoder"
             return []
         refuse_other_decoder(self.manifest)
@@ -319,21 +355,21 @@ class _Repair:
         others = set(bad) - {(shard.plan.split, shard.plan.shard) for shard in shards}
         return total - sum(bad[place] for place in others)
 
-    def _finalise(self, plan: Plan, staging: StagingArea) -> None:
+    def _finalise(self, plan: Plan, whole: set[str], staging: StagingArea) -> None:
         """Writes the whole-cache files anew; needs every commit record and index part."""
         lost = [
             place
-            for place in self._places
+            for place in plan.shard_numbers()
             if place not in self._commits or self._intact_index_path(place) is None
         ]
         if lost:
-            for file in self.manifest.files:
-                self._reasons[file.path] = "it is written anew once every shard is repaired"
+            for path in whole:
+                self._reasons[path] = "it is written anew once every shard is repaired"
             return
-        ordered = [self._commits[place] for place in self._places]
+        ordered = [self._commits[place] for place in plan.shard_numbers()]
         complete = finalise(self.root, self.manifest, plan, ordered, staging)
         self._identical &= complete == self.manifest
-        self._repaired |= {file.path for file in self.manifest.files} & self._paths
+        self._repaired |= whole
         if complete != self.manifest:
             self._repaired |= {MANIFEST, *(file.path for file in complete.files)}
 
