@@ -13,7 +13,7 @@ from pathlib import Path
 from ci2p_cache.cache.commit import disk_errors
 from ci2p_cache.errors import LockedError
 
-__all__ = ["locked", "refuse_locked"]
+__all__ = ["locked"]
 
 
 @contextmanager
@@ -47,38 +47,6 @@ def locked(path: Path, *, what: str) -> Iterator[None]:
             os.close(descriptor)
 
 
-def refuse_locked(path: Path, *, what: str) -> None:
-    """Tells early, before anything slow is imported, that another process holds a lock.
-
-    The lock itself must still be taken: it may go to another process right after.
-
-    Args:
-        path: The lock file; it need not exist.
-        what: As for `locked`.
-
-    Raises:
-        LockedError: another process holds it; the message names its host and process id.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _refusal(descriptor, path, what) from None
-    finally:
-        os.close(descriptor)
-
-
-def _refusal(descriptor: int, path: Path, what: str) -> LockedError:
-    holder = _holder(os.pread(descriptor, 4096, 0))
-    return LockedError(
-        f"another process works on {path.parent}: {holder}; this {what} changed nothing",
-        hint="wait for it to end, or stop it, then run the same command again",
-    )
-
-
 def _acquire(path: Path, what: str) -> int:
     while True:
         with disk_errors(path):
@@ -88,9 +56,12 @@ def _acquire(path: Path, what: str) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            refusal = _refusal(descriptor, path, what)
+            holder = _holder(os.pread(descriptor, 4096, 0))
             os.close(descriptor)
-            raise refusal from None
+            raise LockedError(
+                f"another process works on {path.parent}: {holder}; this {what} changed nothing",
+                hint="wait for it to end, or stop it, then run the same command again",
+            ) from None
         except BaseException:
             os.close(descriptor)
             raise

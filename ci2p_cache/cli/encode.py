@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ci2p_cache.cache.lock import refuse_locked
 from ci2p_cache.cli import render
 from ci2p_cache.errors import UsageError
 
@@ -114,7 +113,6 @@ def encode(
     same command again to go on after any interruption. Settings that change what is stored are
     bound to the folder: a command with others is refused, with the difference.
     """
-    refuse_locked(out / ".lock", what="encode")
     from ci2p_cache.cli.watch import EncodeWatch
     from ci2p_cache.encoding.options import EncodeOptions
     from ci2p_cache.encoding.run import encode as run

@@ -13,6 +13,14 @@ from ci2p_cache.errors import InterruptedRunError
 __all__ = ["interruptible"]
 
 
+class _Signalled(KeyboardInterrupt):
+    """Passes through code that catches `Exception`, as modules do while they are imported."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 @contextmanager
 def interruptible(message: str) -> Iterator[None]:
     """Raises `InterruptedRunError` in the block at the first SIGINT or SIGTERM.
@@ -31,12 +39,14 @@ def interruptible(message: str) -> Iterator[None]:
     def stop(number: int, _: FrameType | None) -> None:
         for each, handler in earlier.items():
             signal.signal(each, handler)
-        raise InterruptedRunError(message, signal_number=number)
+        raise _Signalled(number)
 
     for number in earlier:
         signal.signal(number, stop)
     try:
         yield
+    except _Signalled as signalled:
+        raise InterruptedRunError(message, signal_number=signalled.number) from None
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ci2p_cache import __version__
-from ci2p_cache.cache.commit import (
-    CommitRecord,
-    StagingArea,
-    disk_errors,
-    read_commit,
-    remove_path,
-)
+from ci2p_cache.cache.commit import StagingArea, disk_errors, remove_path
 from ci2p_cache.cache.lock import locked
-from ci2p_cache.cache.manifest import MANIFEST, Manifest, read_manifest, refuse_difference
-from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
-from ci2p_cache.encoding.budget import ErrorBudget, parse_max_errors
-from ci2p_cache.encoding.finalise import finalise
+from ci2p_cache.cache.manifest import MANIFEST
 from ci2p_cache.encoding.interrupt import interruptible
-from ci2p_cache.encoding.lane import make_lanes
 from ci2p_cache.encoding.options import EncodeOptions
-from ci2p_cache.encoding.plan import PLAN, Plan, ShardPlan, build_plan, read_plan
-from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary, ProgressMeter, summarise
-from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
-from ci2p_cache.errors import ManifestError, NotACacheError, UsageError
-from ci2p_cache.images.decode import decoder_name
-from ci2p_cache.images.decoders import start_decoder_server
+from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
+from ci2p_cache.errors import NotACacheError, UsageError
 from ci2p_cache.images.locate import open_source
-from ci2p_cache.images.source import ImageSource
-from ci2p_cache.machine import num_cores
-from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec
 
 __all__ = ["encode"]
 
-_ENCODER = "encoder.safetensors"
-
-_BEFORE_MANIFEST = {".lock", ".staging", PLAN, _ENCODER}
+_BEFORE_MANIFEST = {".lock", ".staging", "plan.parquet", "encoder.safetensors"}
 """What a run killed before it wrote the manifest may have left."""
-
-_EXPECTED_SHARE = {"int8": 0.22, "int16": 0.12, "float16": 0.95, "float32": 0.92}
-"""Compressed over raw bytes: measured for int8 and float16, a guess on the safe side otherwise."""
 
 
 def encode(
@@ -93,21 +68,11 @@ def encode(
     ):
         if overwrite:
             _clear(root)
-        # It imports torch while the encoder is loaded and the source is listed.
-        start_decoder_server()
-        encoder = load_encoder(
-            options.encoder,
-            weights=options.weights,
-            arch=options.arch,
-            quality=options.quality,
-            metric=options.metric,
-            precision=options.precision,
-            progress=observer.download,
-        )
-        manifest, plan = _open_or_start(root, images, options, encoder, staging)
-        for text in images.notices:
-            observer.notice(text)
-        return _encode_missing(root, images, options, encoder, staging, manifest, plan, observer)
+        # Only now torch is imported, which takes seconds: who loses the race for the folder is told
+        # at once.
+        from ci2p_cache.encoding.resume import resume
+
+        return resume(root, images, options, staging, observer)
 
 
 def _refuse_place(root: Path, source: Path) -> None:
@@ -149,166 +114,3 @@ def _clear(root: Path) -> None:
     for path in root.iterdir():
         if path.name not in (".lock", ".staging"):
             remove_path(path)
-
-
-def _fingerprint(options: EncodeOptions, encoder: FrozenEncoder) -> Fingerprint:
-    if options.dtype in ("int8", "int16") and not encoder.has_symbols:
-        raise UsageError(
-            f"`dtype` is {options.dtype}, but {options.arch} has no symbols of its own: their "
-            "means depend on a hyperprior",
-            hint="repeat the command with --dtype float16",
-        )
-    side = options.size // DOWNSAMPLING
-    return Fingerprint(
-        image=options.image_spec(decoder_name()),
-        views=options.view_spec(),
-        encoder=encoder.spec,
-        latent=LatentSpec(
-            dtype=options.dtype,
-            step=options.step,
-            channels=encoder.num_channels,
-            height=side,
-            width=side,
-        ),
-    )
-
-
-def _open_or_start(
-    root: Path,
-    images: ImageSource,
-    options: EncodeOptions,
-    encoder: FrozenEncoder,
-    staging: StagingArea,
-) -> tuple[Manifest, Plan]:
-    """Reads the manifest and plan of a begun cache, or lists the source and begins one."""
-    fingerprint, layout = _fingerprint(options, encoder), options.layout_spec()
-    earlier: Plan | None = None
-    if (root / MANIFEST).exists():
-        manifest = read_manifest(root)
-        refuse_difference(root, manifest, fingerprint, layout)
-        earlier = read_plan(root, manifest)
-        if not options.rescan:
-            return manifest, earlier
-    plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=earlier)
-    channels = fingerprint.latent.channels
-    manifest = Manifest(
-        software=f"ci2p-cache {__version__}",
-        state="encoding",
-        fingerprint=fingerprint,
-        layout=layout,
-        # A path that is not UTF-8 is shown with escapes; JSON could not hold it.
-        source=images.location().encode("utf-8", "backslashreplace").decode(),
-        classes=images.classes,
-        class_titles=images.class_titles,
-        splits=plan.splits,
-        plan=staging.put(PLAN, plan.to_bytes()),
-        encoder=staging.put(_ENCODER, encoder.to_bytes()),
-        offset=tuple(encoder.medians.tolist())
-        if fingerprint.latent.is_symbols
-        else (0.0,) * channels,
-    )
-    staging.put_sealed(MANIFEST, manifest.to_dict())
-    return manifest, plan
-
-
-def _encode_missing(
-    root: Path,
-    images: ImageSource,
-    options: EncodeOptions,
-    encoder: FrozenEncoder,
-    staging: StagingArea,
-    manifest: Manifest,
-    plan: Plan,
-    observer: EncodeObserver,
-) -> EncodeSummary:
-    """Encodes every shard that is not committed, then finalises."""
-    commits: dict[tuple[str, int], CommitRecord] = {}
-    missing: list[tuple[str, int]] = []
-    for split, number in plan.shard_numbers():
-        commit = _committed(root, plan.shard(split, number), manifest.fingerprint.digest)
-        if commit is None or (options.retry_failed and commit.valid_rows < commit.rows):
-            missing.append((split, number))
-        else:
-            commits[split, number] = commit
-    done = sum(commit.rows for commit in commits.values())
-    bad = done - sum(commit.valid_rows for commit in commits.values())
-    meter = ProgressMeter(observer, total=plan.num_samples, done=done, bad=bad)
-    if not missing and manifest.is_complete:
-        return summarise(root, manifest, meter, 0.0)
-    if missing:
-        if manifest.is_complete:
-            manifest = dataclasses.replace(manifest, state="encoding", files=())
-            staging.put_sealed(MANIFEST, manifest.to_dict())
-        _tell_disk_need(root, manifest, plan, missing, observer)
-        lanes = make_lanes(encoder, options.devices)
-        on_cpu = lanes[0].device.type == "cpu"
-        settings = EncodeSettings(
-            fingerprint=manifest.fingerprint,
-            layout=manifest.layout,
-            splits=plan.splits,
-            classes=manifest.classes,
-            batch_size=options.batch_size or (8 if on_cpu else 256),
-            decode_threads=options.workers or num_cores(),
-        )
-        budget = ErrorBudget(
-            parse_max_errors(options.max_errors, plan.num_samples), already_bad=bad
-        )
-        with ShardEncoder(
-            images,
-            settings,
-            lanes,
-            staging,
-            budget=budget,
-            on_image=lambda good: meter.count(good, shards.busy_seconds),
-        ) as shards:
-            for result in shards.encode(plan.shard(*place) for place in missing):
-                commits[result.split, result.shard] = result
-            meter.busy_seconds = shards.busy_seconds
-        meter.report()
-    seconds = meter.seconds
-    ordered = [commits[place] for place in plan.shard_numbers()]
-    manifest = finalise(root, manifest, plan, ordered, staging)
-    return summarise(root, manifest, meter, seconds)
-
-
-def _committed(root: Path, shard: ShardPlan, fingerprint: str) -> CommitRecord | None:
-    """Returns the commit record of a shard if it counts: it fits the plan and its files are there.
-
-    Damaged records and missing or resized files count as not committed: the shard is encoded again.
-    """
-    try:
-        commit = read_commit(root, shard.split, shard.shard)
-    except ManifestError:
-        return None
-    if commit is None or (commit.plan_sha256, commit.fingerprint, commit.rows) != (
-        shard.sha256,
-        fingerprint,
-        len(shard.samples),
-    ):
-        return None
-    for file in commit.files:
-        path = root / file.path
-        if path.is_symlink() or not path.is_file() or path.stat().st_size != file.bytes:
-            return None
-    return commit
-
-
-def _tell_disk_need(
-    root: Path,
-    manifest: Manifest,
-    plan: Plan,
-    missing: list[tuple[str, int]],
-    observer: EncodeObserver,
-) -> None:
-    latent = manifest.fingerprint.latent
-    share = 1.0 if manifest.layout.codec == "none" else _EXPECTED_SHARE[latent.dtype]
-    need = share * sum(
-        len(plan.splits[split].rows_of(number)) * plan.splits[split].views * latent.num_bytes
-        for split, number in missing
-    )
-    free = shutil.disk_usage(root).free
-    if need > free:
-        observer.notice(
-            f"about {need / 1e9:.1f} GB will be written and {free / 1e9:.1f} GB are free on the "
-            f"disk of {root}; when it is full the run stops, and goes on after space is made"
-        )
