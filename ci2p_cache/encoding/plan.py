@@ -7,8 +7,10 @@ cache is mixed; nothing that goes wrong with one image moves another.
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,13 @@ _SCHEMA = pa.schema(
 )
 
 
+_LISTED_SCHEMA = pa.schema(
+    [("rank", pa.uint64()), ("key", pa.string()), ("label", pa.int32()), ("path", pa.binary())]
+)
+_BLOCK_ROWS = 2**16
+"""Listed samples that are Python objects at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One planned sample: its row, key, label and where its bytes are (relative to the source)."""
@@ -60,20 +69,13 @@ class ShardPlan:
     split: str
     shard: int
     samples: tuple[Sample, ...]
+    sha256: str
+    """What `Plan.shard_sha256` gives."""
 
     @property
     def first_row(self) -> int:
         """Row of the first sample."""
         return self.samples[0].row
-
-    @property
-    def sha256(self) -> str:
-        """Digest over the samples; a commit record holds it, so that a changed plan is noticed."""
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            head = f"{sample.row}\0{sample.label}\0{sample.key}\0"
-            digest.update(head.encode() + sample.path + b"\n")
-        return digest.hexdigest()
 
 
 class Plan:
@@ -115,7 +117,25 @@ class Plan:
             part["path"].to_pylist(),
             strict=True,
         )
-        return ShardPlan(split, shard, tuple(Sample(*sample) for sample in samples))
+        digest = self.shard_sha256(split, shard)
+        return ShardPlan(split, shard, tuple(Sample(*sample) for sample in samples), digest)
+
+    def shard_sha256(self, split: str, shard: int) -> str:
+        """Returns the digest of a shard's samples; its commit record tells a changed plan by it.
+
+        It is over "row NUL label NUL key NUL path LF" of each, without an object for any of them:
+        a resumed run asks for all shards before it does anything else.
+        """
+        rows = self.splits[split].rows_of(shard)
+        part = self._tables[split].slice(rows.start, len(rows))
+        numbers = np.arange(rows.start, rows.start + part.num_rows)
+        columns = [pa.array(numbers), part["label"], part["key"]]
+        texts = [column.cast(pa.string()).cast(pa.binary()) for column in columns]
+        lines = pc.binary_join_element_wise(*texts, part["path"], b"\0").combine_chunks()
+        whole = pc.binary_join(pa.ListArray.from_arrays([0, len(lines)], lines), b"\n")
+        digest = hashlib.sha256(whole[0].as_buffer())
+        digest.update(b"\n")
+        return digest.hexdigest()
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:
         """Returns the label of every row of a split, int32 (N,)."""
@@ -146,21 +166,23 @@ def build_plan(
     Raises:
         SourceError: there is no image.
     """
-    columns: dict[str, list[tuple[int, str, int, bytes]]] = {}
+    listed: dict[str, _Listed] = {}
     known = _known_keys(earlier) if earlier is not None else {}
     for ref in _limited(source.scan(), layout):
         split = ref.split or _drawn_split(ref, layout)
         if ref.key in known.get(split, ()):
             continue
         rank = _hash64(ref.key, f"row:{split}", layout.seed)
-        columns.setdefault(split, []).append((rank, ref.key, ref.label, ref.path))
-    names = {*columns, *(earlier.splits if earlier else ())}
+        if split not in listed:
+            listed[split] = _Listed()
+        listed[split].add(rank, ref)
+    names = {*listed, *(earlier.splits if earlier else ())}
     if not names:
         raise SourceError(f"{source.location()} holds no image")
     tables, records = {}, {}
     for name in sorted(names, key=lambda n: (_SPLIT_ORDER.index(n), n)):
         old = earlier._tables.get(name) if earlier else None
-        table = _table(name, sorted(columns.pop(name, ())), old)
+        table = _table(name, listed.pop(name, _Listed()).ranked(), old)
         num_views = views.num_views(name)
         size = shard_rows(layout, latent, num_views)
         tables[name] = _with_shards(table, name, size)
@@ -178,7 +200,8 @@ def plan_of_rows(rows: Mapping[str, Iterable[Sample]], records: Mapping[str, Spl
     tables = {}
     for name, samples in rows.items():
         columns = [(0, sample.key, sample.label, sample.path) for sample in samples]
-        tables[name] = _with_shards(_table(name, columns, None), name, records[name].shard_rows)
+        table = _table(name, _listed_table(columns), None)
+        tables[name] = _with_shards(table, name, records[name].shard_rows)
     return Plan(tables, dict(records))
 
 
@@ -228,20 +251,47 @@ def _impossible(table: pa.Table, record: SplitRecord, num_classes: int) -> str |
     return None
 
 
-def _table(
-    split: str, samples: list[tuple[int, str, int, bytes]], earlier: pa.Table | None
-) -> pa.Table:
+class _Listed:
+    """The samples of one split while they are listed.
+
+    Kept in arrow's columns, about 80 bytes each; as Python objects they would take some 270.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[pa.Table] = []
+        self._rows: list[tuple[int, str, int, bytes]] = []
+
+    def add(self, rank: int, ref: ImageRef) -> None:
+        """Adds one sample; `rank` decides its place."""
+        self._rows.append((rank, ref.key, ref.label, ref.path))
+        if len(self._rows) == _BLOCK_ROWS:
+            self._tables.append(_listed_table(self._rows))
+            self._rows = []
+
+    def ranked(self) -> pa.Table:
+        """Returns all samples by rank; should two have the same one, by key."""
+        table = pa.concat_tables([*self._tables, _listed_table(self._rows)])
+        return table.sort_by([(name, "ascending") for name in _LISTED_SCHEMA.names])
+
+
+def _listed_table(rows: list[tuple[int, str, int, bytes]]) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [()] * len(_LISTED_SCHEMA)
+    arrays = [pa.array(c, t) for c, t in zip(columns, _LISTED_SCHEMA.types, strict=True)]
+    return pa.table(arrays, schema=_LISTED_SCHEMA)
+
+
+def _table(split: str, listed: pa.Table, earlier: pa.Table | None) -> pa.Table:
     first = earlier.num_rows if earlier is not None else 0
-    count = len(samples)
+    count = listed.num_rows
     names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count), pa.int8()), [split])
     new = pa.table(
         [
             names,
             pa.array(np.arange(first, first + count), pa.int64()),
             pa.array(np.zeros(count), pa.int32()),
-            pa.array([sample[1] for sample in samples], pa.string()),
-            pa.array([sample[2] for sample in samples], pa.int32()),
-            pa.array([sample[3] for sample in samples], pa.binary()),
+            listed["key"],
+            listed["label"],
+            listed["path"],
         ],
         schema=_SCHEMA,
     )
@@ -261,24 +311,29 @@ def _limited(refs: Iterable[ImageRef], layout: LayoutSpec) -> Iterable[ImageRef]
     """Keeps the `limit` images of smallest hash: the same ones each time, spread over classes."""
     if layout.limit is None:
         return refs
-    ranked = sorted(
-        ((_hash64(ref.key, "limit", layout.seed), ref.path, ref) for ref in refs),
-        key=lambda item: item[:2],
+    return heapq.nsmallest(
+        layout.limit, refs, key=lambda ref: (_hash64(ref.key, "limit", layout.seed), ref.path)
     )
-    return [ref for _, _, ref in ranked[: layout.limit]]
 
 
 def _drawn_split(ref: ImageRef, layout: LayoutSpec) -> str:
     """Draws train or val by the hash of the key alone, so added files move no other file."""
+    if not layout.val_fraction:
+        return "train"
     share = _hash64(ref.key, "val", layout.seed) / 2**64
     return "val" if share < layout.val_fraction else "train"
 
 
 def _hash64(key: str, purpose: str, seed: int) -> int:
-    digest = hashlib.blake2b(
-        key.encode(), digest_size=8, key=seed.to_bytes(8, "little"), person=purpose.encode()
-    )
+    digest = _keyed(purpose, seed).copy()
+    digest.update(key.encode())
     return int.from_bytes(digest.digest(), "little")
+
+
+@cache
+def _keyed(purpose: str, seed: int) -> hashlib.blake2b:
+    """Returns the hash before the key: a copy of it costs half as much as a new one."""
+    return hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little"), person=purpose.encode())
 
 
 def _known_keys(plan: Plan) -> dict[str, set[str]]:
