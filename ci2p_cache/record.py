@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -46,7 +47,7 @@ class Record:
         """
         if not isinstance(data, Mapping):
             raise ManifestError(f"{cls.__name__} wants an object, got {type(data).__name__}")
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]  # mypy takes a class for not hashable
         names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         unknown, missing = sorted(set(map(str, data)) - set(names)), sorted(set(names) - set(data))
         if unknown or missing:
@@ -61,6 +62,10 @@ class Record:
             return cls(**values)
         except UsageError as error:
             raise ManifestError(f"{cls.__name__} is not valid: {error}") from error
+
+
+_hints = cache(typing.get_type_hints)
+"""Field name -> type; resolving the annotations takes longer than checking the values."""
 
 
 def _checked(place: str, wanted: Any, value: Any) -> Any:
