@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +22,7 @@ from ci2p_cache.cache.manifest import (
     read_manifest,
     shard_path,
 )
+from ci2p_cache.cache.open_shards import OpenShards
 from ci2p_cache.cache.zarr_shards import ChunkCodec, ShardFile
 from ci2p_cache.errors import IncompleteCacheError, ManifestError, ShardError, UsageError, command
 from ci2p_cache.record import read_regular
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     import zarr
 
 __all__ = ["Cache", "Split", "open_cache"]
-
-_MAX_OPEN_SHARDS = 256
-"""File descriptors one split keeps; well under the common limit of 1,024 per process."""
 
 _MAX_METADATA_BYTES = 2**20
 """Of one zarr.json; ours have a few thousand, most of it the offsets."""
@@ -179,8 +175,7 @@ class Split:
             level=manifest.layout.level,
             chunk_bytes=self.latent.num_bytes,
         )
-        self._open: OrderedDict[int, ShardFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._shards = OpenShards(self.open_shard, self._codec)
 
     @property
     def num_rows(self) -> int:
@@ -280,7 +275,7 @@ class Split:
         shard, offset = divmod(row, self.record.shard_rows)
         chunk = offset * self.num_views + view
         try:
-            self._shard_file(shard).read_into(chunk, out.reshape(-1).view(np.uint8))
+            self._shards.get(shard).read_into(chunk, out.reshape(-1).view(np.uint8))
         except ShardError as error:
             raise self._damage(shard, str(error)) from error
 
@@ -330,18 +325,6 @@ class Split:
             file_bytes=committed.bytes,
             index_crc=commit.index_crc32c,
         )
-
-    def _shard_file(self, shard: int) -> ShardFile:
-        with self._lock:
-            file = self._open.get(shard)
-            if file is None:
-                # Dropped files close when their last reader lets go of them.
-                if len(self._open) >= _MAX_OPEN_SHARDS:
-                    self._open.popitem(last=False)
-                file = self._open[shard] = self.open_shard(shard)
-            else:
-                self._open.move_to_end(shard)
-        return file
 
     def _damage(self, shard: int, reason: str) -> ShardError:
         rows = self.record.rows_of(shard)

@@ -15,6 +15,7 @@ import stat
 import struct
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from numcodecs.zstd import Zstd
 from ci2p_cache.errors import ShardError
 from ci2p_cache.specs import CodecName
 
-__all__ = ["ChunkCodec", "ShardFile", "index_crc32c", "pack_shard"]
+__all__ = ["ChunkCodec", "ShardFile", "ShardIndex", "index_crc32c", "pack_shard"]
 
 _MISSING = 2**64 - 1
 _CRC_BYTES = 4
@@ -127,6 +128,20 @@ def index_crc32c(last_part: bytes) -> int:
     return int(struct.unpack("<I", last_part[-_CRC_BYTES:])[0])
 
 
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """A shard's index as it was checked, and which file it was read from."""
+
+    entries: npt.NDArray[Any]
+    """Offset and size of every inner chunk, uint64 (num_chunks, 2)."""
+    crc32c: int
+    """Its checksum, the one that was committed."""
+    file_bytes: int
+    """Size of the file."""
+    identity: tuple[int, int, int]
+    """Device, inode and time of the last change in ns of the file: another one differs."""
+
+
 class ShardFile:
     """One shard opened for reading; safe to read from many threads.
 
@@ -136,13 +151,21 @@ class ShardFile:
         codec: The codec of its chunks.
         file_bytes: Size of the file as committed.
         index_crc: crc32c of its index as committed; it tells swapped shards apart.
+        known: Its index, where it was open before: not read again if the file is still the same.
 
     Raises:
         ShardError: the file is missing, has another size, or its index is damaged.
     """
 
     def __init__(
-        self, path: Path, *, num_chunks: int, codec: ChunkCodec, file_bytes: int, index_crc: int
+        self,
+        path: Path,
+        *,
+        num_chunks: int,
+        codec: ChunkCodec,
+        file_bytes: int,
+        index_crc: int,
+        known: ShardIndex | None = None,
     ) -> None:
         self.path = path
         self._codec = codec
@@ -163,7 +186,12 @@ class ShardFile:
         size = found.st_size
         if size != file_bytes:
             raise ShardError(f"{path} has {size} bytes, {file_bytes} were committed")
-        self._entries = self._read_index(num_chunks, size, index_crc)
+        identity = (found.st_dev, found.st_ino, found.st_ctime_ns)
+        if known is None or known.identity != identity:
+            entries = self._read_index(num_chunks, size, index_crc)
+            known = ShardIndex(entries, index_crc, size, identity)
+        self.index = known
+        self._entries = known.entries
 
     def _read_index(self, num_chunks: int, size: int, index_crc: int) -> npt.NDArray[Any]:
         index_bytes = 16 * num_chunks
