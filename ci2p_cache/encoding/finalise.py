@@ -25,10 +25,14 @@ from ci2p_cache.cache.commit import (
     sha256_file,
 )
 from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_sums
-from ci2p_cache.cache.manifest import MANIFEST, Manifest, SplitRecord
+from ci2p_cache.cache.manifest import MANIFEST, Manifest, SplitRecord, index_path
 from ci2p_cache.encoding.plan import Plan
+from ci2p_cache.errors import ShardError, command
 
 __all__ = ["finalise"]
+
+_NEEDED = ("row", "key", "path", "status", "error", "source_bytes", "exif_orientation")
+"""Columns of the index parts that are summed up here."""
 
 _ERRORS_SCHEMA = pa.schema(
     [
@@ -110,24 +114,44 @@ class _Gathered:
 def _gather(
     root: Path, manifest: Manifest, split: str, record: SplitRecord, commits: list[CommitRecord]
 ) -> _Gathered:
+    errors: list[pa.Table] = []
     found = _Gathered(
         np.zeros(record.rows, np.bool_),
         _ERRORS_SCHEMA.empty_table(),
         ChannelSums.empty(manifest.fingerprint.latent.channels),
     )
     for commit in commits:
-        table = read_index(root, split, commit.shard)
+        _require_intact(root, commit)
+        table = read_index(root, split, commit.shard, _NEEDED)
         good = pc.equal(table["status"], "ok")
         found.valid[table["row"].to_numpy()] = good.to_numpy()
-        lost = table.filter(pc.invert(good)).select(["row", "key", "path", "error"])
-        names = pa.array([split] * lost.num_rows, pa.string())
-        lost = lost.add_column(0, "split", names).replace_schema_metadata(None)
-        found.errors = pa.concat_tables([found.errors, lost.cast(_ERRORS_SCHEMA)])
         found.sums = found.sums + read_sums(table)
-        kept = table.filter(good)
+        kept = table
+        if not pc.all(good).as_py():
+            lost = table.filter(pc.invert(good)).select(["row", "key", "path", "error"])
+            names = pa.array([split] * lost.num_rows, pa.string())
+            lost = lost.add_column(0, "split", names).replace_schema_metadata(None)
+            errors.append(lost.cast(_ERRORS_SCHEMA))
+            kept = table.filter(good)
         found.source_bytes += pc.sum(kept["source_bytes"]).as_py() or 0
         found.exif_turned += pc.sum(pc.not_equal(kept["exif_orientation"], 1)).as_py() or 0
+    found.errors = pa.concat_tables([found.errors, *errors])
     return found
+
+
+def _require_intact(root: Path, commit: CommitRecord) -> None:
+    """Holds an index part against its committed digest: only some of its pages are read here."""
+    path = index_path(commit.split, commit.shard)
+    listed = next((file.sha256 for file in commit.files if file.path == path), None)
+    try:
+        intact = sha256_file(root / path) == listed
+    except OSError as error:
+        raise ShardError(f"{root / path} cannot be read: {error.strerror}") from error
+    if not intact:
+        raise ShardError(
+            f"{root / path} is damaged: its sha256 is not that in its commit record",
+            hint=command("verify", root, "--repair"),
+        )
 
 
 def _statistics(split: str, sums: ChannelSums) -> pa.Table:
