@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ci2p_cache.cache.commit import (
@@ -41,6 +40,7 @@ from ci2p_cache.cache.commit import (
 from ci2p_cache.errors import CheckpointError, ManifestError, ResourceError
 from ci2p_cache.record import Record, read_json, read_regular
 from ci2p_cache.training.records import EpochRecord, TrainObserver, best_epoch
+from ci2p_cache.training.tensor_file import read_tensors
 
 __all__ = ["Checkpoint", "CheckpointStore", "TrainState"]
 
@@ -55,8 +55,6 @@ _MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
 )
 _MAX_STATE_BYTES = 16 * 2**20
 """Of state.json: some 40,000 epochs."""
-_MAX_TENSOR_BYTES = 16 * 2**30
-"""Of a safetensors file: what fits no memory is not begun with."""
 _JSON_ERRORS = (ValueError, RecursionError)
 _NAME = re.compile(r"epoch-(\d{4,})-step-(\d{6,})")
 
@@ -232,13 +230,13 @@ class CheckpointStore:
             names = sorted(record.path for record in records)
             if listing.get("version") != _VERSION or names != sorted((_MODEL, _OPTIMIZER, _STATE)):
                 raise CheckpointError(f"{_DIGESTS} is of another version or lists other files")
-            content = {record.path: _checked_bytes(folder, record) for record in records}
-            state = TrainState.from_dict(json.loads(content[_STATE]))
+            listed = {record.path: record for record in records}
+            state = TrainState.from_dict(json.loads(_checked_bytes(folder, listed[_STATE])))
             if state.version != _VERSION or state.run != self._run or state.name != name:
                 raise CheckpointError(f"{_STATE} is of another run, place or version")
-            model = safetensors.torch.load(content[_MODEL])
-            optimizer = safetensors.torch.load(content[_OPTIMIZER])
-        except (ManifestError, SafetensorError, OSError, TypeError, *_JSON_ERRORS) as error:
+            model = read_tensors(folder / _MODEL, listed[_MODEL])
+            optimizer = read_tensors(folder / _OPTIMIZER, listed[_OPTIMIZER])
+        except (ManifestError, OSError, TypeError, *_JSON_ERRORS) as error:
             raise CheckpointError(str(error)) from error
         return Checkpoint(state, model, optimizer)
 
@@ -276,10 +274,9 @@ def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 def _checked_bytes(folder: Path, record: FileRecord) -> bytes:
     path = folder / record.path
-    limit = _MAX_STATE_BYTES if record.path == _STATE else _MAX_TENSOR_BYTES
     # A file of another size is not read at all: it could be of any size.
     same = path.lstat().st_size == record.bytes
-    content = read_regular(path, max_bytes=limit) if same else b""
+    content = read_regular(path, max_bytes=_MAX_STATE_BYTES) if same else b""
     digest = hashlib.sha256(content).hexdigest()
     if len(content) != record.bytes or digest != record.sha256:
         raise CheckpointError(
