@@ -185,6 +185,22 @@ def test_the_encoder_in_the_loop_gives_the_same_batches_bit_for_bit(cache: cc.Ca
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_ranks_cut_the_batches_of_the_encoder_in_the_loop_too(cache: cc.Cache) -> None:
+    with cc.LatentLoader(cache["train"], batch_size=6, seed=9, drop_last=True) as alone:
+        wanted = [batch.latents for batch in alone]
+    slices = []
+    for rank in range(4):
+        with cc.OnlineLoader(
+            cache["train"], batch_size=6, seed=9, drop_last=True, rank=rank, world_size=4
+        ) as loader:
+            assert loader.num_samples == 18
+            slices.append([batch.latents for batch in loader])
+    assert [len(latents) for latents in slices[3]] == [0, 0, 0]
+    for whole, parts in zip(wanted, zip(*slices, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_twenty_steps_from_the_cache_and_with_the_encoder_in_the_loop_lose_the_same(
     cache: cc.Cache,
 ) -> None:

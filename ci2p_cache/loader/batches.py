@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ci2p_cache.cache.store import Split
 from ci2p_cache.errors import InputDataError, UsageError
-from ci2p_cache.loader.order import Rows, epoch_order, epoch_views, num_batches
+from ci2p_cache.loader.order import Rows, epoch_order, epoch_views, num_batches, rank_slice
 from ci2p_cache.machine import num_cores
 
 __all__ = ["Batch", "BatchLoader", "LatentLoader"]
@@ -37,7 +37,7 @@ _READ_AHEAD = 3
 
 @dataclass(slots=True)
 class Batch:
-    """One training batch."""
+    """One training batch, or this rank's slice of it: B may then be 0."""
 
     latents: Tensor
     """float32 (B, M, h, w) on the loader's device, dequantised."""
@@ -45,6 +45,8 @@ class Batch:
     """int64 (B,) on the loader's device."""
     rows: Tensor
     """int64 (B,) on CPU: the samples' rows in the split."""
+    global_rows: Tensor
+    """int64 (G,) on CPU: the rows of the whole batch, of all ranks in order; alone, `rows`."""
 
 
 class BatchLoader(ABC):
@@ -54,15 +56,21 @@ class BatchLoader(ABC):
     Iterating yields the rest of the current epoch and then stands at the start of the next.
     `waited_seconds` sums the time that the consumer waited for data.
 
+    Of several ranks each takes its slice of every batch of one global sequence, which is the same
+    for any number of ranks, and so is the state. All ranks get equally many batches; where one has
+    fewer samples than ranks, the last ranks' slices are empty.
+
     Args:
         split: The split to read.
-        batch_size: Samples per batch; the last batch of an epoch may be smaller.
+        batch_size: Samples per batch, of all ranks together; the last of an epoch may be smaller.
         seed: Seed of the order and of the views.
         device: Where batches are put.
         shuffle: Whether to shuffle; False gives the rows in ascending order.
         views: Which view of a sample: random draws one per (seed, epoch, row), a number fixes it.
         drop_last: Whether to leave out the last, smaller batch.
         threads: Threads that read; None: one per core.
+        rank: This process among those that share the batches, 0 <= rank < world_size.
+        world_size: Number of processes that share the batches.
 
     Raises:
         UsageError: a value is out of range.
@@ -80,6 +88,8 @@ class BatchLoader(ABC):
         views: Literal["random"] | int = "random",
         drop_last: bool = False,
         threads: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"`batch_size` is {batch_size}; it must be at least 1")
@@ -87,12 +97,16 @@ class BatchLoader(ABC):
             raise UsageError(
                 f"`views` is {views}; split {split.name!r} has views 0 to {split.num_views - 1}"
             )
+        if not 0 <= rank < world_size:
+            raise UsageError(f"`rank` is {rank} of `world_size` {world_size}; it must be below it")
         if not len(split.valid_rows):
             raise InputDataError(f"split {split.name!r} of {split.cache.path} holds no latent")
         self.split = split
         self.batch_size = batch_size
         self.seed = seed
         self.device = torch.device(device)
+        self.rank = rank
+        self.world_size = world_size
         self.epoch = 0
         self.step = 0
         self.waited_seconds = 0.0
@@ -104,7 +118,7 @@ class BatchLoader(ABC):
 
     @property
     def num_samples(self) -> int:
-        """Samples that an epoch hands out."""
+        """Samples that an epoch hands out, to all ranks together."""
         total = len(self.split.valid_rows)
         return len(self) * self.batch_size if self._drop_last else total
 
@@ -155,7 +169,7 @@ class BatchLoader(ABC):
             while True:
                 while len(ahead) < _READ_AHEAD and (step := next(upcoming, None)) is not None:
                     part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-                    ahead.append(self._start(rows[part], views[part]))
+                    ahead.append(self._start_batch(rows[part], views[part]))
                 if not ahead:
                     break
                 asked = time.perf_counter()
@@ -176,9 +190,27 @@ class BatchLoader(ABC):
             return rows, epoch_views(rows, self.split.num_views, seed=self.seed, epoch=epoch)
         return rows, np.full(len(rows), self._views, np.int64)
 
+    def _start_batch(self, global_rows: Rows, views: Rows) -> Callable[[], Batch]:
+        """Starts reading this rank's slice of a batch; the returned function waits for it."""
+        own = rank_slice(len(global_rows), rank=self.rank, world_size=self.world_size)
+        rows = global_rows[own]
+        finish = self._start(rows, views[own])
+
+        def hand_out() -> Batch:
+            latents = finish()
+            labels = torch.from_numpy(self.split.labels[rows].astype(np.int64))
+            return Batch(
+                latents,
+                labels.to(self.device),
+                torch.from_numpy(rows.copy()),
+                torch.from_numpy(global_rows.copy()),
+            )
+
+        return hand_out
+
     @abstractmethod
-    def _start(self, rows: Rows, views: Rows) -> Callable[[], Batch]:
-        """Starts reading a batch; the returned function waits for it and hands it out."""
+    def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
+        """Starts reading latents; the returned function waits for them and hands them out."""
 
     @abstractmethod
     def _drain(self) -> None:
@@ -194,7 +226,7 @@ class LatentLoader(BatchLoader):
 
     Args:
         split: The split to read.
-        batch_size: Samples per batch.
+        batch_size: Samples per batch, of all ranks together.
         seed: Seed of the order and of the views.
         device: Where batches are put and dequantised.
         shuffle: Whether to shuffle.
@@ -202,6 +234,8 @@ class LatentLoader(BatchLoader):
         drop_last: Whether to leave out the last, smaller batch.
         threads: Threads that read; None: one per core.
         recycle: Whether buffers are used again.
+        rank: This process among those that share the batches, 0 <= rank < world_size.
+        world_size: Number of processes that share the batches.
 
     Raises:
         UsageError: a value is out of range.
@@ -221,6 +255,8 @@ class LatentLoader(BatchLoader):
         drop_last: bool = False,
         threads: int | None = None,
         recycle: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         super().__init__(
             split,
@@ -231,6 +267,8 @@ class LatentLoader(BatchLoader):
             views=views,
             drop_last=drop_last,
             threads=threads,
+            rank=rank,
+            world_size=world_size,
         )
         self._recycle = recycle
         self._free: list[_Buffer] = []
@@ -238,24 +276,24 @@ class LatentLoader(BatchLoader):
         self._futures: set[Future[None]] = set()
         self._offset = torch.from_numpy(split.offset).to(self.device)[:, None, None]
 
-    def _start(self, rows: Rows, views: Rows) -> Callable[[], Batch]:
+    def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
         buffer = self._free.pop() if self._free else self._new_buffer()
         array = buffer.array[: len(rows)]
-        share = -(-len(rows) // self._threads)
+        share = max(1, -(-len(rows) // self._threads))
         parts = [slice(i, i + share) for i in range(0, len(rows), share)]
         futures = [
             self._pool.submit(self._read, rows[part], views[part], array[part]) for part in parts
         ]
         self._futures.update(futures)
 
-        def finish() -> Batch:
+        def finish() -> Tensor:
             self._give_back()
             for future in futures:
                 future.result()
             self._futures.difference_update(futures)
             if self._recycle:
                 self._used = buffer
-            return self._hand_out(buffer, rows)
+            return self._dequantised(buffer, len(rows))
 
         return finish
 
@@ -263,8 +301,7 @@ class LatentLoader(BatchLoader):
         for row, view, latent in zip(rows.tolist(), views.tolist(), out, strict=True):
             self.split.read_into(row, view, latent)
 
-    def _hand_out(self, buffer: _Buffer, rows: Rows) -> Batch:
-        count = len(rows)
+    def _dequantised(self, buffer: _Buffer, count: int) -> Tensor:
         stored = buffer.stored[:count].to(self.device, non_blocking=True)
         latents = buffer.floats[:count] if buffer.floats is not None else None
         if self.split.latent.is_symbols:
@@ -276,12 +313,12 @@ class LatentLoader(BatchLoader):
         if self.device.type == "cuda":
             buffer.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch stub
             buffer.copied.record()
-        labels = torch.from_numpy(self.split.labels[rows].astype(np.int64))
-        return Batch(latents, labels.to(self.device), torch.from_numpy(rows.copy()))
+        return latents
 
     def _new_buffer(self) -> _Buffer:
         latent = self.split.latent
-        shape = (self.batch_size, *latent.shape)
+        largest = rank_slice(self.batch_size, rank=0, world_size=self.world_size).stop
+        shape = (largest, *latent.shape)
         pinned = self.device.type == "cuda"
         stored = torch.empty(shape, dtype=getattr(torch, latent.dtype), pin_memory=pinned)
         floats = None

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from ci2p_cache.images.decode import decode_image
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.images.views import image_views
-from ci2p_cache.loader.batches import Batch, BatchLoader
+from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.order import Rows
 
 __all__ = ["OnlineLoader"]
@@ -36,7 +35,7 @@ class OnlineLoader(BatchLoader):
 
     Args:
         split: The split whose images, order, views and settings are used.
-        batch_size: Samples per batch.
+        batch_size: Samples per batch, of all ranks together.
         seed: Seed of the order and of the views.
         device: Where the encoder runs and batches are put.
         shuffle: Whether to shuffle.
@@ -44,6 +43,8 @@ class OnlineLoader(BatchLoader):
         drop_last: Whether to leave out the last, smaller batch.
         threads: Threads that read and decode; None: one per core.
         source: Where the images are now; None: where they were when the cache was made.
+        rank: This process among those that share the batches, 0 <= rank < world_size.
+        world_size: Number of processes that share the batches.
 
     Raises:
         UsageError: a value is out of range.
@@ -64,6 +65,8 @@ class OnlineLoader(BatchLoader):
         drop_last: bool = False,
         threads: int | None = None,
         source: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         super().__init__(
             split,
@@ -74,6 +77,8 @@ class OnlineLoader(BatchLoader):
             views=views,
             drop_last=drop_last,
             threads=threads,
+            rank=rank,
+            world_size=world_size,
         )
         cache = split.cache
         self._fingerprint = cache.fingerprint
@@ -88,20 +93,17 @@ class OnlineLoader(BatchLoader):
             for shard in range(split.record.num_shards)
         )
 
-    def _start(self, rows: Rows, views: Rows) -> Callable[[], Batch]:
+    def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
         pairs = zip(rows.tolist(), views.tolist(), strict=True)
         futures = [self._pool.submit(self._view, row, view) for row, view in pairs]
         self._futures.update(futures)
 
-        def finish() -> Batch:
-            images = torch.stack([future.result() for future in futures])
+        def finish() -> Tensor:
+            views_BCHW = [future.result() for future in futures]
             self._futures.difference_update(futures)
-            labels = torch.from_numpy(self.split.labels[rows].astype(np.int64))
-            return Batch(
-                self._latents(images.to(self.device)),
-                labels.to(self.device),
-                torch.from_numpy(rows.copy()),
-            )
+            if not views_BCHW:
+                return torch.empty((0, *self.split.latent.shape), device=self.device)
+            return self._latents(torch.stack(views_BCHW).to(self.device))
 
         return finish
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Rows", "epoch_order", "epoch_views", "num_batches"]
+__all__ = ["Rows", "epoch_order", "epoch_views", "num_batches", "rank_slice"]
 
 Rows = npt.NDArray[np.int64]
 """Row numbers, or one number per row, int64 (n,)."""
@@ -51,6 +51,21 @@ def epoch_views(rows: Rows, num_views: int, *, seed: int, epoch: int) -> Rows:
 def num_batches(num_samples: int, batch_size: int, *, drop_last: bool) -> int:
     """Returns the number of batches in an epoch."""
     return num_samples // batch_size if drop_last else -(-num_samples // batch_size)
+
+
+def rank_slice(num_samples: int, *, rank: int, world_size: int) -> slice:
+    """Returns the part of a global batch that a rank takes, empty for the last of a small batch.
+
+    Contiguous, together the whole batch in order, and cut as `torch.chunk` cuts: all of the same
+    size but for the end. So w ranks see the slices that one process sees that cuts batches in w.
+
+    Args:
+        num_samples: Samples of the global batch.
+        rank: 0 <= rank < world_size.
+        world_size: Number of ranks.
+    """
+    share = -(-num_samples // world_size)
+    return slice(min(rank * share, num_samples), min((rank + 1) * share, num_samples))
 
 
 def _hash(rows: Rows, seed: int, epoch: int, purpose: int) -> npt.NDArray[np.uint64]:
