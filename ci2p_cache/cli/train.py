@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ci2p_cache.cli import render
-from ci2p_cache.errors import UsageError
+from ci2p_cache.errors import CacheError, UsageError
 
 if TYPE_CHECKING:
+    from ci2p_cache.training.ranks import Ranks
     from ci2p_cache.training.records import TrainSummary
 
 __all__ = ["train"]
@@ -23,7 +26,7 @@ def train(
         str, typer.Option(help="vit, vitds, or these with _small or _tiny.")
     ] = "vitds",
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per step, of all ranks.")] = 64,
     accumulate: Annotated[int, typer.Option(help="Parts a batch is cut into, for memory.")] = 1,
     optimizer: Annotated[Literal["adamw", "adam"], typer.Option(help="Optimiser.")] = "adamw",
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
@@ -50,7 +53,7 @@ def train(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     workers: Annotated[
-        int | None, typer.Option(help="Threads that read [default: one per core].")
+        int | None, typer.Option(help="Threads that read [default: one per core, shared by ranks].")
     ] = None,
     save_every: Annotated[
         int | None, typer.Option(help="Also save every so many steps.", metavar="STEPS")
@@ -72,6 +75,7 @@ def train(
       ci2p-cache train shards/ --model vitds_tiny --epochs 30       minutes, on two CPU cores
       ci2p-cache train shards/ --model vit --precision bf16         on a GPU
       ci2p-cache train shards/ --model vit --optimizer adam --lr 1e-4 --epochs 300   paper
+      torchrun --nproc-per-node 4 -m ci2p_cache train shards/ --model vit   on four GPUs
 
     Writes runs/NAME/ with args.yaml, summary.csv, TensorBoard events, curves.png and checkpoints
     (best and last). The same command goes on where it stopped, in the middle of an epoch if need
@@ -82,22 +86,23 @@ def train(
     from ci2p_cache.training.run import train as run
     from ci2p_cache.training.spec import TrainSpec
 
-    if overwrite is not None and overwrite != name:
-        raise UsageError(
-            f"--overwrite names {overwrite!r}, --name is {name!r}",
-            hint=f"--name {overwrite} --overwrite {overwrite} trains that run from the start",
-        )
-    spec = TrainSpec(
-        model=model, epochs=epochs, batch_size=batch_size, accumulate=accumulate,
-        optimizer=optimizer, lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs,
-        weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
-        label_smoothing=label_smoothing, drop_path=drop_path, pos_embed=pos_embed,
-        precision=precision, seed=seed,
-    )  # fmt: skip
-
-    with ExitStack() as stack:
-        line = stack.enter_context(render.ProgressLine("train", unit="steps"))
-
+    with _joined_ranks(device) as ranks, ExitStack() as stack:
+        if overwrite is not None and overwrite != name:
+            raise UsageError(
+                f"--overwrite names {overwrite!r}, --name is {name!r}",
+                hint=f"--name {overwrite} --overwrite {overwrite} trains that run from the start",
+            )
+        spec = TrainSpec(
+            model=model, epochs=epochs, batch_size=batch_size, accumulate=accumulate,
+            optimizer=optimizer, lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs,
+            weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
+            label_smoothing=label_smoothing, drop_path=drop_path, pos_embed=pos_embed,
+            precision=precision, seed=seed,
+        )  # fmt: skip
+        observer = None
+        if ranks.is_writer:
+            line = stack.enter_context(render.ProgressLine("train", unit="steps"))
+            observer = TrainWatch(line)
         loader = None
         if online:
             from ci2p_cache.cache.store import open_cache
@@ -105,7 +110,13 @@ def train(
 
             loader = stack.enter_context(
                 OnlineLoader(
-                    open_cache(cache)["train"], batch_size=batch_size, seed=seed, threads=workers
+                    open_cache(cache)["train"],
+                    batch_size=batch_size,
+                    seed=seed,
+                    device=ranks.device(device),
+                    threads=workers or ranks.num_threads,
+                    rank=ranks.rank,
+                    world_size=ranks.world_size,
                 )
             )
         summary = run(
@@ -118,13 +129,39 @@ def train(
             threads=workers,
             save_every_steps=save_every,
             loader=loader,
-            observer=TrainWatch(line),
+            observer=observer,
+            ranks=ranks,
         )
-    curves = draw_curves(Path(summary.path))
+        if not ranks.is_writer:
+            return
+        curves = draw_curves(Path(summary.path))
     if json:
         render.print_json(summary.to_dict())
     else:
         _print_summary(summary, curves)
+
+
+@contextmanager
+def _joined_ranks(device: str) -> Iterator[Ranks]:
+    """Joins the ranks that torchrun has started; all but rank 0 keep silent, errors included."""
+    from ci2p_cache.training.ranks import Ranks
+
+    ranks = Ranks.from_environment()
+    if ranks.world_size > 1:
+        # Until the ranks are joined, and note signals together, a signal just ends them: while one
+        # waits for another in C code, no handler of Python's would be called.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        with ranks.joined(device) as joined:
+            yield joined
+    except CacheError as error:
+        if ranks.world_size > 1:
+            # torchrun sends it to those that are left; they are on their way, with a word to say.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not ranks.is_writer:
+            raise SystemExit(error.exit_code) from error
+        raise
 
 
 def _print_summary(summary: TrainSummary, curves: Path) -> None:

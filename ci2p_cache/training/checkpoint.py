@@ -39,10 +39,11 @@ from ci2p_cache.cache.commit import (
 )
 from ci2p_cache.errors import CheckpointError, ManifestError, ResourceError
 from ci2p_cache.record import Record, read_json, read_regular
+from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import EpochRecord, TrainObserver, best_epoch
 from ci2p_cache.training.tensor_file import read_tensors
 
-__all__ = ["Checkpoint", "CheckpointStore", "TrainState"]
+__all__ = ["Checkpoint", "CheckpointStore", "TrainState", "checkpoint_path", "share_checkpoint"]
 
 _VERSION = 1
 _FOLDER = "checkpoints"
@@ -119,10 +120,6 @@ class CheckpointStore:
         self._folder = staging.root / _FOLDER
         self._newest: str | None = None
 
-    def path(self, name: str) -> Path:
-        """Returns the path of a checkpoint folder."""
-        return self._folder / name
-
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint, points `last.json` to it and removes those no longer needed.
 
@@ -141,7 +138,7 @@ class CheckpointStore:
             _OPTIMIZER: _tensor_bytes(checkpoint.optimizer),
             _STATE: json_bytes(state.to_dict()),
         }
-        target = self.path(state.name)
+        target = checkpoint_path(root, state.name)
         try:
             files = []
             for name, content in contents.items():
@@ -221,7 +218,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: anything about it is not as it was written.
         """
-        folder = self.path(name)
+        folder = self._folder / name
         if folder.is_symlink():
             raise CheckpointError("it is a link, which may lead anywhere")
         try:
@@ -248,7 +245,33 @@ class CheckpointStore:
             keep |= {previous, _best_name(state.history[: _place(previous)[0]])}
         for name in self._names():
             if name not in keep:
-                remove_path(self.path(name))
+                remove_path(self._folder / name)
+
+
+def checkpoint_path(run: Path, name: str) -> Path:
+    """Returns the path of a checkpoint of the run in the folder `run`."""
+    return run / _FOLDER / name
+
+
+def share_checkpoint(checkpoint: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
+    """Returns rank 0's checkpoint on all ranks; what the others give is not looked at."""
+    if ranks.world_size == 1:
+        return checkpoint
+    contents = [b"", b"", b""]
+    if ranks.is_writer and checkpoint is not None:
+        contents = [
+            json_bytes(checkpoint.state.to_dict()),
+            _tensor_bytes(checkpoint.model),
+            _tensor_bytes(checkpoint.optimizer),
+        ]
+    state, model, optimizer = (ranks.share(content) for content in contents)
+    if ranks.is_writer or not state:
+        return checkpoint
+    return Checkpoint(
+        TrainState.from_dict(json.loads(state)),
+        safetensors.torch.load(model),
+        safetensors.torch.load(optimizer),
+    )
 
 
 def _folder_name(epoch: int, step: int) -> str:

@@ -210,6 +210,6 @@ def _changed_numerics(started: dict[str, str], now: dict[str, str]) -> str:
         if started.get(name) != now.get(name)
     ]
     return (
-        "this run was started with another device, thread count or version, so its numbers may "
+        "this run was started with other devices, thread count or versions, so its numbers may "
         f"differ in their last bits from one that was not: {', '.join(changes)}"
     )

@@ -41,7 +41,7 @@ class StepGuard:
                                               so, and the statistics are put back
         guard.read()                          now and then: waits for the device, gives bad steps
 
-    Where everything is finite no value changes.
+    Where everything is finite no value changes. All ranks give the same flag.
 
     Args:
         model: On its device; its BatchNorm statistics become views of one tensor per dtype, so
@@ -56,6 +56,11 @@ class StepGuard:
         self._statistics = _pool_statistics(model)
         self._saved = [torch.empty_like(pool) for pool in self._statistics]
         self._pending: list[tuple[BadStep, Tensor]] = []
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """BatchNorm's running means and variances, to be changed in place."""
+        return [pool for pool in self._statistics if pool.is_floating_point()]
 
     def before(self) -> None:
         """Remembers the statistics; to be called before each forward pass of a step."""

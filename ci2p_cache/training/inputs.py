@@ -15,6 +15,7 @@ from ci2p_cache.errors import InputDataError, UsageError
 from ci2p_cache.loader.batches import BatchLoader, LatentLoader
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import model_config
+from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
@@ -46,7 +47,7 @@ def model_config_for(cache: Cache, spec: TrainSpec) -> ModelConfig:
     )
 
 
-def train_and_val(cache: Cache, spec: TrainSpec) -> tuple[Split, Split | None]:
+def train_and_val(cache: Cache, spec: TrainSpec, ranks: Ranks) -> tuple[Split, Split | None]:
     """Returns the splits to train from and to validate on, the latter None where there is none.
 
     Raises:
@@ -62,16 +63,25 @@ def train_and_val(cache: Cache, spec: TrainSpec) -> tuple[Split, Split | None]:
     for split in (train, val):
         if split is not None:
             _check_labels(split, len(cache.classes))
-    last_batch = len(train.valid_rows) % spec.batch_size or spec.batch_size
-    part = -(-last_batch // spec.accumulate)
-    smallest = last_batch % part or part
     # PatchReshape or CnnReshape halves 2x2 to 1x1, which leaves BatchNorm one value per channel.
-    if smallest == 1 and train.latent.height == 2:
+    num_samples = len(train.valid_rows)
+    if train.latent.height == 2 and 1 in _part_sizes(num_samples, spec, ranks.world_size):
         raise UsageError(
-            f"`batch_size` {spec.batch_size} leaves {len(train.valid_rows)} images with a part of "
-            "one image at the end, which BatchNorm cannot normalise at 32 px; choose another"
+            f"`batch_size` {spec.batch_size} leaves {num_samples} images with a part of one image, "
+            f"which BatchNorm cannot normalise at 32 px ({ranks.world_size} ranks, `accumulate` "
+            f"{spec.accumulate}); choose another"
         )
     return train, val
+
+
+def _part_sizes(num_samples: int, spec: TrainSpec, world_size: int) -> set[int]:
+    """Returns the sizes of the parts that go through the model at once, on any rank."""
+    sizes = {min(num_samples, spec.batch_size), num_samples % spec.batch_size}
+    for parts in (world_size, spec.accumulate):
+        # Slices are of one size but for the last one, see `rank_slice`.
+        shares = {size: -(-size // parts) for size in sizes - {0}}
+        sizes = {part for size, share in shares.items() for part in (share, size % share)}
+    return sizes - {0}
 
 
 def _check_labels(split: Split, num_classes: int) -> None:
@@ -91,13 +101,15 @@ def make_loaders(
     *,
     threads: int | None,
     given: BatchLoader | None,
+    ranks: Ranks,
 ) -> tuple[BatchLoader, BatchLoader | None]:
     """Returns the loaders of the train and the val split; the caller closes those not `given`.
 
     Raises:
-        UsageError: the given loader has another seed, batch size, split or device.
+        UsageError: the given loader has another seed, batch size, split, device or rank.
     """
     train, val = splits
+    threads = threads or ranks.num_threads
     if given is None:
         given = LatentLoader(
             train,
@@ -106,6 +118,8 @@ def make_loaders(
             device=device,
             threads=threads,
             recycle=True,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
         )
     has = (given.seed, given.batch_size, given.split.name, given.split.cache.path)
     wanted = (spec.seed, spec.batch_size, train.name, train.cache.path)
@@ -113,6 +127,11 @@ def make_loaders(
         raise UsageError(
             f"the given loader has (seed, batch size, split, cache) {has} on {given.device}; "
             f"the run wants {wanted} on {device}"
+        )
+    if (given.rank, given.world_size) != (ranks.rank, ranks.world_size):
+        raise UsageError(
+            f"the given loader is for rank {given.rank} of {given.world_size}; this is rank "
+            f"{ranks.rank} of {ranks.world_size}"
         )
     if val is None:
         return given, None
@@ -124,6 +143,8 @@ def make_loaders(
         views=0,
         threads=threads,
         recycle=True,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
 
 
@@ -155,11 +176,11 @@ def model_record(cache: Cache, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def numerics(device: torch.device) -> dict[str, str]:
+def numerics(device: torch.device, ranks: Ranks) -> dict[str, str]:
     """Returns what may change the last bits of a run without changing what it computes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
-        "device": name,
+        "device": name if ranks.world_size == 1 else f"{ranks.world_size} x {name}",
         "cpu_threads": str(torch.get_num_threads()),
         "ci2p-cache": __version__,
         "python": platform.python_version(),

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ci2p_cache.loader.batches import BatchLoader
+from ci2p_cache.training.ranks import Ranks
 
 __all__ = ["TrainTotals", "Validation", "autocast", "validate"]
 
 _TOP = 5
+_ALONE = Ranks()
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -83,17 +85,19 @@ def validate(
     *,
     precision: str,
     should_stop: Callable[[], bool],
+    ranks: Ranks = _ALONE,
 ) -> Validation | None:
-    """Runs the model in eval mode over every image of a split once.
+    """Runs the model in eval mode over every image of a split once, over all ranks together.
 
     Args:
         model: Its mode is put back afterwards.
         loader: Unshuffled; started at the beginning of its epoch.
         precision: float32 or bf16.
-        should_stop: Asked before each batch.
+        should_stop: Asked before each batch; gives all ranks the same answer.
+        ranks: Those that share the loader's batches.
 
     Returns:
-        The means, or None where it was stopped.
+        The means over all ranks' images, or None where it was stopped.
     """
     was_training = model.training
     model.eval()
@@ -103,11 +107,14 @@ def validate(
         for batch in loader:
             if should_stop():
                 return None
+            if not len(batch.labels):
+                continue
             with autocast(loader.device, precision):
                 logits_BK = model(batch.latents.contiguous(memory_format=torch.channels_last))
             sums += _scores(logits_BK.float(), batch.labels)
     finally:
         model.train(was_training)
+    ranks.add_up([sums])
     loss, top1, top5 = (sums / loader.num_samples).tolist()
     return Validation(loss, top1, top5)
 

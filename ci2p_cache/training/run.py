@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
-from ci2p_cache.cache.commit import StagingArea
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.errors import CheckpointError, InterruptedRunError, UsageError
 from ci2p_cache.loader.batches import BatchLoader, LatentLoader
-from ci2p_cache.machine import checked_device, tune_allocator
+from ci2p_cache.machine import tune_allocator
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model
-from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore, TrainState
+from ci2p_cache.specs import differing_fields
+from ci2p_cache.training.checkpoint import (
+    Checkpoint,
+    TrainState,
+    checkpoint_path,
+    share_checkpoint,
+)
 from ci2p_cache.training.folder import RunArgs, RunSettings, open_run_folder, run_path
 from ci2p_cache.training.inputs import (
     data_digest,
@@ -24,19 +33,19 @@ from ci2p_cache.training.inputs import (
     numerics,
     train_and_val,
 )
-from ci2p_cache.training.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from ci2p_cache.training.optim import load_optimizer_tensors, make_optimizer
+from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import (
     EpochRecord,
-    TensorBoard,
     TrainObserver,
     TrainProgress,
     TrainSummary,
     best_epoch,
-    summary_csv,
 )
 from ci2p_cache.training.signals import StopSignal
 from ci2p_cache.training.spec import TrainSpec
 from ci2p_cache.training.trainer import Trainer
+from ci2p_cache.training.writer import RunWriter
 
 __all__ = ["EpochRecord", "TrainObserver", "TrainProgress", "TrainSpec", "TrainSummary", "train"]
 
@@ -53,6 +62,7 @@ def train(
     save_every_steps: int | None = None,
     loader: BatchLoader | None = None,
     observer: TrainObserver | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainSummary:
     """Trains a model from a cache of latents.
 
@@ -60,18 +70,25 @@ def train(
     once. On CPU the numbers are the same to the last bit, interrupted or not, as long as the number
     of threads and the versions stay. SIGINT and SIGTERM end the step, save, and raise.
 
+    In processes that torchrun has started it trains on all of them together: each global batch is
+    cut in as many slices as there are ranks, and gradients are means over the whole batch. Rank 0
+    alone writes and tells; all return the same. What one rank raises ends all of them. The number
+    of ranks may change when a run is resumed: the batches stay, the last bits may not.
+
     Args:
         cache_dir: A complete cache.
         spec: What to train and how; None for the defaults.
         runs_dir: Where run folders are made.
         name: Name of the run folder; None: the model and 8 digits over all settings and the data.
         overwrite: Remove the run that lies in the folder; one that is no run is never touched.
-        device: auto (CUDA where there is one), cpu, cuda or cuda:1.
-        threads: Threads that read batches; None: one per core.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:1; with several ranks on a
+            machine, cuda gives each its own.
+        threads: Threads that read batches; None: one per core, shared by a machine's ranks.
         save_every_steps: Steps between checkpoints inside an epoch; None: only at its end.
         loader: Gives the training batches instead of the cache, for the encoder in the loop: of the
-            spec's seed and batch size, on the same device. The caller closes it.
-        observer: Told of progress, epochs and notices.
+            spec's seed and batch size, on the same device and for this rank. The caller closes it.
+        observer: Told of progress, epochs and notices; on rank 0.
+        ranks: The ranks to train with, joined; None: as the environment says.
 
     Returns:
         The last and the best epoch, and where their weights lie.
@@ -86,155 +103,184 @@ def train(
         CheckpointError: every checkpoint of the run is damaged.
         ShardError: the cache turned out to be damaged.
         TrainingDivergedError: loss or gradients were not finite ten times in a row.
-        ResourceError: writing failed; run it again later.
+        ResourceError: writing failed, or another rank was killed; run it again.
         InterruptedRunError: stopped by a signal; run it again to go on.
     """
     spec, observer = spec or TrainSpec(), observer or TrainObserver()
-    if save_every_steps is not None and save_every_steps < 1:
-        raise UsageError(f"`save_every_steps` is {save_every_steps}; it must be at least 1")
-    cache, place = open_cache(cache_dir), checked_device(device)
-    if place.type == "cpu":
-        tune_allocator()
-    config = model_config_for(cache, spec)
-    splits = train_and_val(cache, spec)
-    settings = RunSettings(
-        spec=spec,
-        fingerprint=cache.fingerprint,
-        data_sha256=data_digest(cache),
-        loader=LatentLoader.__name__ if loader is None else type(loader).__name__,
-    )
-    args = RunArgs(cache=str(cache_dir), numerics=numerics(place), settings=settings)
-    path = run_path(Path(runs_dir), name, settings)
-    with StopSignal() as stop, ExitStack() as stack:
-        staging = stack.enter_context(
-            open_run_folder(path, args, overwrite=overwrite, observer=observer)
+    with ExitStack() as stack:
+        if ranks is None:
+            ranks = stack.enter_context(Ranks.from_environment().joined(device))
+        if not ranks.is_writer:
+            observer = TrainObserver()
+        if save_every_steps is not None and save_every_steps < 1:
+            raise UsageError(f"`save_every_steps` is {save_every_steps}; it must be at least 1")
+        cache, place = open_cache(cache_dir), ranks.device(device)
+        if place.type == "cpu":
+            tune_allocator()
+        config = model_config_for(cache, spec)
+        splits = train_and_val(cache, spec, ranks)
+        settings = RunSettings(
+            spec=spec,
+            fingerprint=cache.fingerprint,
+            data_sha256=data_digest(cache),
+            loader=LatentLoader.__name__ if loader is None else type(loader).__name__,
         )
-        if not (path / "model.json").exists():
-            staging.put_json("model.json", model_record(cache, config))
-        run = _Run(settings, staging, observer)
-        if run.is_finished:
+        _require_same_settings(settings, ranks)
+        args = RunArgs(cache=str(cache_dir), numerics=numerics(place, ranks), settings=settings)
+        path = run_path(Path(runs_dir), name, settings)
+        stop = stack.enter_context(ranks.stop_signal())
+        writer = None
+        if ranks.is_writer:
+            folder = open_run_folder(path, args, overwrite=overwrite, observer=observer)
+            staging = stack.enter_context(folder)
+            if not (path / "model.json").exists():
+                staging.put_json("model.json", model_record(cache, config))
+            writer = RunWriter(staging, run=settings.digest, observer=observer)
+        checkpoint = share_checkpoint(writer.load() if writer is not None else None, ranks)
+        run = _Run(path, spec, ranks, writer, observer)
+        begun = checkpoint.state if checkpoint else TrainState(run=settings.digest, sums={})
+        state = begun
+        if begun.epoch == spec.epochs:
             observer.notice(
                 f"{path} is a finished run; nothing was trained. Use --overwrite to train it "
                 "again, or another --name."
             )
         else:
-            loaders = make_loaders(splits, spec, place, threads=threads, given=loader)
+            loaders = make_loaders(splits, spec, place, threads=threads, given=loader, ranks=ranks)
             stack.callback(_close, [each for each in loaders if each not in (None, loader)])
-            run.train(config, loaders, stop, save_every_steps=save_every_steps)
-    return run.summary(path, place)
+            model, optimizer = run.start(config, place, checkpoint)
+            # Its tensors are copied; nothing of the size of the model is kept twice.
+            del checkpoint
+            state = run.train(
+                begun, model, optimizer, loaders, stop, save_every_steps=save_every_steps
+            )
+    return run.summary(begun, state, place)
 
 
+def _require_same_settings(settings: RunSettings, ranks: Ranks) -> None:
+    """Raises UsageError on a rank that was asked for something else, or reads another cache."""
+    if ranks.world_size == 1:
+        return
+    wanted = ranks.share(json.dumps(settings.to_dict()).encode())
+    lines = [
+        f"  {name}: {ours!r} on rank 0, {theirs!r} on rank {ranks.rank}"
+        for name, ours, theirs in differing_fields(
+            RunSettings.from_dict(json.loads(wanted)), settings
+        )
+    ]
+    if lines:
+        raise UsageError("the ranks were started with other settings:\n" + "\n".join(lines))
+    # Nothing is written before all agree.
+    ranks.wait()
+
+
+@dataclass(frozen=True, slots=True)
 class _Run:
-    """One run folder being trained in: what is on disk, and what is not yet."""
+    """One run, as one of its ranks sees it."""
 
-    def __init__(
-        self, settings: RunSettings, staging: StagingArea, observer: TrainObserver
-    ) -> None:
-        self._spec = settings.spec
-        self._staging = staging
-        self._observer = observer
-        self._store = CheckpointStore(staging, run=settings.digest)
-        self._checkpoint = self._store.load(observer)
-        self.state = TrainState(run=settings.digest, sums={})
-        if self._checkpoint is not None:
-            self.state = self._checkpoint.state
-        self._trained_epochs = 0
-        # Whatever a killed process left there beyond its last checkpoint is dropped.
-        staging.put("summary.csv", summary_csv(self.state.history))
+    path: Path
+    spec: TrainSpec
+    ranks: Ranks
+    writer: RunWriter | None
+    observer: TrainObserver
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last epoch is done."""
-        return self.state.epoch == self._spec.epochs
-
-    def train(
-        self,
-        config: ModelConfig,
-        loaders: tuple[BatchLoader, BatchLoader | None],
-        stop: StopSignal,
-        *,
-        save_every_steps: int | None,
-    ) -> None:
-        """Trains to the end.
+    def start(
+        self, config: ModelConfig, device: torch.device, checkpoint: Checkpoint | None
+    ) -> tuple[nn.Module, Optimizer]:
+        """Returns model and optimiser, as they were saved or as the seed makes them.
 
         Raises:
-            InterruptedRunError: a signal came; everything is saved.
+            CheckpointError: the checkpoint does not fit the model.
         """
-        device = loaders[0].device
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._spec.seed)
+            torch.default_generator.manual_seed(self.spec.seed)
             model = build_model(config).to(device)
-        optimizer = make_optimizer(model, self._spec)
-        if self._checkpoint is not None:
-            self._restore(self._checkpoint, model, optimizer)
-        board = TensorBoard(self._staging.root / "tensorboard", next_epoch=max(self.state.epoch, 1))
-        if self.state.history:
-            # A process killed between its checkpoint and this may not have written it.
-            board.write(self.state.history[-1])
+        optimizer = make_optimizer(model, self.spec)
+        if checkpoint is not None:
+            self._restore(checkpoint, model, optimizer)
+        self.ranks.share_tensors(list(model.state_dict().values()))
+        return model, optimizer
 
-        def save(state: TrainState) -> None:
-            tensors = (dict(model.state_dict()), optimizer_tensors(model, optimizer))
-            self._store.save(Checkpoint(state, *tensors))
-            new = state.history[len(self.state.history) :]
-            self.state = state
-            if new:
-                self._staging.put("summary.csv", summary_csv(state.history))
-                board.write(new[0])
-                self._trained_epochs += 1
-                self._observer.epoch(new[0])
-
-        try:
-            Trainer(
-                spec=self._spec,
-                model=model,
-                optimizer=optimizer,
-                train_loader=loaders[0],
-                val_loader=loaders[1],
-                save=save,
-                should_stop=stop.is_set,
-                observer=self._observer,
-                save_every_steps=save_every_steps,
-            ).run(self.state)
-        finally:
-            board.close()
-        if stop.number is not None and not self.is_finished:
-            raise InterruptedRunError(
-                f"training stopped after {self.state.epoch} of {self._spec.epochs} epochs and "
-                f"{self.state.step} steps of the next; all of it is saved in "
-                f"{self._staging.root}",
-                signal_number=stop.number,
-                hint="run the same command again to go on",
-            )
-
-    def _restore(
-        self, checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        path = self._store.path(checkpoint.state.name)
+    def _restore(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+        state = checkpoint.state
+        path = checkpoint_path(self.path, state.name)
         try:
             model.load_state_dict(checkpoint.model)
         except RuntimeError as error:
             raise CheckpointError(f"{path} does not fit the model: {error}") from error
         load_optimizer_tensors(model, optimizer, checkpoint.optimizer)
-        self._checkpoint = None
-        self._observer.notice(
-            f"going on from {path}: {self.state.epoch} of {self._spec.epochs} epochs and "
-            f"{self.state.step} steps are done."
+        self.observer.notice(
+            f"going on from {path}: {state.epoch} of {self.spec.epochs} epochs and "
+            f"{state.step} steps are done."
         )
 
-    def summary(self, path: Path, device: torch.device) -> TrainSummary:
-        """Returns what the run ended with."""
-        history, best_name = self.state.history, self.state.best_name
+    def train(
+        self,
+        state: TrainState,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loaders: tuple[BatchLoader, BatchLoader | None],
+        stop: StopSignal,
+        *,
+        save_every_steps: int | None,
+    ) -> TrainState:
+        """Trains from `state` to the end, and returns the state there.
+
+        Raises:
+            InterruptedRunError: a signal came to any rank; everything is saved.
+        """
+        signal_number = 0
+
+        def should_stop() -> bool:
+            nonlocal signal_number
+            signal_number = self.ranks.agreed_signal(stop)
+            return signal_number > 0
+
+        def save(state: TrainState) -> None:
+            if self.writer is not None:
+                self.writer.save(state, model, optimizer)
+
+        try:
+            if self.writer is not None:
+                self.writer.open_board(state)
+            state = Trainer(
+                spec=self.spec,
+                model=model,
+                optimizer=optimizer,
+                train_loader=loaders[0],
+                val_loader=loaders[1],
+                save=save,
+                should_stop=should_stop,
+                ranks=self.ranks,
+                observer=self.observer,
+                save_every_steps=save_every_steps,
+            ).run(state)
+        finally:
+            if self.writer is not None:
+                self.writer.close()
+        if state.epoch < self.spec.epochs:
+            raise InterruptedRunError(
+                f"training stopped after {state.epoch} of {self.spec.epochs} epochs and "
+                f"{state.step} steps of the next; all of it is saved in {self.path}",
+                signal_number=signal_number,
+                hint="run the same command again to go on",
+            )
+        return state
+
+    def summary(self, begun: TrainState, state: TrainState, device: torch.device) -> TrainSummary:
+        """Returns what the run that went from one state to the other ended with."""
+        history, best_name = state.history, state.best_name
         assert best_name is not None
         return TrainSummary(
-            name=path.name,
-            path=str(path),
-            model=self._spec.model,
+            name=self.path.name,
+            path=str(self.path),
+            model=self.spec.model,
             device=str(device),
-            trained_epochs=self._trained_epochs,
+            trained_epochs=len(history) - len(begun.history),
             last=history[-1],
             best=best_epoch(history),
-            last_checkpoint=str(self._store.path(self.state.name)),
-            best_checkpoint=str(self._store.path(best_name)),
+            last_checkpoint=str(checkpoint_path(self.path, state.name)),
+            best_checkpoint=str(checkpoint_path(self.path, best_name)),
         )
 
 

@@ -20,6 +20,7 @@ from ci2p_cache.training.checkpoint import TrainState
 from ci2p_cache.training.guard import BadStep, StepGuard
 from ci2p_cache.training.metrics import TrainTotals, autocast, validate
 from ci2p_cache.training.optim import lr_at, set_lr
+from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import EpochRecord, TrainObserver, TrainProgress
 from ci2p_cache.training.spec import TrainSpec
 
@@ -35,8 +36,11 @@ _PROGRESS_SECONDS = 1.0
 class Trainer:
     """Trains a model to the end of its run, or to where it is asked to stop.
 
-    All randomness of a step comes from (seed, epoch, step), so a run that was stopped anywhere goes
-    on to the same last bit on CPU, with the same number of threads and versions.
+    All randomness of a step comes from (seed, epoch, step, rank), so a run that was stopped
+    anywhere goes on to the same last bit on CPU, with the same ranks, threads and versions.
+
+    Of several ranks each runs this loop over its slices of the same batches. After each step all
+    hold the same weights, moments, BatchNorm statistics and sums, so what rank 0 saves is all.
     """
 
     spec: TrainSpec
@@ -50,9 +54,11 @@ class Trainer:
     val_loader: BatchLoader | None
     """Unshuffled, the first view; None where the cache has no validation split."""
     save: Callable[[TrainState], None]
-    """Saves a checkpoint of model and optimiser together with this state."""
+    """Saves a checkpoint of model and optimiser together with this state; on rank 0."""
     should_stop: Callable[[], bool]
-    """Asked after each step and before each validation batch."""
+    """Asked after each step and before each validation batch; gives all ranks the same answer."""
+    ranks: Ranks
+    """Those that train together."""
     observer: TrainObserver
     """Told of progress and skipped steps; epochs are the caller's to tell, in `save`."""
     save_every_steps: int | None = None
@@ -71,6 +77,7 @@ class Trainer:
             TrainingDivergedError: ten steps in a row were not finite; nothing was saved since.
             ShardError: the cache is damaged; nothing was saved since.
             ResourceError: a checkpoint could not be written.
+            CacheError: another rank has ended.
         """
         self._guard = StepGuard(self.model, self.optimizer, in_a_row=state.bad_in_a_row)
         self._parameters = list(self.model.parameters())
@@ -113,22 +120,26 @@ class Trainer:
 
     def _step(self, batch: Batch, totals: TrainTotals, *, epoch: int, step: int) -> None:
         """Takes one optimiser step; waits for nothing."""
-        spec, images = self.spec, len(batch.labels)
+        spec, images = self.spec, len(batch.global_rows)
         set_lr(self.optimizer, self._lr(epoch, step))
-        torch.manual_seed(_step_seed(spec.seed, epoch, step))
+        torch.manual_seed(_step_seed(spec.seed, epoch, step, self.ranks.rank))
         self._guard.before()
         latents_BMHW = batch.latents.contiguous(memory_format=torch.channels_last)
         loss = correct = torch.zeros((), device=latents_BMHW.device)
         for latents, labels in zip(
             latents_BMHW.chunk(spec.accumulate), batch.labels.chunk(spec.accumulate), strict=True
         ):
+            if not len(labels):
+                continue
             part_loss, part_correct = self._backward(latents, labels, share=len(labels) / images)
             loss, correct = loss + part_loss, correct + part_correct
+        if self.ranks.world_size > 1:
+            loss, correct = self._combine(loss, correct, share=len(batch.rows) / images)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self._parameters, spec.clip_grad_norm or float("inf"), foreach=True
         )
         is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        rows = batch.rows.tolist()
+        rows = batch.global_rows.tolist()
         self._guard.step(is_finite, BadStep(epoch=epoch + 1, step=step, rows=rows))
         self.optimizer.zero_grad(set_to_none=True)
         totals.add(
@@ -144,6 +155,31 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]  # torch stub
         return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
 
+    def _combine(self, loss: Tensor, correct: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
+        """Makes the sums over a slice those over the whole batch, on all ranks alike.
+
+        Gradients and loss are weighted by their images already. BatchNorm normalises by its slice;
+        its running statistics become the ranks' mean, weighted by images, in each step rather than
+        before each evaluation: they are linear in the batches, so that is the same but for
+        rounding, and a run may be saved and taken up anywhere without a change. What is not finite
+        on one rank is so on all, which therefore skip the same steps.
+
+        Args:
+            loss: This rank's share of the loss, a scalar.
+            correct: Its hits, a scalar.
+            share: Its share of the batch's images, 0 to 1.
+        """
+        scores = torch.stack([loss, correct.to(loss.dtype)])
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        averages = self._guard.averages
+        for average in averages:
+            average.mul_(share)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        self.ranks.add_up([*gradients, *averages, scores])
+        return scores[0], scores[1]
+
     def _end_epoch(self, state: TrainState) -> TrainState:
         """Validates and starts the next epoch; returns `state` where validation was stopped."""
         started = time.perf_counter()
@@ -154,6 +190,7 @@ class Trainer:
                 self.val_loader,
                 precision=self.spec.precision,
                 should_stop=self.should_stop,
+                ranks=self.ranks,
             )
             if validation is None:
                 return state
@@ -252,9 +289,10 @@ class _Clock:
         )
 
 
-def _step_seed(seed: int, epoch: int, step: int) -> int:
-    """Mixes three integers to the seed of one step, below 2**63."""
-    digest = hashlib.sha256(f"{seed} {epoch} {step}".encode()).digest()
+def _step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """Mixes four integers to the seed of one step, below 2**63; rank 0 draws as a process alone."""
+    words = [seed, epoch, step] + ([rank] if rank else [])
+    digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

@@ -1,0 +1,84 @@
+"""What rank 0 does for all ranks: it alone reads and writes the run folder."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ci2p_cache.cache.commit import StagingArea
+from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore, TrainState
+from ci2p_cache.training.optim import optimizer_tensors
+from ci2p_cache.training.records import TensorBoard, TrainObserver, summary_csv
+
+__all__ = ["RunWriter"]
+
+
+class RunWriter:
+    """The run folder as it is written: checkpoints, `summary.csv` and TensorBoard events.
+
+    Args:
+        staging: The open staging area of the run folder.
+        run: Digest of the run's settings and data.
+        observer: Told of epochs that are safe on disk.
+    """
+
+    def __init__(self, staging: StagingArea, *, run: str, observer: TrainObserver) -> None:
+        self._staging = staging
+        self._observer = observer
+        self._store = CheckpointStore(staging, run=run)
+        self._board: TensorBoard | None = None
+        self._num_epochs = 0
+
+    def load(self) -> Checkpoint | None:
+        """Reads the newest whole checkpoint; what was written beyond it is dropped.
+
+        Returns:
+            None where the run has not saved one yet.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none of them is whole.
+            ResourceError: the folder cannot be written.
+        """
+        checkpoint = self._store.load(self._observer)
+        history = checkpoint.state.history if checkpoint is not None else ()
+        # Whatever a killed process left there beyond its last checkpoint.
+        self._staging.put("summary.csv", summary_csv(history))
+        self._num_epochs = len(history)
+        return checkpoint
+
+    def open_board(self, state: TrainState) -> None:
+        """Opens the TensorBoard events for the epochs that follow `state`.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        folder = self._staging.root / "tensorboard"
+        self._board = TensorBoard(folder, next_epoch=max(state.epoch, 1))
+        if state.history:
+            # A process killed between its checkpoint and this may not have written it.
+            self._board.write(state.history[-1])
+
+    def save(self, state: TrainState, model: nn.Module, optimizer: Optimizer) -> None:
+        """Writes a checkpoint, and the epoch that has ended with it, if one has.
+
+        Raises:
+            ResourceError: it cannot be written; earlier checkpoints are safe.
+        """
+        tensors = (dict(model.state_dict()), optimizer_tensors(model, optimizer))
+        self._store.save(Checkpoint(state, *tensors))
+        new = state.history[self._num_epochs :]
+        if new:
+            assert self._board is not None
+            self._num_epochs = len(state.history)
+            self._staging.put("summary.csv", summary_csv(state.history))
+            self._board.write(new[0])
+            self._observer.epoch(new[0])
+
+    def close(self) -> None:
+        """Closes the files.
+
+        Raises:
+            ResourceError: what was not written yet cannot be.
+        """
+        if self._board is not None:
+            self._board.close()
