@@ -57,6 +57,12 @@ _MAX_SPLITS = 8
 _MAX_NAMES_BYTES = MAX_JSON_BYTES - 2**20
 """Of all class names and titles: what is left of `cache.json` has some 100 kB."""
 
+_LOST = (
+    f"put {MANIFEST} back from a backup, then run the same command; without one, encode again: "
+    "ci2p-cache encode IMAGES --out NEW_FOLDER (nothing in this folder was changed)"
+)
+"""What gets on where the manifest is damaged: no other file holds all of its fields."""
+
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
@@ -217,6 +223,8 @@ def read_manifest(root: Path) -> Manifest:
         ) from error
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error}") from error
+    except ManifestError as error:
+        raise ManifestError(str(error), hint=_LOST) from error
     version = data.get("format_version")
     if version != FORMAT_VERSION:
         raise ManifestError(
@@ -226,11 +234,11 @@ def read_manifest(root: Path) -> Manifest:
             f"that wrote it: {data.get('software', 'unknown')})",
         )
     if not intact:
-        raise ManifestError(f"{path} is damaged: its own sha256 does not fit it")
+        raise ManifestError(f"{path} is damaged: its own sha256 does not fit it", hint=_LOST)
     try:
         manifest = Manifest.from_dict(data)
     except ManifestError as error:
-        raise ManifestError(f"{path} is damaged: {error}") from error
+        raise ManifestError(f"{path} is damaged: {error}", hint=_LOST) from error
     _refuse_links(root, manifest)
     return manifest
 
