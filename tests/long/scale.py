@@ -389,9 +389,11 @@ def sample(pid: int, samples: list[tuple[float, int, int]], ended: threading.Eve
     """Notes memory and open files of a process and all below it."""
     started = time.monotonic()
     while not ended.wait(SAMPLE_SECONDS):
-        pids = [pid, *descendants(pid)]
-        resident = sum(status_bytes(each, "VmRSS") for each in pids)
-        samples.append((time.monotonic() - started, resident, sum(map(open_files, pids))))
+        # A decoder process may end between being listed and being looked at.
+        with contextlib.suppress(OSError, StopIteration):
+            pids = [pid, *descendants(pid)]
+            resident = sum(status_bytes(each, "VmRSS") for each in pids)
+            samples.append((time.monotonic() - started, resident, sum(map(open_files, pids))))
 
 
 def descendants(pid: int) -> list[int]:
