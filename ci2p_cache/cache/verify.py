@@ -307,6 +307,9 @@ def _content_problems(split: Split, commit: CommitRecord) -> Iterator[str]:
     out = np.empty(split.latent.num_bytes, np.uint8)
     checksums = index["latent_crc32c"].to_pylist()
     for offset in np.flatnonzero(good).tolist():
+        if len(checksums[offset] or ()) != split.num_views:
+            yield f"row {rows[offset]} has not one checksum per view in the index"
+            continue
         for view in range(split.num_views):
             try:
                 file.read_into(offset * split.num_views + view, out)
