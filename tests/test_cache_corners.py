@@ -413,3 +413,71 @@ class TestStore:
             write_json(cache / "commits/train-000001.json", data | change)
             with pytest.raises(errors.ShardError, match=match):
                 _ = cc.open_cache(cache)["train"][4]
+
+    def test_zarrs_own_array_is_given_only_where_its_metadata_fits(self, cache: Path) -> None:
+        path = cache / "latents.zarr/train/latents/zarr.json"
+        honest = path.read_text()
+        for change, match in (
+            ({"shape": [9, 2, 192, 4, 4]}, "the manifest says"),
+            ({"codecs": [{"name": "surprise"}]}, "cannot be opened"),
+        ):
+            path.write_text(json.dumps(json.loads(honest) | change))
+            reseal(cache)
+            with pytest.raises(errors.ManifestError, match=match):
+                _ = cc.open_cache(cache)["train"].latents
+        path.write_text(honest)
+        reseal(cache)
+        split = cc.open_cache(cache)["train"]
+        assert split.latents.shape == split.shape
+
+    def test_a_row_whose_image_was_bad_holds_nothing(self, tmp_path: Path) -> None:
+        source = write_image_folder(tmp_path / "src", {"ant": 3})
+        (source / "ant" / "bad.jpg").write_bytes(b"\xff\xd8 nothing")
+        cc.encode(source, tmp_path / "out", with_options(max_errors="1", val_fraction=0))
+        split = cc.open_cache(tmp_path / "out")["train"]
+        (bad,) = np.flatnonzero(~split.valid)
+        with pytest.raises(IndexError, match=r"holds no latent.*errors\.parquet"):
+            _ = split[int(bad)]
+
+    def test_a_split_without_rows_or_commits_is_empty(self, cache: Path) -> None:
+        data = json.loads((cache / "cache.json").read_text())
+        data["splits"]["val"] |= {"rows": 0, "valid_rows": 0}
+        write_json(cache / "cache.json", data)
+        shutil.rmtree(cache / "commits")
+        split = cc.open_cache(cache)["val"]
+        assert (len(split), split.labels.shape, split.valid.shape) == (0, (0,), (0,))
+        assert split.committed() == []
+        foreign = {f.path for f in cc.verify(cache, quick=True) if f.kind == "foreign"}
+        assert "index/val-000000.parquet" in foreign
+
+
+def test_raw_shards_that_were_swapped_are_told_apart(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cc.encode(
+        whole.parent / "src", tmp_path / "out",
+        with_options(dtype="float16", codec="none", val_fraction=0),
+    )  # fmt: skip
+    first, second = (tmp_path / "out" / SHARD.replace("c.0", f"c.{n}") for n in (0, 1))
+    content = first.read_bytes()
+    assert len(content) == second.stat().st_size
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    found = cc.verify(tmp_path / "out", quick=True)
+    assert [f.shard for f in found] == [0, 1]
+    monkeypatch.setattr("ci2p_cache.cache.verify._SMALL_BYTES", 0)
+    assert [f.shard for f in cc.verify(tmp_path / "out", quick=True)] == [0, 1]
+    split = cc.open_cache(tmp_path / "out")["train"]
+    with pytest.raises(errors.ShardError, match="not the shard of this index part"):
+        _ = split[0]
+    last = len(split) - 1
+    assert split[last][0].isfinite().all()
+
+
+def test_a_raw_shard_of_bad_images_alone_holds_nothing_to_tell_it_by(tmp_path: Path) -> None:
+    source = write_image_folder(tmp_path / "src", {"ant": 3})
+    for number in range(9):
+        (source / "ant" / f"bad{number}.jpg").write_bytes(b"\xff\xd8 nothing")
+    options = with_options(max_errors="99", codec="none", val_fraction=0, shard_samples=1)
+    cc.encode(source, tmp_path / "out", options)
+    assert cc.verify(tmp_path / "out") == []

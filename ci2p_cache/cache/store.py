@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from ci2p_cache.cache.commit import CommitRecord, commit_path, read_commit
+from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.manifest import (
     Manifest,
     SplitRecord,
@@ -318,13 +319,32 @@ class Split:
         committed = next((file for file in commit.files if file.path == path), None)
         if committed is None:
             raise ShardError(f"its commit record does not list {path}")
-        return ShardFile(
+        file = ShardFile(
             self.cache.path / path,
             num_chunks=self.record.shard_rows * self.num_views,
             codec=self._codec,
             file_bytes=committed.bytes,
             index_crc=commit.index_crc32c,
         )
+        if self._codec.name == "none":
+            self._require_own_chunks(file, shard)
+        return file
+
+    def _require_own_chunks(self, file: ShardFile, shard: int) -> None:
+        """Tells shards of raw chunks apart, whose own indexes are all alike.
+
+        The first and the last chunk that are stored are held against the index part.
+        """
+        stored = np.flatnonzero(file.stored)
+        if not stored.size:
+            return
+        table = read_index(self.cache.path, self.name, shard, ["latent_crc32c"])
+        wanted = table["latent_crc32c"].to_pylist()
+        for chunk in {int(stored[0]), int(stored[-1])}:
+            offset, view = divmod(chunk, self.num_views)
+            listed = (wanted[offset] or ()) if offset < len(wanted) else ()
+            if file.stored_crc32c(chunk) not in listed[view : view + 1]:
+                raise ShardError(f"{file.path} is intact but is not the shard of this index part")
 
     def _damage(self, shard: int, reason: str) -> ShardError:
         rows = self.record.rows_of(shard)

@@ -227,6 +227,12 @@ class ShardFile:
         """Returns the size of a stored inner chunk in the file."""
         return int(self._entries[chunk, 1])
 
+    def stored_crc32c(self, chunk: int) -> int:
+        """Returns the checksum that a stored chunk of codec `none` ends in, unchecked."""
+        offset, size = (int(value) for value in self._entries[chunk])
+        tail = os.pread(self._descriptor, _CRC_BYTES, offset + size - _CRC_BYTES)
+        return int.from_bytes(tail, "little")
+
     def read_into(self, chunk: int, out: npt.NDArray[Any]) -> None:
         """Reads one inner chunk into `out`, uint8 (chunk_bytes,).
 
