@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,22 @@ def test_an_epoch_holds_every_good_sample_once_as_the_split_gives_it(cache: cc.C
             views, wanted = train[int(row)]
             assert label == wanted
             assert any(torch.equal(latents, view) for view in views)
+
+
+def test_a_loader_closed_before_its_iterator_holds_nobody_up(cache: cc.Cache) -> None:
+    # Batches waited for, that the closed pool had never begun, were waited for in vain.
+    ended = threading.Event()
+
+    def leave_early() -> None:
+        for _ in range(30):
+            with cc.LatentLoader(cache["train"], batch_size=2, threads=1) as loader:
+                iterator = iter(loader)
+                next(iterator)
+            del iterator
+        ended.set()
+
+    threading.Thread(target=leave_early, daemon=True).start()
+    assert ended.wait(60)
 
 
 def test_both_views_come_up_and_a_fixed_view_is_that_view(cache: cc.Cache) -> None:

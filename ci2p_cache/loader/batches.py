@@ -336,9 +336,8 @@ class LatentLoader(BatchLoader):
 
     def _drain(self) -> None:
         # No thread may go on writing into a buffer; buffers still out are dropped, not used again.
-        for future in self._futures:
-            future.cancel()
-        wait(self._futures)
+        # What a closed pool has never begun is cancelled, and nobody will ever call it done.
+        wait([future for future in self._futures if not future.cancel()])
         self._futures.clear()
 
 
