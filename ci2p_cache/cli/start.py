@@ -40,6 +40,8 @@ def main() -> None:
 def _leave(number: int, _: FrameType | None) -> None:
     if os.isatty(2):
         os.write(2, _SHOW_CURSOR)
-    text = f"error: interrupted; nothing half-done is left\ntry:   {command_line()}\n"
-    os.write(2, text.encode("utf-8", "backslashreplace"))
+    # Of the processes that torchrun starts, one speaks.
+    if os.environ.get("RANK", "0") == "0":
+        text = f"error: interrupted; nothing half-done is left\ntry:   {command_line()}\n"
+        os.write(2, text.encode("utf-8", "backslashreplace"))
     os._exit(128 + number)
