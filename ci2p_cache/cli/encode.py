@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -120,7 +121,7 @@ def encode(
     if overwrite is not None and overwrite.strip("/") != out.resolve().name:
         raise UsageError(
             f"--overwrite names {overwrite!r}, the folder is {out.resolve().name!r}",
-            hint=f"--overwrite {out.resolve().name} to remove the cache in {out} first",
+            hint=f"--overwrite {shlex.quote(out.resolve().name)} to remove that cache first",
         )
     options = EncodeOptions(
         encoder=encoder, weights=weights, arch=arch, quality=quality, metric=metric, size=size,

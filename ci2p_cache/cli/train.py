@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -88,9 +89,10 @@ def train(
 
     with _joined_ranks(device) as ranks, ExitStack() as stack:
         if overwrite is not None and overwrite != name:
+            quoted = shlex.quote(overwrite)
             raise UsageError(
                 f"--overwrite names {overwrite!r}, --name is {name!r}",
-                hint=f"--name {overwrite} --overwrite {overwrite} trains that run from the start",
+                hint=f"--name {quoted} --overwrite {quoted} trains that run from the start",
             )
         spec = TrainSpec(
             model=model, epochs=epochs, batch_size=batch_size, accumulate=accumulate,

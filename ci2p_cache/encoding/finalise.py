@@ -14,14 +14,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import zarr
+from zarr.abc.buffer import Buffer
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
 from ci2p_cache.cache.commit import (
     CommitRecord,
     FileRecord,
     StagingArea,
     commit_path,
-    disk_errors,
     sha256_file,
 )
 from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_sums
@@ -86,9 +87,7 @@ def finalise(
             clipped=int(found.sums.clipped.sum()),
             exif_turned=found.exif_turned,
         )
-    # zarr-python writes its scratch folder itself, and raises bare OSErrors.
-    with disk_errors(root / "latents.zarr"):
-        written = _put_zarr(manifest, plan, valid, staging)
+    written = _put_zarr(manifest, plan, valid, staging)
     written += [
         staging.put("errors.parquet", parquet_bytes(pa.concat_tables(errors))),
         staging.put("stats/channels.parquet", parquet_bytes(pa.concat_tables(statistics))),
@@ -180,14 +179,16 @@ def _statistics(split: str, sums: ChannelSums) -> pa.Table:
 def _put_zarr(
     manifest: Manifest, plan: Plan, valid: dict[str, npt.NDArray[np.bool_]], staging: StagingArea
 ) -> list[FileRecord]:
-    """Lets zarr-python write small arrays and all metadata into a scratch folder, and puts them.
+    """Lets zarr-python make small arrays and all metadata in memory, and puts them.
 
     The latents' own array is created empty: its shards are in place already.
     """
     fingerprint, layout = manifest.fingerprint, manifest.layout
     latent = fingerprint.latent
-    scratch = staging.scratch("latents.zarr")
-    group = zarr.create_group(scratch, attributes={"ci2p_cache_format": manifest.format_version})
+    made: dict[str, Buffer] = {}
+    group = zarr.create_group(
+        MemoryStore(made), attributes={"ci2p_cache_format": manifest.format_version}
+    )
     if layout.codec == "zstd":
         compressor: ZstdCodec | Crc32cCodec = ZstdCodec(level=layout.level, checksum=True)
     else:
@@ -228,10 +229,9 @@ def _put_zarr(
                 config={"write_empty_chunks": True},
             )
             small[:] = values
-    found = sorted(path for path in scratch.rglob("*") if path.is_file())
     return [
-        staging.put(f"latents.zarr/{path.relative_to(scratch).as_posix()}", path.read_bytes())
-        for path in found
+        staging.put(f"latents.zarr/{key}", content.to_bytes())
+        for key, content in sorted(made.items())
     ]
 
 
