@@ -104,19 +104,25 @@ def weights(run: Path, *, averages: bool = False) -> dict[str, torch.Tensor]:
     return {k: v for k, v in tensors.items() if (".running_" in k) == averages and v.ndim}
 
 
+@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 6, 12, 24, 64])
-def test_any_number_of_ranks_takes_the_same_sequence_each_sample_once(
-    folder: Path, batch_size: int
+def test_any_number_of_ranks_and_threads_takes_the_same_sequence_each_sample_once(
+    folder: Path, batch_size: int, threads: int
 ) -> None:
     split = cc.open_cache(folder / "cache")["train"]
     with cc.LatentLoader(split, batch_size=batch_size, seed=3) as alone:
         wanted = [(b.rows.tolist(), b.labels.tolist(), b.latents) for b in alone]
     assert sorted(row for rows, _, _ in wanted for row in rows) == list(range(TRAIN))
-    for world_size in (2, 3, 4):
+    for world_size in (1, 2, 3, 4):
         ranks = []
         for rank in range(world_size):
             with cc.LatentLoader(
-                split, batch_size=batch_size, seed=3, rank=rank, world_size=world_size
+                split,
+                batch_size=batch_size,
+                seed=3,
+                threads=threads,
+                rank=rank,
+                world_size=world_size,
             ) as loader:
                 assert (len(loader), loader.num_samples) == (len(wanted), TRAIN)
                 ranks.append(list(loader))
