@@ -10,6 +10,8 @@ from types import FrameType
 
 __all__ = ["command_line", "main"]
 
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
 _SHOW_CURSOR = b"\x1b[?25h\r"
 
 
@@ -31,6 +33,13 @@ def main() -> None:
 
     try:
         run_command()
+    except SystemExit as ended:
+        if ended.code in _INTERRUPTED:
+            # Everything is put away; taking Python and torch down would take seconds more.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code)
+        raise
     finally:
         # All is said and done; while Python takes itself down a signal changes nothing any more.
         for number in (signal.SIGINT, signal.SIGTERM):
