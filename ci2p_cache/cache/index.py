@@ -172,8 +172,8 @@ def read_parquet(
     if not stat.S_ISREG(found.st_mode):
         raise OSError(f"{path} is a link or no regular file")
     try:
+        require_small_pages(path)
         with _open_parquet(path) as file:
-            require_small_pages(path, file.metadata)
             known = file.schema_arrow
         if schema is not None and not known.equals(schema):
             raise OSError(f"{path} has another schema than ci2p-cache writes")  # noqa: TRY301

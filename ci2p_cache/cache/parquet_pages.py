@@ -1,23 +1,27 @@
-"""How much memory a parquet file will take, read from its page headers before any page is.
+"""How much memory a parquet file will take, read from its footer and page headers before any page.
 
 A page says in its header how large it becomes, and pyarrow allocates that at once: a file of a few
-kilobytes can ask for gigabytes. Layout: parquet-format 2.10, "Column chunks"; page headers are
-structs of thrift's compact protocol (thrift/doc/specs/thrift-compact-protocol.md).
+kilobytes can ask for gigabytes. pyarrow's own view of the footer is not used: asked for a column
+whose statistics do not fit, it aborts the process. Layout: parquet-format 2.10, "File format" and
+"Column chunks"; footer and headers are structs of thrift's compact protocol
+(thrift/doc/specs/thrift-compact-protocol.md).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 __all__ = ["require_small_pages"]
 
+_MAGIC = b"PAR1"
+_MAX_FOOTER_BYTES = 2**20
+"""Ours have 30 kB, most of it the channel sums; parsed, a hostile one takes 64 times its size."""
 _MAX_HEADER_BYTES = 2**16
-_MAX_DEPTH = 8
+_MAX_DEPTH = 12
 
 _FREE_BYTES, _MAX_RATIO = 64 * 2**20, 64
 """A file may unpack to 64 MiB and 64 times its size: ours do to about 5 times."""
@@ -26,47 +30,75 @@ _FREE_VALUES, _MAX_VALUES_PER_BYTE = 2**18, 16
 """Values of one column: each row of ours has a key of its own, hence at least a byte."""
 
 
-def require_small_pages(path: Path, metadata: pq.FileMetaData) -> None:
+def require_small_pages(path: Path) -> None:
     """Refuses a parquet file that would unpack to far more than it has.
 
     Args:
         path: The file.
-        metadata: Its footer.
 
     Raises:
         ValueError: it would, or its pages are not where the footer says.
+        OSError: it cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(descriptor).st_size
+        footer = _footer(descriptor, size)
         total = 0
-        for group in range(metadata.num_row_groups):
-            for number in range(metadata.num_columns):
-                chunk = metadata.row_group(group).column(number)
-                unpacked, values = _sum_pages(descriptor, chunk, size)
-                total += unpacked
-                if total > _FREE_BYTES + _MAX_RATIO * size:
-                    raise ValueError(f"it would unpack from {size} to more than {total} bytes")
-                if max(values, metadata.num_rows) > _FREE_VALUES + _MAX_VALUES_PER_BYTE * size:
-                    raise ValueError(f"it says {values} values in {size} bytes")
+        for chunk in _column_chunks(footer):
+            unpacked, values = _sum_pages(descriptor, chunk, size)
+            total += unpacked
+            if total > _FREE_BYTES + _MAX_RATIO * size:
+                raise ValueError(f"it would unpack from {size} to more than {total} bytes")
+            if max(values, _number(footer, 3)) > _FREE_VALUES + _MAX_VALUES_PER_BYTE * size:
+                raise ValueError(f"it says {values} values in {size} bytes")
     finally:
         os.close(descriptor)
 
 
-def _sum_pages(descriptor: int, chunk: pq.ColumnChunkMetaData, size: int) -> tuple[int, int]:
+def _footer(descriptor: int, size: int) -> dict[int, Any]:
+    """Returns FileMetaData by field number."""
+    tail = os.pread(descriptor, 8, max(size - 8, 0))
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != _MAGIC or length > size - 12:
+        raise ValueError("it does not end as a parquet file does")
+    if length > _MAX_FOOTER_BYTES:
+        raise ValueError(f"its footer has {length} bytes; at most {_MAX_FOOTER_BYTES} are read")
+    return _struct(os.pread(descriptor, length, size - 8 - length), "its footer")[0]
+
+
+def _column_chunks(footer: dict[int, Any]) -> Iterator[dict[int, Any]]:
+    """Yields ColumnMetaData by field number, of each column in each row group."""
+    for group in _items(footer, 4):
+        for column in _items(group, 1):
+            yield from _items({3: [column.get(3)]}, 3)
+
+
+def _items(fields: dict[int, Any], number: int) -> list[dict[int, Any]]:
+    found = fields.get(number)
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise ValueError("its footer is damaged")
+    return found
+
+
+def _number(fields: dict[int, Any], number: int, default: int | None = None) -> int:
+    found = fields.get(number, default)
+    if not isinstance(found, int) or found < 0:
+        raise ValueError("its footer is damaged")
+    return found
+
+
+def _sum_pages(descriptor: int, chunk: dict[int, Any], size: int) -> tuple[int, int]:
     """Returns the unpacked bytes of a column chunk's pages, and the values they speak of."""
-    offsets = (chunk.dictionary_page_offset, chunk.data_page_offset)
-    position = min(offset for offset in offsets if offset)
-    end = position + chunk.total_compressed_size
+    # A dictionary page, where there is one, comes first; files exist that say it lies at 0.
+    position = min(filter(None, (_number(chunk, 11, 0), _number(chunk, 9))), default=0)
+    end = position + _number(chunk, 7)
     if not 0 < position <= end <= size:
         raise ValueError("a column lies outside the file")
     unpacked = values = 0
     while position < end:
-        header = _Compact(os.pread(descriptor, _MAX_HEADER_BYTES, position))
-        try:
-            fields = header.struct()
-        except IndexError as error:
-            raise ValueError("a page header is damaged") from error
+        data = os.pread(descriptor, _MAX_HEADER_BYTES, position)
+        fields, header_bytes = _struct(data, "a page header")
         page, packed = fields.get(2), fields.get(3)
         if not (isinstance(page, int) and isinstance(packed, int) and page >= 0 and packed >= 0):
             raise ValueError("a page header is damaged")
@@ -76,8 +108,17 @@ def _sum_pages(descriptor: int, chunk: pq.ColumnChunkMetaData, size: int) -> tup
             fields[kind].get(1, 0) for kind in (5, 7, 8) if isinstance(fields.get(kind), dict)
         ]
         values += sum(count for count in counts if isinstance(count, int))
-        position += header.position + packed
+        position += header_bytes + packed
     return unpacked, values
+
+
+def _struct(data: bytes, name: str) -> tuple[dict[int, Any], int]:
+    """Parses a struct; returns its fields by number, and its length in bytes."""
+    reader = _Compact(data)
+    try:
+        return reader.struct(), reader.position
+    except IndexError as error:
+        raise ValueError(f"{name} is damaged") from error
 
 
 @dataclass(slots=True)
@@ -88,7 +129,7 @@ class _Compact:
     position: int = field(default=0)
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Returns the fields of a struct by number; what is neither integer nor struct is None."""
+        """Returns the fields of a struct by number; texts, floats and booleans are None."""
         fields: dict[int, Any] = {}
         number = 0
         while head := self._byte():
@@ -110,9 +151,9 @@ class _Compact:
         elif kind in (9, 10):
             head = self._byte()
             count = head >> 4 if head >> 4 < 15 else self._varint()
-            for _ in range(min(count, _MAX_HEADER_BYTES)):
-                # In a list a boolean takes a byte, in a struct it is its own type.
-                self._value(3 if head & 15 in (1, 2) else head & 15, depth + 1)
+            # In a list a boolean takes a byte, in a struct it is its own type.
+            item = 3 if head & 15 in (1, 2) else head & 15
+            return [self._value(item, depth + 1) for _ in range(min(count, len(self.data)))]
         elif kind in (3, 7):
             self.position += 1 if kind == 3 else 8
         elif kind not in (1, 2):
