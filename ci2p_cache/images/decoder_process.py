@@ -131,8 +131,6 @@ def _live(channel: socket.socket, memory: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # libjpeg and libtiff write complaints there; what counts of them comes as an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         if os.getppid() == server:
             _work(channel, memory)
         code = 0

@@ -35,6 +35,9 @@ _ATTEMPTS = 2
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Signals that no decoder raises itself: the machine or a person did."""
 
+_SERVER_GONE = "the process that starts decoders has ended, twice"
+_SERVER_HINT = f"{sys.executable} -m {decoder_process.__name__} < /dev/null   (says why)"
+
 _KEPT_BYTES = 2**23
 """Shared memory that a worker keeps between images; more is given back after a large one."""
 
@@ -127,7 +130,7 @@ class Decoders:
             else:
                 losses += 1
                 if losses == _ATTEMPTS:
-                    raise ResourceError("the process that starts decoders was killed, twice")
+                    raise ResourceError(_SERVER_GONE, hint=_SERVER_HINT)
 
     def _take(self, *, fresh: bool) -> _Worker:
         with self._lock:
@@ -247,7 +250,7 @@ class _Server:
                     self._control = None
                 else:
                     return
-        raise ResourceError("the process that starts decoders ends as soon as it is started")
+        raise ResourceError(_SERVER_GONE, hint=_SERVER_HINT)
 
     def _started(self) -> socket.socket:
         if self._control is None:
@@ -284,7 +287,14 @@ def _spawn(control: int) -> None:
             sys.executable,
             command,
             environment,
-            file_actions=[(os.POSIX_SPAWN_DUP2, control, 0)],
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, control, 0),
+                # Who reads our output waits for all that hold it, and this one may still be
+                # importing when we have gone. libjpeg's and libtiff's complaints go there too;
+                # what counts of them comes as an error.
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
             # Ctrl-C goes to all processes of a terminal; this one ends with its owner.
             setsigmask=[signal.SIGINT],
         )
