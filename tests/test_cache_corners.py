@@ -20,6 +20,7 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
+from ci2p_cache.cache import open_shards
 from ci2p_cache.cache.commit import FileRecord, StagingArea, read_commit, read_sealed
 from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_parquet, read_sums
 from ci2p_cache.cache.lock import locked
@@ -501,3 +502,15 @@ def test_a_flipped_bit_anywhere_in_a_footer_ends_no_process(cache: Path) -> None
             continue
         # What no checksum covers, a name or a statistic, its digest in the commit record does.
         assert found.num_rows == wanted.num_rows or place < texts
+
+
+def test_few_files_open_and_no_index_kept_change_no_value(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [value.clone() for value, _ in (cc.open_cache(cache)["train"][row] for row in (0, 5))]
+    monkeypatch.setattr(open_shards, "_MAX_OPEN", 1)
+    monkeypatch.setattr(open_shards, "_MAX_INDEX_BYTES", 0)
+    split = cc.open_cache(cache)["train"]
+    for _ in range(2):
+        for row, value in zip((0, 5), wanted, strict=True):
+            assert split[row][0].equal(value)

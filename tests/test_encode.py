@@ -28,6 +28,7 @@ from torchvision.transforms.v2 import functional as tv
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache.commit import sealed_bytes
+from ci2p_cache.encoding.progress import EncodeObserver
 from tests.conftest import picture, write_image_folder
 
 SMALL = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.25)
@@ -511,3 +512,31 @@ class TestDamage:
             cwd=cache_dir,
             check=True,
         )
+
+
+class Told(EncodeObserver):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_what_is_left_out_and_a_disk_too_small_are_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_image_folder(tmp_path / "src", {"ant": 3, "bee": 3})
+    (source / "ant" / "notes.txt").write_text("no image")
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    told = Told()
+    assert cc.encode(source, tmp_path / "out", SMALL, observer=told).images == 6
+    assert any("notes.txt" in text for text in told.texts)
+    assert any("goes on after space is made" in text for text in told.texts)
+
+
+def test_an_output_that_is_a_file_is_refused(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(errors.NotACacheError, match="is no folder"):
+        cc.encode(image_folder, tmp_path / "out", SMALL)
+    assert (tmp_path / "out").read_text() == "mine"
