@@ -21,6 +21,7 @@ import pytest
 import torch
 import zarr
 from compressai.models import FactorizedPrior
+from compressai.zoo import image_models
 from safetensors.torch import load_file
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as tv
@@ -453,6 +454,31 @@ def test_an_unfinished_cache_is_refused_with_the_command_that_goes_on(
     with pytest.raises(errors.IncompleteCacheError, match="shards are committed") as caught:
         cc.open_cache(out)
     assert "ci2p-cache encode" in str(caught.value.hint)
+
+
+def test_a_cache_with_every_shard_but_no_end_is_completed_without_encoding(
+    image_folder: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(cache_dir, out)
+    manifest = json.loads((out / "cache.json").read_text())
+    manifest["state"] = "encoding"
+    (out / "cache.json").write_bytes(sealed_bytes(manifest))
+    assert cc.encode(image_folder, out, SMALL).encoded_now == 0
+    assert data_digests(out) == data_digests(cache_dir)
+
+
+def test_symbols_of_an_encoder_that_has_none_are_refused_with_what_to_store(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    arch = "bmshj2018-hyperprior"
+    weights = tmp_path / "weights.pth.tar"
+    torch.save({"state_dict": image_models[arch](1, "mse").state_dict()}, weights)
+    options = with_options(encoder="official", arch=arch, quality=1, weights=weights)
+    with pytest.raises(errors.UsageError, match="no symbols of its own") as caught:
+        cc.encode(image_folder, tmp_path / "out", options)
+    assert "--dtype float16" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
 
 
 class TestDamage:
