@@ -28,8 +28,10 @@ from ci2p_cache.specs import (
 )
 
 __all__ = [
+    "ENCODER",
     "MANIFEST",
     "MAX_SHARD_BYTES",
+    "PLAN",
     "Manifest",
     "SplitRecord",
     "array_path",
@@ -40,7 +42,7 @@ __all__ = [
     "shard_rows",
 ]
 
-MANIFEST = "cache.json"
+MANIFEST, PLAN, ENCODER = "cache.json", "plan.parquet", "encoder.safetensors"
 
 MAX_SHARD_BYTES = MAX_LATENT_BYTES
 """Raw latents of one shard at most: it is built in memory, and lost whole when a run is killed."""

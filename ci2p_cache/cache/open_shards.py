@@ -2,7 +2,8 @@
 
 Random order meets another shard with nearly every sample. ImageNet has 1,252 of them and a process
 may often have no more than 1,024 files open, so shards are closed again. What is kept of a closed
-one is its index: checking commit record and index anew takes 30 times as long as reading a sample.
+one is its index: where commit record and index were checked anew, a read took five times as long
+(932 against 183 us, 1,252 shards, a busy core).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ __all__ = ["require_small_pages"]
 
 _MAGIC = b"PAR1"
 _MAX_FOOTER_BYTES = 2**20
-"""Ours have 30 kB, most of it the channel sums; parsed, a hostile one takes 64 times its size."""
+"""Ours have 23 kB, most of it the channel sums; parsed, a hostile one takes 64 times its size."""
 _MAX_HEADER_BYTES = 2**16
 _MAX_DEPTH = 12
 

@@ -14,10 +14,9 @@ from ci2p_cache.cli import render
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.encode import encode
 from ci2p_cache.cli.look import complexity, inspect
-from ci2p_cache.cli.start import command_line
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
-from ci2p_cache.errors import CacheError, InterruptedRunError
+from ci2p_cache.errors import CacheError, InterruptedRunError, command
 
 __all__ = ["app", "run_command"]
 
@@ -60,8 +59,8 @@ def _root(
     """
 
 
-for command in (encode, verify, inspect, train, complexity, demo):
-    app.command()(command)
+for each in (encode, verify, inspect, train, complexity, demo):
+    app.command()(each)
 
 
 def run_command() -> None:
@@ -73,15 +72,15 @@ def run_command() -> None:
     # CompressAI still compiles a function with torch.jit when it is imported; nobody here can act
     # on torch's warning about that.
     warnings.filterwarnings("ignore", message=r"`torch\.jit")
-    command = typer.main.get_command(app)
-    for part in getattr(command, "commands", {}).values():
+    root = typer.main.get_command(app)
+    for part in getattr(root, "commands", {}).values():
         for option in part.params:
             # Named once in the root's help; on every option it would drown the rest.
             option.show_envvar = False
     try:
-        command()
+        root()
     except InterruptedRunError as error:
-        error.hint = error.hint or command_line()
+        error.hint = error.hint or command(*sys.argv[1:])
         render.fail(error)
         sys.exit(error.exit_code)
     except CacheError as error:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 from types import FrameType
 
-__all__ = ["command_line", "main"]
+from ci2p_cache.errors import command
+
+__all__ = ["main"]
 
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 _SHOW_CURSOR = b"\x1b[?25h\r"
-
-
-def command_line() -> str:
-    """Returns the command that is running, quoted so that it can be pasted."""
-    return shlex.join(["ci2p-cache", *sys.argv[1:]])
 
 
 def main() -> None:
@@ -51,6 +47,6 @@ def _leave(number: int, _: FrameType | None) -> None:
         os.write(2, _SHOW_CURSOR)
     # Of the processes that torchrun starts, one speaks.
     if os.environ.get("RANK", "0") == "0":
-        text = f"error: interrupted; nothing half-done is left\ntry:   {command_line()}\n"
+        text = f"error: interrupted; what was committed is safe\ntry:   {command(*sys.argv[1:])}\n"
         os.write(2, text.encode("utf-8", "backslashreplace"))
     os._exit(128 + number)

@@ -20,14 +20,12 @@ import pyarrow.compute as pc
 
 from ci2p_cache.cache.commit import sha256_file
 from ci2p_cache.cache.index import parquet_bytes, read_parquet
-from ci2p_cache.cache.manifest import MANIFEST, Manifest, SplitRecord, shard_rows
+from ci2p_cache.cache.manifest import MANIFEST, PLAN, Manifest, SplitRecord, shard_rows
 from ci2p_cache.errors import ManifestError, SourceError, command
 from ci2p_cache.images.source import ImageRef, ImageSource
 from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec
 
-__all__ = ["PLAN", "Plan", "Sample", "ShardPlan", "build_plan", "plan_of_rows", "read_plan"]
-
-PLAN = "plan.parquet"
+__all__ = ["Plan", "Sample", "ShardPlan", "build_plan", "plan_of_rows", "read_plan"]
 
 _SPLIT_ORDER = ("train", "val", "test")
 

@@ -21,6 +21,7 @@ from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.manifest import (
     MANIFEST,
+    PLAN,
     Manifest,
     array_path,
     index_path,
@@ -33,7 +34,7 @@ from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.interrupt import interruptible
-from ci2p_cache.encoding.plan import PLAN, Plan, read_plan
+from ci2p_cache.encoding.plan import Plan, read_plan
 from ci2p_cache.encoding.progress import EncodeObserver
 from ci2p_cache.encoding.replay import (
     DamagedShard,

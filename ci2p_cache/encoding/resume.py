@@ -8,13 +8,20 @@ from pathlib import Path
 
 from ci2p_cache import __version__
 from ci2p_cache.cache.commit import CommitRecord, StagingArea, read_commit
-from ci2p_cache.cache.manifest import MANIFEST, Manifest, read_manifest, refuse_difference
+from ci2p_cache.cache.manifest import (
+    ENCODER,
+    MANIFEST,
+    PLAN,
+    Manifest,
+    read_manifest,
+    refuse_difference,
+)
 from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
 from ci2p_cache.encoding.budget import ErrorBudget, parse_max_errors
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.lane import make_lanes
 from ci2p_cache.encoding.options import EncodeOptions
-from ci2p_cache.encoding.plan import PLAN, Plan, build_plan, read_plan
+from ci2p_cache.encoding.plan import Plan, build_plan, read_plan
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary, ProgressMeter, summarise
 from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
 from ci2p_cache.errors import ManifestError, UsageError
@@ -25,8 +32,6 @@ from ci2p_cache.machine import num_cores
 from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec
 
 __all__ = ["resume"]
-
-_ENCODER = "encoder.safetensors"
 
 _EXPECTED_SHARE = {"int8": 0.22, "int16": 0.12, "float16": 0.95, "float32": 0.92}
 """Compressed over raw bytes: measured for int8 and float16, a guess on the safe side otherwise."""
@@ -119,7 +124,7 @@ def _open_or_start(
         class_titles=images.class_titles,
         splits=plan.splits,
         plan=staging.put(PLAN, plan.to_bytes()),
-        encoder=staging.put(_ENCODER, encoder.to_bytes()),
+        encoder=staging.put(ENCODER, encoder.to_bytes()),
         offset=tuple(encoder.medians.tolist())
         if fingerprint.latent.is_symbols
         else (0.0,) * channels,

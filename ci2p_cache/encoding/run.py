@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ci2p_cache.cache.commit import StagingArea, disk_errors, remove_path
 from ci2p_cache.cache.lock import locked
-from ci2p_cache.cache.manifest import MANIFEST
+from ci2p_cache.cache.manifest import ENCODER, MANIFEST, PLAN
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
@@ -17,7 +17,7 @@ from ci2p_cache.images.locate import open_source
 
 __all__ = ["encode"]
 
-_BEFORE_MANIFEST = {".lock", ".staging", "plan.parquet", "encoder.safetensors"}
+_BEFORE_MANIFEST = {".lock", ".staging", PLAN, ENCODER}
 """What a run killed before it wrote the manifest may have left."""
 
 

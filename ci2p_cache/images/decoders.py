@@ -66,7 +66,7 @@ class Decoders:
     """Turns the bytes of image files into views, in worker processes.
 
     `decode` may be called from any number of threads; each call uses a worker of its own, started
-    when none is idle. Costs about 0.1 ms an image over decoding in the calling thread.
+    when none is idle.
 
     Args:
         image_spec: How images are decoded and resized.
