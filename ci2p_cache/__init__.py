@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ci2p_cache.cache.store import Cache, Split, open_cache
+    from ci2p_cache.cache.split import Split
+    from ci2p_cache.cache.store import Cache, open_cache
     from ci2p_cache.cache.verify import Finding, verify
     from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
     from ci2p_cache.encoding.options import EncodeOptions
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from ci2p_cache.encoding.repair import RepairSummary, repair
     from ci2p_cache.encoding.run import encode
     from ci2p_cache.errors import CacheError
-    from ci2p_cache.loader.batches import Batch, LatentLoader
+    from ci2p_cache.loader.batches import Batch
+    from ci2p_cache.loader.latents import LatentLoader
     from ci2p_cache.loader.online import OnlineLoader
+    from ci2p_cache.loader.resident import ResidentLoader
     from ci2p_cache.models.complexity import Complexity, complexity
     from ci2p_cache.models.registry import create_model, list_models
     from ci2p_cache.specs import (
@@ -53,6 +56,7 @@ __all__ = [
     "OnlineLoader",
     "ReencodeSummary",
     "RepairSummary",
+    "ResidentLoader",
     "Split",
     "TrainSpec",
     "TrainSummary",
@@ -85,13 +89,14 @@ _HOMES = {
     "Fingerprint": "specs",
     "FrozenEncoder": "encoder.frozen",
     "ImageSpec": "specs",
-    "LatentLoader": "loader.batches",
+    "LatentLoader": "loader.latents",
     "LatentSpec": "specs",
     "LayoutSpec": "specs",
     "OnlineLoader": "loader.online",
     "ReencodeSummary": "encoding.reencode",
     "RepairSummary": "encoding.repair",
-    "Split": "cache.store",
+    "ResidentLoader": "loader.resident",
+    "Split": "cache.split",
     "TrainSpec": "training.run",
     "TrainSummary": "training.run",
     "ViewSpec": "specs",

@@ -30,7 +30,8 @@ from torch import Tensor
 from ci2p_cache.cache.card import stored_rows
 from ci2p_cache.cache.index import IndexRow
 from ci2p_cache.cache.sample_card import describe_sample, read_row
-from ci2p_cache.cache.store import Cache, Split
+from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError, UsageError

@@ -14,8 +14,8 @@ import pytest
 import zarr
 
 import ci2p_cache as cc
+from ci2p_cache.cache.chunk_codec import ChunkCodec
 from ci2p_cache.cache.index import parquet_bytes
-from ci2p_cache.cache.zarr_shards import ChunkCodec
 from tests.conftest import write_image_folder
 from tests.seals import reseal, write_json
 from tests.test_encode import data_digests, with_options

@@ -21,11 +21,12 @@ import pytest
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache import open_shards
+from ci2p_cache.cache.chunk_codec import ChunkCodec
 from ci2p_cache.cache.commit import FileRecord, StagingArea, read_commit, read_sealed
 from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_parquet, read_sums
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.manifest import read_manifest, refuse_difference
-from ci2p_cache.cache.zarr_shards import ChunkCodec, ShardFile, index_crc32c, pack_shard
+from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard
 from tests.conftest import write_image_folder
 from tests.seals import reseal, write_json
 from tests.test_encode import with_options
@@ -508,7 +509,7 @@ def test_few_files_open_and_no_index_kept_change_no_value(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = [value.clone() for value, _ in (cc.open_cache(cache)["train"][row] for row in (0, 5))]
-    monkeypatch.setattr(open_shards, "_MAX_OPEN", 1)
+    monkeypatch.setattr(open_shards, "_max_open", lambda: 1)
     monkeypatch.setattr(open_shards, "_MAX_INDEX_BYTES", 0)
     split = cc.open_cache(cache)["train"]
     for _ in range(2):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,8 @@ import torch
 
 import ci2p_cache as cc
 from ci2p_cache import errors
+from ci2p_cache.loader import order, resident
+from ci2p_cache.machine import free_memory_bytes
 from tests.conftest import write_image_folder
 
 
@@ -85,18 +89,91 @@ def test_both_views_come_up_and_a_fixed_view_is_that_view(cache: cc.Cache) -> No
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("recycle", [False, True])
-def test_threads_and_recycling_change_no_batch(
-    cache: cc.Cache, threads: int, recycle: bool
+@pytest.mark.parametrize("kind", [cc.LatentLoader, cc.ResidentLoader])
+def test_threads_recycling_and_residence_change_no_batch(
+    cache: cc.Cache, kind: type[cc.LatentLoader], threads: int, recycle: bool
 ) -> None:
     with cc.LatentLoader(cache["train"], batch_size=6, seed=1) as plain:
-        wanted = [(b.rows, b.labels, b.latents) for _ in range(3) for b in plain]
-    with cc.LatentLoader(
-        cache["train"], batch_size=6, seed=1, threads=threads, recycle=recycle
-    ) as loader:
-        got = [(b.rows, b.labels, b.latents.clone()) for _ in range(3) for b in loader]
+        wanted = [(b.rows, b.labels, b.stored, b.latents) for _ in range(3) for b in plain]
+    with kind(cache["train"], batch_size=6, seed=1, threads=threads, recycle=recycle) as loader:
+        got = [
+            (b.rows, b.labels, b.stored.clone(), b.latents.clone())
+            for _ in range(3)
+            for b in loader
+        ]
     for one, other in zip(wanted, got, strict=True):
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [cc.LatentLoader, cc.ResidentLoader])
+def test_what_is_stored_is_there_as_stored(cache: cc.Cache, kind: type[cc.LatentLoader]) -> None:
+    train = cache["train"]
+    with kind(train, batch_size=6, views=1, recycle=True) as loader:
+        for batch in loader:
+            wanted = np.asarray(train.latents[:])[batch.rows.numpy(), 1]
+            np.testing.assert_array_equal(batch.stored.numpy(), wanted)
+            assert batch.stored.numpy().dtype == train.latent.dtype
+
+
+@pytest.mark.parametrize("kind", [cc.LatentLoader, cc.ResidentLoader])
+def test_blocks_come_whole_and_hold_every_sample_once(
+    cache: cc.Cache, kind: type[cc.LatentLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order, "_SHARDS_PER_BLOCK", 2)
+    train = cache["train"]
+    with kind(train, batch_size=1, seed=5, shuffle="blocks") as loader:
+        epochs = [torch.cat([batch.rows for batch in loader]).tolist() for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    for rows in epochs:
+        assert sorted(rows) == train.valid_rows.tolist()
+        shards = [row // 4 for row in rows]
+        # 21 rows in shards of 4: six shards, two to a block; each is done before the next begins.
+        first = [shards.index(shard) for shard in range(6)]
+        last = [len(shards) - 1 - shards[::-1].index(shard) for shard in range(6)]
+        by_start = sorted(range(6), key=first.__getitem__)
+        for earlier, later in ((by_start[:2], by_start[2:4]), (by_start[2:4], by_start[4:])):
+            assert max(last[shard] for shard in earlier) < min(first[shard] for shard in later)
+        assert rows != sorted(rows)
+
+
+def test_a_split_that_does_not_fit_is_read_from_disk_unless_asked_otherwise(
+    cache: cc.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, cuda = cache["train"], torch.device("cuda")
+    need = 20 * 2 * train.latent.num_bytes
+
+    def choice(free: float, wanted: resident.Resident, device: torch.device) -> tuple[bool, str]:
+        monkeypatch.setattr(resident, "free_memory_bytes", lambda device: int(free))
+        return resident.choose_resident(train, device, wanted)
+
+    assert choice(2 * need, "auto", cuda)[0]
+    stays, reason = choice(1.5 * need, "auto", cuda)
+    assert not stays
+    assert "60% may be taken: they are read from disk" in reason
+    assert choice(1.5 * need, "yes", cuda)[0]
+    assert choice(1e12, "auto", torch.device("cpu")) == (False, "")
+    assert choice(1e12, "no", cuda) == (False, "")
+    with pytest.raises(errors.ResourceError, match="they do not fit"):
+        choice(need - 1, "yes", torch.device("cpu"))
+
+
+def test_what_is_free_on_this_machine_is_known() -> None:
+    assert 0 < free_memory_bytes(torch.device("cpu")) < 2**50
+
+
+def test_a_disk_that_cannot_be_read_is_a_damaged_shard(
+    cache: cc.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pread(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    train = cc.open_cache(cache.path)["train"]
+    with cc.LatentLoader(train, batch_size=4) as loader:
+        monkeypatch.setattr(os, "pread", pread)
+        with pytest.raises(errors.ShardError, match="cannot be read: Input/output error") as caught:
+            list(loader)
+    assert "--repair" in str(caught.value.hint)
 
 
 def test_recycled_batches_use_a_few_buffers_again_and_owned_ones_do_not(cache: cc.Cache) -> None:

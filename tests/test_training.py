@@ -268,8 +268,10 @@ def test_stopped_again_and_again_by_ctrl_c_it_still_gives_the_same_bits(
     cache_dir: Path, finished: Path, tmp_path: Path
 ) -> None:
     stopped: list[BaseException] = []
-    for _ in range(60):
-        timer = threading.Timer(random.uniform(0.1, 0.5), os.kill, (os.getpid(), signal.SIGINT))
+    for attempt in range(60):
+        # Longer and longer: on a busy machine half a second is not enough for a single step.
+        seconds = random.uniform(0.1, 0.5) * 1.1**attempt
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
         try:
             cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu")

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from ci2p_cache.cache.zarr_shards import ChunkCodec, ShardFile, index_crc32c, pack_shard
+from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard
 from ci2p_cache.errors import ShardError
 from ci2p_cache.specs import CodecName
 

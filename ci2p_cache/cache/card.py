@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.store import Cache, Split
+from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import ManifestError, command
 from ci2p_cache.record import Record
 from ci2p_cache.specs import Fingerprint, LayoutSpec

@@ -8,18 +8,20 @@ one is its index: where commit record and index were checked anew, a read took f
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-from ci2p_cache.cache.zarr_shards import ChunkCodec, ShardFile, ShardIndex
+from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache.zarr_shards import ShardFile, ShardIndex
 from ci2p_cache.errors import ShardError
 
 __all__ = ["OpenShards"]
 
-_MAX_OPEN = 256
-"""File descriptors one split keeps; well under the common limit of 1,024 per process."""
+_OPEN_SHARE = 4
+"""One split keeps a quarter of the files that the process may open: 256 of the common 1,024."""
 
 _MAX_INDEX_BYTES = 256 * 2**20
 """Of the indexes one split keeps of closed shards: 8 million rows with two views."""
@@ -40,6 +42,7 @@ class OpenShards:
         self._known: dict[int, tuple[Path, ShardIndex]] = {}
         self._index_bytes = 0
         self._lock = threading.Lock()
+        self._max_open = _max_open()
 
     def get(self, shard: int) -> ShardFile:
         """Returns a shard, opened if it is not; it stays open for as long as it is held.
@@ -47,11 +50,15 @@ class OpenShards:
         Raises:
             ShardError: it is missing, damaged or not committed.
         """
+        file = self._open.get(shard)
+        if file is not None and len(self._open) < self._max_open:
+            # None has been closed so far: which was used last does not matter yet.
+            return file
         with self._lock:
             file = self._open.get(shard)
             if file is None:
                 # Dropped files close when their last reader lets go of them.
-                if len(self._open) >= _MAX_OPEN:
+                if len(self._open) >= self._max_open:
                     self._open.popitem(last=False)
                 file = self._open[shard] = self._opened(shard)
             else:
@@ -80,3 +87,9 @@ class OpenShards:
             self._known[shard] = file.path, file.index
             self._index_bytes += size
         return file
+
+
+def _max_open() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The kernel's own ceiling stands in for "no limit".
+    return max(1, min(2**20, soft if soft >= 0 else 2**20) // _OPEN_SHARE)

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from ci2p_cache.cache.card import index_parts
 from ci2p_cache.cache.index import INDEX_SCHEMA, IndexRow, read_index
-from ci2p_cache.cache.store import Cache, Split
+from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import IncompleteCacheError, ShardError, UsageError, command
 from ci2p_cache.record import Record
 

@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 from ci2p_cache.cache.commit import CommitRecord, FileRecord, commit_path, sha256_file
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.manifest import MANIFEST, array_path, index_path, shard_path
-from ci2p_cache.cache.store import Cache, Split, open_cache
+from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.cache.traces import gaps, named_ranges, own_files, shard_of
 from ci2p_cache.errors import IntegrityError
 from ci2p_cache.record import Record

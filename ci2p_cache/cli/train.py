@@ -47,6 +47,10 @@ def train(
     precision: Annotated[
         Literal["float32", "bf16"], typer.Option(help="bf16 is autocast; use it on GPUs.")
     ] = "float32",
+    order: Annotated[
+        Literal["random", "blocks"],
+        typer.Option(help="blocks: eight shards at a time, mixed; for slow storage."),
+    ] = "random",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
     runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     name: Annotated[
@@ -56,6 +60,10 @@ def train(
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core, shared by ranks].")
     ] = None,
+    resident: Annotated[
+        Literal["auto", "yes", "no"],
+        typer.Option(help="Keep the train split in memory; auto: on a GPU where it fits."),
+    ] = "auto",
     save_every: Annotated[
         int | None, typer.Option(help="Also save every so many steps.", metavar="STEPS")
     ] = None,
@@ -99,7 +107,7 @@ def train(
             optimizer=optimizer, lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs,
             weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
             label_smoothing=label_smoothing, drop_path=drop_path, pos_embed=pos_embed,
-            precision=precision, seed=seed,
+            precision=precision, order=order, seed=seed,
         )  # fmt: skip
         observer = None
         if ranks.is_writer:
@@ -129,6 +137,7 @@ def train(
             overwrite=overwrite is not None,
             device=device,
             threads=workers,
+            resident=resident,
             save_every_steps=save_every,
             loader=loader,
             observer=observer,

@@ -28,10 +28,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ci2p_cache.cache.chunk_codec import ChunkCodec
 from ci2p_cache.cache.commit import CommitRecord, StagingArea
 from ci2p_cache.cache.index import ChannelSums, IndexRow, index_bytes
 from ci2p_cache.cache.manifest import SplitRecord, index_path, shard_path
-from ci2p_cache.cache.zarr_shards import ChunkCodec, index_crc32c, pack_shard
+from ci2p_cache.cache.zarr_shards import index_crc32c, pack_shard
 from ci2p_cache.encoding.budget import ErrorBudget, SaturationProbe
 from ci2p_cache.encoding.lane import Lane, encode_views, numerics, single_threaded
 from ci2p_cache.encoding.plan import Sample, ShardPlan

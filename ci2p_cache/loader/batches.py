@@ -1,9 +1,8 @@
-"""`LatentLoader`: batches of latents, read ahead by threads into buffers that are used again.
+"""`Batch`, and `BatchLoader`: what every loader shares, wherever its latents come from.
 
 ::
 
-    order(seed, epoch, step) -> one pread and one zstd call per sample, in threads, straight into
-        the batch's buffer -> device -> dequantised there
+    order(seed, epoch, step) -> [a loader: stored values, on the device] -> dequantised there
 
 Shapes: B batch, M latent channels, h and w latent rows and columns.
 """
@@ -14,22 +13,32 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ci2p_cache.cache.store import Split
+from ci2p_cache.cache.split import Split
 from ci2p_cache.errors import InputDataError, UsageError
-from ci2p_cache.loader.order import Rows, epoch_order, epoch_views, num_batches, rank_slice
+from ci2p_cache.loader.order import (
+    Rows,
+    block_order,
+    epoch_order,
+    epoch_views,
+    num_batches,
+    rank_slice,
+)
 from ci2p_cache.machine import num_cores
 
-__all__ = ["Batch", "BatchLoader", "LatentLoader"]
+__all__ = ["Batch", "BatchLoader", "Shuffle"]
+
+Shuffle = bool | Literal["blocks"]
+"""True: any sample may come at any time. blocks: shards come in random order, eight at a time, with
+their samples mixed, so that slow storage is read nearly in sequence. False: by row."""
 
 _READ_AHEAD = 3
 """Batches being read while one is used: two would do at even speeds, the third evens out jitter."""
@@ -39,14 +48,23 @@ _READ_AHEAD = 3
 class Batch:
     """One training batch, or this rank's slice of it: B may then be 0."""
 
-    latents: Tensor
-    """float32 (B, M, h, w) on the loader's device, dequantised."""
+    stored: Tensor
+    """What the cache stores, (B, M, h, w) of its dtype on the loader's device."""
     labels: Tensor
     """int64 (B,) on the loader's device."""
     rows: Tensor
     """int64 (B,) on CPU: the samples' rows in the split."""
     global_rows: Tensor
     """int64 (G,) on CPU: the rows of the whole batch, of all ranks in order; alone, `rows`."""
+    _dequantise: Callable[[Tensor], Tensor] = field(repr=False)
+    _latents: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def latents(self) -> Tensor:
+        """float32 (B, M, h, w) on the loader's device, dequantised when first asked for."""
+        if self._latents is None:
+            self._latents = self._dequantise(self.stored)
+        return self._latents
 
 
 class BatchLoader(ABC):
@@ -55,6 +73,10 @@ class BatchLoader(ABC):
     The order is a pure function of (seed, epoch, step); the state is these three integers.
     Iterating yields the rest of the current epoch and then stands at the start of the next.
     `waited_seconds` sums the time that the consumer waited for data.
+
+    With `recycle`, a batch is valid until the next one is asked for, and nothing of a batch's size
+    is allocated on the host once the first few are read: fresh memory for each batch costs several
+    times the reading itself.
 
     Of several ranks each takes its slice of every batch of one global sequence, which is the same
     for any number of ranks, and so is the state. All ranks get equally many batches; where one has
@@ -65,10 +87,11 @@ class BatchLoader(ABC):
         batch_size: Samples per batch, of all ranks together; the last of an epoch may be smaller.
         seed: Seed of the order and of the views.
         device: Where batches are put.
-        shuffle: Whether to shuffle; False gives the rows in ascending order.
+        shuffle: Whether to shuffle, and how; False gives the rows in ascending order.
         views: Which view of a sample: random draws one per (seed, epoch, row), a number fixes it.
         drop_last: Whether to leave out the last, smaller batch.
         threads: Threads that read; None: one per core.
+        recycle: Whether the memory of a batch is used again for later ones.
         rank: This process among those that share the batches, 0 <= rank < world_size.
         world_size: Number of processes that share the batches.
 
@@ -84,10 +107,11 @@ class BatchLoader(ABC):
         batch_size: int,
         seed: int = 0,
         device: str | torch.device = "cpu",
-        shuffle: bool = True,
+        shuffle: Shuffle = True,
         views: Literal["random"] | int = "random",
         drop_last: bool = False,
         threads: int | None = None,
+        recycle: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -114,7 +138,16 @@ class BatchLoader(ABC):
         self._views = views
         self._drop_last = drop_last
         self._threads = threads or num_cores()
+        self._recycle = recycle
+        self._offset = torch.from_numpy(split.offset).to(self.device)[:, None, None]
+        self._floats: Tensor | None = None
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
+        self._futures: set[Future[Any]] = set()
+        self._prepare()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Makes what a loader needs beside what all have; called last on construction."""
 
     @property
     def num_samples(self) -> int:
@@ -178,13 +211,19 @@ class BatchLoader(ABC):
                 self.step += 1
                 yield batch
         finally:
-            self._drain()
+            # Left early: what is still being read goes into buffers that nobody uses again.
+            for future in self._futures:
+                future.cancel()
+            self._futures.clear()
         self.epoch, self.step = self.epoch + 1, 0
 
     def _sequence(self, epoch: int) -> tuple[Rows, Rows]:
         """Returns the rows of an epoch in order, and the view of each."""
         rows = self.split.valid_rows
-        if self._shuffle:
+        if self._shuffle == "blocks":
+            size = self.split.record.shard_rows
+            rows = block_order(rows, size, seed=self.seed, epoch=epoch)
+        elif self._shuffle:
             rows = epoch_order(rows, seed=self.seed, epoch=epoch)
         if self._views == "random":
             return rows, epoch_views(rows, self.split.num_views, seed=self.seed, epoch=epoch)
@@ -197,155 +236,45 @@ class BatchLoader(ABC):
         finish = self._start(rows, views[own])
 
         def hand_out() -> Batch:
-            latents = finish()
+            stored = finish()
             labels = torch.from_numpy(self.split.labels[rows].astype(np.int64))
             return Batch(
-                latents,
+                stored,
                 labels.to(self.device),
                 torch.from_numpy(rows.copy()),
                 torch.from_numpy(global_rows.copy()),
+                self._dequantised,
             )
 
         return hand_out
 
     @abstractmethod
     def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
-        """Starts reading latents; the returned function waits for them and hands them out."""
+        """Starts reading; the returned function waits and gives what is stored, on the device."""
 
-    @abstractmethod
-    def _drain(self) -> None:
-        """Ends an iteration, finished or not: reading ahead stops."""
+    def _dequantised(self, stored: Tensor) -> Tensor:
+        """Returns stored values as float32 (B, M, h, w): symbols * step + median, or y itself."""
+        if stored.dtype == torch.float32:
+            return stored
+        latents = self._float_memory(stored)
+        if not self.split.latent.is_symbols:
+            return latents.copy_(stored)
+        if self.split.scale == 1.0:
+            # One pass over the memory instead of two; a product with 1 is exact.
+            return torch.add(self._offset, stored, out=latents)
+        return torch.mul(stored, self.split.scale, out=latents).add_(self._offset)
 
+    def _float_memory(self, stored: Tensor) -> Tensor:
+        if not self._recycle or self.device.type == "cuda":
+            # torch itself keeps CUDA memory for later use.
+            return torch.empty(stored.shape, dtype=torch.float32, device=self.device)
+        if self._floats is None:
+            shape = (self._largest_slice, *stored.shape[1:])
+            self._floats = torch.empty(shape, dtype=torch.float32)
+        return self._floats[: len(stored)]
 
-class LatentLoader(BatchLoader):
-    """Loads batches from a cache; every chunk's checksum is verified as it is read.
-
-    With `recycle`, a batch is valid until the next one is asked for, and nothing of a batch's size
-    is allocated on the host once the first few are read: fresh memory for each batch costs up to
-    eight times the reading itself.
-
-    Args:
-        split: The split to read.
-        batch_size: Samples per batch, of all ranks together.
-        seed: Seed of the order and of the views.
-        device: Where batches are put and dequantised.
-        shuffle: Whether to shuffle.
-        views: random, or the number of one view.
-        drop_last: Whether to leave out the last, smaller batch.
-        threads: Threads that read; None: one per core.
-        recycle: Whether buffers are used again.
-        rank: This process among those that share the batches, 0 <= rank < world_size.
-        world_size: Number of processes that share the batches.
-
-    Raises:
-        UsageError: a value is out of range.
-        InputDataError: the split holds no latent.
-        ShardError: while iterating: a shard is missing, damaged or not committed.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        shuffle: bool = True,
-        views: Literal["random"] | int = "random",
-        drop_last: bool = False,
-        threads: int | None = None,
-        recycle: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        super().__init__(
-            split,
-            batch_size=batch_size,
-            seed=seed,
-            device=device,
-            shuffle=shuffle,
-            views=views,
-            drop_last=drop_last,
-            threads=threads,
-            rank=rank,
-            world_size=world_size,
-        )
-        self._recycle = recycle
-        self._free: list[_Buffer] = []
-        self._used: _Buffer | None = None
-        self._futures: set[Future[None]] = set()
-        self._offset = torch.from_numpy(split.offset).to(self.device)[:, None, None]
-
-    def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
-        buffer = self._free.pop() if self._free else self._new_buffer()
-        array = buffer.array[: len(rows)]
-        share = max(1, -(-len(rows) // self._threads))
-        parts = [slice(i, i + share) for i in range(0, len(rows), share)]
-        futures = [
-            self._pool.submit(self._read, rows[part], views[part], array[part]) for part in parts
-        ]
-        self._futures.update(futures)
-
-        def finish() -> Tensor:
-            self._give_back()
-            for future in futures:
-                future.result()
-            self._futures.difference_update(futures)
-            if self._recycle:
-                self._used = buffer
-            return self._dequantised(buffer, len(rows))
-
-        return finish
-
-    def _read(self, rows: Rows, views: Rows, out: npt.NDArray[Any]) -> None:
-        for row, view, latent in zip(rows.tolist(), views.tolist(), out, strict=True):
-            self.split.read_into(row, view, latent)
-
-    def _dequantised(self, buffer: _Buffer, count: int) -> Tensor:
-        stored = buffer.stored[:count].to(self.device, non_blocking=True)
-        latents = buffer.floats[:count] if buffer.floats is not None else None
-        if self.split.latent.is_symbols:
-            latents = torch.mul(stored, self.split.scale, out=latents).add_(self._offset)
-        elif latents is not None:
-            latents.copy_(stored)
-        else:
-            latents = stored.to(torch.float32)
-        if self.device.type == "cuda":
-            buffer.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch stub
-            buffer.copied.record()
-        return latents
-
-    def _new_buffer(self) -> _Buffer:
-        latent = self.split.latent
-        largest = rank_slice(self.batch_size, rank=0, world_size=self.world_size).stop
-        shape = (largest, *latent.shape)
-        pinned = self.device.type == "cuda"
-        stored = torch.empty(shape, dtype=getattr(torch, latent.dtype), pin_memory=pinned)
-        floats = None
-        if self._recycle and not pinned and latent.dtype != "float32":
-            floats = torch.empty(shape, dtype=torch.float32)
-        return _Buffer(stored, stored.numpy(), floats)
-
-    def _give_back(self) -> None:
-        """Makes the buffer of the batch handed out last free again, once its copy is done."""
-        if self._used is not None:
-            if self._used.copied is not None:
-                self._used.copied.synchronize()
-            self._free.append(self._used)
-            self._used = None
-
-    def _drain(self) -> None:
-        # No thread may go on writing into a buffer; buffers still out are dropped, not used again.
-        # What a closed pool has never begun is cancelled, and nobody will ever call it done.
-        wait([future for future in self._futures if not future.cancel()])
-        self._futures.clear()
-
-
-@dataclass(slots=True)
-class _Buffer:
-    """Host memory of one batch: as stored, the same memory as numpy sees it, and as float32."""
-
-    stored: Tensor
-    array: npt.NDArray[Any]
-    floats: Tensor | None
-    copied: torch.cuda.Event | None = None
+    @property
+    def _largest_slice(self) -> int:
+        """Samples of the largest slice of a batch that this rank may get."""
+        largest = rank_slice(self.batch_size, rank=0, world_size=self.world_size)
+        return int(largest.stop)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Literal
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.store import Split
+from ci2p_cache.cache.split import Split
 from ci2p_cache.encoder.frozen import FrozenEncoder, load_saved_encoder
 from ci2p_cache.encoder.quantize import saturate
 from ci2p_cache.errors import InputDataError
@@ -24,7 +23,7 @@ from ci2p_cache.images.decode import decode_image
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.images.views import image_views
-from ci2p_cache.loader.batches import BatchLoader
+from ci2p_cache.loader.batches import BatchLoader, Shuffle
 from ci2p_cache.loader.order import Rows
 
 __all__ = ["OnlineLoader"]
@@ -60,7 +59,7 @@ class OnlineLoader(BatchLoader):
         batch_size: int,
         seed: int = 0,
         device: str | torch.device = "cpu",
-        shuffle: bool = True,
+        shuffle: Shuffle = True,
         views: Literal["random"] | int = "random",
         drop_last: bool = False,
         threads: int | None = None,
@@ -80,17 +79,18 @@ class OnlineLoader(BatchLoader):
             rank=rank,
             world_size=world_size,
         )
-        cache = split.cache
+        self._images: ImageSource = open_source(source or split.cache.manifest.source)
+
+    def _prepare(self) -> None:
+        cache = self.split.cache
         self._fingerprint = cache.fingerprint
-        self._images: ImageSource = open_source(source or cache.manifest.source)
         self._encoder: FrozenEncoder = load_saved_encoder(
             cache.encoder_path, precision=self._fingerprint.encoder.precision, device=self.device
         )
-        self._futures: set[Future[Tensor]] = set()
         columns = ["key", "path_bytes", "source_sha256"]
         self._index = pa.concat_tables(
-            read_index(cache.path, split.name, shard, columns).replace_schema_metadata(None)
-            for shard in range(split.record.num_shards)
+            read_index(cache.path, self.split.name, shard, columns).replace_schema_metadata(None)
+            for shard in range(self.split.record.num_shards)
         )
 
     def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
@@ -102,15 +102,11 @@ class OnlineLoader(BatchLoader):
             views_BCHW = [future.result() for future in futures]
             self._futures.difference_update(futures)
             if not views_BCHW:
-                return torch.empty((0, *self.split.latent.shape), device=self.device)
-            return self._latents(torch.stack(views_BCHW).to(self.device))
+                dtype = getattr(torch, self.split.latent.dtype)
+                return torch.empty((0, *self.split.latent.shape), dtype=dtype, device=self.device)
+            return self._stored(torch.stack(views_BCHW).to(self.device))
 
         return finish
-
-    def _drain(self) -> None:
-        for future in self._futures:
-            future.cancel()
-        self._futures.clear()
 
     def _view(self, row: int, view: int) -> Tensor:
         """Returns one view of a source image, uint8 (3, size, size)."""
@@ -132,12 +128,13 @@ class OnlineLoader(BatchLoader):
         )
         return views[view]
 
-    def _latents(self, images: Tensor) -> Tensor:
-        """Encodes uint8 (B, 3, size, size) to what the cache would give, float32 (B, M, h, w)."""
+    def _stored(self, images: Tensor) -> Tensor:
+        """Encodes uint8 (B, 3, size, size) to what the cache would store, (B, M, h, w)."""
         latent = self._fingerprint.latent
+        dtype = getattr(torch, latent.dtype)
         y = self._encoder(images.to(torch.float32).div_(255))
         if not latent.is_symbols:
-            return y.to(getattr(torch, latent.dtype)).to(torch.float32)
+            return y.to(dtype)
         symbols = self._encoder.quantize(y, step=latent.step)
         stored, _ = saturate(symbols, latent.symbol_limit)
-        return self._encoder.dequantize(stored, step=latent.step)
+        return stored.to(dtype)

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 
 from ci2p_cache import __version__
-from ci2p_cache.cache.store import Cache, Split
+from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import InputDataError, UsageError
-from ci2p_cache.loader.batches import BatchLoader, LatentLoader
+from ci2p_cache.loader.batches import BatchLoader
+from ci2p_cache.loader.latents import LatentLoader
+from ci2p_cache.loader.resident import Resident, ResidentLoader, choose_resident
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import model_config
 from ci2p_cache.training.ranks import Ranks
+from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
@@ -100,22 +104,29 @@ def make_loaders(
     device: torch.device,
     *,
     threads: int | None,
+    resident: Resident,
     given: BatchLoader | None,
     ranks: Ranks,
+    observer: TrainObserver,
 ) -> tuple[BatchLoader, BatchLoader | None]:
     """Returns the loaders of the train and the val split; the caller closes those not `given`.
 
     Raises:
         UsageError: the given loader has another seed, batch size, split, device or rank.
+        ResourceError: the split is to be kept in memory, where it does not fit.
     """
     train, val = splits
     threads = threads or ranks.num_threads
     if given is None:
-        given = LatentLoader(
+        stays, reason = choose_resident(train, device, resident)
+        if reason:
+            observer.notice(reason)
+        given = (ResidentLoader if stays else LatentLoader)(
             train,
             batch_size=spec.batch_size,
             seed=spec.seed,
             device=device,
+            shuffle=True if spec.order == "random" else spec.order,
             threads=threads,
             recycle=True,
             rank=ranks.rank,

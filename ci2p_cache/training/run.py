@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.errors import CheckpointError, InterruptedRunError, UsageError
-from ci2p_cache.loader.batches import BatchLoader, LatentLoader
-from ci2p_cache.machine import tune_allocator
+from ci2p_cache.loader.batches import BatchLoader
+from ci2p_cache.loader.latents import LatentLoader
+from ci2p_cache.loader.resident import Resident
+from ci2p_cache.machine import raise_open_files, tune_allocator
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model
 from ci2p_cache.specs import differing_fields
@@ -59,6 +61,7 @@ def train(
     overwrite: bool = False,
     device: str = "auto",
     threads: int | None = None,
+    resident: Resident = "auto",
     save_every_steps: int | None = None,
     loader: BatchLoader | None = None,
     observer: TrainObserver | None = None,
@@ -84,6 +87,8 @@ def train(
         device: auto (CUDA where there is one), cpu, cuda or cuda:1; with several ranks on a
             machine, cuda gives each its own.
         threads: Threads that read batches; None: one per core, shared by a machine's ranks.
+        resident: Whether the train split is kept in the device's memory: yes, no, or auto, which is
+            where it takes at most 60 % of what a CUDA device has free. The batches are the same.
         save_every_steps: Steps between checkpoints inside an epoch; None: only at its end.
         loader: Gives the training batches instead of the cache, for the encoder in the loop: of the
             spec's seed and batch size, on the same device and for this rank. The caller closes it.
@@ -115,6 +120,7 @@ def train(
         if save_every_steps is not None and save_every_steps < 1:
             raise UsageError(f"`save_every_steps` is {save_every_steps}; it must be at least 1")
         cache, place = open_cache(cache_dir), ranks.device(device)
+        raise_open_files()
         if place.type == "cpu":
             tune_allocator()
         config = model_config_for(cache, spec)
@@ -146,7 +152,16 @@ def train(
                 "again, or another --name."
             )
         else:
-            loaders = make_loaders(splits, spec, place, threads=threads, given=loader, ranks=ranks)
+            loaders = make_loaders(
+                splits,
+                spec,
+                place,
+                threads=threads,
+                resident=resident,
+                given=loader,
+                ranks=ranks,
+                observer=observer,
+            )
             stack.callback(_close, [each for each in loaders if each not in (None, loader)])
             model, optimizer = run.start(config, place, checkpoint)
             # Its tensors are copied; nothing of the size of the model is kept twice.

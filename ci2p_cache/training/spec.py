@@ -64,6 +64,8 @@ class TrainSpec(Record):
     """Whether to add a learned positional embedding; the paper has none."""
     precision: Literal["float32", "bf16"] = "float32"
     """Arithmetic of the model: IEEE float32 without TF32, or bf16 autocast with float32 weights."""
+    order: Literal["random", "blocks"] = "random"
+    """random: any sample at any time. blocks: eight shards at a time, for slow storage."""
     seed: int = 0
     """Seed of the initial weights, the order, the views and the stochastic depth."""
 
@@ -87,6 +89,7 @@ class TrainSpec(Record):
         for name, choices in (
             ("optimizer", ("adamw", "adam")),
             ("precision", ("float32", "bf16")),
+            ("order", ("random", "blocks")),
         ):
             value = getattr(self, name)
             _require(value in choices, f"`{name}` is {value!r}; wanted one of {', '.join(choices)}")

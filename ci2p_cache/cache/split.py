@@ -1,0 +1,289 @@
+"""`Split`: one split of a cache, with every read checked."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache.commit import CommitRecord, commit_path, read_commit
+from ci2p_cache.cache.index import read_index
+from ci2p_cache.cache.manifest import SplitRecord, array_path, index_path, shard_path
+from ci2p_cache.cache.open_shards import OpenShards
+from ci2p_cache.cache.zarr_shards import ShardFile
+from ci2p_cache.errors import ManifestError, ShardError, command
+from ci2p_cache.specs import LatentSpec
+
+if TYPE_CHECKING:
+    import zarr
+
+    from ci2p_cache.cache.store import Cache
+
+__all__ = ["Split"]
+
+_MAX_METADATA_BYTES = 2**20
+"""Of one zarr.json; ours have a few thousand, most of it the offsets."""
+
+
+class Split:
+    """One split of a cache; reading is safe from many threads.
+
+    `split[row]` gives the dequantised latents and the label. Rows whose image could not be decoded
+    hold nothing (`valid` is false) and raise. Made by `open_cache`, not by hand.
+
+    Args:
+        cache: The cache it belongs to.
+        name: Its name.
+    """
+
+    def __init__(self, cache: Cache, name: str) -> None:
+        manifest = cache.manifest
+        self.cache = cache
+        self.name = name
+        self.record: SplitRecord = manifest.splits[name]
+        self.latent: LatentSpec = manifest.fingerprint.latent
+        self.scale: float = manifest.scale
+        self.offset = np.array(manifest.offset, np.float32)
+        self._codec = ChunkCodec(
+            manifest.layout.codec,
+            level=manifest.layout.level,
+            chunk_bytes=self.latent.num_bytes,
+        )
+        self._shards = OpenShards(self.open_shard, self._codec)
+
+    @property
+    def num_rows(self) -> int:
+        """Planned samples, N, with those that could not be decoded."""
+        return self.record.rows
+
+    @property
+    def num_views(self) -> int:
+        """Views per sample, V."""
+        return self.record.views
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(N, V, M, h, w)."""
+        return (self.num_rows, self.num_views, *self.latent.shape)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @cached_property
+    def labels(self) -> npt.NDArray[Any]:
+        """Class index of every row, int32 (N,); -1 where the class is not known."""
+        return self._small_array("labels", np.int32)
+
+    @cached_property
+    def valid(self) -> npt.NDArray[Any]:
+        """Which rows hold a latent, bool (N,)."""
+        return self._small_array("valid", np.bool_)
+
+    @cached_property
+    def valid_rows(self) -> npt.NDArray[Any]:
+        """Rows that hold a latent, ascending, int64."""
+        return np.flatnonzero(self.valid).astype(np.int64)
+
+    @cached_property
+    def latents(self) -> zarr.Array[Any]:
+        """The zarr array itself, (N, V, M, h, w), as plain zarr opens it.
+
+        Its metadata is checked; what is then read through zarr is not held against commits.
+
+        Raises:
+            ManifestError: the metadata is not what was committed, or does not fit the manifest.
+        """
+        import zarr
+
+        folder = array_path(self.name)
+        path = self.cache.path / folder
+        self.cache.read_committed(f"{folder}/zarr.json", max_bytes=_MAX_METADATA_BYTES)
+        try:
+            array = zarr.open_array(path, mode="r")
+            found = (array.shape, array.shards, array.chunks, array.dtype)
+        except Exception as error:
+            # zarr refuses unknown codecs and grids with nearly any type.
+            raise ManifestError(f"{path} cannot be opened: {error}") from error
+        shard = (self.record.shard_rows, *self.shape[1:])
+        wanted = (self.shape, shard, (1, 1, *self.latent.shape), np.dtype(self.latent.dtype))
+        if found != wanted:
+            raise ManifestError(
+                f"{path} has (shape, shards, chunks, dtype) {found}; the manifest says {wanted}"
+            )
+        return array
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        """Returns the dequantised latents of a row, float32 (V, M, h, w), and its label.
+
+        Raises:
+            IndexError: no such row, or the row's image could not be decoded.
+            ShardError: its shard is missing or damaged.
+        """
+        if not -self.num_rows <= row < self.num_rows:
+            raise IndexError(f"row {row} of {self.num_rows} in split {self.name!r}")
+        row %= self.num_rows
+        if not self.valid[row]:
+            raise IndexError(
+                f"row {row} of split {self.name!r} holds no latent: its image could not be "
+                f"decoded; see {self.cache.path / 'errors.parquet'}"
+            )
+        stored = np.empty((self.num_views, *self.latent.shape), self.latent.dtype)
+        for view in range(self.num_views):
+            self.read_into(row, view, stored[view])
+        y = torch.from_numpy(stored.astype(np.float32))
+        if self.latent.is_symbols:
+            y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
+        return y, int(self.labels[row])
+
+    def read_into(self, row: int, view: int, out: npt.NDArray[Any]) -> None:
+        """Reads one stored latent, not dequantised, checking its checksum.
+
+        Args:
+            row: 0 <= row < N.
+            view: 0 <= view < V.
+            out: C-contiguous (M, h, w) of the stored dtype; overwritten.
+
+        Raises:
+            ShardError: the shard is missing, damaged or not committed, or the row holds nothing.
+        """
+        shard, offset = divmod(row, self.record.shard_rows)
+        chunk = offset * self.num_views + view
+        try:
+            self._shards.get(shard).read_into(chunk, out.reshape(-1).view(np.uint8))
+        except ShardError as error:
+            raise self._damage(shard, str(error)) from error
+
+    def read_batch_into(
+        self, rows: npt.NDArray[Any], views: npt.NDArray[Any], out: npt.NDArray[Any]
+    ) -> None:
+        """Reads many stored latents as `read_into` does, at a fraction of its cost for each.
+
+        Args:
+            rows: int64 (B,), each 0 <= row < N.
+            views: int64 (B,), each 0 <= view < V.
+            out: C-contiguous (B, M, h, w) of the stored dtype; overwritten.
+
+        Raises:
+            ShardError: as for `read_into`; `out` may then hold anything.
+        """
+        if not len(rows):
+            return
+        flat = out.reshape(len(rows), -1).view(np.uint8)
+        shards, offsets = np.divmod(rows, self.record.shard_rows)
+        places = zip(shards.tolist(), (offsets * self.num_views + views).tolist(), strict=True)
+        shard, get = -1, self._shards.get
+        try:
+            if self._codec.name == "none":
+                raw = []
+                for shard, chunk in places:  # named in the error
+                    raw.append(get(shard).raw(chunk))
+                np.concatenate(raw, out=flat.reshape(-1))
+                return
+            for (shard, chunk), latent in zip(places, flat, strict=True):
+                get(shard).read_into(chunk, latent)
+        except ShardError as error:
+            raise self._damage(shard, str(error)) from error
+
+    def read_commit(self, shard: int) -> CommitRecord | None:
+        """Returns a shard's commit record, None where it is not committed."""
+        return read_commit(self.cache.path, self.name, shard)
+
+    def committed(self) -> list[int]:
+        """Returns the numbers of the shards that have a commit record."""
+        pattern = re.compile(rf"{self.name}-(\d{{6,12}})\.json")
+        # Listed, because asking for each shard would take as long as the manifest says there are.
+        try:
+            found = [pattern.fullmatch(p.name) for p in (self.cache.path / "commits").iterdir()]
+        except OSError:
+            return []
+        numbers = sorted(int(match[1]) for match in found if match is not None)
+        return [
+            shard
+            for shard in numbers
+            if shard < self.record.num_shards
+            and (self.cache.path / commit_path(self.name, shard)).is_file()
+        ]
+
+    def index_file(self, shard: int) -> Path:
+        """Returns the path of a shard's index part."""
+        return self.cache.path / index_path(self.name, shard)
+
+    def open_shard(self, shard: int) -> ShardFile:
+        """Opens a shard's file anew, checked against its commit record.
+
+        Raises:
+            ShardError: it is missing, damaged or not committed.
+        """
+        commit = self.read_commit(shard)
+        if commit is None:
+            raise ShardError("it has no commit record")
+        if commit.fingerprint != self.cache.fingerprint.digest:
+            raise ShardError("its commit record has another fingerprint")
+        path = shard_path(self.name, shard)
+        committed = next((file for file in commit.files if file.path == path), None)
+        if committed is None:
+            raise ShardError(f"its commit record does not list {path}")
+        file = ShardFile(
+            self.cache.path / path,
+            num_chunks=self.record.shard_rows * self.num_views,
+            codec=self._codec,
+            file_bytes=committed.bytes,
+            index_crc=commit.index_crc32c,
+        )
+        if self._codec.name == "none":
+            self._require_own_chunks(file, shard)
+        return file
+
+    def _require_own_chunks(self, file: ShardFile, shard: int) -> None:
+        """Tells shards of raw chunks apart, whose own indexes are all alike.
+
+        The first and the last chunk that are stored are held against the index part.
+        """
+        stored = np.flatnonzero(file.stored)
+        if not stored.size:
+            return
+        table = read_index(self.cache.path, self.name, shard, ["latent_crc32c"])
+        wanted = table["latent_crc32c"].to_pylist()
+        for chunk in {int(stored[0]), int(stored[-1])}:
+            offset, view = divmod(chunk, self.num_views)
+            listed = (wanted[offset] or ()) if offset < len(wanted) else ()
+            if file.stored_crc32c(chunk) not in listed[view : view + 1]:
+                raise ShardError(f"{file.path} is intact but is not the shard of this index part")
+
+    def _damage(self, shard: int, reason: str) -> ShardError:
+        rows = self.record.rows_of(shard)
+        return ShardError(
+            f"split {self.name!r} shard {shard} (rows {rows.start} to {rows.stop - 1}): {reason}",
+            hint=command("verify", self.cache.path, "--repair"),
+        )
+
+    def _small_array(self, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+        """Reads labels or valid by their committed digest, whatever the array's metadata says.
+
+        Not by zarr: it gives fill values for a chunk that is missing, and these look like labels.
+        """
+        folder = array_path(self.name, name)
+        size = self.num_rows * np.dtype(dtype).itemsize
+        codec = ChunkCodec("zstd", level=1, chunk_bytes=size)
+        raw = np.empty(size, np.uint8)
+        try:
+            self.cache.read_committed(f"{folder}/zarr.json", max_bytes=_MAX_METADATA_BYTES)
+            if size:
+                stored = self.cache.read_committed(
+                    f"{folder}/c.0", max_bytes=codec.max_stored_bytes
+                )
+                codec.decode_into(stored, raw)
+        except (ManifestError, ValueError) as error:
+            raise ManifestError(
+                f"{self.cache.path / folder} cannot be read: {error}",
+                hint=command("verify", self.cache.path, "--repair"),
+            ) from error
+        if dtype is np.bool_:
+            return raw.astype(np.bool_)
+        return raw.view(np.dtype(dtype).newbyteorder("<")).astype(dtype, copy=False)
