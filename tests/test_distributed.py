@@ -8,8 +8,10 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import load_file
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.loader.order import epoch_order, rank_slice
+from ci2p_cache.training import ranks
 from tests.conftest import write_image_folder
 from tests.rank_jobs import do, job, launch, numbers, processes_with, rank_of, run_jobs
 
@@ -318,6 +321,24 @@ def test_a_refusal_ends_all_ranks_and_is_told_once(folder: Path, two: dict[str, 
     assert told.count("error:") == told.count("holds a run with other settings") == 1
     assert told.count("exitcode  : 4 ") == 2
     assert processes_with(folder / "runs") == []
+
+
+def test_a_rank_whose_torchrun_was_killed_before_they_met_ends_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It was looked for for half an hour.
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        for name, value in {
+            "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused.getsockname()[1]),
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(ranks, "_CONNECT_TIMEOUT", timedelta(seconds=1))
+        with pytest.raises(errors.ResourceError, match="torchrun or another rank cannot be"):
+            with ranks.Ranks.from_environment().joined("cpu"):
+                pass
 
 
 @pytest.mark.parametrize(

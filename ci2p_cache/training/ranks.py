@@ -48,6 +48,9 @@ __all__ = ["Ranks"]
 
 _TIMEOUT = timedelta(minutes=30)
 """Longest that a rank waits for one that lives, for example while rank 0 saves a checkpoint."""
+_CONNECT_TIMEOUT = timedelta(seconds=20)
+"""Longest that a rank looks for the store of a torchrun that keeps it itself, and so was there
+before its ranks: where it is not, torchrun was killed."""
 _TOLD_TIMEOUT = timedelta(seconds=20)
 """Longest that a failed rank waits for rank 0 to take up its error; torchrun needs 30 s more."""
 _ERROR, _TOLD = "error", "told"
@@ -174,14 +177,16 @@ class Ranks:
         Raises:
             UsageError: the process belongs to a process group already.
             CacheError: what another rank has raised; every rank raises the first one's.
-            ResourceError: another rank was killed, or cannot be reached.
+            ResourceError: torchrun or another rank was killed, or cannot be reached.
         """
         if self.is_joined:
             yield self
             return
         with StopSignal() as stop:
+            # Before connecting: were torchrun killed in between, nobody would ever know.
+            parent = os.getppid()
             store, words = self._connect(device)
-            ranks = dataclasses.replace(self, _link=_Link(store, words, stop, os.getppid()))
+            ranks = dataclasses.replace(self, _link=_Link(store, words, stop, parent))
             try:
                 yield ranks
                 ranks.wait()
@@ -278,15 +283,24 @@ class Ranks:
         if device != "cpu" and torch.cuda.is_available():
             backend = "nccl"
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+        is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
         try:
-            store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+            wait = _CONNECT_TIMEOUT if is_kept else _TIMEOUT
+            store, _, _ = next(rendezvous("env://", timeout=wait))
+            store.set_timeout(_TIMEOUT)
+            store = PrefixStore(f"ci2p-cache-{next(_groups)}", store)
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.world_size, timeout=_TIMEOUT
+            )
+            words = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         except ValueError as error:
             raise UsageError(f"torchrun's variables are not complete: {error}") from error
-        store = PrefixStore(f"ci2p-cache-{next(_groups)}", store)
-        dist.init_process_group(
-            backend, store=store, rank=self.rank, world_size=self.world_size, timeout=_TIMEOUT
-        )
-        words = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        except RuntimeError as error:
+            raise ResourceError(
+                "torchrun or another rank cannot be reached, was it killed? "
+                f"({str(error).splitlines()[0]})",
+                hint="start torchrun again: the run goes on",
+            ) from error
         assert not isinstance(words, int)
         return store, words
 
