@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ci2p_cache.loader.batches import Batch
     from ci2p_cache.loader.latents import LatentLoader
     from ci2p_cache.loader.online import OnlineLoader
+    from ci2p_cache.loader.pixels import PixelLoader
     from ci2p_cache.loader.resident import ResidentLoader
     from ci2p_cache.models.complexity import Complexity, complexity
     from ci2p_cache.models.registry import create_model, list_models
@@ -54,6 +55,7 @@ __all__ = [
     "LatentSpec",
     "LayoutSpec",
     "OnlineLoader",
+    "PixelLoader",
     "ReencodeSummary",
     "RepairSummary",
     "ResidentLoader",
@@ -93,6 +95,7 @@ _HOMES = {
     "LatentSpec": "specs",
     "LayoutSpec": "specs",
     "OnlineLoader": "loader.online",
+    "PixelLoader": "loader.pixels",
     "ReencodeSummary": "encoding.reencode",
     "RepairSummary": "encoding.repair",
     "ResidentLoader": "loader.resident",

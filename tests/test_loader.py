@@ -279,6 +279,23 @@ def test_the_encoder_in_the_loop_gives_the_same_batches_bit_for_bit(cache: cc.Ca
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_images_come_in_the_order_and_views_of_the_cache(cache: cc.Cache) -> None:
+    encoder = cc.load_encoder("bundled")
+    with (
+        cc.LatentLoader(cache["train"], batch_size=6, seed=9) as cached,
+        cc.PixelLoader(cache["train"], batch_size=6, seed=9) as images,
+    ):
+        for one, other in zip(cached, images, strict=True):
+            assert torch.equal(one.rows, other.rows)
+            assert other.stored.dtype == torch.uint8
+            y = encoder(other.stored.float() / 255)
+            assert (y - one.latents).abs().max() <= 0.51
+            mean = other.latents.new_tensor([0.485, 0.456, 0.406])[:, None, None]
+            std = other.latents.new_tensor([0.229, 0.224, 0.225])[:, None, None]
+            torch.testing.assert_close(other.latents * std + mean, other.stored.float() / 255)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_ranks_cut_the_batches_of_the_encoder_in_the_loop_too(cache: cc.Cache) -> None:
     with cc.LatentLoader(cache["train"], batch_size=6, seed=9, drop_last=True) as alone:
         wanted = [batch.latents for batch in alone]

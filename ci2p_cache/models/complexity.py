@@ -17,12 +17,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ci2p_cache.errors import UsageError
-from ci2p_cache.models.ci2p_vit import transformer_blocks
-from ci2p_cache.models.patch_reshape import to_tokens
+from ci2p_cache.models.baselines import ViTB16
 from ci2p_cache.models.registry import build_model, list_models, model_config
 from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 
@@ -30,8 +29,6 @@ __all__ = ["BASELINE", "Complexity", "complexity", "complexity_table"]
 
 BASELINE = "vit_b16"
 """Name of the reference row: ViT-B/16 on images (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
-
-_PATCH_PX = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,23 +76,6 @@ class Complexity:
         """Returns fields and properties as plain JSON values."""
         derived = ("parameters", "macs", "reduction", "cached_reduction")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
-
-
-class _ViTB16(nn.Module):
-    """The paper's baseline, for counting: no class token, learned positions, mean pooling."""
-
-    def __init__(self, size: int, num_classes: int) -> None:
-        super().__init__()
-        width, depth = 768, 12
-        self.patch_embed = nn.Conv2d(3, width, _PATCH_PX, stride=_PATCH_PX)
-        self.pos_embed = nn.Parameter(torch.empty(1, (size // _PATCH_PX) ** 2, width))
-        self.blocks = transformer_blocks(width, (0.0,) * depth)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
-
-    def forward(self, images_B3HW: Tensor) -> Tensor:
-        tokens_BND = to_tokens(self.patch_embed(images_B3HW)) + self.pos_embed
-        return self.head(self.norm(self.blocks(tokens_BND)).mean(dim=1))  # type: ignore[no-any-return]  # modules' calls are untyped
 
 
 def complexity(
@@ -203,7 +183,7 @@ def _count_encoder(size: int, width: int, latent_channels: int) -> tuple[int, in
 def _count_baseline(size: int, num_classes: int) -> tuple[int, int]:
     """Returns (parameters, MACs) of ViT-B/16."""
     with torch.device("meta"):
-        model = _ViTB16(size, num_classes)
+        model = ViTB16(size, num_classes)
     return _count(model, (1, 3, size, size))
 
 
