@@ -1,0 +1,1 @@
+"""Measurements against named alternatives, each from one command; see README.md."""

@@ -1,0 +1,270 @@
+"""Images per second of reading shuffled batches: this package, its limits, and its peers.
+
+    python -m tests.benchmarks.loader [--cache DIR | --images DIR] [--samples N] [--threads 1,2]
+
+All contestants read the same stored int8 latents in batches of 128 from files in the page cache.
+Each is held against the data first, then runs an untimed epoch, or ten seconds of one; then, in
+every repeat, each goes on with its endless stream for so many seconds, in an order that rotates
+between repeats, so that a change of the machine's speed hits all alike. The process
+is pinned to as many cores as a contestant has threads. A timing begins with batches that are not
+counted, so that nothing which was read ahead between turns is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ci2p_cache as cc
+from ci2p_cache.machine import raise_open_files
+from tests.benchmarks.allocations import allocation_table
+from tests.benchmarks.contestants import (
+    Batch,
+    Contestant,
+    ours,
+    ours_first,
+    ours_read,
+    zarr_rows,
+)
+from tests.benchmarks.limits import limits
+from tests.benchmarks.measure import Rates, Report, Table, machine, num_cores, pinned, take_turns
+from tests.benchmarks.overhead import overhead_table
+from tests.benchmarks.peers import FFCV, PEERS, Missing, Shelf, peers
+from tests.benchmarks.stores import Data, encoded, generated, read_data, write_cache
+from tests.benchmarks.targets import ratio_table
+
+__all__ = ["Settings", "main", "measure_loader"]
+
+GROUPS = ("ours", "limits", "zarr", "peers")
+UNTIMED_BATCHES = 4
+"""One more than `LatentLoader` reads ahead."""
+VERIFIED_BATCHES = 3
+WARM_UP_SECONDS = 10.0
+MANY_SHARDS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured."""
+
+    cache: Path | None = None
+    """An int8 cache to take latents from."""
+    images: Path | None = None
+    """Images to encode; without either, pictures are generated."""
+    limit: int = 512
+    """Images encoded at most."""
+    size: int = 256
+    """Side of the encoded square in pixels."""
+    samples: int = 8192
+    """Latents that are read, distinct ones repeated if there are fewer. 403 MB at 256 px: more than
+    processors cache."""
+    batch: int = 128
+    threads: tuple[int, ...] = (1, 2)
+    """Threads of ours and of tensorstore."""
+    fast_level: int = -5
+    """The zstd level that is to decode fastest."""
+    repeats: int = 5
+    seconds: float = 1.0
+    """Of each timing."""
+    groups: tuple[str, ...] = GROUPS
+
+
+def measure_loader(settings: Settings, folder: Path) -> Report:
+    """Builds the stores in `folder`, verifies every contestant, and measures."""
+    torch.set_num_threads(1)
+    raise_open_files()
+    data = _data(settings, folder)
+    batch, shape = settings.batch, data.latents.shape[1:]
+    # As few shards as the format allows: it stops at 128 MiB of raw latents each.
+    splits = {
+        "zstd": write_cache(folder / "zstd", data, codec="zstd", level=1, shard_samples=1024),
+        "fast": write_cache(
+            folder / "fast", data, codec="zstd", level=settings.fast_level, shard_samples=1024
+        ),
+        "none": write_cache(folder / "none", data, codec="none", shard_samples=2**20),
+        "many": write_cache(
+            folder / "many", data, codec="none",
+            shard_samples=max(1, settings.samples // MANY_SHARDS),
+        ),
+    }  # fmt: skip
+    contestants, missing = _contestants(settings, data, splits, folder)
+    streams = {contestant: contestant.stream() for contestant in contestants}
+    try:
+        for contestant, stream in streams.items():
+            verify(contestant, stream, data)
+            warm_up(contestant, stream, settings.samples)
+        rates = take_turns(
+            contestants,
+            lambda contestant: timed(contestant, streams[contestant], settings.seconds),
+            settings.repeats,
+        )
+    finally:
+        for stream in streams.values():
+            stream.close()  # type: ignore[attr-defined]  # they are generators
+    table = rate_table(rates, missing, settings)
+    by_key = {contestant.key: found for contestant, found in rates.items()}
+    tables = [table, ratio_table(by_key), overhead_table(splits, folder, data)]
+    if "ours" in settings.groups:
+        tables.append(allocation_table(splits["zstd"], batch))
+    text = (
+        f"{len(data.latents):,} latents {shape} int8, {data.distinct:,} of them distinct, "
+        f"batches of {batch}"
+    )
+    described = machine(("ci2p-cache", "numpy", "torch", "zarr", "numcodecs", *PEERS))
+    return Report(described, text, tables, {key: found.values for key, found in by_key.items()})
+
+
+def _data(settings: Settings, folder: Path) -> Data:
+    if settings.cache is not None:
+        cache = cc.open_cache(settings.cache)
+    elif settings.images is not None:
+        cache = encoded(settings.images, folder / "base", limit=settings.limit, size=settings.size)
+    else:
+        per_class = min(settings.limit // 5, -(-settings.samples // 10))
+        cache = generated(folder, per_class=max(1, per_class), size=settings.size)
+    return read_data(cache, settings.samples)
+
+
+def _contestants(
+    settings: Settings, data: Data, splits: dict[str, cc.Split], folder: Path
+) -> tuple[list[Contestant], list[Missing]]:
+    batch, fast = settings.batch, f"zstd {settings.fast_level}"
+    possible = [threads for threads in settings.threads if threads <= num_cores()]
+    missing = [
+        Missing(f"{threads} threads", f"this process has {num_cores()} cores")
+        for threads in settings.threads
+        if threads not in possible
+    ]
+    found: list[Contestant] = []
+    if "ours" in settings.groups:
+        for threads in possible:
+            n = "" if threads == 1 else f" {threads}"
+            for key, codec in (("zstd", "zstd 1"), ("fast", fast), ("none", "none")):
+                more: dict[str, Any] = {"batch": batch, "codec": codec, "threads": threads}
+                found += [
+                    ours(f"ours {key} stored{n}", splits[key], gives="int8", **more),
+                    ours(f"ours {key}{n}", splits[key], gives="float32", **more),
+                ]
+        zstd, none, many = splits["zstd"], splits["none"], splits["many"]
+        found += [
+            ours("ours zstd owned", zstd, batch=batch, codec="zstd 1", gives="float32",
+                 recycle=False),
+            ours_read("ours zstd read", zstd, batch=batch, codec="zstd 1"),
+            ours_read("ours none read", none, batch=batch, codec="none"),
+            ours_first("ours none first", none, batch=batch, codec="none"),
+            ours("ours many stored", many, batch=batch, codec="none", gives="int8"),
+            ours("ours many", many, batch=batch, codec="none", gives="float32"),
+        ]  # fmt: skip
+    if "limits" in settings.groups:
+        found += limits(data, splits["zstd"], splits["none"], folder, batch)
+    if "zarr" in settings.groups:
+        found += zarr_rows(splits["zstd"], batch=batch, codec="zstd 1")
+    if "peers" in settings.groups:
+        shelf = Shelf(data, folder, batch, splits["zstd"], "zstd 1", splits["none"])
+        others, lacking = peers(shelf, possible)
+        found, missing = found + others, missing + lacking
+    return found, missing
+
+
+def verify(contestant: Contestant, stream: Iterator[Batch], data: Data) -> None:
+    """Holds the first batches against the data; a contestant that reads other values ends it."""
+    for _ in range(VERIFIED_BATCHES):
+        rows, batch = next(stream)
+        wanted = data.latents[rows] if contestant.gives == "int8" else data.dequantised(rows)
+        if batch.dtype != wanted.dtype or not np.array_equal(batch, wanted):
+            raise SystemExit(f"{contestant.name} ({contestant.key}) reads other values")
+
+
+def warm_up(contestant: Contestant, stream: Iterator[Batch], samples: int) -> None:
+    with pinned(contestant.threads):
+        seen, started = 0, time.perf_counter()
+        while seen < samples and time.perf_counter() - started < WARM_UP_SECONDS:
+            seen += len(next(stream)[0])
+
+
+def timed(contestant: Contestant, stream: Iterator[Batch], seconds: float) -> float:
+    """Images per second over at least `seconds`."""
+    with pinned(contestant.threads):
+        for _ in range(UNTIMED_BATCHES):
+            next(stream)
+        images, started = 0, time.perf_counter()
+        while True:
+            images += len(next(stream)[0])
+            spent = time.perf_counter() - started
+            if spent >= seconds:
+                return images / spent
+
+
+def rate_table(rates: dict[Contestant, Rates], missing: list[Missing], settings: Settings) -> Table:
+    head = ("row", "reader", "bytes", "gives", "order", "checksum", "cores",
+            "images/s", "min", "max")  # fmt: skip
+    table = Table(
+        f"Shuffled batches of {settings.batch}, page cache warm: images/s, median of "
+        f"{settings.repeats} repeats of {settings.seconds:g} s",
+        head,
+    )
+    for contestant, found in rates.items():
+        table.rows.append(
+            [
+                contestant.key,
+                contestant.name,
+                contestant.codec,
+                contestant.gives,
+                contestant.order,
+                contestant.checked,
+                str(contestant.threads),
+                *found.cells(),
+            ]
+        )
+    for name, reason in ((lack.name, lack.reason) for lack in missing):
+        table.rows.append([name, reason, *["-"] * (len(head) - 2)])
+    if "peers" in settings.groups:
+        table.notes.append(FFCV + ".")
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    default = Settings()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--cache", type=Path, help="an int8 cache to take latents from")
+    source.add_argument("--images", type=Path, help="images to encode with the bundled encoder")
+    parser.add_argument("--limit", type=int, default=default.limit, help="images encoded at most")
+    parser.add_argument("--size", type=int, default=default.size, help="encoded square, in pixels")
+    parser.add_argument("--samples", type=int, default=default.samples)
+    parser.add_argument("--batch", type=int, default=default.batch)
+    parser.add_argument("--threads", default="1,2", help="of ours and of tensorstore")
+    parser.add_argument("--fast-level", type=int, default=default.fast_level)
+    parser.add_argument("--repeats", type=int, default=default.repeats)
+    parser.add_argument("--seconds", type=float, default=default.seconds)
+    parser.add_argument("--only", default=",".join(GROUPS), help="groups of rows")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    given = parser.parse_args(argv)
+    groups = tuple(given.only.split(","))
+    if not set(groups) <= set(GROUPS):
+        parser.error(f"--only takes {', '.join(GROUPS)}")
+    settings = Settings(
+        cache=given.cache, images=given.images, limit=given.limit, size=given.size,
+        samples=given.samples, batch=given.batch,
+        threads=tuple(int(number) for number in given.threads.split(",")),
+        fast_level=given.fast_level, repeats=given.repeats, seconds=given.seconds, groups=groups,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        report = measure_loader(settings, Path(folder))
+    report.publish(markdown=given.markdown, path=given.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
