@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 # One OpenMP thread, here and in every process that a test starts: it is the reference setting, and
@@ -54,3 +57,29 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of 9, 7 and 5 small JPEGs; read only."""
     root = tmp_path_factory.mktemp("images")
     return write_image_folder(root, {"ant": 9, "bee": 7, "cat": 5})
+
+
+@dataclass
+class Ran:
+    """What a command ended with."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs the command as its script does, in this process."""
+    from ci2p_cache.cli.app import run_command
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["ci2p-cache", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_command()
+            sys.exit(0)
+        captured = capfd.readouterr()
+        return Ran(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run

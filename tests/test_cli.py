@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,35 +20,11 @@ from compressai.models import FactorizedPrior
 
 import ci2p_cache as cc
 from ci2p_cache.cache.commit import sealed_bytes
-from ci2p_cache.cli.app import run_command
 from ci2p_cache.cli.encode import encode as encode_command
 from ci2p_cache.cli.train import train as train_command
-from tests.conftest import write_image_folder
+from tests.conftest import Ran, write_image_folder
 
 ENCODE = ("--encoder", "bundled", "--size", "64", "--shard-samples", "4")
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Runs the command as its script does, in this process."""
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["ci2p-cache", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run_command()
-            sys.exit(0)
-        captured = capfd.readouterr()
-        return Ran(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
