@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -688,3 +689,44 @@ def test_a_spec_survives_its_record_and_refuses_what_cannot_be() -> None:
     ):
         with pytest.raises(errors.UsageError, match=message):
             cc.TrainSpec(**fields)
+
+
+def test_a_resident_split_gives_the_same_bits(
+    cache_dir: Path, finished: Path, tmp_path: Path
+) -> None:
+    notes = Notes()
+    summary = cc.train(
+        cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", resident="yes", observer=notes
+    )
+    assert any("they are kept there" in notice for notice in notes.notices)
+    assert_same_run(Path(summary.path), finished)
+
+
+def test_a_compiled_model_trains_to_nearly_the_same_numbers_and_goes_on_uncompiled(
+    cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of torch.compile but the C++ compiler, with which this takes minutes.
+    compiling = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+
+    class StopAfterOne(TrainObserver):
+        def epoch(self, record: EpochRecord) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    spec = dataclasses.replace(SPEC, batch_size=6)
+    plain = cc.train(cache_dir, spec=spec, runs_dir=tmp_path / "plain", device="cpu")
+    with pytest.raises(errors.InterruptedRunError):
+        cc.train(
+            cache_dir, spec=spec, runs_dir=tmp_path / "compiled", device="cpu",
+            compile_model=True, observer=StopAfterOne(),
+        )  # fmt: skip
+    notes = Notes()
+    summary = cc.train(
+        cache_dir, spec=spec, runs_dir=tmp_path / "compiled", device="cpu", observer=notes
+    )
+    assert any("compiled" in notice for notice in notes.notices)
+    wanted, got = (
+        [float(row["loss"]) for row in rows_of(Path(run.path))] for run in (plain, summary)
+    )
+    np.testing.assert_allclose(got[:1], wanted[:1], rtol=1e-3)
+    np.testing.assert_allclose(got, wanted, rtol=0.05)

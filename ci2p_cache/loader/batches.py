@@ -256,13 +256,13 @@ class BatchLoader(ABC):
         """Returns stored values as float32 (B, M, h, w): symbols * step + median, or y itself."""
         if stored.dtype == torch.float32:
             return stored
-        latents = self._float_memory(stored)
-        if not self.split.latent.is_symbols:
-            return latents.copy_(stored)
-        if self.split.scale == 1.0:
-            # One pass over the memory instead of two; a product with 1 is exact.
-            return torch.add(self._offset, stored, out=latents)
-        return torch.mul(stored, self.split.scale, out=latents).add_(self._offset)
+        # Copied first: an operation that converts on its way takes memory for it, and is slower.
+        latents = self._float_memory(stored).copy_(stored)
+        if self.split.latent.is_symbols:
+            if self.split.scale != 1.0:
+                latents.mul_(self.split.scale)
+            latents.add_(self._offset)
+        return latents
 
     def _float_memory(self, stored: Tensor) -> Tensor:
         if not self._recycle or self.device.type == "cuda":

@@ -187,12 +187,13 @@ def model_record(cache: Cache, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def numerics(device: torch.device, ranks: Ranks) -> dict[str, str]:
+def numerics(device: torch.device, ranks: Ranks, *, is_compiled: bool) -> dict[str, str]:
     """Returns what may change the last bits of a run without changing what it computes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "device": name if ranks.world_size == 1 else f"{ranks.world_size} x {name}",
         "cpu_threads": str(torch.get_num_threads()),
+        "compiled": "yes" if is_compiled else "no",
         "ci2p-cache": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -48,7 +48,7 @@ __all__ = ["Ranks"]
 
 _TIMEOUT = timedelta(minutes=30)
 """Longest that a rank waits for one that lives, for example while rank 0 saves a checkpoint."""
-_CONNECT_TIMEOUT = timedelta(seconds=20)
+_CONNECT_TIMEOUT = timedelta(seconds=10)
 """Longest that a rank looks for the store of a torchrun that keeps it itself, and so was there
 before its ranks: where it is not, torchrun was killed."""
 _TOLD_TIMEOUT = timedelta(seconds=20)

@@ -62,6 +62,7 @@ def train(
     device: str = "auto",
     threads: int | None = None,
     resident: Resident = "auto",
+    compile_model: bool = False,
     save_every_steps: int | None = None,
     loader: BatchLoader | None = None,
     observer: TrainObserver | None = None,
@@ -89,6 +90,8 @@ def train(
         threads: Threads that read batches; None: one per core, shared by a machine's ranks.
         resident: Whether the train split is kept in the device's memory: yes, no, or auto, which is
             where it takes at most 60 % of what a CUDA device has free. The batches are the same.
+        compile_model: Compile the model with `torch.compile`, which changes the last bits; minutes
+            at the start, worth it for long runs on a GPU.
         save_every_steps: Steps between checkpoints inside an epoch; None: only at its end.
         loader: Gives the training batches instead of the cache, for the encoder in the loop: of the
             spec's seed and batch size, on the same device and for this rank. The caller closes it.
@@ -132,7 +135,8 @@ def train(
             loader=LatentLoader.__name__ if loader is None else type(loader).__name__,
         )
         _require_same_settings(settings, ranks)
-        args = RunArgs(cache=str(cache_dir), numerics=numerics(place, ranks), settings=settings)
+        how = numerics(place, ranks, is_compiled=compile_model)
+        args = RunArgs(cache=str(cache_dir), numerics=how, settings=settings)
         path = run_path(Path(runs_dir), name, settings)
         stop = stack.enter_context(ranks.stop_signal())
         writer = None
@@ -166,6 +170,9 @@ def train(
             model, optimizer = run.start(config, place, checkpoint)
             # Its tensors are copied; nothing of the size of the model is kept twice.
             del checkpoint
+            if compile_model:
+                # In place: the names of the weights stay. Compiled at the first step.
+                model.compile()
             state = run.train(
                 begun, model, optimizer, loaders, stop, save_every_steps=save_every_steps
             )
