@@ -1,0 +1,269 @@
+"""The contestants of the encode benchmark: each is one process that runs one of these jobs.
+
+Shapes: B views of a batch, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+import ci2p_cache as cc
+from ci2p_cache.encoder.frozen import load_encoder
+from ci2p_cache.encoding import shard as shard_module
+from ci2p_cache.encoding.lane import single_threaded
+from ci2p_cache.images.decode import decode_image, decoder_name
+from ci2p_cache.images.views import image_views
+from ci2p_cache.machine import tune_allocator
+from ci2p_cache.specs import ImageSpec, ViewSpec
+from tests.benchmarks.measure import num_cores
+
+__all__ = ["CONTESTANTS", "Job", "pixel_difference", "serve"]
+
+CONTESTANTS = {
+    "whole float32 none": "cc.encode: read, decode, g_a, round, zstd, commit; one view an image",
+    "whole float32 flip": "cc.encode with the image and its mirror",
+    "whole bf16 none": "cc.encode --precision bf16",
+    "whole bf16 flip": "cc.encode --precision bf16 with the mirror",
+    "g_a float32": "g_a alone: a lane of one thread per core, batch 8 in memory, tuned allocator",
+    "g_a bf16": "the same in bf16",
+    "g_a untuned": "g_a alone: torch's default threads on batches of 8, allocator as it comes",
+    "naive": "a loop: Pillow, batch 1, model.g_a, torch's default threads, np.save per image",
+    "compressai forward": "the same loop with model(x), as compressai.utils.eval_model times it: "
+    "g_a, entropy bottleneck with likelihoods, g_s; nothing saved",
+}
+BATCH = 8
+WARM_VIEWS = 32
+LIMIT = 89_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one contestant is to do in each of its turns."""
+
+    key: str
+    images: str
+    out: str
+    """A folder of its own, not there yet."""
+    count: int
+    """Views of one turn."""
+    size: int
+    profile: bool = False
+
+
+def serve(job: Job) -> None:
+    """Warms up, then has a turn for every line of standard input; answers in JSON lines."""
+    # Whatever else prints is not to be taken for an answer.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    kind, _, rest = job.key.partition(" ")
+    turn: Callable[[int], dict[str, float]]
+    if kind == "whole":
+        turn = whole(job, *rest.split())
+    elif kind == "g_a":
+        turn = bare(job, rest)
+    else:
+        turn = loop(job)
+    turn(min(WARM_VIEWS, job.count))
+    print("{}", file=answers, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(turn(job.count)), file=answers, flush=True)
+
+
+def whole(job: Job, precision: str, views: str) -> Callable[[int], dict[str, float]]:
+    """The whole of stage one, into a new folder each time; timed as its summary has it."""
+
+    def turn(count: int) -> dict[str, float]:
+        shutil.rmtree(job.out, ignore_errors=True)
+        options = cc.EncodeOptions(
+            encoder="bundled", size=job.size, views=views, val_fraction=0.0,
+            precision="bf16" if precision == "bf16" else "float32",
+            limit=max(1, count // (2 if views == "flip" else 1)), devices="cpu",
+        )  # fmt: skip
+        with profiled() if job.profile else contextlib.nullcontext({}) as spent:
+            summary = cc.encode(job.images, job.out, options)
+        return {
+            **spent,
+            "views": summary.views,
+            "seconds": summary.seconds,
+            "waiting": summary.waiting_share,
+        }
+
+    return turn
+
+
+def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
+    """g_a on random pictures: nothing is read, rounded or written."""
+    encoder = load_encoder("bundled", precision="bf16" if how == "bf16" else "float32")
+    # The network itself: FrozenEncoder's call would also copy y to NCHW float32.
+    g_a, dtype = encoder._g_a, encoder._dtype
+    lanes = 1 if how == "untuned" else num_cores()
+    if how != "untuned":
+        tune_allocator()
+    generator = torch.Generator().manual_seed(0)
+    shape = (BATCH, 3, job.size, job.size)
+    x_B3HW = torch.rand(shape, generator=generator).to(dtype, memory_format=torch.channels_last)
+
+    def work(batches: int) -> None:
+        with torch.inference_mode():
+            for _ in range(batches):
+                g_a(x_B3HW)
+
+    pool = ThreadPoolExecutor(lanes, initializer=single_threaded if how != "untuned" else None)
+
+    def turn(count: int) -> dict[str, float]:
+        batches = max(1, round(count / BATCH / lanes))
+        started = time.perf_counter()
+        for future in [pool.submit(work, batches) for _ in range(lanes)]:
+            future.result()
+        return {"views": batches * BATCH * lanes, "seconds": time.perf_counter() - started}
+
+    return turn
+
+
+def loop(job: Job) -> Callable[[int], dict[str, float]]:
+    """One picture after another, as a script would do it."""
+    model = load_encoder("bundled")._model.to(memory_format=torch.contiguous_format).eval()
+    paths = sorted(Path(job.images).rglob("*.*"))
+    out = Path(job.out)
+
+    def turn(count: int) -> dict[str, float]:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        started = time.perf_counter()
+        with torch.no_grad():
+            for number, path in enumerate(paths[:count]):
+                pixels = transforms.pil_to_tensor(by_pillow(path, job.size))
+                x_1CHW = pixels[None].to(torch.float32) / 255
+                if job.key == "naive":
+                    np.save(out / f"{number}.npy", model.g_a(x_1CHW)[0].numpy())
+                else:
+                    model(x_1CHW)
+        return {"views": len(paths[:count]), "seconds": time.perf_counter() - started}
+
+    return turn
+
+
+def by_pillow(path: Path, size: int) -> Image.Image:
+    """torchvision's own recipe on Pillow images: shorter side to `size`, central square."""
+    with Image.open(path) as image:
+        resized = transforms.resize(
+            image.convert("RGB"), [size], InterpolationMode.BILINEAR, antialias=True
+        )
+        square: Image.Image = transforms.center_crop(resized, [size, size])
+    return square
+
+
+def pixel_difference(images: Path, size: int, limit: int = 200) -> dict[str, float]:
+    """Holds decode and resize of stage one against Pillow's, over the first files."""
+    spec = ImageSpec(
+        size=size, resize_side=size, interpolation="bilinear", exif="ignore", max_pixels=LIMIT,
+        decoder=decoder_name(),
+    )  # fmt: skip
+    largest, total, differing, values, count = 0, 0, 0, 0, 0
+    for path in sorted(images.rglob("*.*"))[:limit]:
+        image = decode_image(path.read_bytes(), spec)
+        view, _ = image_views(image, spec, ViewSpec.parse("none"), split="val", key="")
+        other = transforms.pil_to_tensor(by_pillow(path, size))
+        gap = (view[0].to(torch.int16) - other.to(torch.int16)).abs()
+        largest = max(largest, int(gap.max()))
+        total += int(gap.sum())
+        differing += int((gap > 0).sum())
+        values += gap.numel()
+        count += 1
+    return {
+        "images": count,
+        "largest": largest,
+        "mean": total / values,
+        "share": differing / values,
+    }
+
+
+@contextlib.contextmanager
+def profiled() -> Iterator[dict[str, float]]:
+    """Adds up processor seconds of stage one by what they are spent on.
+
+    Its functions are wrapped with clocks of the threads that run them; what decoders take is read
+    from /proc every 20 ms, because they are not children of this process.
+    """
+    spent: dict[str, float] = defaultdict(float)
+    lock = threading.Lock()
+
+    def clocked(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **named: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return function(*arguments, **named)
+            finally:
+                with lock:
+                    spent[part] += time.thread_time() - started
+
+        return wrapper
+
+    encoder = shard_module.ShardEncoder
+    places: list[tuple[Any, str, str]] = [
+        (shard_module, "encode_views", "g_a"),
+        (encoder, "_load", "reading"),
+        (encoder, "_pack", "packing"),
+        (encoder, "_finish", "committing"),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    for owner, name, part in places:
+        setattr(owner, name, clocked(getattr(owner, name), part))
+    stop = threading.Event()
+    before, latest = descendants(), dict[int, float]()
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            latest.update(descendants())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    process = time.process_time()
+    try:
+        yield spent
+    finally:
+        stop.set()
+        watcher.join()
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+        parts = sum(spent.values())
+        spent["other"] = max(0.0, time.process_time() - process - parts)
+        spent["decoding"] = sum(seconds - before.get(pid, 0.0) for pid, seconds in latest.items())
+
+
+def descendants() -> dict[int, float]:
+    """Processor seconds of every process below this one."""
+    tick = os.sysconf("SC_CLK_TCK")
+    parents: dict[int, int] = {}
+    seconds: dict[int, float] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            pid = int(path.parent.name)
+            parents[pid], seconds[pid] = int(fields[1]), (int(fields[11]) + int(fields[12])) / tick
+    found = {}
+    for pid in parents:
+        above = parents[pid]
+        while above in parents and above != os.getpid():
+            above = parents[above]
+        if above == os.getpid():
+            found[pid] = seconds[pid]
+    return found
