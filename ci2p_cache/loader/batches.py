@@ -42,6 +42,9 @@ their samples mixed, so that slow storage is read nearly in sequence. False: by 
 
 _READ_AHEAD = 3
 """Batches being read while one is used: two would do at even speeds, the third evens out jitter."""
+_READ_AHEAD_RAW = 1
+"""The same where chunks are just copied: fewer buffers stay in the processor's cache, and loading
+runs at 0.44 instead of 0.36 of a gather in memory (batches of 128, 49 kB each, busy core)."""
 
 
 @dataclass(slots=True)
@@ -197,10 +200,12 @@ class BatchLoader(ABC):
         """Yields the batches from the current place to the end of the epoch."""
         rows, views = self._sequence(self.epoch)
         upcoming = iter(range(self.step, len(self)))
+        is_raw = self.split.cache.manifest.layout.codec == "none"
+        most = _READ_AHEAD_RAW if is_raw else _READ_AHEAD
         ahead: deque[Callable[[], Batch]] = deque()
         try:
             while True:
-                while len(ahead) < _READ_AHEAD and (step := next(upcoming, None)) is not None:
+                while len(ahead) < most and (step := next(upcoming, None)) is not None:
                     part = slice(step * self.batch_size, (step + 1) * self.batch_size)
                     ahead.append(self._start_batch(rows[part], views[part]))
                 if not ahead:
