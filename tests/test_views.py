@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -203,3 +204,41 @@ def test_views_own_their_memory(view_spec: ViewSpec) -> None:
     views, _ = image_views(image, SPEC, view_spec, split="train", key="a.png")
     views.fill_(3)
     assert torch.equal(image.pixels, before)
+
+
+@pytest.mark.parametrize("views", [NONE, FLIP, crops(4)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_how_pixels_are_strided_makes_no_difference_to_a_byte(
+    views: ViewSpec,
+    interpolation: Literal["bilinear", "bicubic"],
+    exif: Literal["ignore", "apply"],
+) -> None:
+    spec = ImageSpec(size=64, resize_side=73, interpolation=interpolation, exif=exif, decoder="x")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for number, (width, height) in enumerate([(90, 70), (64, 200), (73, 81), (501, 333)]):
+        for kind, mode in (("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA")):
+            buffer = io.BytesIO()
+            picture(number, width, height).convert(mode).save(buffer, kind, exif=turned)
+            assert_same_views(buffer.getvalue(), spec, views)
+
+
+def test_real_photographs_give_the_same_views_however_strided(shared_data: Path) -> None:
+    flowers = sorted((shared_data / "flowers").rglob("*.jpg"))
+    photos = sorted((shared_data / "photos").glob("*.png"))
+    for path in [*flowers[::7], *photos[::2]]:
+        for views in (FLIP, crops(2)):
+            assert_same_views(path.read_bytes(), ImageSpec(decoder="x"), views)
+
+
+def assert_same_views(data: bytes, spec: ImageSpec, views: ViewSpec) -> None:
+    made = []
+    for planar in (True, False):
+        image = decode_image(data, spec, planar=planar)
+        assert image.pixels.is_contiguous() or not planar
+        made.append(image_views(image, spec, views, split="train", key="a"))
+    assert made[0][0].is_contiguous()
+    assert made[1][0].is_contiguous()
+    assert torch.equal(made[0][0], made[1][0])
+    assert made[0][1] == made[1][1]

@@ -150,7 +150,7 @@ def _work(channel: socket.socket, memory: int) -> None:
         answer: dict[str, Any]
         data = os.pread(memory, asked["bytes"], 0)
         try:
-            image = decode_image(data, image_spec)
+            image = decode_image(data, image_spec, planar=False)
             views, boxes = image_views(
                 image, image_spec, view_spec, split=asked["split"], key=asked["key"]
             )

@@ -54,7 +54,7 @@ def image_views(
     """Cuts the views of one image.
 
     Args:
-        image: The decoded image.
+        image: The decoded image; how its pixels are strided makes no difference.
         image_spec: `size`, `resize_side` and `interpolation` are used; every resize is antialiased
             and works on uint8, as torchvision does it.
         view_spec: Which views `train` has: the centre square; the square and its mirror; or random
@@ -71,12 +71,17 @@ def image_views(
             _random_box(height, width, _draws(view_spec.seed, split, key, view))
             for view in range(view_spec.num_crops)
         ]
-        return torch.stack([_resized_crop(image.pixels, box, image_spec) for box in boxes]), boxes
+        return _stacked([_resized_crop(image.pixels, box, image_spec) for box in boxes]), boxes
     square, box = _centre_square(image.pixels, image_spec)
     if split == "train" and view_spec.kind == "flip":
         mirrored = CropBox(box.top, box.left, box.height, box.width, flip=True)
-        return torch.stack([square, square.flip(2)]), [box, mirrored]
-    return torch.stack([square]), [box]
+        return _stacked([square, square.flip(2)]), [box, mirrored]
+    return _stacked([square]), [box]
+
+
+def _stacked(squares: list[torch.Tensor]) -> torch.Tensor:
+    # Squares of pixels that lie pixel by pixel do so too.
+    return torch.stack(squares).contiguous()
 
 
 def _centre_square(pixels: torch.Tensor, spec: ImageSpec) -> tuple[torch.Tensor, CropBox]:
