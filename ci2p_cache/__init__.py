@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ci2p_cache.cache.store import Cache, open_cache
     from ci2p_cache.cache.verify import Finding, verify
     from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
+    from ci2p_cache.encoding.dry_run import dry_run
+    from ci2p_cache.encoding.forecast import DryRunReport
     from ci2p_cache.encoding.options import EncodeOptions
     from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
     from ci2p_cache.encoding.reencode import ReencodeSummary, reencode
@@ -43,6 +45,7 @@ __all__ = [
     "Cache",
     "CacheError",
     "Complexity",
+    "DryRunReport",
     "EncodeObserver",
     "EncodeOptions",
     "EncodeSummary",
@@ -66,6 +69,7 @@ __all__ = [
     "__version__",
     "complexity",
     "create_model",
+    "dry_run",
     "encode",
     "list_models",
     "load_encoder",
@@ -83,6 +87,7 @@ _HOMES = {
     "Cache": "cache.store",
     "CacheError": "errors",
     "Complexity": "models.complexity",
+    "DryRunReport": "encoding.forecast",
     "EncodeObserver": "encoding.progress",
     "EncodeOptions": "encoding.options",
     "EncodeSummary": "encoding.progress",
@@ -105,6 +110,7 @@ _HOMES = {
     "ViewSpec": "specs",
     "complexity": "models.complexity",
     "create_model": "models.registry",
+    "dry_run": "encoding.dry_run",
     "encode": "encoding.run",
     "list_models": "models.registry",
     "load_encoder": "encoder.frozen",

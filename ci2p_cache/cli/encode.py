@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ci2p_cache.cli import render
-from ci2p_cache.errors import UsageError
+from ci2p_cache.errors import UsageError, command
 
 if TYPE_CHECKING:
+    from ci2p_cache.encoding.forecast import DryRunReport
+    from ci2p_cache.encoding.options import EncodeOptions
     from ci2p_cache.encoding.progress import EncodeSummary
 
 __all__ = ["encode"]
@@ -100,6 +103,10 @@ def encode(
             metavar="NAME",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Encode a sample, say what all would take; write nothing."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Stage one: run the frozen encoder over a folder of images and commit their latents.
@@ -109,6 +116,7 @@ def encode(
       ci2p-cache encode photos/ --out shards/ --encoder bundled    without a network
       ci2p-cache encode photos/ --out paper/ --dtype float16       continuous y, as in the paper
       ci2p-cache encode photos/ --out crops/ --views crops:4       four random-resized crops each
+      ci2p-cache encode imagenet/ --out shards/ --dry-run          time, disk, bad files: a forecast
 
     SRC holds CLASS/..., or {train,val,test}/CLASS/..., or ImageNet's own ILSVRC folders. Run the
     same command again to go on after any interruption. Settings that change what is stored are
@@ -131,7 +139,9 @@ def encode(
         batch_size=batch_size, workers=workers, devices=devices, max_errors=max_errors,
         retry_failed=retry_failed, rescan=rescan,
     )  # fmt: skip
-
+    if dry_run:
+        _forecast(source, out, options, overwrite=overwrite is not None, json=json)
+        return
     with render.ProgressLine("encode", unit="images") as line:
         summary = run(
             source, out, options, overwrite=overwrite is not None, observer=EncodeWatch(line)
@@ -140,6 +150,87 @@ def encode(
         render.print_json(summary.to_dict())
     else:
         _print_summary(summary)
+
+
+def _forecast(
+    source: Path, out: Path, options: EncodeOptions, *, overwrite: bool, json: bool
+) -> None:
+    """Predicts a run, and ends with the error that it is certain to end with."""
+    from ci2p_cache.cli.watch import EncodeWatch
+    from ci2p_cache.encoding.dry_run import dry_run
+
+    with render.ProgressLine("sample", unit="images") as line:
+        report = dry_run(source, out, options, overwrite=overwrite, observer=EncodeWatch(line))
+    if json:
+        render.print_json(report.to_dict())
+    else:
+        _print_forecast(report)
+    blocker = report.blocker()
+    if blocker is not None:
+        raise blocker
+    if not json:
+        words = [word for word in sys.argv[1:] if word != "--dry-run"]
+        render.line(f"run it: {command(*words)}")
+
+
+def _print_forecast(report: DryRunReport) -> None:
+    """Prints what a run would take."""
+    splits = ", ".join(
+        f"{name} {count:,} x {report.views[name]}" for name, count in report.splits.items()
+    )
+    done = f"{report.committed_shards:,} of {report.shards:,} shards committed"
+    left = f"{report.images_left:,} images left"
+    rows = [
+        ("images", f"{report.images:,}", f"{report.classes:,} classes; {splits} views"),
+        ("to do", left, done),
+    ]
+    if report.images_left:
+        rows += _rates(report)
+    fits = "fits" if report.fits else "DOES NOT FIT"
+    rows.append(
+        (
+            "disk",
+            render.size(report.disk_bytes),
+            f"{fits}: {render.size(report.free_bytes)} free; "
+            f"{render.size(report.bytes_per_image)} per image, all its views",
+        )
+    )
+    bad = f"{report.bad_found:,} of {report.checked:,} looked at; {report.bad_allowed:,} allowed"
+    if report.checked < report.images_left:
+        bad += f"; more than {report.bad_bound:,.0f} are unlikely (5 %)"
+    rows.append(("bad images", f"about {report.bad_expected:,.0f}", bad))
+    render.print_table(
+        ("", "expected", ""), rows, title=f"{report.path}: a forecast, nothing was written"
+    )
+    for text in report.bad_files:
+        render.line(f"  bad: {text}")
+    if report.bad_found <= report.bad_allowed < report.bad_expected:
+        render.notice(
+            "a run will probably stop at its bad images; --max-errors says how many may fail"
+        )
+
+
+def _rates(report: DryRunReport) -> list[tuple[str, str, str]]:
+    """Returns the rows of the forecast that come from timing a sample."""
+    decode = (
+        f"decoding alone {report.decode_images_per_second:,.0f} images/s; "
+        if report.decode_images_per_second
+        else ""
+    )
+    return [
+        (
+            "speed",
+            f"{report.images_per_second:,.1f} images/s",
+            f"g_a ran {report.encoder_share:.0%} of the time; {decode}"
+            f"bottleneck: {report.bottleneck}",
+        ),
+        (
+            "time",
+            f"about {render.duration(report.seconds)}",
+            f"from {report.sampled:,} images, {report.sampled_seconds:.1f} s of them timed",
+        ),
+        ("saturated", f"{report.clipped_share:.1e}", "share of the symbols"),
+    ]
 
 
 def _print_summary(summary: EncodeSummary) -> None:

@@ -15,7 +15,7 @@ from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.errors import NotACacheError, UsageError
 from ci2p_cache.images.locate import open_source
 
-__all__ = ["encode"]
+__all__ = ["encode", "refuse_place"]
 
 _BEFORE_MANIFEST = {".lock", ".staging", PLAN, ENCODER}
 """What a run killed before it wrote the manifest may have left."""
@@ -59,7 +59,7 @@ def encode(
     """
     root, options = Path(out), options or EncodeOptions()
     observer = observer or EncodeObserver()
-    _refuse_place(root, Path(source))
+    refuse_place(root, Path(source))
     images = open_source(source)
     with (
         interruptible(f"interrupted; every committed shard in {root} is safe"),
@@ -75,7 +75,7 @@ def encode(
         return resume(root, images, options, staging, observer)
 
 
-def _refuse_place(root: Path, source: Path) -> None:
+def refuse_place(root: Path, source: Path) -> None:
     """Refuses an output inside the source, and a folder that holds something else."""
     if root.resolve().is_relative_to(source.resolve()):
         raise UsageError(
