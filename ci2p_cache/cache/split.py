@@ -16,6 +16,7 @@ from ci2p_cache.cache.commit import CommitRecord, commit_path, read_commit
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.manifest import SplitRecord, array_path, index_path, shard_path
 from ci2p_cache.cache.open_shards import OpenShards
+from ci2p_cache.cache.raw_shards import RawShards
 from ci2p_cache.cache.zarr_shards import ShardFile
 from ci2p_cache.errors import ManifestError, ShardError, command
 from ci2p_cache.specs import LatentSpec
@@ -141,6 +142,16 @@ class Split:
             y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
         return y, int(self.labels[row])
 
+    @cached_property
+    def _raw_shards(self) -> RawShards:
+        return RawShards(
+            self.open_shard,
+            self._damage,
+            num_shards=self.record.num_shards,
+            shard_chunks=self.record.shard_rows * self.num_views,
+            chunk_bytes=self.latent.num_bytes,
+        )
+
     def read_into(self, row: int, view: int, out: npt.NDArray[Any]) -> None:
         """Reads one stored latent, not dequantised, checking its checksum.
 
@@ -176,15 +187,13 @@ class Split:
             return
         flat = out.reshape(len(rows), -1).view(np.uint8)
         shards, offsets = np.divmod(rows, self.record.shard_rows)
-        places = zip(shards.tolist(), (offsets * self.num_views + views).tolist(), strict=True)
+        chunks = offsets * self.num_views + views
+        if self._codec.name == "none":
+            self._raw_shards.gather(shards, chunks, flat)
+            return
+        places = zip(shards.tolist(), chunks.tolist(), strict=True)
         shard, get = -1, self._shards.get
         try:
-            if self._codec.name == "none":
-                raw = []
-                for shard, chunk in places:  # named in the error
-                    raw.append(get(shard).raw(chunk))
-                np.concatenate(raw, out=flat.reshape(-1))
-                return
             for (shard, chunk), latent in zip(places, flat, strict=True):
                 get(shard).read_into(chunk, latent)
         except ShardError as error:

@@ -6,15 +6,10 @@ little-endian uint64, then the index's crc32c; a missing chunk has both set to 2
 packed here because zarr-python writes in place by reading first; they are read here because its
 indexing reads 1.2 k samples/s where one positioned read and one zstd call give 29 k. zarr-python is
 the oracle in the tests.
-
-Compressed chunks are read by position. Raw ones are copied from a mapping of the file, and checked
-when each is first touched: reading 49 kB by position took 2.3 times as long as copying them, and
-checking them 1.4 times (busy core, page cache warm).
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
 import struct
@@ -72,8 +67,6 @@ class ShardIndex:
     """Size of the file."""
     identity: tuple[int, int, int]
     """Device, inode and time of the last change in ns of the file: another one differs."""
-    checked: npt.NDArray[Any]
-    """Which raw chunks have had their checksum verified, bool (num_chunks,); it grows."""
 
 
 class ShardFile:
@@ -123,14 +116,10 @@ class ShardFile:
         identity = (found.st_dev, found.st_ino, found.st_ctime_ns)
         if known is None or known.identity != identity:
             entries = self._read_index(num_chunks, size, index_crc)
-            known = ShardIndex(entries, index_crc, size, identity, np.zeros(num_chunks, np.bool_))
+            known = ShardIndex(entries, index_crc, size, identity)
         self.index = known
         # Gives Python's integers at a fraction of numpy's price.
         self._places = memoryview(known.entries.reshape(-1).data).cast("B").cast("Q")
-        self._map: npt.NDArray[Any] | None = None
-        if codec.name == "none" and size:
-            mapped = mmap.mmap(self._descriptor, size, prot=mmap.PROT_READ)
-            self._map = np.frombuffer(mapped, np.uint8)
 
     def _read_index(self, num_chunks: int, size: int, index_crc: int) -> npt.NDArray[Any]:
         index_bytes = 16 * num_chunks
@@ -177,34 +166,15 @@ class ShardFile:
         Raises:
             ShardError: the chunk is not stored, its checksum is wrong, or reading failed.
         """
-        if self._map is not None:
-            out[:] = self.raw(chunk)
-            return
         stored = self._stored(chunk)
         try:
             self._codec.decode_into(stored, out)
         except ValueError as error:
             raise ShardError(f"{self.path}: chunk {chunk} is damaged: {error}") from error
 
-    def raw(self, chunk: int) -> npt.NDArray[Any]:
-        """Returns a chunk of codec `none` where it lies, uint8 (chunk_bytes,), not writable.
-
-        Its checksum is verified when the chunk is first asked for.
-
-        Raises:
-            ShardError: the chunk is not stored, its checksum is wrong, or reading failed.
-        """
-        assert self._map is not None, "only shards of codec none are mapped"
-        if not self.index.checked[chunk]:
-            # Not from the mapping: where reading fails or the file has shrunk, that would be a
-            # signal instead of an error.
-            try:
-                self._codec.check(self._stored(chunk))
-            except ValueError as error:
-                raise ShardError(f"{self.path}: chunk {chunk} is damaged: {error}") from error
-            self.index.checked[chunk] = True
-        offset = self._places[2 * chunk]
-        return self._map[offset : offset + self._codec.chunk_bytes]
+    def fileno(self) -> int:
+        """Returns the descriptor, open for as long as this object is held."""
+        return self._descriptor
 
     def _place(self, chunk: int) -> tuple[int, int]:
         offset, size = self._places[2 * chunk], self._places[2 * chunk + 1]
