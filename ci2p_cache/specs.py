@@ -283,7 +283,7 @@ class LayoutSpec(Record):
         _require(
             self.limit is None or self.limit > 0, f"`limit` is {self.limit}; it must be positive"
         )
-        _require(-7 <= self.level <= 22, f"`level` is {self.level}; zstd has -7 to 22")
+        _require(-100 <= self.level <= 22, f"`level` is {self.level}; wanted -100 to 22")
 
 
 def differing_fields(ours: Record, theirs: Record) -> list[tuple[str, Any, Any]]:

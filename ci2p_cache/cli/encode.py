@@ -69,7 +69,7 @@ def encode(
     codec: Annotated[
         Literal["zstd", "none"], typer.Option(help="Byte compressor of the chunks.")
     ] = "zstd",
-    level: Annotated[int, typer.Option(help="zstd level, -7 to 22.")] = 1,
+    level: Annotated[int, typer.Option(help="zstd level, -100 to 22; low ones decode faster.")] = 1,
     shard_samples: Annotated[int, typer.Option(help="Images per shard.")] = 1024,
     val_fraction: Annotated[
         float, typer.Option(help="Validation share where SRC has no split folders; 0 for none.")

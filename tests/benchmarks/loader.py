@@ -70,7 +70,7 @@ class Settings:
     batch: int = 128
     threads: tuple[int, ...] = (1, 2)
     """Threads of ours and of tensorstore."""
-    fast_level: int = -5
+    fast_level: int = -50
     """The zstd level that is to decode fastest."""
     repeats: int = 5
     seconds: float = 1.0
