@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -94,29 +95,29 @@ def measure_encode(settings: Settings, folder: Path) -> Report:
     """Lets all contestants have their turns; `folder` is for copies and caches."""
     images = _copied(settings, folder / "images")
     found: dict[str, Contestant] = {}
-    profiles: dict[str, dict[str, float]] = {}
+    turns: dict[str, list[dict[str, float]]] = {key: [] for key in settings.only}
     try:
         # One after another, so that none is warm only because the others were loading.
         for key in settings.only:
             job = Job(
                 key=key, images=str(images), out=str(folder / key.replace(" ", "_")),
-                count=settings.count, size=settings.size, profile=settings.profile,
+                count=settings.count, size=settings.size,
             )  # fmt: skip
             found[key] = Contestant(job)
             found[key].hear()
 
         def timed(key: str) -> float:
             turn = found[key].turn()
-            profiles[key] = turn
+            turns[key].append(turn)
             return turn["views"] / turn["seconds"]
 
         rates = take_turns(settings.only, timed, settings.repeats)
     finally:
         for contestant in found.values():
             contestant.close()
-    tables = [_rate_table(rates), _ratio_table(rates)]
+    tables = [_rate_table(rates, turns), _ratio_table(rates)]
     if settings.profile:
-        tables.append(_profile_table({k: p for k, p in profiles.items() if k.startswith("whole")}))
+        tables.append(_profile_table(turns))
     tables.append(_pixel_table(images, settings))
     text = (
         f"{len(list(images.rglob('*.*'))):,} pictures, {settings.count} views of "
@@ -142,11 +143,17 @@ def _copied(settings: Settings, folder: Path) -> Path:
     return folder
 
 
-def _rate_table(rates: dict[str, Rates]) -> Table:
-    head = ("contestant", "views/s", "smallest", "largest", "what it is")
-    table = Table("Views per second", head)
+def _rate_table(rates: dict[str, Rates], turns: dict[str, list[dict[str, float]]]) -> Table:
+    head = ("contestant", "views/s", "smallest", "largest", "core ms per view", "what it is")
+    table = Table(
+        "Views per second",
+        head,
+        notes=["core ms per view: processor time of all threads and processes of the contestant, "
+               "median; where other jobs share the cores it says more than the clock."],
+    )  # fmt: skip
     for key, rate in rates.items():
-        table.rows.append([key, *rate.cells("{:,.1f}"), CONTESTANTS[key]])
+        spent = statistics.median(1000 * turn["processor"] / turn["views"] for turn in turns[key])
+        table.rows.append([key, *rate.cells("{:,.1f}"), f"{spent:.1f}", CONTESTANTS[key]])
     return table
 
 
@@ -167,24 +174,26 @@ def _ratio_table(rates: dict[str, Rates]) -> Table:
     return table
 
 
-def _profile_table(profiles: dict[str, dict[str, float]]) -> Table:
+def _profile_table(turns: dict[str, list[dict[str, float]]]) -> Table:
+    parts = ("g_a", "decoding", "reading", "packing", "committing", "other")
     table = Table(
-        "Where processor time goes, last turn (ms per view, and share of all cores)",
-        ("contestant", "g_a", "decoding", "reading", "packing", "committing", "other",
-         "g_a waiting"),
+        "Where processor time goes: core ms per view (share of all of it), medians",
+        ("contestant", *parts, "g_a waiting"),
         notes=["g_a: with stacking, /255 and rounding. decoding: decode, resize and views, in "
                "processes of their own. reading: files, sha256 and hand-over. packing: zstd, "
                "crc32c, channel sums. other: the main thread and whatever else Python does.",
                "g_a waiting: share of the wall time in which a lane had no batch."],
     )  # fmt: skip
-    for key, found in profiles.items():
-        room = found["seconds"] * num_cores()
-        parts = ("g_a", "decoding", "reading", "packing", "committing", "other")
-        cells = [
-            f"{1000 * found[part] / found['views']:.2f} ({found[part] / room:.1%})"
-            for part in parts
-        ]
-        table.rows.append([key, *cells, f"{found['waiting']:.1%}"])
+    for key, own in turns.items():
+        if not key.startswith("whole"):
+            continue
+        cells = []
+        for part in parts:
+            spent = statistics.median(1000 * turn[part] / turn["views"] for turn in own)
+            share = statistics.median(turn[part] / turn["processor"] for turn in own)
+            cells.append(f"{spent:.2f} ({share:.1%})")
+        waiting = statistics.median(turn["waiting"] for turn in own)
+        table.rows.append([key, *cells, f"{waiting:.1%}"])
     return table
 
 

@@ -65,7 +65,6 @@ class Job:
     count: int
     """Views of one turn."""
     size: int
-    profile: bool = False
 
 
 def serve(job: Job) -> None:
@@ -97,7 +96,7 @@ def whole(job: Job, precision: str, views: str) -> Callable[[int], dict[str, flo
             precision="bf16" if precision == "bf16" else "float32",
             limit=max(1, count // (2 if views == "flip" else 1)), devices="cpu",
         )  # fmt: skip
-        with profiled() if job.profile else contextlib.nullcontext({}) as spent:
+        with profiled() as spent:
             summary = cc.encode(job.images, job.out, options)
         return {
             **spent,
@@ -130,10 +129,14 @@ def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
 
     def turn(count: int) -> dict[str, float]:
         batches = max(1, round(count / BATCH / lanes))
-        started = time.perf_counter()
+        started, spent = time.perf_counter(), time.process_time()
         for future in [pool.submit(work, batches) for _ in range(lanes)]:
             future.result()
-        return {"views": batches * BATCH * lanes, "seconds": time.perf_counter() - started}
+        return {
+            "views": batches * BATCH * lanes,
+            "seconds": time.perf_counter() - started,
+            "processor": time.process_time() - spent,
+        }
 
     return turn
 
@@ -147,7 +150,7 @@ def loop(job: Job) -> Callable[[int], dict[str, float]]:
     def turn(count: int) -> dict[str, float]:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        started = time.perf_counter()
+        started, spent = time.perf_counter(), time.process_time()
         with torch.no_grad():
             for number, path in enumerate(paths[:count]):
                 pixels = transforms.pil_to_tensor(by_pillow(path, job.size))
@@ -156,7 +159,11 @@ def loop(job: Job) -> Callable[[int], dict[str, float]]:
                     np.save(out / f"{number}.npy", model.g_a(x_1CHW)[0].numpy())
                 else:
                     model(x_1CHW)
-        return {"views": len(paths[:count]), "seconds": time.perf_counter() - started}
+        return {
+            "views": len(paths[:count]),
+            "seconds": time.perf_counter() - started,
+            "processor": time.process_time() - spent,
+        }
 
     return turn
 
@@ -200,8 +207,9 @@ def pixel_difference(images: Path, size: int, limit: int = 200) -> dict[str, flo
 def profiled() -> Iterator[dict[str, float]]:
     """Adds up processor seconds of stage one by what they are spent on.
 
-    Its functions are wrapped with clocks of the threads that run them; what decoders take is read
-    from /proc every 20 ms, because they are not children of this process.
+    Its functions are wrapped with clocks of the threads that run them. What decoders take is read
+    from /proc before they end, because they are not children of this process. Loading the encoder,
+    listing and the end of a cache are left out.
     """
     spent: dict[str, float] = defaultdict(float)
     lock = threading.Lock()
@@ -227,26 +235,29 @@ def profiled() -> Iterator[dict[str, float]]:
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     for owner, name, part in places:
         setattr(owner, name, clocked(getattr(owner, name), part))
-    stop = threading.Event()
-    before, latest = descendants(), dict[int, float]()
+    process, before = 0.0, dict[int, float]()
 
-    def watch() -> None:
-        while not stop.wait(0.02):
-            latest.update(descendants())
+    def begin(self: Any) -> Any:
+        nonlocal process
+        process = time.process_time()
+        before.update(descendants())
+        return enter(self)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    process = time.process_time()
+    def end(self: Any, *error: Any) -> None:
+        spent["processor"] = time.process_time() - process
+        spent["other"] = max(0.0, spent["processor"] - sum(spent[part] for _, _, part in places))
+        spent["decoding"] = sum(s - before.get(pid, 0.0) for pid, s in descendants().items())
+        spent["processor"] += spent["decoding"]
+        leave(self, *error)
+
+    enter, leave = encoder.__enter__, encoder.__exit__
+    originals += [(encoder, "__enter__", enter), (encoder, "__exit__", leave)]
+    encoder.__enter__, encoder.__exit__ = begin, end  # type: ignore[method-assign]  # put back below
     try:
         yield spent
     finally:
-        stop.set()
-        watcher.join()
         for owner, name, original in originals:
             setattr(owner, name, original)
-        parts = sum(spent.values())
-        spent["other"] = max(0.0, time.process_time() - process - parts)
-        spent["decoding"] = sum(seconds - before.get(pid, 0.0) for pid, seconds in latest.items())
 
 
 def descendants() -> dict[int, float]:
