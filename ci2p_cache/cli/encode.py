@@ -229,7 +229,11 @@ def _rates(report: DryRunReport) -> list[tuple[str, str, str]]:
             f"about {render.duration(report.seconds)}",
             f"from {report.sampled:,} images, {report.sampled_seconds:.1f} s of them timed",
         ),
-        ("saturated", f"{report.clipped_share:.1e}", "share of the symbols"),
+        (
+            "saturated",
+            f"{report.clipped_share:.4%}" if report.clipped_share else "none",
+            "of the sample's symbols",
+        ),
     ]
 
 
