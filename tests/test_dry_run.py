@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,12 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.cli.app import run_command
 from ci2p_cache.encoding.dry_run import dry_run
 from ci2p_cache.encoding.forecast import DryRunReport
 from ci2p_cache.encoding.plan import read_plan
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeProgress
 from ci2p_cache.encoding.sample import draw
-from tests.conftest import write_image_folder
+from tests.conftest import Ran, write_image_folder
 from tests.test_encode import data_digests
 
 SMALL = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.25)
@@ -227,29 +225,6 @@ def test_the_same_seed_draws_the_same_images_and_all_splits_have_their_share(
     assert min(sample.row for sample in drawn["train"]) >= 16
     everything = draw(plan, missing, 10**6, seed=0)
     assert sum(map(len, everything.values())) == 384
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Runs the command as its script does, in this process."""
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["ci2p-cache", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run_command()
-            sys.exit(0)
-        captured = capfd.readouterr()
-        return Ran(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 def test_the_command_prints_a_table_and_the_command_that_does_it(

@@ -76,14 +76,15 @@ class RawShards:
         self._stride = -(-longest // mmap.PAGESIZE) * mmap.PAGESIZE
         size = num_shards * self._stride
         try:
-            self._base = _map(0, size, _PROT_NONE, mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
             self._is_mapped = np.zeros(num_shards, np.bool_)
             # Pages of zeros that nobody writes to take no memory. Offset 0 means "nothing there".
             self._ends = np.zeros(num_shards * shard_chunks, np.int64)
             self._is_checked = np.zeros(num_shards * shard_chunks, np.bool_)
-        except (OSError, OverflowError, MemoryError, ctypes.ArgumentError) as error:
+            self._base = _map(0, size, _PROT_NONE, mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+        except (OSError, OverflowError, ValueError, MemoryError, ctypes.ArgumentError) as error:
             raise damage(0, f"{num_shards} shards cannot be mapped: {error}") from error
-        weakref.finalize(self, _libc.munmap, self._base, size)
+        # Not at exit, where a thread may still be reading: there the kernel does it.
+        weakref.finalize(self, _libc.munmap, self._base, size).atexit = False
         self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._base))
         # Every place where a chunk may begin, as a row: they overlap, nothing is copied.
         self._places = torch.from_numpy(self._bytes).as_strided(
