@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -11,7 +12,14 @@ import torch
 
 from ci2p_cache.errors import UsageError
 
-__all__ = ["checked_device", "free_memory_bytes", "num_cores", "raise_open_files", "tune_allocator"]
+__all__ = [
+    "bf16_notice",
+    "checked_device",
+    "free_memory_bytes",
+    "num_cores",
+    "raise_open_files",
+    "tune_allocator",
+]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
@@ -36,6 +44,27 @@ def checked_device(device: str | torch.device) -> torch.device:
             "here"
         )
     return checked
+
+
+def bf16_notice(device: torch.device) -> str | None:
+    """Returns what to tell someone who asks for bfloat16 on a device; None where nothing is wrong.
+
+    A processor without such instructions computes all the same, in software: slower than float32.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return None
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = "this processor"
+        try:
+            cpu = Path("/proc/cpuinfo").read_text()
+        except OSError:
+            return None
+        # x86 has `flags`, Arm `Features`, one line per core.
+        if re.search(r"^(?:flags|Features)\s*:.*\b(?:avx512_bf16|amx_bf16|bf16)\b", cpu, re.M):
+            return None
+    return f"{name} has no bfloat16 instructions: float32 will be faster than bf16"
 
 
 def free_memory_bytes(device: torch.device) -> int:

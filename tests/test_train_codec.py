@@ -173,7 +173,7 @@ def test_muon_moves_all_directions_of_a_kernel_alike():
     kernel = nn.Parameter(torch.zeros(8, 6, 5, 5))
     kernel.grad = torch.randn(8, 6, 5, 5, generator=generator)
     kernel.grad[0] *= 100
-    Muon([kernel], lr=1e-3).step()
+    Muon([kernel], lr=1e-3, dtype=torch.bfloat16).step()
     moved = torch.linalg.svdvals(kernel.detach().flatten(1)) / (0.2e-3 * 150**0.5)
     assert moved.min() > 0.6
     assert moved.max() < 1.3

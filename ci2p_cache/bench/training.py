@@ -107,6 +107,17 @@ class TrainReport(Record):
             return None
         return encode_seconds / (other.epoch_seconds - cached.epoch_seconds)
 
+    def paid_after(self, encode_rate: float) -> dict[str, float | None]:
+        """Returns `pays_after` for each way that does without the cache.
+
+        Args:
+            encode_rate: Images per second of stage one.
+        """
+        cached = self.rows[0]
+        seconds = cached.epoch_seconds * cached.images_per_second / encode_rate
+        without = [row.name for row in self.rows if row.name not in ("cached", "compute alone")]
+        return {name: self.pays_after(seconds, name) for name in without}
+
 
 def bench_training(
     cache_dir: str | Path,

@@ -10,6 +10,7 @@ import typer
 from ci2p_cache.cli import render
 
 if TYPE_CHECKING:
+    from ci2p_cache.bench.encoding import EncodeReport
     from ci2p_cache.bench.training import TrainReport
 
 __all__ = ["bench"]
@@ -18,15 +19,99 @@ bench = typer.Typer(
     name="bench",
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="""Measure this machine with your own data: loading and training.
+    help="""Measure this machine with your own data: encoding, loading and training.
 
     \b
+      ci2p-cache bench encode photos/ --encoder bundled  stage one, g_a alone, decoding alone
       ci2p-cache bench loader shards/                    batches per second out of the cache
       ci2p-cache bench train shards/ --model vitds       cached, encoder in the loop, ViT-B/16
 
-    How fast encoding is, `ci2p-cache encode SRC --out DIR --dry-run` measures.
+    Nothing is kept of what they write.
     """,
 )
+
+
+@bench.command()
+def encode(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of images.", metavar="SRC", readable=False)
+    ],
+    encoder: Annotated[
+        Literal["official", "bundled"], typer.Option(help="As for `ci2p-cache encode`.")
+    ] = "official",
+    weights: Annotated[
+        Path | None, typer.Option(help="As for `ci2p-cache encode`.", readable=False)
+    ] = None,
+    size: Annotated[int, typer.Option(help="Side of the square in pixels.")] = 256,
+    views: Annotated[str, typer.Option(help="none, flip or crops:K.")] = "flip",
+    precision: Annotated[
+        Literal["float32", "tf32", "bf16"], typer.Option(help="Arithmetic of the encoder.")
+    ] = "float32",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Views per encoder call [default: 8 on CPU, 256 on CUDA].")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read and decode [default: one per core].")
+    ] = None,
+    devices: Annotated[
+        str, typer.Option(help="auto, cpu, cpu:N (lanes), cuda, cuda:0,1.")
+    ] = "auto",
+    seconds: Annotated[float, typer.Option(help="That g_a alone is timed.")] = 5.0,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """How fast stage one is here, and what bounds it: the encoder, or decoding.
+
+    \b
+      ci2p-cache bench encode imagenet/
+      ci2p-cache bench encode photos/ --encoder bundled --precision bf16
+      ci2p-cache bench encode photos/ --encoder bundled --workers 8 --batch-size 16
+
+    A sample of the images is really encoded for some 10 s, into a temporary folder. How long all of
+    them take and how much disk, `ci2p-cache encode ... --dry-run` foretells.
+    """
+    from ci2p_cache.bench.encoding import bench_encoding
+    from ci2p_cache.cli.watch import EncodeWatch
+    from ci2p_cache.encoding.options import EncodeOptions
+
+    options = EncodeOptions(
+        encoder=encoder, weights=weights, size=size, views=views, precision=precision,
+        batch_size=batch_size, workers=workers, devices=devices,
+    )  # fmt: skip
+    with render.ProgressLine("sample", unit="images") as line:
+        report = bench_encoding(source, options, seconds=seconds, observer=EncodeWatch(line))
+    if json:
+        render.print_json(report.to_dict())
+    else:
+        _print_encoding(report)
+
+
+_PARTS = {
+    "whole": "all of stage one",
+    "g_a": "the encoder alone",
+    "decoding": "reading and decoding alone",
+}
+
+
+def _print_encoding(report: EncodeReport) -> None:
+    whole = report.rows[0]
+    render.print_table(
+        ("what", "images/s", "views/s", "against all of it"),
+        [
+            (
+                _PARTS[row.name],
+                f"{row.images_per_second:,.1f}",
+                f"{row.views_per_second:,.1f}",
+                f"{row.images_per_second / whole.images_per_second:.2f} x",
+            )
+            for row in report.rows
+        ],
+        title=f"{report.views_per_image} views of each image, batches of {report.batch_size}, "
+        f"{report.precision} on {report.device}",
+    )
+    render.line(
+        f"  the encoder waited for images {report.waiting_share:.0%} of the time; "
+        f"{render.size(report.bytes_per_image)} written per image"
+    )
 
 
 @bench.command()
@@ -90,7 +175,7 @@ def train(
     seconds: Annotated[float, typer.Option(help="Of each way, after two steps.")] = 20.0,
     encode_rate: Annotated[
         float | None,
-        typer.Option(help="Images/s of `encode --dry-run`: tells when the cache has paid."),
+        typer.Option(help="Images/s of stage one [default: measured, 10 s]."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -99,10 +184,11 @@ def train(
     \b
       ci2p-cache bench train shards/ --model vitds
       ci2p-cache bench train shards/ --model vit --precision bf16 --batch-size 256
-      ci2p-cache bench train shards/ --encode-rate 38      and after how many epochs it has paid
+      ci2p-cache bench train shards/ --encode-rate 38      encoding was timed elsewhere
 
-    Runs the real training loop for some time in each way; nothing is written. The last two need
-    the images that the cache was made of.
+    Runs the real training loop for some time in each way, and encodes a sample to tell after how
+    many epochs the cache has paid for itself; nothing is kept. The last two ways and the sample
+    need the images that the cache was made of.
     """
     from ci2p_cache.bench.training import bench_training
     from ci2p_cache.training.spec import TrainSpec
@@ -115,10 +201,30 @@ def train(
         seconds=seconds,
         tell=lambda text: render.status(f"measuring {text} ..."),
     )
+    if encode_rate is None and not report.missing:
+        encode_rate = _encode_rate(cache, device)
     if json:
-        render.print_json(report.to_dict())
+        epochs = {} if encode_rate is None else report.paid_after(encode_rate)
+        render.print_json(
+            {**report.to_dict(), "encode_images_per_second": encode_rate, "paid_after": epochs}
+        )
     else:
         _print_training(report, encode_rate)
+
+
+def _encode_rate(path: Path, device: str) -> float | None:
+    """Measures stage one as the cache was made; None, and a notice, where that cannot be done."""
+    from ci2p_cache.cache.store import open_cache
+    from ci2p_cache.errors import CacheError
+
+    render.status("measuring stage one ...")
+    try:
+        from ci2p_cache.bench.encoding import bench_encoding_again
+
+        return bench_encoding_again(open_cache(path), device=device).rows[0].images_per_second
+    except (CacheError, ImportError) as error:
+        render.notice(f"how fast stage one is here was not measured: {error}")
+        return None
 
 
 def _print_training(report: TrainReport, encode_rate: float | None) -> None:
@@ -143,10 +249,9 @@ def _print_training(report: TrainReport, encode_rate: float | None) -> None:
         render.line(f"  not measured: {text}")
     if encode_rate is None:
         return
-    seconds = cached.epoch_seconds * cached.images_per_second / encode_rate
-    for row in report.rows[2:]:
-        epochs = report.pays_after(seconds, row.name)
+    took = render.duration(cached.epoch_seconds * cached.images_per_second / encode_rate)
+    for name, epochs in report.paid_after(encode_rate).items():
         told = "never: it is no slower"
         if epochs is not None:
             told = "within the first epoch" if epochs < 1 else f"after {epochs:.1f} epochs"
-        render.line(f"  encoding ({render.duration(seconds)}) has paid against {row.name} {told}")
+        render.line(f"  encoding ({took}) has paid against {name} {told}")

@@ -65,7 +65,8 @@ class CodecSpec(Record):
     """Half of the crops are shrunk, antialiased, by a factor from here to 1; 1: none. Shrunk
     photographs are sharper and less marked by JPEG."""
     precision: CodecPrecision = "bfloat16"
-    """Arithmetic of g_a and g_s (autocast); weights, entropy model and loss are float32."""
+    """Arithmetic of g_a and g_s (autocast) and inside Muon; weights, entropy model and loss are
+    float32."""
     seed: int = 0
     """Seed of the initial weights, the crops and the noise."""
 

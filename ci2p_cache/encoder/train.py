@@ -257,7 +257,8 @@ class _Run:
         self._aux = torch.optim.Adam(quantiles, lr=spec.aux_lr)
         made: list[Optimizer] = [torch.optim.Adam(groups)]
         if by_muon:
-            made.append(Muon([parameters[n] for n in by_muon], lr=spec.lr))
+            dtype = getattr(torch, spec.precision)
+            made.append(Muon([parameters[n] for n in by_muon], lr=spec.lr, dtype=dtype))
         return made
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:

@@ -1,13 +1,16 @@
 """Lanes: an encoder on a device, and how uint8 views become stored values on it.
 
 On CPU there is one lane per core, each with one torch thread: that is the reference setting (two
-threads inside one convolution change about 3 in a million symbols, two lanes change none).
+threads inside one convolution change about 3 in a million symbols, two lanes change none). A CUDA
+device has two lanes that share its encoder, each with a stream and pinned memory of its own: one
+uploads and downloads while the other computes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -24,12 +27,38 @@ from ci2p_cache.specs import LatentSpec
 __all__ = ["Lane", "encode_views", "make_lanes", "numerics", "single_threaded"]
 
 
-@dataclass(frozen=True, slots=True)
+_LANES_PER_CUDA_DEVICE = 2
+"""Not measured: two are what overlap takes."""
+
+
+@dataclass(slots=True)
 class Lane:
-    """One encoder on one device."""
+    """One encoder on one device; used by one thread at a time."""
 
     encoder: FrozenEncoder
+    """Lanes of one device share it."""
     device: torch.device
+    stream: torch.cuda.Stream | None = None
+    """Where its work is queued; None on CPU."""
+    _pinned: torch.Tensor | None = field(default=None, repr=False)
+
+    def queue(self) -> contextlib.AbstractContextManager[object]:
+        """Makes what is computed inside run on the lane's own stream."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def upload(self, views: list[torch.Tensor]) -> torch.Tensor:
+        """Gives views as one tensor on the device, uint8 (B, 3, size, size).
+
+        On CUDA by way of pinned memory, which holds them until the stream has come that far: a
+        lane waits for its results before it takes other views.
+        """
+        if self.stream is None:
+            return torch.stack(views).to(self.device)
+        if self._pinned is None or len(self._pinned) < len(views):
+            shape = (len(views), *views[0].shape)
+            self._pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        stacked = torch.stack(views, out=self._pinned[: len(views)])
+        return stacked.to(self.device, non_blocking=True)
 
 
 def make_lanes(encoder: FrozenEncoder, devices: str) -> list[Lane]:
@@ -58,10 +87,15 @@ def make_lanes(encoder: FrozenEncoder, devices: str) -> list[Lane]:
     chosen = [int(number) for number in wanted] or list(range(there))
     if not chosen or max(chosen) >= there:
         raise UsageError(f"`devices` is {devices!r}; this machine has {there} CUDA devices")
-    return [
-        Lane(copy.deepcopy(encoder).to(device), device)
-        for device in (torch.device("cuda", number) for number in chosen)
-    ]
+    lanes = []
+    for device in (torch.device("cuda", number) for number in chosen):
+        own = copy.deepcopy(encoder).to(device)
+        # The lanes' streams do not wait for the one on which the weights were laid out.
+        torch.cuda.synchronize(device)
+        lanes += [
+            Lane(own, device, torch.cuda.Stream(device)) for _ in range(_LANES_PER_CUDA_DEVICE)
+        ]
+    return lanes
 
 
 def single_threaded() -> None:
@@ -86,13 +120,14 @@ def encode_views(
     Raises:
         SaturationError: y holds values that the float dtype cannot hold.
     """
-    images = torch.stack(views).to(lane.device).to(torch.float32).div_(255)
-    y = lane.encoder(images)
-    if latent.is_symbols:
-        symbols = lane.encoder.quantize(y, step=latent.step)
-        stored, clipped = saturate(symbols, latent.symbol_limit)
-        return stored.cpu().numpy(), clipped.cpu().numpy()
-    values = y.to(getattr(torch, latent.dtype)).cpu()
+    with lane.queue():
+        images = lane.upload(views).to(torch.float32).div_(255)
+        y = lane.encoder(images)
+        if latent.is_symbols:
+            symbols = lane.encoder.quantize(y, step=latent.step)
+            stored, clipped = saturate(symbols, latent.symbol_limit)
+            return stored.cpu().numpy(), clipped.cpu().numpy()
+        values = y.to(getattr(torch, latent.dtype)).cpu()
     if not bool(torch.isfinite(values).all()):
         raise SaturationError(
             f"the encoder gives values that {latent.dtype} cannot hold",

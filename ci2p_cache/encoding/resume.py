@@ -30,7 +30,7 @@ from ci2p_cache.errors import ManifestError, UsageError
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.decoders import start_decoder_server
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.machine import num_cores
+from ci2p_cache.machine import bf16_notice, num_cores
 from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec
 
 __all__ = ["Intent", "committed_shards", "encode_settings", "load_chosen", "resume", "survey"]
@@ -207,6 +207,8 @@ def _encode_missing(
             staging.put_sealed(MANIFEST, manifest.to_dict())
         _tell_disk_need(root, intent, missing, observer)
         lanes = make_lanes(encoder, options.devices)
+        if options.precision == "bf16" and (text := bf16_notice(lanes[0].device)):
+            observer.notice(text)
         settings = encode_settings(intent, options, lanes)
         budget = ErrorBudget(
             parse_max_errors(options.max_errors, plan.num_samples), already_bad=bad

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,20 @@ from ci2p_cache.loader.order import Rows
 
 __all__ = ["LatentLoader"]
 
+_AT_HAND_BYTES_PER_SECOND = 2e9
+"""Raw chunks that come this fast lie in memory: page cache gives 6 to 10 GB/s, and the first touch,
+which checks them, or a disk's random reads 1.5 at most."""
+
 
 class LatentLoader(BatchLoader):
     """Loads batches from a cache; checksums are verified as chunks are read.
 
-    Compressed chunks are verified each time, raw ones (`--codec none`) when first touched.
+    Compressed chunks are verified each time, raw ones (`--codec none`) when first touched. Raw ones
+    for a CPU that have proved to lie in memory are copied when the batch is asked for, not ahead of
+    it: one buffer stays in the processor's cache and no thread has to wake (batches of 128, 49 kB
+    each, one core: 0.70 instead of 0.54 of a gather in memory). Should they become slow to come,
+    they are read ahead again.
+
     Arguments and errors are those of `BatchLoader`.
 
     Raises:
@@ -35,24 +45,47 @@ class LatentLoader(BatchLoader):
     def _prepare(self) -> None:
         self._free: list[_Buffer] = []
         self._used: _Buffer | None = None
+        is_raw = self.split.cache.manifest.layout.codec == "none"
+        self._may_be_at_hand = is_raw and self.device.type == "cpu"
+        self._is_at_hand = False
 
     def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
+        if self._is_at_hand:
+            return lambda: self._read_now(rows, views)
         buffer = self._free.pop() if self._free else self._new_buffer()
         array = buffer.array[: len(rows)]
         share = max(1, -(-len(rows) // self._threads))
         parts = [slice(i, i + share) for i in range(0, len(rows), share)]
-        read = self.split.read_batch_into
-        futures = [self._pool.submit(read, rows[part], views[part], array[part]) for part in parts]
+        futures = [
+            self._pool.submit(self._read, rows[part], views[part], array[part]) for part in parts
+        ]
         self._futures.update(futures)
 
         def finish() -> Tensor:
             self._give_back()
-            for future in futures:
-                future.result()
+            seconds = sum(future.result() for future in futures)
             self._futures.difference_update(futures)
+            self._judge(array.nbytes, seconds)
             return self._hand_out(buffer, len(rows))
 
         return finish
+
+    def _read(self, rows: Rows, views: Rows, out: npt.NDArray[Any]) -> float:
+        """Reads some latents; returns the seconds that it took."""
+        started = time.perf_counter()
+        self.split.read_batch_into(rows, views, out)
+        return time.perf_counter() - started
+
+    def _read_now(self, rows: Rows, views: Rows) -> Tensor:
+        """Reads a batch in the calling thread."""
+        self._give_back()
+        buffer = self._free.pop() if self._free else self._new_buffer()
+        array = buffer.array[: len(rows)]
+        self._judge(array.nbytes, self._read(rows, views, array))
+        return self._hand_out(buffer, len(rows))
+
+    def _judge(self, num_bytes: int, seconds: float) -> None:
+        self._is_at_hand = self._may_be_at_hand and num_bytes > seconds * _AT_HAND_BYTES_PER_SECOND
 
     def _new_buffer(self) -> _Buffer:
         latent = self.split.latent

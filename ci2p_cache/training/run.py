@@ -16,7 +16,7 @@ from ci2p_cache.errors import CheckpointError, InterruptedRunError, UsageError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.loader.resident import Resident
-from ci2p_cache.machine import raise_open_files, tune_allocator
+from ci2p_cache.machine import bf16_notice, raise_open_files, tune_allocator
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model
 from ci2p_cache.specs import differing_fields
@@ -167,6 +167,8 @@ def train(
                 observer=observer,
             )
             stack.callback(_close, [each for each in loaders if each not in (None, loader)])
+            if spec.precision == "bf16" and (text := bf16_notice(place)):
+                observer.notice(text)
             model, optimizer = run.start(config, place, checkpoint)
             # Its tensors are copied; nothing of the size of the model is kept twice.
             del checkpoint
