@@ -12,9 +12,11 @@ import torch
 
 import ci2p_cache as cc
 from ci2p_cache import errors
+from ci2p_cache.bench.encoding import bench_encoding, bench_encoding_again
 from ci2p_cache.bench.loading import bench_loading
 from ci2p_cache.bench.machine import matmul_flops
 from ci2p_cache.bench.training import TrainReport, bench_training
+from ci2p_cache.machine import bf16_notice
 from ci2p_cache.models.complexity import complexity
 from tests.conftest import Ran, write_image_folder
 
@@ -70,6 +72,8 @@ def test_encoding_pays_after_what_it_costs_over_what_an_epoch_saves(report: Trai
     saved = online.epoch_seconds - cached.epoch_seconds
     if saved > 0:
         assert report.pays_after(7.0, "in the loop") == pytest.approx(7.0 / saved)
+        assert report.paid_after(2.0)["in the loop"] == pytest.approx(11 / 2.0 / saved)
+    assert list(report.paid_after(2.0)) == ["in the loop", "vit_b16"]
     assert report.pays_after(7.0, "cached") is None
     assert report.pays_after(7.0, "nothing") is None
 
@@ -104,6 +108,44 @@ def test_loading_is_measured_for_one_thread_and_for_all(cache_dir: Path) -> None
     assert report.bytes_per_image == 192 * 4 * 4
 
 
+def test_stage_one_is_measured_whole_and_in_its_parts(cache_dir: Path) -> None:
+    source = cache_dir.parent / "src"
+    before = {path: path.stat().st_mtime_ns for path in cache_dir.parent.rglob("*")}
+    options = cc.EncodeOptions(encoder="bundled", size=64, batch_size=4, devices="cpu:2")
+    report = bench_encoding(source, options, seconds=0.05)
+    assert {path: path.stat().st_mtime_ns for path in cache_dir.parent.rglob("*")} == before
+    assert [row.name for row in report.rows] == ["whole", "g_a", "decoding"]
+    for row in report.rows:
+        assert row.images_per_second > 0
+        assert row.views_per_second == pytest.approx(2 * row.images_per_second)
+    assert (report.views_per_image, report.batch_size) == (2, 4)
+    assert report.device == "cpu, 2 lanes"
+    assert 0 <= report.waiting_share <= 1
+    # Both views of every image, whatever share of them would be drawn for validation.
+    latents = sum(f.stat().st_size for f in cache_dir.glob("latents.zarr/train/latents/c.*"))
+    assert report.bytes_per_image > 0.9 * latents / 11
+
+
+def test_making_a_cache_again_is_measured_with_its_own_settings(cache_dir: Path) -> None:
+    report = bench_encoding_again(cc.open_cache(cache_dir), device="cpu")
+    assert [row.name for row in report.rows] == ["whole", "decoding"]
+    assert report.source == str(cache_dir.parent / "src")
+    assert report.views_per_image == 2
+
+
+def test_where_bfloat16_is_computed_in_software_is_told(
+    cache_dir: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    told = bf16_notice(torch.device("cpu"))
+    cpu = Path("/proc/cpuinfo").read_text()
+    assert (told is None) == ("avx512_bf16" in cpu or "amx_bf16" in cpu or " bf16 " in cpu)
+    ran = run(
+        "encode", cache_dir.parent / "src", "--out", tmp_path / "out", "--encoder", "bundled",
+        "--size", 64, "--precision", "bf16",
+    )  # fmt: skip
+    assert ("no bfloat16 instructions" in ran.err) == (told is not None)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_the_rate_of_matrix_products_is_that_of_a_computer(precision: str) -> None:
     assert 1e8 < matmul_flops(torch.device("cpu"), precision) < 1e16
@@ -119,6 +161,16 @@ def test_the_commands_print_tables_and_json(cache_dir: Path, run: Callable[..., 
     )  # fmt: skip
     assert "compute alone" in train.out
     assert "has paid against vit_b16" in train.out
+    measured = json.loads(run(
+        "bench", "train", cache_dir, "--model", "vitds_tiny", "--seconds", 0.0, "--batch-size", 4,
+        "--device", "cpu", "--json",
+    ).out)  # fmt: skip
+    assert measured["encode_images_per_second"] > 0
+    assert set(measured["paid_after"]) == {"in the loop", "vit_b16"}
+    source = cache_dir.parent / "src"
+    stage_one = ("bench", "encode", source, "--encoder", "bundled", "--size", 64, "--seconds", 0.05)
+    assert "the encoder alone" in run(*stage_one).out
+    assert json.loads(run(*stage_one, "--json").out)["views_per_image"] == 2
 
 
 def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:

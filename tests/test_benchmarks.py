@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.benchmarks.measure import Rates, rotated
 from tests.benchmarks.peers import Shelf, peers
 from tests.benchmarks.stores import Data, generated, read_data, write_cache
 from tests.benchmarks.targets import ratio_table
+from tests.benchmarks.workers import Worker
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,25 @@ def test_a_contestant_that_reads_other_values_ends_the_benchmark(data: Data) -> 
         key="wrong", name="wrong", codec="none", gives="int8", order="", checked="never",
         stream=stream,
     )  # fmt: skip
-    with pytest.raises(SystemExit, match="wrong"):
-        loader.verify(wrong, wrong.stream(), data)
+    with pytest.raises(SystemExit, match=r"(?s)wrong.*it reads other values"):
+        Worker(wrong, data, samples=4)
+
+
+def test_a_contestant_that_ends_or_fails_ends_the_benchmark(data: Data) -> None:
+    def contestant(stream):
+        return Contestant(
+            key="lost", name="lost", codec="none", gives="int8", order="", checked="never",
+            stream=stream,
+        )  # fmt: skip
+
+    def failing():
+        raise RuntimeError("no such store")
+        yield
+
+    with pytest.raises(SystemExit, match=r"(?s)lost.*no such store"):
+        Worker(contestant(failing), data, samples=4)
+    with pytest.raises(SystemExit, match=r"lost.*ended by itself"):
+        Worker(contestant(lambda: iter([os._exit(3)])), data, samples=4)
 
 
 def test_a_peer_that_is_not_installed_is_a_row_and_no_failure(

@@ -106,6 +106,30 @@ def test_threads_recycling_and_residence_change_no_batch(
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("recycle", [False, True])
+@pytest.mark.parametrize("fast_enough", [0.0, float("inf")])
+def test_chunks_at_hand_are_read_when_asked_for_and_change_no_batch(
+    cache: cc.Cache, recycle: bool, fast_enough: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = set()
+    read = cc.Split.read_batch_into
+
+    def watched(*arguments: Any) -> None:
+        readers.add(threading.current_thread())
+        read(*arguments)
+
+    monkeypatch.setattr("ci2p_cache.loader.latents._AT_HAND_BYTES_PER_SECOND", fast_enough)
+    with cc.LatentLoader(cache["train"], batch_size=6, seed=1, recycle=recycle) as loader:
+        first = [(b.rows, b.stored.clone()) for b in loader]
+        monkeypatch.setattr(cc.Split, "read_batch_into", watched)
+        loader.set_epoch(0)
+        again = [(b.rows, b.stored.clone()) for b in loader]
+    for one, other in zip(first, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    at_hand = fast_enough == 0.0 and cache.manifest.layout.codec == "none"
+    assert (readers == {threading.current_thread()}) == at_hand
+
+
 @pytest.mark.parametrize("kind", [cc.LatentLoader, cc.ResidentLoader])
 def test_what_is_stored_is_there_as_stored(cache: cc.Cache, kind: type[cc.LatentLoader]) -> None:
     train = cache["train"]

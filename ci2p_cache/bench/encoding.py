@@ -86,8 +86,9 @@ def bench_encoding(
         observer: Told of progress and notices.
 
     Raises:
-        UsageError, SourceError, WeightsError, WeightsUnavailableError, DigestError, SaturationError,
-        TooManyBadImagesError, ResourceError, InterruptedRunError: as `dry_run` has them.
+        UsageError, SourceError, WeightsError, WeightsUnavailableError, DigestError,
+        SaturationError, TooManyBadImagesError, ResourceError, InterruptedRunError: as `dry_run`
+        has them.
     """
     options = replace(options or EncodeOptions(), val_fraction=0.0)
     with tempfile.TemporaryDirectory(prefix="ci2p-cache-bench-") as folder:

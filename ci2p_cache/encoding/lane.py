@@ -92,9 +92,9 @@ def make_lanes(encoder: FrozenEncoder, devices: str) -> list[Lane]:
         own = copy.deepcopy(encoder).to(device)
         # The lanes' streams do not wait for the one on which the weights were laid out.
         torch.cuda.synchronize(device)
-        lanes += [
-            Lane(own, device, torch.cuda.Stream(device)) for _ in range(_LANES_PER_CUDA_DEVICE)
-        ]
+        for _ in range(_LANES_PER_CUDA_DEVICE):
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch stub
+            lanes.append(Lane(own, device, stream))
     return lanes
 
 

@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks.loader [--cache DIR | --images DIR] [--samples N] [--threads 1,2]
 
-All contestants read the same stored int8 latents in batches of 128 from files in the page cache.
-Each is held against the data first, then runs an untimed epoch, or ten seconds of one; then, in
-every repeat, each goes on with its endless stream for so many seconds, in an order that rotates
-between repeats, so that a change of the machine's speed hits all alike. The process
-is pinned to as many cores as a contestant has threads. A timing begins with batches that are not
-counted, so that nothing which was read ahead between turns is.
+All contestants read the same stored int8 latents in batches of 128 from files in the page cache,
+each in a process of its own. Each is held against the data first, then runs an untimed epoch, or
+ten seconds of one; then, in every repeat, each goes on with its endless stream for so many seconds,
+in an order that rotates between repeats, so that a change of the machine's speed hits all alike.
+The process is pinned to as many cores as a contestant has threads. A timing begins with batches
+that are not counted, so that nothing which was read ahead between turns is.
 """
 
 from __future__ import annotations
@@ -15,20 +15,17 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import ci2p_cache as cc
 from ci2p_cache.machine import raise_open_files
 from tests.benchmarks.allocations import allocation_table
 from tests.benchmarks.contestants import (
-    Batch,
     Contestant,
     ours,
     ours_first,
@@ -36,19 +33,16 @@ from tests.benchmarks.contestants import (
     zarr_rows,
 )
 from tests.benchmarks.limits import limits
-from tests.benchmarks.measure import Rates, Report, Table, machine, num_cores, pinned, take_turns
+from tests.benchmarks.measure import Rates, Report, Table, machine, num_cores, take_turns
 from tests.benchmarks.overhead import overhead_table
 from tests.benchmarks.peers import FFCV, PEERS, Missing, Shelf, peers
 from tests.benchmarks.stores import Data, encoded, generated, read_data, write_cache
 from tests.benchmarks.targets import ratio_table
+from tests.benchmarks.workers import Worker
 
 __all__ = ["Settings", "main", "measure_loader"]
 
 GROUPS = ("ours", "limits", "zarr", "peers")
-UNTIMED_BATCHES = 4
-"""One more than `LatentLoader` reads ahead."""
-VERIFIED_BATCHES = 3
-WARM_UP_SECONDS = 10.0
 MANY_SHARDS = 1000
 
 
@@ -72,8 +66,9 @@ class Settings:
     """Threads of ours and of tensorstore."""
     fast_level: int = -50
     """The zstd level that is to decode fastest."""
-    repeats: int = 5
-    seconds: float = 1.0
+    repeats: int = 15
+    """Many short ones: where others use the machine, a long turn meets another speed."""
+    seconds: float = 0.3
     """Of each timing."""
     groups: tuple[str, ...] = GROUPS
 
@@ -97,19 +92,16 @@ def measure_loader(settings: Settings, folder: Path) -> Report:
         ),
     }  # fmt: skip
     contestants, missing = _contestants(settings, data, splits, folder)
-    streams = {contestant: contestant.stream() for contestant in contestants}
-    try:
-        for contestant, stream in streams.items():
-            verify(contestant, stream, data)
-            warm_up(contestant, stream, settings.samples)
+    with ExitStack() as stack:
+        workers = {
+            contestant: stack.enter_context(Worker(contestant, data, settings.samples))
+            for contestant in contestants
+        }
         rates = take_turns(
             contestants,
-            lambda contestant: timed(contestant, streams[contestant], settings.seconds),
+            lambda contestant: workers[contestant].timed(settings.seconds),
             settings.repeats,
         )
-    finally:
-        for stream in streams.values():
-            stream.close()  # type: ignore[attr-defined]  # they are generators
     table = rate_table(rates, missing, settings)
     by_key = {contestant.key: found for contestant, found in rates.items()}
     tables = [table, ratio_table(by_key), overhead_table(splits, folder, data)]
@@ -173,35 +165,6 @@ def _contestants(
         others, lacking = peers(shelf, possible)
         found, missing = found + others, missing + lacking
     return found, missing
-
-
-def verify(contestant: Contestant, stream: Iterator[Batch], data: Data) -> None:
-    """Holds the first batches against the data; a contestant that reads other values ends it."""
-    for _ in range(VERIFIED_BATCHES):
-        rows, batch = next(stream)
-        wanted = data.latents[rows] if contestant.gives == "int8" else data.dequantised(rows)
-        if batch.dtype != wanted.dtype or not np.array_equal(batch, wanted):
-            raise SystemExit(f"{contestant.name} ({contestant.key}) reads other values")
-
-
-def warm_up(contestant: Contestant, stream: Iterator[Batch], samples: int) -> None:
-    with pinned(contestant.threads):
-        seen, started = 0, time.perf_counter()
-        while seen < samples and time.perf_counter() - started < WARM_UP_SECONDS:
-            seen += len(next(stream)[0])
-
-
-def timed(contestant: Contestant, stream: Iterator[Batch], seconds: float) -> float:
-    """Images per second over at least `seconds`."""
-    with pinned(contestant.threads):
-        for _ in range(UNTIMED_BATCHES):
-            next(stream)
-        images, started = 0, time.perf_counter()
-        while True:
-            images += len(next(stream)[0])
-            spent = time.perf_counter() - started
-            if spent >= seconds:
-                return images / spent
 
 
 def rate_table(rates: dict[Contestant, Rates], missing: list[Missing], settings: Settings) -> Table:

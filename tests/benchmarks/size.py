@@ -186,8 +186,8 @@ def size_table(
     rates = take_turns(stored, timed, settings.repeats)
     half = next(one.mean_bytes for one in stored if one.name == "float16, none")
     table = Table(
-        "Bytes per view, each compressed on its own (stored views/s: once over all); decoding on one "
-        f"core, from memory, median of {settings.repeats} repeats",
+        "Bytes per view, each compressed on its own (stored views/s: once over all); decoding on "
+        f"one core, from memory, median of {settings.repeats} repeats",
         ("stored as", "bytes", "of the bound", f"of JPEG q{JPEG_QUALITY}", "of float16",
          "stored views/s", "decoded views/s", "min", "max"),
     )  # fmt: skip
