@@ -71,7 +71,6 @@ def test_a_contestant_that_ends_or_fails_ends_the_benchmark(data: Data) -> None:
 
     def failing():
         raise RuntimeError("no such store")
-        yield
 
     with pytest.raises(SystemExit, match=r"(?s)lost.*no such store"):
         Worker(contestant(failing), data, samples=4)

@@ -17,10 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
-from ci2p_cache.errors import ManifestError, command
+from ci2p_cache.errors import ManifestError
 from ci2p_cache.record import Record
 from ci2p_cache.specs import Fingerprint, LayoutSpec
 
@@ -195,7 +194,7 @@ def index_parts(split: Split, columns: list[str]) -> Iterator[pa.Table]:
         ShardError: a part is missing or damaged.
     """
     for shard in split.committed():
-        yield read_index(split.cache.path, split.name, shard, columns)
+        yield split.read_index(shard, columns)
 
 
 def folder_tree(root: str | Path) -> tuple[TreeEntry, ...]:
@@ -293,6 +292,6 @@ def _class_counts(split: Split, labels: npt.NDArray[Any]) -> tuple[int, ...]:
         raise ManifestError(
             f"split {split.name!r} of {split.cache.path} has label {outside[0]}, and there are "
             f"{len(classes)} classes",
-            hint=command("verify", split.cache.path, "--repair"),
+            hint=split.cache.repair_hint,
         )
     return tuple(np.bincount(labels[labels >= 0], minlength=len(classes)).tolist())

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ci2p_cache.cache.card import index_parts
-from ci2p_cache.cache.index import INDEX_SCHEMA, IndexRow, read_index
+from ci2p_cache.cache.index import INDEX_SCHEMA, IndexRow
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import IncompleteCacheError, ShardError, UsageError, command
@@ -170,7 +170,7 @@ def read_row(split: Split, row: int) -> IndexRow:
                 note="with the options that it was started with",
             ),
         )
-    table = read_index(split.cache.path, split.name, shard, INDEX_SCHEMA.names)
+    table = split.read_index(shard, INDEX_SCHEMA.names)
     if table.num_rows != len(split.record.rows_of(shard)) or table["row"][offset].as_py() != row:
         raise _index_damage(split, shard, f"row {row} is not where the plan puts it")
     values = table.slice(offset, 1).to_pylist()[0]
@@ -188,7 +188,7 @@ def read_row(split: Split, row: int) -> IndexRow:
 def _index_damage(split: Split, shard: int, problem: str) -> ShardError:
     return ShardError(
         f"{split.index_file(shard)} is damaged: {problem}",
-        hint=command("verify", split.cache.path, "--repair"),
+        hint=split.cache.repair_hint,
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from ci2p_cache.cache.chunk_codec import ChunkCodec
@@ -18,7 +20,7 @@ from ci2p_cache.cache.manifest import SplitRecord, array_path, index_path, shard
 from ci2p_cache.cache.open_shards import OpenShards
 from ci2p_cache.cache.raw_shards import RawShards
 from ci2p_cache.cache.zarr_shards import ShardFile
-from ci2p_cache.errors import ManifestError, ShardError, command
+from ci2p_cache.errors import ManifestError, ShardError, UsageError
 from ci2p_cache.specs import LatentSpec
 
 if TYPE_CHECKING:
@@ -98,10 +100,16 @@ class Split:
         Its metadata is checked; what is then read through zarr is not held against commits.
 
         Raises:
+            UsageError: the cache is a remote one: zarr would take what was not fetched for holes.
             ManifestError: the metadata is not what was committed, or does not fit the manifest.
         """
         import zarr
 
+        if self.cache.mirror is not None:
+            raise UsageError(
+                f"{self.cache.mirror.remote} is a remote cache; zarr itself opens it: "
+                f"zarr.open(URL + '/latents.zarr')['{self.name}/latents']"
+            )
         folder = array_path(self.name)
         path = self.cache.path / folder
         self.cache.read_committed(f"{folder}/zarr.json", max_bytes=_MAX_METADATA_BYTES)
@@ -201,10 +209,13 @@ class Split:
 
     def read_commit(self, shard: int) -> CommitRecord | None:
         """Returns a shard's commit record, None where it is not committed."""
+        self.cache.need(commit_path(self.name, shard))
         return read_commit(self.cache.path, self.name, shard)
 
     def committed(self) -> list[int]:
         """Returns the numbers of the shards that have a commit record."""
+        if self.cache.mirror is not None:
+            return list(range(self.record.num_shards))
         pattern = re.compile(rf"{self.name}-(\d{{6,12}})\.json")
         # Listed, because asking for each shard would take as long as the manifest says there are.
         try:
@@ -223,6 +234,15 @@ class Split:
         """Returns the path of a shard's index part."""
         return self.cache.path / index_path(self.name, shard)
 
+    def read_index(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Reads the index part of a shard, or some of its columns.
+
+        Raises:
+            ShardError: it is missing or damaged.
+        """
+        self.cache.need(index_path(self.name, shard))
+        return read_index(self.cache.path, self.name, shard, columns)
+
     def open_shard(self, shard: int) -> ShardFile:
         """Opens a shard's file anew, checked against its commit record.
 
@@ -238,6 +258,7 @@ class Split:
         committed = next((file for file in commit.files if file.path == path), None)
         if committed is None:
             raise ShardError(f"its commit record does not list {path}")
+        self.cache.need(path, committed)
         file = ShardFile(
             self.cache.path / path,
             num_chunks=self.record.shard_rows * self.num_views,
@@ -257,7 +278,7 @@ class Split:
         stored = np.flatnonzero(file.stored)
         if not stored.size:
             return
-        table = read_index(self.cache.path, self.name, shard, ["latent_crc32c"])
+        table = self.read_index(shard, ["latent_crc32c"])
         wanted = table["latent_crc32c"].to_pylist()
         for chunk in {int(stored[0]), int(stored[-1])}:
             offset, view = divmod(chunk, self.num_views)
@@ -269,7 +290,7 @@ class Split:
         rows = self.record.rows_of(shard)
         return ShardError(
             f"split {self.name!r} shard {shard} (rows {rows.start} to {rows.stop - 1}): {reason}",
-            hint=command("verify", self.cache.path, "--repair"),
+            hint=self.cache.repair_hint,
         )
 
     def _small_array(self, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -291,7 +312,7 @@ class Split:
         except (ManifestError, ValueError) as error:
             raise ManifestError(
                 f"{self.cache.path / folder} cannot be read: {error}",
-                hint=command("verify", self.cache.path, "--repair"),
+                hint=self.cache.repair_hint,
             ) from error
         if dtype is np.bool_:
             return raw.astype(np.bool_)

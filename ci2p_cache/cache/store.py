@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.cache.manifest import Manifest, read_manifest
+from ci2p_cache.cache.mirror import Mirror
 from ci2p_cache.cache.split import Split
 from ci2p_cache.errors import IncompleteCacheError, ManifestError, UsageError, command
 from ci2p_cache.record import read_regular
+from ci2p_cache.remote import url_of
 from ci2p_cache.specs import Fingerprint
 
 __all__ = ["Cache", "open_cache"]
@@ -19,15 +23,32 @@ def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
     """Opens a cache folder for reading.
 
     Args:
-        path: The folder that `ci2p-cache encode --out` made.
+        path: The folder that `ci2p-cache encode --out` made, or the URL of a finished one that was
+            copied: `s3://`, `gs://`, `http(s)://`. Of such a cache each file is fetched when it is
+            first read, checked, and kept in a local folder (`mirror.Mirror`).
         partial: Also open one whose encoding has not finished; its committed shards can be read.
+            One behind a URL is always finished.
 
     Raises:
+        UsageError: it is a URL of a kind that is not read.
+        MissingDependencyError: the library for this kind of URL is not installed.
+        ResourceError: the server does not answer.
         NotACacheError: the folder is missing or is no cache.
         ManifestError: `cache.json` is damaged, absurd or of another format version, or a folder
             of the cache is a link.
         IncompleteCacheError: encoding has not finished and `partial` is false.
     """
+    url = url_of(path)
+    if url is not None:
+        mirror = Mirror(url)
+        cache = Cache(mirror.path, mirror)
+        if not cache.is_complete:
+            raise IncompleteCacheError(
+                f"{mirror.remote} is not encoded to its end; only a finished cache can be read "
+                "from there",
+                hint="encode it to its end in a local folder, then copy that folder there",
+            )
+        return cache
     cache = Cache(Path(path))
     if not (cache.is_complete or partial):
         done = sum(len(split.committed()) for split in cache.values())
@@ -50,10 +71,12 @@ class Cache(Mapping[str, "Split"]):
 
     Args:
         path: The folder.
+        mirror: What fills the folder, where it is the local copy of a remote cache.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
         self.path = path
+        self.mirror = mirror
         self.manifest: Manifest = read_manifest(path)
         self._splits = {name: Split(self, name) for name in self.manifest.splits}
 
@@ -99,7 +122,30 @@ class Cache(Mapping[str, "Split"]):
     @property
     def encoder_path(self) -> Path:
         """The frozen encoder that made the latents, as safetensors."""
+        self.need(self.manifest.encoder.path, self.manifest.encoder)
         return self.path / self.manifest.encoder.path
+
+    @property
+    def repair_hint(self) -> str:
+        """What to do where a file is not what was committed."""
+        if self.mirror is None:
+            return command("verify", self.path, "--repair")
+        copied = shlex.quote(str(self.path))
+        return f"remove the local copy and run the same command again: rm -r {copied}"
+
+    def need(self, path: str, record: FileRecord | None = None) -> None:
+        """Sees to it that a file of the cache lies in its folder; of a local one nothing is done.
+
+        Args:
+            path: Its path relative to the cache folder.
+            record: What was committed there, where that is known.
+
+        Raises:
+            IntegrityError: the remote file is not what was committed.
+            ResourceError: the server does not answer, or the local copy cannot be written.
+        """
+        if self.mirror is not None:
+            self.mirror.need(path, record)
 
     def read_committed(self, path: str, *, max_bytes: int) -> bytes:
         """Reads one of the small files that finalising wrote, held against its digest.
@@ -114,6 +160,7 @@ class Cache(Mapping[str, "Split"]):
         file = next((file for file in self.manifest.files if file.path == path), None)
         if file is None:
             raise ManifestError(f"cache.json does not list {path}")
+        self.need(path, file)
         try:
             content = read_regular(self.path / path, max_bytes=max_bytes)
         except OSError as error:

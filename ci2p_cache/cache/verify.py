@@ -27,7 +27,7 @@ from ci2p_cache.cache.manifest import MANIFEST, array_path, index_path, shard_pa
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.cache.traces import gaps, named_ranges, own_files, shard_of
-from ci2p_cache.errors import IntegrityError
+from ci2p_cache.errors import IntegrityError, UsageError
 from ci2p_cache.record import Record
 
 __all__ = ["CHECKSUMS", "Finding", "FindingKind", "listed_digests", "verify"]
@@ -80,7 +80,8 @@ def verify(
     Either way files that no record lists are found in `latents.zarr`, `index` and `commits`.
 
     Args:
-        path: The cache folder; one that is still being encoded is checked as far as it goes.
+        path: The cache folder; one that is still being encoded is checked as far as it goes. Of one
+            behind a URL every file is fetched anew.
         quick: Leave the latents unread.
         on_shard: Called with (shards checked, shards in all).
 
@@ -88,10 +89,19 @@ def verify(
         What is wrong; empty for an intact cache.
 
     Raises:
+        UsageError: a cache behind a URL is to be verified quickly.
+        ResourceError: the server of such a cache does not answer.
         NotACacheError: the folder is missing or is no cache.
         ManifestError: `cache.json` itself is damaged: nothing can be held against it.
     """
     cache = open_cache(path, partial=True)
+    if cache.mirror is not None:
+        if quick:
+            raise UsageError(
+                f"{cache.mirror.remote} can only be verified whole",
+                hint="leave out --quick: every file is fetched and checked",
+            )
+        cache.mirror.need_all()
     files = list(own_files(cache.path))
     findings = [*_check_files(cache), *_foreign_files(cache, files)]
     digests = listed_digests(cache)

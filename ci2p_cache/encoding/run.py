@@ -14,6 +14,7 @@ from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.errors import NotACacheError, UsageError
 from ci2p_cache.images.locate import open_source
+from ci2p_cache.remote import shown, url_of
 
 __all__ = ["encode", "refuse_place"]
 
@@ -77,6 +78,11 @@ def encode(
 
 def refuse_place(root: Path, source: Path) -> None:
     """Refuses an output inside the source, and a folder that holds something else."""
+    if url_of(root) is not None:
+        raise UsageError(
+            f"`out` is a URL, {shown(str(url_of(root)))}; caches are encoded into a local folder",
+            hint="give a local --out folder, and copy it there when it is finished",
+        )
     if root.resolve().is_relative_to(source.resolve()):
         raise UsageError(
             f"`out` {root} lies inside the source {source}, where it would be listed as images",

@@ -17,7 +17,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.split import Split
 from ci2p_cache.errors import InputDataError
 from ci2p_cache.images.decode import decode_image
@@ -94,7 +93,7 @@ class SourceLoader(BatchLoader):
         self._images: ImageSource = open_source(self._source or cache.manifest.source)
         columns = ["key", "path_bytes", "source_sha256"]
         self._index = pa.concat_tables(
-            read_index(cache.path, self.split.name, shard, columns).replace_schema_metadata(None)
+            self.split.read_index(shard, columns).replace_schema_metadata(None)
             for shard in range(self.split.record.num_shards)
         )
 
