@@ -14,12 +14,14 @@ import torch
 from ci2p_cache.cache.chunk_codec import ChunkCodec
 from ci2p_cache.cache.commit import CommitRecord, commit_path, read_commit
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.manifest import SplitRecord, array_path, index_path, shard_path
+from ci2p_cache.cache.manifest import SplitRecord, array_path, data_paths, index_path
 from ci2p_cache.cache.open_shards import OpenShards
 from ci2p_cache.cache.raw_shards import RawShards
+from ci2p_cache.cache.shard_reader import ShardReader
+from ci2p_cache.cache.tar_shards import TarFile, open_tar
 from ci2p_cache.cache.zarr_shards import ShardFile
-from ci2p_cache.errors import ManifestError, ShardError, command
-from ci2p_cache.specs import LatentSpec
+from ci2p_cache.errors import ManifestError, ShardError, UsageError, command
+from ci2p_cache.specs import LatentSpec, LayoutSpec
 
 if TYPE_CHECKING:
     import zarr
@@ -48,6 +50,7 @@ class Split:
         self.cache = cache
         self.name = name
         self.record: SplitRecord = manifest.splits[name]
+        self.layout: LayoutSpec = manifest.layout
         self.latent: LatentSpec = manifest.fingerprint.latent
         self.scale: float = manifest.scale
         self.offset = np.array(manifest.offset, np.float32)
@@ -56,7 +59,7 @@ class Split:
             level=manifest.layout.level,
             chunk_bytes=self.latent.num_bytes,
         )
-        self._shards = OpenShards(self.open_shard, self._codec)
+        self._shards = OpenShards(self.open_shard)
 
     @property
     def num_rows(self) -> int:
@@ -99,7 +102,13 @@ class Split:
 
         Raises:
             ManifestError: the metadata is not what was committed, or does not fit the manifest.
+            UsageError: the cache holds tars only.
         """
+        if not self.layout.has_zarr:
+            raise UsageError(
+                f"{self.cache.path} holds its latents in tars, not in a zarr array",
+                hint=command("convert", self.cache.path, "--out", "NEW", "--format", "zarr"),
+            )
         import zarr
 
         folder = array_path(self.name)
@@ -142,10 +151,15 @@ class Split:
             y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
         return y, int(self.labels[row])
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether reading is copying from mapped files: raw chunks in zarr shards."""
+        return self.layout.has_zarr and self.layout.codec == "none"
+
     @cached_property
     def _raw_shards(self) -> RawShards:
         return RawShards(
-            self.open_shard,
+            self._open_zarr,
             self._damage,
             num_shards=self.record.num_shards,
             shard_chunks=self.record.shard_rows * self.num_views,
@@ -188,7 +202,7 @@ class Split:
         flat = out.reshape(len(rows), -1).view(np.uint8)
         shards, offsets = np.divmod(rows, self.record.shard_rows)
         chunks = offsets * self.num_views + views
-        if self._codec.name == "none":
+        if self.is_mapped:
             self._raw_shards.gather(shards, chunks, flat)
             return
         places = zip(shards.tolist(), chunks.tolist(), strict=True)
@@ -223,18 +237,37 @@ class Split:
         """Returns the path of a shard's index part."""
         return self.cache.path / index_path(self.name, shard)
 
-    def open_shard(self, shard: int) -> ShardFile:
-        """Opens a shard's file anew, checked against its commit record.
+    def open_shard(self, shard: int) -> ShardReader:
+        """Opens the file that a shard is read from anew, checked against its commit record.
 
         Raises:
             ShardError: it is missing, damaged or not committed.
         """
+        return self._open_zarr(shard) if self.layout.has_zarr else self.open_tar(shard)
+
+    def open_tar(self, shard: int) -> TarFile:
+        """Opens a shard's tar anew, checked against its commit record and index part.
+
+        Raises:
+            ShardError: it is missing, damaged or not committed.
+        """
+        commit = self._committed(shard)
+        file = open_tar(self.cache.path, self.record, self.latent, commit)
+        if not self.layout.has_zarr and file.index.crc32c != commit.index_crc32c:
+            raise ShardError(f"{file.path}: its index part has other places than were committed")
+        return file
+
+    def _committed(self, shard: int) -> CommitRecord:
         commit = self.read_commit(shard)
         if commit is None:
             raise ShardError("it has no commit record")
         if commit.fingerprint != self.cache.fingerprint.digest:
             raise ShardError("its commit record has another fingerprint")
-        path = shard_path(self.name, shard)
+        return commit
+
+    def _open_zarr(self, shard: int) -> ShardFile:
+        commit = self._committed(shard)
+        path = data_paths(self.layout, self.name, shard)[0]
         committed = next((file for file in commit.files if file.path == path), None)
         if committed is None:
             raise ShardError(f"its commit record does not list {path}")
