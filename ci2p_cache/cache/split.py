@@ -160,7 +160,7 @@ class Split:
     def _raw_shards(self) -> RawShards:
         return RawShards(
             self._open_zarr,
-            self._damage,
+            self.damage,
             num_shards=self.record.num_shards,
             shard_chunks=self.record.shard_rows * self.num_views,
             chunk_bytes=self.latent.num_bytes,
@@ -182,7 +182,7 @@ class Split:
         try:
             self._shards.get(shard).read_into(chunk, out.reshape(-1).view(np.uint8))
         except ShardError as error:
-            raise self._damage(shard, str(error)) from error
+            raise self.damage(shard, str(error)) from error
 
     def read_batch_into(
         self, rows: npt.NDArray[Any], views: npt.NDArray[Any], out: npt.NDArray[Any]
@@ -211,7 +211,7 @@ class Split:
             for (shard, chunk), latent in zip(places, flat, strict=True):
                 get(shard).read_into(chunk, latent)
         except ShardError as error:
-            raise self._damage(shard, str(error)) from error
+            raise self.damage(shard, str(error)) from error
 
     def read_commit(self, shard: int) -> CommitRecord | None:
         """Returns a shard's commit record, None where it is not committed."""
@@ -298,7 +298,8 @@ class Split:
             if file.stored_crc32c(chunk) not in listed[view : view + 1]:
                 raise ShardError(f"{file.path} is intact but is not the shard of this index part")
 
-    def _damage(self, shard: int, reason: str) -> ShardError:
+    def damage(self, shard: int, reason: str) -> ShardError:
+        """Returns the error that names a shard, its rows and the command that repairs it."""
         rows = self.record.rows_of(shard)
         return ShardError(
             f"split {self.name!r} shard {shard} (rows {rows.start} to {rows.stop - 1}): {reason}",

@@ -39,7 +39,7 @@ from ci2p_cache.cache.manifest import (
 from ci2p_cache.encoding.plan import Plan
 from ci2p_cache.errors import ShardError, command
 
-__all__ = ["finalise"]
+__all__ = ["finalise", "require_intact"]
 
 _NEEDED = ("row", "key", "path", "status", "error", "source_bytes", "exif_orientation")
 """Columns of the index parts that are summed up here."""
@@ -133,7 +133,7 @@ def _gather(
         ChannelSums.empty(manifest.fingerprint.latent.channels),
     )
     for commit in commits:
-        _require_intact(root, commit)
+        require_intact(root, commit)
         table = read_index(root, split, commit.shard, _NEEDED)
         good = pc.equal(table["status"], "ok")
         found.valid[table["row"].to_numpy()] = good.to_numpy()
@@ -151,8 +151,12 @@ def _gather(
     return found
 
 
-def _require_intact(root: Path, commit: CommitRecord) -> None:
-    """Holds an index part against its committed digest: only some of its pages are read here."""
+def require_intact(root: Path, commit: CommitRecord) -> None:
+    """Holds an index part against its committed digest, as where only some of its pages are read.
+
+    Raises:
+        ShardError: it is missing, or not what was committed.
+    """
     path = index_path(commit.split, commit.shard)
     listed = next((file.sha256 for file in commit.files if file.path == path), None)
     try:
