@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ci2p_cache.cache.store import Cache, open_cache
     from ci2p_cache.cache.verify import Finding, verify
     from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
+    from ci2p_cache.encoding.convert import ConvertSummary, convert
     from ci2p_cache.encoding.dry_run import dry_run
     from ci2p_cache.encoding.forecast import DryRunReport
     from ci2p_cache.encoding.options import EncodeOptions
@@ -45,6 +46,7 @@ __all__ = [
     "Cache",
     "CacheError",
     "Complexity",
+    "ConvertSummary",
     "DryRunReport",
     "EncodeObserver",
     "EncodeOptions",
@@ -68,6 +70,7 @@ __all__ = [
     "ViewSpec",
     "__version__",
     "complexity",
+    "convert",
     "create_model",
     "dry_run",
     "encode",
@@ -87,6 +90,7 @@ _HOMES = {
     "Cache": "cache.store",
     "CacheError": "errors",
     "Complexity": "models.complexity",
+    "ConvertSummary": "encoding.convert",
     "DryRunReport": "encoding.forecast",
     "EncodeObserver": "encoding.progress",
     "EncodeOptions": "encoding.options",
@@ -109,6 +113,7 @@ _HOMES = {
     "TrainSummary": "training.run",
     "ViewSpec": "specs",
     "complexity": "models.complexity",
+    "convert": "encoding.convert",
     "create_model": "models.registry",
     "dry_run": "encoding.dry_run",
     "encode": "encoding.run",

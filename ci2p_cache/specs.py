@@ -27,6 +27,7 @@ __all__ = [
     "DType",
     "EncoderSpec",
     "Fingerprint",
+    "FormatName",
     "ImageSpec",
     "LatentSpec",
     "LayoutSpec",
@@ -50,6 +51,7 @@ MAX_LATENT_BYTES = 128 * 2**20
 DType = Literal["int8", "int16", "float16", "float32"]
 Precision = Literal["float32", "tf32", "bf16"]
 CodecName = Literal["zstd", "none"]
+FormatName = Literal["zarr", "webdataset", "both"]
 
 _SYMBOL_LIMIT: dict[str, int] = {"int8": 127, "int16": 32767}
 
@@ -263,10 +265,10 @@ class LayoutSpec(Record):
     """Rows per shard."""
     limit: int | None = None
     """Only that many images of the source, spread over it by hash; None for all."""
-    format: Literal["zarr"] = "zarr"
-    """Container of the latents."""
+    format: FormatName = "zarr"
+    """Container of the latents: zarr shards, WebDataset tars, or each of them twice over."""
     codec: CodecName = "zstd"
-    """Byte compressor of the chunks."""
+    """Byte compressor of the zarr chunks; tars hold raw values, `convert` goes by it."""
     level: int = 1
     """zstd level; 1 beats 3 in size and speed on symbols (measured), 9 is 4 % smaller and slow."""
 
@@ -284,6 +286,16 @@ class LayoutSpec(Record):
             self.limit is None or self.limit > 0, f"`limit` is {self.limit}; it must be positive"
         )
         _require(-100 <= self.level <= 22, f"`level` is {self.level}; wanted -100 to 22")
+
+    @property
+    def has_zarr(self) -> bool:
+        """Whether the latents lie in zarr shards; readers then take them from there."""
+        return self.format != "webdataset"
+
+    @property
+    def has_tar(self) -> bool:
+        """Whether the latents lie in tars."""
+        return self.format != "zarr"
 
 
 def differing_fields(ours: Record, theirs: Record) -> list[tuple[str, Any, Any]]:

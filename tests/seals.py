@@ -40,7 +40,7 @@ def reseal(root: Path) -> bool:
             fit(entry)
         commit["fingerprint"] = digest(text.encode())
         shard = root / commit["files"][0]["path"]
-        if shard.is_file():
+        if shard.is_file() and shard.suffix != ".tar":
             commit["index_crc32c"] = struct.unpack("<I", shard.read_bytes()[-4:])[0]
         write_json(path, commit)
     return True

@@ -89,8 +89,8 @@ def test_an_environment_variable_stands_for_an_option_and_a_flag_wins(
     assert cc.open_cache(tmp_path / "b")["train"].num_views == 2
 
 
-@pytest.mark.parametrize("command", [[], ["encode"], ["verify"], ["inspect"], ["train"],
-                                     ["complexity"], ["demo"]])  # fmt: skip
+@pytest.mark.parametrize("command", [[], ["encode"], ["verify"], ["inspect"], ["convert"],
+                                     ["train"], ["complexity"], ["demo"]])  # fmt: skip
 def test_help_teaches_by_example_in_its_first_lines(
     run: Callable[..., Ran], command: list[str]
 ) -> None:
@@ -290,6 +290,7 @@ for command in COMMANDS:
 """
     cache, runs = str(cache_dir), str(tmp_path / "runs")
     commands = [
+        ["convert", cache, "--out", str(tmp_path / "tars"), "--format", "webdataset"],
         ["inspect", cache],
         ["inspect", cache, "--row", "0"],
         ["verify", cache],

@@ -22,16 +22,18 @@ from ci2p_cache.machine import free_memory_bytes
 from tests.conftest import write_image_folder
 
 
-@pytest.fixture(scope="module", params=["int8", "int16", "float16", "float32", "int8 none"])
+@pytest.fixture(scope="module", params=["int8", "int16", "float16", "float32", "int8 none",
+                                        "float16 tars"])  # fmt: skip
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> cc.Cache:
     """A cache of 21 images in shards of 4, one of them bad, for each way of storing."""
     root = tmp_path_factory.mktemp("loader")
     source = write_image_folder(root / "src", {"ant": 9, "bee": 7, "cat": 5})
     (source / "bee" / "002.jpg").write_bytes(b"no image")
-    dtype, _, codec = request.param.partition(" ")
+    dtype, _, kind = request.param.partition(" ")
     options = cc.EncodeOptions(
         encoder="bundled", size=64, shard_samples=4, val_fraction=0.0, max_errors="1",
-        dtype=dtype, codec=codec or "zstd",
+        dtype=dtype, codec="none" if kind == "none" else "zstd",
+        format="webdataset" if kind == "tars" else "zarr",
     )  # fmt: skip
     cc.encode(source, root / "out", options)
     return cc.open_cache(root / "out")

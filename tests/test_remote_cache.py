@@ -76,6 +76,18 @@ def test_batches_from_s3_are_those_of_the_local_cache(
     assert not [name for name in mirrored(tmp_path) if "val/latents/c." in name]
 
 
+def test_tars_are_read_from_s3_as_well(
+    local: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(monkeypatch, server, tmp_path)
+    cc.convert(local, tmp_path / "tars", format="webdataset")
+    put_folder(server, tmp_path / "tars", "tars", "shards")
+    away, here = cc.open_cache("s3://tars/shards")["train"], cc.open_cache(local)["train"]
+    for row in (0, 7, 9):
+        assert torch.equal(away[row][0], here[row][0])
+    assert len([name for name in mirrored(tmp_path) if name.endswith(".tar")]) == 3
+
+
 def test_only_what_is_read_is_fetched_and_only_once(local: Path, away: str, tmp_path: Path) -> None:
     cache = cc.open_cache(away)
     y, label = cache["train"][5]

@@ -17,7 +17,7 @@ import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache import open_shards
 from ci2p_cache.cache.manifest import read_manifest
-from ci2p_cache.cache.zarr_shards import ShardFile
+from ci2p_cache.cache.shard_reader import ShardReader
 from ci2p_cache.encoding import plan as planning
 from ci2p_cache.encoding import progress
 from ci2p_cache.encoding.plan import Plan, build_plan, read_plan
@@ -175,7 +175,7 @@ def test_an_epoch_over_more_shards_than_may_be_open_reads_every_row_once(
     opened = []
     true_open = split.open_shard
 
-    def open_shard(shard: int) -> ShardFile:
+    def open_shard(shard: int) -> ShardReader:
         opened.append(shard)
         return true_open(shard)
 

@@ -141,7 +141,7 @@ def bench_encoding_again(
         metric=encoder.metric, precision=encoder.precision, size=image.size,
         resize_side=image.resize_side, interpolation=image.interpolation, exif=image.exif,
         max_pixels=image.max_pixels, views=str(made.views), dtype=made.latent.dtype,
-        step=made.latent.step, codec=layout.codec, level=layout.level,
+        step=made.latent.step, format=layout.format, codec=layout.codec, level=layout.level,
         shard_samples=layout.shard_samples, seed=layout.seed, limit=layout.limit,
         devices=device, max_errors="100%",
     )  # fmt: skip

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
+from ci2p_cache.cache.traces import shard_of
 from ci2p_cache.errors import ManifestError
 from ci2p_cache.record import Record
 from ci2p_cache.specs import Fingerprint, LayoutSpec
@@ -215,8 +216,8 @@ def folder_tree(root: str | Path) -> tuple[TreeEntry, ...]:
             path=place,
             files=len(files),
             bytes=sum(size for _, size in files),
-            shards=sum(name.startswith("c.") for name, _ in files)
-            if place.endswith("/latents/")
+            shards=sum(shard_of(place + name) is not None for name, _ in files)
+            if place.endswith("/latents/") or place == "tar/"
             else 0,
         )
         for place, files in found.items()

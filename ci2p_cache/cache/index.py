@@ -25,6 +25,7 @@ __all__ = [
     "ChannelSums",
     "IndexRow",
     "index_bytes",
+    "index_rows",
     "parquet_bytes",
     "read_index",
     "read_parquet",
@@ -242,6 +243,14 @@ def read_index(
             f"index of {split} shard {shard}: {error}",
             hint=command("verify", root, "--repair"),
         ) from error
+
+
+def index_rows(table: pa.Table) -> list[IndexRow]:
+    """Returns the rows of a whole index part; `index_bytes` gives the same part from them again."""
+    return [
+        IndexRow(class_name=values.pop("class"), **values)
+        for values in table.replace_schema_metadata(None).to_pylist()
+    ]
 
 
 def read_sums(table: pa.Table) -> ChannelSums:

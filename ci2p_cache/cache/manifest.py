@@ -35,11 +35,14 @@ __all__ = [
     "Manifest",
     "SplitRecord",
     "array_path",
+    "data_paths",
     "index_path",
     "read_manifest",
     "refuse_difference",
     "shard_path",
     "shard_rows",
+    "tar_list_path",
+    "tar_path",
 ]
 
 MANIFEST, PLAN, ENCODER = "cache.json", "plan.parquet", "encoder.safetensors"
@@ -249,7 +252,8 @@ def _refuse_links(root: Path, manifest: Manifest) -> None:
     """Refuses a cache of which a folder, listed or expected, leads elsewhere."""
     files = [file.path for file in (manifest.plan, manifest.encoder, *manifest.files)]
     for split in manifest.splits:
-        files += [index_path(split, 0), commit_path(split, 0), shard_path(split, 0)]
+        files += [index_path(split, 0), commit_path(split, 0)]
+        files += data_paths(manifest.layout, split, 0)
     for folder in sorted({parent for file in files for parent in Path(file).parents} - {Path()}):
         refuse_link(root / folder, root)
 
@@ -290,6 +294,22 @@ def array_path(split: str, name: str = "latents") -> str:
 def shard_path(split: str, shard: int) -> str:
     """Returns a shard's path relative to the cache folder: zarr's chunk key with "." between."""
     return f"{array_path(split)}/c.{shard}.0.0.0.0"
+
+
+def tar_path(split: str, shard: int) -> str:
+    """Returns the path of a shard's tar relative to the cache folder."""
+    return f"tar/{split}-{shard:06d}.tar"
+
+
+def tar_list_path(split: str) -> str:
+    """Returns the path of the list of a split's tars relative to the cache folder."""
+    return f"tar/{split}.json"
+
+
+def data_paths(layout: LayoutSpec, split: str, shard: int) -> tuple[str, ...]:
+    """Returns the paths of a shard's latents, the one that is read first."""
+    zarr = (shard_path(split, shard),) if layout.has_zarr else ()
+    return (*zarr, tar_path(split, shard)) if layout.has_tar else zarr
 
 
 def index_path(split: str, shard: int) -> str:

@@ -12,10 +12,8 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 
-from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.zarr_shards import ShardFile, ShardIndex
+from ci2p_cache.cache.shard_reader import ShardReader
 from ci2p_cache.errors import ShardError
 
 __all__ = ["OpenShards"]
@@ -32,19 +30,17 @@ class OpenShards:
 
     Args:
         open_shard: Opens a shard by its number, checked against its commit record.
-        codec: The codec of the chunks.
     """
 
-    def __init__(self, open_shard: Callable[[int], ShardFile], codec: ChunkCodec) -> None:
+    def __init__(self, open_shard: Callable[[int], ShardReader]) -> None:
         self._open_shard = open_shard
-        self._codec = codec
-        self._open: OrderedDict[int, ShardFile] = OrderedDict()
-        self._known: dict[int, tuple[Path, ShardIndex]] = {}
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._known: dict[int, tuple[Callable[[], ShardReader], int]] = {}
         self._index_bytes = 0
         self._lock = threading.Lock()
         self._max_open = _max_open()
 
-    def get(self, shard: int) -> ShardFile:
+    def get(self, shard: int) -> ShardReader:
         """Returns a shard, opened if it is not; it stays open for as long as it is held.
 
         Raises:
@@ -65,26 +61,19 @@ class OpenShards:
                 self._open.move_to_end(shard)
         return file
 
-    def _opened(self, shard: int) -> ShardFile:
+    def _opened(self, shard: int) -> ShardReader:
         if shard in self._known:
-            path, index = self._known[shard]
+            reopen, size = self._known[shard]
             try:
-                return ShardFile(
-                    path,
-                    num_chunks=len(index.entries),
-                    codec=self._codec,
-                    file_bytes=index.file_bytes,
-                    index_crc=index.crc32c,
-                    known=index,
-                )
+                return reopen()
             except ShardError:
                 # Another file lies there by now: what its own commit record says decides.
                 del self._known[shard]
-                self._index_bytes -= index.entries.nbytes
+                self._index_bytes -= size
         file = self._open_shard(shard)
-        size = file.index.entries.nbytes
+        size = file.known_bytes
         if self._index_bytes + size <= _MAX_INDEX_BYTES:
-            self._known[shard] = file.path, file.index
+            self._known[shard] = file.reopener(), size
             self._index_bytes += size
         return file
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ci2p_cache.cache.card import index_parts
-from ci2p_cache.cache.index import INDEX_SCHEMA, IndexRow
+from ci2p_cache.cache.index import INDEX_SCHEMA, IndexRow, index_rows
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import IncompleteCacheError, ShardError, UsageError, command
@@ -181,8 +181,7 @@ def read_row(split: Split, row: int) -> IndexRow:
         )
     if values["status"] == "ok" and len(values["boxes"] or ()) != split.num_views:
         raise _index_damage(split, shard, f"row {row} has not one box per view")
-    values["class_name"] = values.pop("class")
-    return IndexRow(**values)
+    return index_rows(table.slice(offset, 1))[0]
 
 
 def _index_damage(split: Split, shard: int, problem: str) -> ShardError:

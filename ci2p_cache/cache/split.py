@@ -16,12 +16,14 @@ import torch
 from ci2p_cache.cache.chunk_codec import ChunkCodec
 from ci2p_cache.cache.commit import CommitRecord, commit_path, read_commit
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.manifest import SplitRecord, array_path, index_path, shard_path
+from ci2p_cache.cache.manifest import SplitRecord, array_path, data_paths, index_path, tar_path
 from ci2p_cache.cache.open_shards import OpenShards
 from ci2p_cache.cache.raw_shards import RawShards
+from ci2p_cache.cache.shard_reader import ShardReader
+from ci2p_cache.cache.tar_shards import TarFile, open_tar
 from ci2p_cache.cache.zarr_shards import ShardFile
-from ci2p_cache.errors import ManifestError, ShardError, UsageError
-from ci2p_cache.specs import LatentSpec
+from ci2p_cache.errors import ManifestError, ShardError, UsageError, command
+from ci2p_cache.specs import LatentSpec, LayoutSpec
 
 if TYPE_CHECKING:
     import zarr
@@ -50,6 +52,7 @@ class Split:
         self.cache = cache
         self.name = name
         self.record: SplitRecord = manifest.splits[name]
+        self.layout: LayoutSpec = manifest.layout
         self.latent: LatentSpec = manifest.fingerprint.latent
         self.scale: float = manifest.scale
         self.offset = np.array(manifest.offset, np.float32)
@@ -58,7 +61,7 @@ class Split:
             level=manifest.layout.level,
             chunk_bytes=self.latent.num_bytes,
         )
-        self._shards = OpenShards(self.open_shard, self._codec)
+        self._shards = OpenShards(self.open_shard)
 
     @property
     def num_rows(self) -> int:
@@ -100,9 +103,15 @@ class Split:
         Its metadata is checked; what is then read through zarr is not held against commits.
 
         Raises:
-            UsageError: the cache is a remote one: zarr would take what was not fetched for holes.
+            UsageError: the cache holds tars only, or is a remote one: zarr would take what was not
+                fetched for holes.
             ManifestError: the metadata is not what was committed, or does not fit the manifest.
         """
+        if not self.layout.has_zarr:
+            raise UsageError(
+                f"{self.cache.path} holds its latents in tars, not in a zarr array",
+                hint=command("convert", self.cache.path, "--out", "NEW", "--format", "zarr"),
+            )
         import zarr
 
         if self.cache.mirror is not None:
@@ -150,11 +159,16 @@ class Split:
             y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
         return y, int(self.labels[row])
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether reading is copying from mapped files: raw chunks in zarr shards."""
+        return self.layout.has_zarr and self.layout.codec == "none"
+
     @cached_property
     def _raw_shards(self) -> RawShards:
         return RawShards(
-            self.open_shard,
-            self._damage,
+            self._open_zarr,
+            self.damage,
             num_shards=self.record.num_shards,
             shard_chunks=self.record.shard_rows * self.num_views,
             chunk_bytes=self.latent.num_bytes,
@@ -176,7 +190,7 @@ class Split:
         try:
             self._shards.get(shard).read_into(chunk, out.reshape(-1).view(np.uint8))
         except ShardError as error:
-            raise self._damage(shard, str(error)) from error
+            raise self.damage(shard, str(error)) from error
 
     def read_batch_into(
         self, rows: npt.NDArray[Any], views: npt.NDArray[Any], out: npt.NDArray[Any]
@@ -196,7 +210,7 @@ class Split:
         flat = out.reshape(len(rows), -1).view(np.uint8)
         shards, offsets = np.divmod(rows, self.record.shard_rows)
         chunks = offsets * self.num_views + views
-        if self._codec.name == "none":
+        if self.is_mapped:
             self._raw_shards.gather(shards, chunks, flat)
             return
         places = zip(shards.tolist(), chunks.tolist(), strict=True)
@@ -205,7 +219,7 @@ class Split:
             for (shard, chunk), latent in zip(places, flat, strict=True):
                 get(shard).read_into(chunk, latent)
         except ShardError as error:
-            raise self._damage(shard, str(error)) from error
+            raise self.damage(shard, str(error)) from error
 
     def read_commit(self, shard: int) -> CommitRecord | None:
         """Returns a shard's commit record, None where it is not committed."""
@@ -243,18 +257,40 @@ class Split:
         self.cache.need(index_path(self.name, shard))
         return read_index(self.cache.path, self.name, shard, columns)
 
-    def open_shard(self, shard: int) -> ShardFile:
-        """Opens a shard's file anew, checked against its commit record.
+    def open_shard(self, shard: int) -> ShardReader:
+        """Opens the file that a shard is read from anew, checked against its commit record.
 
         Raises:
             ShardError: it is missing, damaged or not committed.
         """
+        return self._open_zarr(shard) if self.layout.has_zarr else self.open_tar(shard)
+
+    def open_tar(self, shard: int) -> TarFile:
+        """Opens a shard's tar anew, checked against its commit record and index part.
+
+        Raises:
+            ShardError: it is missing, damaged or not committed.
+        """
+        commit = self._committed(shard)
+        for each in commit.files:
+            if each.path in (tar_path(self.name, shard), index_path(self.name, shard)):
+                self.cache.need(each.path, each)
+        file = open_tar(self.cache.path, self.record, self.latent, commit)
+        if not self.layout.has_zarr and file.index.crc32c != commit.index_crc32c:
+            raise ShardError(f"{file.path}: its index part has other places than were committed")
+        return file
+
+    def _committed(self, shard: int) -> CommitRecord:
         commit = self.read_commit(shard)
         if commit is None:
             raise ShardError("it has no commit record")
         if commit.fingerprint != self.cache.fingerprint.digest:
             raise ShardError("its commit record has another fingerprint")
-        path = shard_path(self.name, shard)
+        return commit
+
+    def _open_zarr(self, shard: int) -> ShardFile:
+        commit = self._committed(shard)
+        path = data_paths(self.layout, self.name, shard)[0]
         committed = next((file for file in commit.files if file.path == path), None)
         if committed is None:
             raise ShardError(f"its commit record does not list {path}")
@@ -286,7 +322,8 @@ class Split:
             if file.stored_crc32c(chunk) not in listed[view : view + 1]:
                 raise ShardError(f"{file.path} is intact but is not the shard of this index part")
 
-    def _damage(self, shard: int, reason: str) -> ShardError:
+    def damage(self, shard: int, reason: str) -> ShardError:
+        """Returns the error that names a shard, its rows and the command that repairs it."""
         rows = self.record.rows_of(shard)
         return ShardError(
             f"split {self.name!r} shard {shard} (rows {rows.start} to {rows.stop - 1}): {reason}",

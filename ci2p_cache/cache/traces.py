@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ci2p_cache.cache.commit import commit_path
-from ci2p_cache.cache.manifest import index_path, shard_path
+from ci2p_cache.cache.manifest import index_path, shard_path, tar_path
 
 __all__ = ["gaps", "named_ranges", "own_files", "shard_of"]
 
 _FILES_OF_SHARDS = (
     (re.compile(r"latents\.zarr/([a-z0-9_]+)/latents/c\.(\d{1,9})\.0\.0\.0\.0"), shard_path),
+    (re.compile(r"tar/([a-z0-9_]+)-(\d{1,9})\.tar"), tar_path),
     (re.compile(r"index/([a-z0-9_]+)-(\d{1,9})\.parquet"), index_path),
     (re.compile(r"commits/([a-z0-9_]+)-(\d{1,9})\.json"), commit_path),
 )
@@ -27,11 +28,11 @@ _MAX_RANGES = 5
 
 
 def own_files(root: Path) -> Iterator[str]:
-    """Yields every file and link, relative to the cache folder, in the three that are wholly ours.
+    """Yields every file and link, relative to the cache folder, in those that are wholly ours.
 
     Links are not followed.
     """
-    for top in ("commits", "index", "latents.zarr"):
+    for top in ("commits", "index", "latents.zarr", "tar"):
         for folder, below, names in os.walk(root / top):
             links = [name for name in below if (Path(folder) / name).is_symlink()]
             for name in sorted([*names, *links]):

@@ -17,13 +17,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-import google_crc32c
 import numpy as np
 import pyarrow.compute as pc
 
 from ci2p_cache.cache.commit import CommitRecord, FileRecord, commit_path, sha256_file
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.manifest import MANIFEST, array_path, index_path, shard_path
+from ci2p_cache.cache.manifest import (
+    MANIFEST,
+    array_path,
+    data_paths,
+    index_path,
+    tar_list_path,
+)
+from ci2p_cache.cache.shard_content import shard_problems
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.cache.traces import gaps, named_ranges, own_files, shard_of
@@ -75,9 +81,10 @@ def verify(
     """Checks a cache.
 
     Full: the sha256 of every file; every chunk's checksum, decoded, and its crc32c against the
-    index; labels, valid and rows of the arrays against the index. Quick: commit records, sizes,
+    index; every tar against the one that index and latents make; labels, valid and rows of the
+    arrays against the index. Quick: commit records, sizes,
     every shard's own index, and digests of small files; the latents themselves are not read.
-    Either way files that no record lists are found in `latents.zarr`, `index` and `commits`.
+    Either way files that no record lists are found in `latents.zarr`, `tar`, `index` and `commits`.
 
     Args:
         path: The cache folder; one that is still being encoded is checked as far as it goes. Of one
@@ -160,7 +167,10 @@ def _finalised_paths(cache: Cache) -> set[str]:
     found.add("latents.zarr/zarr.json")
     for split in cache.values():
         found.add(f"latents.zarr/{split.name}/zarr.json")
-        found |= {f"{array_path(split.name, array)}/zarr.json" for array in ("latents", *_ARRAYS)}
+        arrays = ("latents", *_ARRAYS) if split.layout.has_zarr else _ARRAYS
+        found |= {f"{array_path(split.name, array)}/zarr.json" for array in arrays}
+        if split.layout.has_tar:
+            found.add(tar_list_path(split.name))
         if split.num_rows:
             found |= {f"{array_path(split.name, array)}/c.0" for array in _ARRAYS}
     return found
@@ -172,10 +182,20 @@ def _foreign_files(cache: Cache, files: Collection[str]) -> Iterator[Finding]:
     known = {file.path for file in cache.manifest.files} | _finalised_paths(cache)
     for path in files:
         split, shard = shard_of(path) or ("", 0)
-        planned = split in cache and shard < cache[split].record.num_shards
+        planned = (
+            split in cache
+            and shard < cache[split].record.num_shards
+            and path in _paths(cache[split], shard)
+        )
         if not planned and path not in known:
             shown = os.fsencode(path).decode("utf-8", "backslashreplace")
             yield Finding(path=shown, kind="foreign", problem="no record lists this file")
+
+
+def _paths(split: Split, shard: int) -> tuple[str, ...]:
+    """Returns the paths of all files of a shard, its commit record last."""
+    files = data_paths(split.layout, split.name, shard)
+    return (*files, index_path(split.name, shard), commit_path(split.name, shard))
 
 
 def _visits(split: Split, traces: Collection[tuple[str, int]]) -> Iterator[range]:
@@ -259,15 +279,8 @@ def _check_shard(
     ]
     if problems:
         return problems
-    shard_file = shard_path(split.name, shard)
-    try:
-        # Sizes fit: this reads the shard's own index, and tells shards of one size apart.
-        split.open_shard(shard)
-    except IntegrityError as error:
-        return [finding(shard_file, "damaged", str(error))]
-    if quick:
-        return []
-    return [finding(shard_file, "damaged", text) for text in _content_problems(split, commit)]
+    inside = shard_problems(split, commit, quick=quick)
+    return [finding(path, "damaged", text) for path, text in inside]
 
 
 def _record_problem(split: Split, commit: CommitRecord, digests: Mapping[str, str]) -> str | None:
@@ -278,7 +291,7 @@ def _record_problem(split: Split, commit: CommitRecord, digests: Mapping[str, st
         return f"it speaks of {commit.rows} rows from {commit.first_row}"
     if commit.fingerprint != split.cache.fingerprint.digest:
         return f"it has another fingerprint than {MANIFEST}"
-    wanted = {shard_path(split.name, commit.shard), index_path(split.name, commit.shard)}
+    wanted = set(_paths(split, commit.shard)) - {path}
     if {file.path for file in commit.files} != wanted:
         return f"it lists other files than {sorted(wanted)}"
     if path in digests and sha256_file(split.cache.path / path) != digests[path]:
@@ -290,45 +303,13 @@ def _unvouched(
     split: Split, shard: int, digests: Mapping[str, str], *, quick: bool
 ) -> Iterator[tuple[str, FindingKind, str]]:
     """Checks the files of a shard whose commit record is lost, as far as another witness goes."""
-    for path in (shard_path(split.name, shard), index_path(split.name, shard)):
+    for path in _paths(split, shard)[:-1]:
         file = split.cache.path / path
         size = file.stat().st_size if file.is_file() else 0
         record = FileRecord(path=path, bytes=size, sha256=digests.get(path, ""))
         found = _file_problem(split.cache.path, record, quick=quick)
         if found is not None and (found[0] == "missing" or path in digests):
             yield path, *found
-
-
-def _content_problems(split: Split, commit: CommitRecord) -> Iterator[str]:
-    """Decodes every chunk of a shard and holds it against the index."""
-    try:
-        index = read_index(split.cache.path, split.name, commit.shard)
-        file = split.open_shard(commit.shard)
-    except IntegrityError as error:
-        yield str(error)
-        return
-    rows = split.record.rows_of(commit.shard)
-    if index["row"].to_pylist() != list(rows):
-        yield "the index does not list its rows one after another"
-        return
-    good = np.array([status == "ok" for status in index["status"].to_pylist()], np.bool_)
-    stored = file.stored.reshape(split.record.shard_rows, split.num_views)
-    if not np.array_equal(stored[: len(rows)], np.repeat(good[:, None], split.num_views, 1)):
-        yield "the chunks that are stored are not those of the rows that the index calls ok"
-    out = np.empty(split.latent.num_bytes, np.uint8)
-    checksums = index["latent_crc32c"].to_pylist()
-    for offset in np.flatnonzero(good).tolist():
-        if len(checksums[offset] or ()) != split.num_views:
-            yield f"row {rows[offset]} has not one checksum per view in the index"
-            continue
-        for view in range(split.num_views):
-            try:
-                file.read_into(offset * split.num_views + view, out)
-            except IntegrityError as error:
-                yield str(error)
-                continue
-            if google_crc32c.value(out.tobytes()) != checksums[offset][view]:
-                yield f"row {rows[offset]} view {view} is not the latent that the index speaks of"
 
 
 def _check_arrays(split: Split) -> Iterator[Finding]:

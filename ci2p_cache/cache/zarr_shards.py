@@ -10,12 +10,9 @@ the oracle in the tests.
 
 from __future__ import annotations
 
-import os
-import stat
 import struct
-import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ci2p_cache.cache.chunk_codec import CRC_BYTES, ChunkCodec
+from ci2p_cache.cache.shard_reader import MISSING, ShardIndex, ShardReader
 from ci2p_cache.errors import ShardError
 
 __all__ = ["ShardFile", "ShardIndex", "index_crc32c", "pack_shard"]
 
-_MISSING = 2**64 - 1
 _MAX_CHUNKS = 2**22
 """Of one shard: a 64 MiB index. Ours have 128 MiB of latents of at least 768 bytes: 2**18."""
 
@@ -39,7 +36,7 @@ def pack_shard(chunks: Sequence[bytes | None]) -> Iterator[bytes]:
     Args:
         chunks: Encoded inner chunks in C order, None for one that is not stored.
     """
-    entries = np.full((len(chunks), 2), _MISSING, "<u8")
+    entries = np.full((len(chunks), 2), MISSING, "<u8")
     position = 0
     for number, chunk in enumerate(chunks):
         if chunk is not None:
@@ -55,22 +52,8 @@ def index_crc32c(last_part: bytes) -> int:
     return int(struct.unpack("<I", last_part[-CRC_BYTES:])[0])
 
 
-@dataclass(frozen=True, slots=True)
-class ShardIndex:
-    """A shard's index as it was checked, and which file it was read from."""
-
-    entries: npt.NDArray[Any]
-    """Offset and size of every inner chunk, uint64 (num_chunks, 2)."""
-    crc32c: int
-    """Its checksum, the one that was committed."""
-    file_bytes: int
-    """Size of the file."""
-    identity: tuple[int, int, int]
-    """Device, inode and time of the last change in ns of the file: another one differs."""
-
-
-class ShardFile:
-    """One shard opened for reading; safe to read from many threads.
+class ShardFile(ShardReader):
+    """One zarr shard opened for reading; safe to read from many threads.
 
     Args:
         path: The shard's file.
@@ -94,32 +77,14 @@ class ShardFile:
         index_crc: int,
         known: ShardIndex | None = None,
     ) -> None:
-        self.path = path
         self._codec = codec
         if num_chunks > _MAX_CHUNKS:
             raise ShardError(f"{path}: a shard of {num_chunks} chunks; at most {_MAX_CHUNKS} fit")
-        try:
-            # Links are not followed, pipes not waited for: the folder may come from a stranger.
-            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            self._descriptor = os.open(path, flags)
-        except OSError as error:
-            raise ShardError(f"{path} cannot be opened: {error.strerror}") from error
-        # Closed when the last reader lets go: a descriptor closed under a reader could be reused
-        # for another file, and the reader would get that file's bytes.
-        weakref.finalize(self, os.close, self._descriptor)
-        found = os.fstat(self._descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ShardError(f"{path} is no regular file")
-        size = found.st_size
-        if size != file_bytes:
-            raise ShardError(f"{path} has {size} bytes, {file_bytes} were committed")
-        identity = (found.st_dev, found.st_ino, found.st_ctime_ns)
-        if known is None or known.identity != identity:
-            entries = self._read_index(num_chunks, size, index_crc)
-            known = ShardIndex(entries, index_crc, size, identity)
-        self.index = known
-        # Gives Python's integers at a fraction of numpy's price.
-        self._places = memoryview(known.entries.reshape(-1).data).cast("B").cast("Q")
+        super().__init__(path, file_bytes=file_bytes)
+        if known is None or known.identity != self.identity:
+            entries = self._read_index(num_chunks, self.file_bytes, index_crc)
+            known = ShardIndex(entries, index_crc, self.file_bytes, self.identity)
+        self._set_index(known)
 
     def _read_index(self, num_chunks: int, size: int, index_crc: int) -> npt.NDArray[Any]:
         index_bytes = 16 * num_chunks
@@ -134,7 +99,7 @@ class ShardFile:
             raise ShardError(f"{self.path} is intact but is not the shard that was committed here")
         entries = np.frombuffer(index, "<u8").reshape(num_chunks, 2)
         offsets, sizes = entries[:, 0], entries[:, 1]
-        missing = (offsets == _MISSING) & (sizes == _MISSING)
+        missing = (offsets == MISSING) & (sizes == MISSING)
         inside = (offsets <= start) & (sizes <= start) & (offsets + sizes <= start)
         if not np.all(missing | inside):
             raise ShardError(f"{self.path}: its index points outside the file")
@@ -147,13 +112,21 @@ class ShardFile:
         return entries
 
     @property
-    def stored(self) -> npt.NDArray[Any]:
-        """Which inner chunks exist, bool (num_chunks,)."""
-        return np.not_equal(self.index.entries[:, 0], _MISSING)
+    def known_bytes(self) -> int:
+        """Memory that `reopener` keeps of the file."""
+        return int(self.index.entries.nbytes)
 
-    def stored_bytes(self, chunk: int) -> int:
-        """Returns the size of a stored inner chunk in the file."""
-        return self._places[2 * chunk + 1]
+    def reopener(self) -> Callable[[], ShardReader]:
+        """Returns what opens the file again, reading its index only if the file has changed."""
+        return partial(
+            ShardFile,
+            self.path,
+            num_chunks=len(self.index.entries),
+            codec=self._codec,
+            file_bytes=self.index.file_bytes,
+            index_crc=self.index.crc32c,
+            known=self.index,
+        )
 
     def stored_crc32c(self, chunk: int) -> int:
         """Returns the checksum that a stored chunk of codec `none` ends in, unchecked."""
@@ -171,26 +144,3 @@ class ShardFile:
             self._codec.decode_into(stored, out)
         except ValueError as error:
             raise ShardError(f"{self.path}: chunk {chunk} is damaged: {error}") from error
-
-    def fileno(self) -> int:
-        """Returns the descriptor, open for as long as this object is held."""
-        return self._descriptor
-
-    def _place(self, chunk: int) -> tuple[int, int]:
-        offset, size = self._places[2 * chunk], self._places[2 * chunk + 1]
-        if offset == _MISSING:
-            raise ShardError(f"{self.path}: chunk {chunk} holds no data")
-        return offset, size
-
-    def _stored(self, chunk: int) -> bytes:
-        offset, size = self._place(chunk)
-        stored = self._read(size, offset)
-        if len(stored) != size:
-            raise ShardError(f"{self.path}: chunk {chunk} ends after {len(stored)} of {size} bytes")
-        return stored
-
-    def _read(self, size: int, offset: int) -> bytes:
-        try:
-            return os.pread(self._descriptor, size, offset)
-        except OSError as error:
-            raise ShardError(f"{self.path} cannot be read: {error.strerror}") from error

@@ -12,6 +12,7 @@ import typer
 from ci2p_cache import __version__
 from ci2p_cache.cli import render
 from ci2p_cache.cli.bench import bench
+from ci2p_cache.cli.convert import convert
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.encode import encode
 from ci2p_cache.cli.look import complexity, inspect
@@ -60,7 +61,7 @@ def _root(
     """
 
 
-for each in (encode, verify, inspect, train, complexity, demo):
+for each in (encode, verify, inspect, convert, train, complexity, demo):
     app.command()(each)
 app.add_typer(bench)
 

@@ -66,8 +66,12 @@ def encode(
         Literal["ignore", "apply"], typer.Option(help="What to do with EXIF orientation.")
     ] = "ignore",
     max_pixels: Annotated[int, typer.Option(help="Larger images count as bad.")] = 89_000_000,
+    format: Annotated[
+        Literal["zarr", "webdataset", "both"],
+        typer.Option(help="Container of the latents: zarr shards, WebDataset tars, or both."),
+    ] = "zarr",
     codec: Annotated[
-        Literal["zstd", "none"], typer.Option(help="Byte compressor of the chunks.")
+        Literal["zstd", "none"], typer.Option(help="Byte compressor of the zarr chunks.")
     ] = "zstd",
     level: Annotated[int, typer.Option(help="zstd level, -100 to 22; low ones decode faster.")] = 1,
     shard_samples: Annotated[int, typer.Option(help="Images per shard.")] = 1024,
@@ -134,10 +138,10 @@ def encode(
     options = EncodeOptions(
         encoder=encoder, weights=weights, arch=arch, quality=quality, metric=metric, size=size,
         resize_side=resize_side, interpolation=interpolation, exif=exif, max_pixels=max_pixels,
-        views=views, dtype=dtype, step=step, precision=precision, codec=codec, level=level,
-        shard_samples=shard_samples, val_fraction=val_fraction, seed=seed, limit=limit,
-        batch_size=batch_size, workers=workers, devices=devices, max_errors=max_errors,
-        retry_failed=retry_failed, rescan=rescan,
+        views=views, dtype=dtype, step=step, precision=precision, format=format,
+        codec=codec, level=level, shard_samples=shard_samples, val_fraction=val_fraction, seed=seed,
+        limit=limit, batch_size=batch_size, workers=workers, devices=devices,
+        max_errors=max_errors, retry_failed=retry_failed, rescan=rescan,
     )  # fmt: skip
     if dry_run:
         _forecast(source, out, options, overwrite=overwrite is not None, json=json)

@@ -102,6 +102,7 @@ def _print_card(card: CacheCard) -> None:
         "size": f"{render.size(card.disk_bytes)} on disk"
         + (f", {render.size(card.bytes_per_image)} per image" if card.bytes_per_image else "")
         + (f", {card.source_ratio:.2f} x the source files" if card.source_ratio else ""),
+        "format": card.layout.format,
         "codec": f"{card.layout.codec}"
         + (f" level {card.layout.level}" if card.layout.codec == "zstd" else ""),
         "saturated": f"{card.clipped:,} symbols",

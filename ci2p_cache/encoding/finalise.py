@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +24,22 @@ from ci2p_cache.cache.commit import (
     FileRecord,
     StagingArea,
     commit_path,
+    json_bytes,
     sha256_file,
 )
 from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_sums
-from ci2p_cache.cache.manifest import MANIFEST, Manifest, SplitRecord, index_path
+from ci2p_cache.cache.manifest import (
+    MANIFEST,
+    Manifest,
+    SplitRecord,
+    index_path,
+    tar_list_path,
+    tar_path,
+)
 from ci2p_cache.encoding.plan import Plan
 from ci2p_cache.errors import ShardError, command
 
-__all__ = ["finalise"]
+__all__ = ["finalise", "require_intact"]
 
 _NEEDED = ("row", "key", "path", "status", "error", "source_bytes", "exif_orientation")
 """Columns of the index parts that are summed up here."""
@@ -88,6 +97,10 @@ def finalise(
             exif_turned=found.exif_turned,
         )
     written = _put_zarr(manifest, plan, valid, staging)
+    if manifest.layout.has_tar:
+        written += [
+            staging.put(tar_list_path(name), _tar_list(manifest, name, commits)) for name in splits
+        ]
     written += [
         staging.put("errors.parquet", parquet_bytes(pa.concat_tables(errors))),
         staging.put("stats/channels.parquet", parquet_bytes(pa.concat_tables(statistics))),
@@ -120,7 +133,7 @@ def _gather(
         ChannelSums.empty(manifest.fingerprint.latent.channels),
     )
     for commit in commits:
-        _require_intact(root, commit)
+        require_intact(root, commit)
         table = read_index(root, split, commit.shard, _NEEDED)
         good = pc.equal(table["status"], "ok")
         found.valid[table["row"].to_numpy()] = good.to_numpy()
@@ -138,8 +151,12 @@ def _gather(
     return found
 
 
-def _require_intact(root: Path, commit: CommitRecord) -> None:
-    """Holds an index part against its committed digest: only some of its pages are read here."""
+def require_intact(root: Path, commit: CommitRecord) -> None:
+    """Holds an index part against its committed digest, as where only some of its pages are read.
+
+    Raises:
+        ShardError: it is missing, or not what was committed.
+    """
     path = index_path(commit.split, commit.shard)
     listed = next((file.sha256 for file in commit.files if file.path == path), None)
     try:
@@ -181,7 +198,8 @@ def _put_zarr(
 ) -> list[FileRecord]:
     """Lets zarr-python make small arrays and all metadata in memory, and puts them.
 
-    The latents' own array is created empty: its shards are in place already.
+    The latents' own array is created empty: its shards are in place already. Where they lie in
+    tars only there is none.
     """
     fingerprint, layout = manifest.fingerprint, manifest.layout
     latent = fingerprint.latent
@@ -195,23 +213,19 @@ def _put_zarr(
         compressor = Crc32cCodec()
     for name, record in plan.splits.items():
         split = group.create_group(name)
-        chunk = (1, 1, *latent.shape)
-        split.create_array(
-            "latents",
-            shape=(record.rows, record.views, *latent.shape),
-            dtype=latent.dtype,
-            chunks=chunk,
-            shards=(record.shard_rows, record.views, *latent.shape),
-            compressors=compressor,
-            fill_value=latent.fill_value,
-            chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=("sample", "view", "channel", "y", "x"),
-            attributes={
-                "scale": manifest.scale,
-                "offset": list(manifest.offset),
-                "dequantise": "y = stored.astype('float32') * scale + offset[:, None, None]",
-            },
-        )
+        if layout.has_zarr:
+            split.create_array(
+                "latents",
+                shape=(record.rows, record.views, *latent.shape),
+                dtype=latent.dtype,
+                chunks=(1, 1, *latent.shape),
+                shards=(record.shard_rows, record.views, *latent.shape),
+                compressors=compressor,
+                fill_value=latent.fill_value,
+                chunk_key_encoding={"name": "default", "separator": "."},
+                dimension_names=("sample", "view", "channel", "y", "x"),
+                attributes=_dequantising(manifest),
+            )
         for array, values, fill in (
             ("labels", plan.labels(name), -1),
             ("valid", valid[name], False),
@@ -233,6 +247,38 @@ def _put_zarr(
         staging.put(f"latents.zarr/{key}", content.to_bytes())
         for key, content in sorted(made.items())
     ]
+
+
+def _dequantising(manifest: Manifest) -> dict[str, Any]:
+    """Returns what turns stored values into y, for readers that are not ours."""
+    return {
+        "scale": manifest.scale,
+        "offset": list(manifest.offset),
+        "dequantise": "y = stored.astype('float32') * scale + offset[:, None, None]",
+    }
+
+
+def _tar_list(manifest: Manifest, split: str, commits: Sequence[CommitRecord]) -> bytes:
+    """Lists a split's tars in the form of `wids`, and says what turns stored values into y."""
+    own = [commit for commit in commits if commit.split == split]
+    return json_bytes(
+        {
+            "__kind__": "wids-shard-index-v1",
+            "wids_version": 1,
+            "name": split,
+            "shardlist": [
+                {
+                    "url": tar_path(split, commit.shard).rpartition("/")[2],
+                    "nsamples": commit.valid_rows,
+                    "filesize": file.bytes,
+                }
+                for commit in own
+                for file in commit.files
+                if file.path == tar_path(split, commit.shard)
+            ],
+            **_dequantising(manifest),
+        }
+    )
 
 
 def _checksums(

@@ -175,7 +175,8 @@ class Findings:
             views = count * good * plan.splits[split].views
             total += views * trial.view_bytes.get(split, mean) + count * trial.index_row_bytes
         for split, _ in self.work.missing:
-            total += shard_index_bytes(plan.splits[split]) + trial.index_part_bytes
+            whole = shard_index_bytes(plan.splits[split], self.work.intent.layout)
+            total += whole + trial.index_part_bytes
         return total
 
     def other_bytes(self, encoder: FrozenEncoder) -> float:
@@ -184,7 +185,8 @@ class Findings:
         if intent.manifest is not None and intent.manifest.is_complete and not shards:
             return 0.0
         plan = intent.plan
-        records = shards * (self.encoded.commit_bytes + 3 * _CHECKSUM_BYTES)
+        files = 2 + intent.layout.has_zarr + intent.layout.has_tar
+        records = shards * (self.encoded.commit_bytes + files * _CHECKSUM_BYTES)
         begun = 0 if intent.manifest else len(plan.to_bytes()) + len(encoder.to_bytes())
         return begun + records + _FOLDER_BYTES + len(plan.splits) * _SPLIT_BYTES
 

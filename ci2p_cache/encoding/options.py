@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from ci2p_cache.errors import UsageError
-from ci2p_cache.specs import CodecName, DType, ImageSpec, LayoutSpec, Precision, ViewSpec
+from ci2p_cache.specs import (
+    CodecName,
+    DType,
+    FormatName,
+    ImageSpec,
+    LayoutSpec,
+    Precision,
+    ViewSpec,
+)
 
 __all__ = ["EncodeOptions"]
 
@@ -48,8 +56,10 @@ class EncodeOptions:
     """Quantisation step of symbols; the codec's own is 1."""
     precision: Precision = "float32"
     """Arithmetic of g_a; float32 is the reference."""
+    format: FormatName = "zarr"
+    """Container of the latents: zarr shards, WebDataset tars, or both; zarr is the smallest."""
     codec: CodecName = "zstd"
-    """Byte compressor; none for reading at RAM speed."""
+    """Byte compressor of the zarr chunks; none for reading at RAM speed."""
     level: int = 1
     """zstd level."""
     shard_samples: int = 1024
@@ -106,6 +116,7 @@ class EncodeOptions:
             seed=self.seed,
             shard_samples=self.shard_samples,
             limit=self.limit,
+            format=self.format,
             codec=self.codec,
             level=self.level,
         )

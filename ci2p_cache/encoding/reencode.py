@@ -14,7 +14,7 @@ import torch
 
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.manifest import shard_path
+from ci2p_cache.cache.manifest import data_paths
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.cache.verify import Finding
@@ -164,7 +164,7 @@ def _compare(
 
     def finding(problem: str) -> Finding:
         return Finding(
-            path=shard_path(split.name, shard),
+            path=data_paths(split.layout, split.name, shard)[0],
             kind="differs",
             problem=f"row {row} {problem}",
             split=split.name,

@@ -24,9 +24,9 @@ from ci2p_cache.cache.manifest import (
     PLAN,
     Manifest,
     array_path,
+    data_paths,
     index_path,
     read_manifest,
-    shard_path,
 )
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.cache.verify import Finding, listed_digests, verify
@@ -329,7 +329,11 @@ class _Repair:
 
     def _describe(self, plan: Plan, split: str, number: int) -> DamagedShard:
         commit = self._commits.get((split, number))
-        paths = (shard_path(split, number), index_path(split, number), commit_path(split, number))
+        paths = (
+            *data_paths(self.manifest.layout, split, number),
+            index_path(split, number),
+            commit_path(split, number),
+        )
         digests = {path: self._digests[path] for path in paths if path in self._digests}
         if commit is not None:
             digests |= {file.path: file.sha256 for file in commit.files}

@@ -24,7 +24,7 @@ from ci2p_cache.cache.commit import (
     remove_path,
     sha256_file,
 )
-from ci2p_cache.cache.manifest import Manifest, shard_path
+from ci2p_cache.cache.manifest import Manifest, data_paths
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoding.budget import ErrorBudget
 from ci2p_cache.encoding.lane import make_lanes, numerics
@@ -224,8 +224,8 @@ class Replay:
         digests = {file.path: file.sha256 for file in record.files}
         digests[commit] = sha256_file(scratch / commit)
         differing = [path for path, made in shard.digests.items() if digests[path] != made]
-        latents = shard_path(record.split, record.shard)
-        if latents in differing and shard.numerics == record.numerics:
+        latents = data_paths(self._manifest.layout, record.split, record.shard)
+        if set(latents) & set(differing) and shard.numerics == record.numerics:
             raise SourceError(
                 f"{shard.place} encoded again gives other latents than those committed, on the "
                 "same software and kind of device: its source images have changed. The shard was "

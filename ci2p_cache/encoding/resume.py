@@ -18,6 +18,7 @@ from ci2p_cache.cache.manifest import (
     read_manifest,
     refuse_difference,
 )
+from ci2p_cache.cache.tar_shards import tar_sample_bytes
 from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
 from ci2p_cache.encoding.budget import ErrorBudget, parse_max_errors
 from ci2p_cache.encoding.finalise import finalise
@@ -299,10 +300,13 @@ def _tell_disk_need(
 ) -> None:
     latent, splits = intent.fingerprint.latent, intent.plan.splits
     share = 1.0 if intent.layout.codec == "none" else _EXPECTED_SHARE[latent.dtype]
-    need = share * sum(
-        len(splits[split].rows_of(number)) * splits[split].views * latent.num_bytes
-        for split, number in missing
-    )
+    need = 0.0
+    for split, number in missing:
+        rows, views = len(splits[split].rows_of(number)), splits[split].views
+        if intent.layout.has_zarr:
+            need += share * rows * views * latent.num_bytes
+        if intent.layout.has_tar:
+            need += rows * tar_sample_bytes(latent, views)
     free = shutil.disk_usage(root).free
     if need > free:
         observer.notice(

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -30,9 +31,9 @@ import torch
 
 from ci2p_cache.cache.chunk_codec import ChunkCodec
 from ci2p_cache.cache.commit import CommitRecord, StagingArea
-from ci2p_cache.cache.index import ChannelSums, IndexRow, index_bytes
-from ci2p_cache.cache.manifest import SplitRecord, index_path, shard_path
-from ci2p_cache.cache.zarr_shards import index_crc32c, pack_shard
+from ci2p_cache.cache.index import ChannelSums, IndexRow
+from ci2p_cache.cache.manifest import SplitRecord
+from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.encoding.budget import ErrorBudget, SaturationProbe
 from ci2p_cache.encoding.lane import Lane, encode_views, numerics, single_threaded
 from ci2p_cache.encoding.plan import Sample, ShardPlan
@@ -73,6 +74,7 @@ class _Shard:
     plan: ShardPlan
     rows: list[IndexRow] = field(default_factory=list)
     chunks: list[bytes | None] = field(default_factory=list)
+    raw: dict[tuple[int, int], memoryview] = field(default_factory=dict)
     batches: list[Future[Future[ChannelSums]]] = field(default_factory=list)
     crc32c: dict[tuple[int, int], int] = field(default_factory=dict)
     clipped: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -81,7 +83,8 @@ class _Shard:
 class ShardEncoder:
     """Encodes planned shards and commits each; a context manager that owns its threads, processes.
 
-    Host memory is bounded by two shards of encoded chunks (at most 128 MiB each, uncompressed),
+    Host memory is bounded by two shards of encoded chunks or raw latents (at most 128 MiB each,
+    uncompressed; with format `both`, chunks and raw latents),
     `lookahead` decoded images (their views), two batches per lane, and one full-size image per
     decoder process (at most 24 bytes times `max_pixels`, where it ends as a bad image).
 
@@ -259,7 +262,10 @@ class ShardEncoder:
             num_views = self._settings.splits[shard.plan.split].views
             for latent, (offset, view) in zip(stored, places, strict=True):
                 raw = memoryview(latent.reshape(-1).view(np.uint8))
-                shard.chunks[offset * num_views + view] = self._codec.encode(raw)
+                if self._settings.layout.has_zarr:
+                    shard.chunks[offset * num_views + view] = self._codec.encode(raw)
+                if self._settings.layout.has_tar:
+                    shard.raw[shard.plan.first_row + offset, view] = raw
                 shard.crc32c[offset, view] = google_crc32c.value(bytes(raw))
             for place, lost in zip(places, clipped.sum(axis=1).tolist(), strict=True):
                 shard.clipped[place] = lost
@@ -279,22 +285,23 @@ class ShardEncoder:
             offset = row.row - plan.first_row
             row.latent_crc32c = [shard.crc32c[offset, view] for view in views]
             row.clipped = sum(shard.clipped[offset, view] for view in views)
-        pieces = list(pack_shard(shard.chunks))
-        files = (
-            self._staging.put(shard_path(plan.split, plan.shard), pieces),
-            self._staging.put(index_path(plan.split, plan.shard), index_bytes(shard.rows, sums)),
+        return put_shard(
+            self._staging,
+            partial(
+                CommitRecord,
+                first_row=plan.first_row,
+                rows=len(plan.samples),
+                valid_rows=len(good),
+                plan_sha256=plan.sha256,
+                fingerprint=settings.fingerprint.digest,
+                numerics=self._numerics,
+            ),
+            place=(plan.split, plan.shard),
+            layout=settings.layout,
+            shape=settings.splits[plan.split],
+            latent=self._latent,
+            rows=shard.rows,
+            sums=sums,
+            chunks=shard.chunks,
+            raw=shard.raw,
         )
-        record = CommitRecord(
-            split=plan.split,
-            shard=plan.shard,
-            first_row=plan.first_row,
-            rows=len(plan.samples),
-            valid_rows=len(good),
-            plan_sha256=plan.sha256,
-            fingerprint=settings.fingerprint.digest,
-            index_crc32c=index_crc32c(pieces[-1]),
-            files=files,
-            numerics=self._numerics,
-        )
-        self._staging.commit(record)
-        return record

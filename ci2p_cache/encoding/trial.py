@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from ci2p_cache.cache.commit import CommitRecord, StagingArea, commit_path, remove_path
 from ci2p_cache.cache.index import parquet_bytes, read_index, read_sums
-from ci2p_cache.cache.manifest import SplitRecord, index_path, shard_path
+from ci2p_cache.cache.manifest import SplitRecord, index_path
 from ci2p_cache.encoding.budget import ErrorBudget
 from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.plan import Sample, ShardPlan
@@ -31,6 +31,7 @@ from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
 from ci2p_cache.errors import ImageDecodeError
 from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.source import ImageSource
+from ci2p_cache.specs import LayoutSpec
 
 __all__ = [
     "BadFile",
@@ -71,7 +72,7 @@ class EncodeTrial:
     encoded: int = 0
     """Images of the sample, warm-up and bad ones included."""
     view_bytes: dict[str, float] = field(default_factory=dict)
-    """Stored bytes of one view, by split."""
+    """Stored bytes of one view in all containers together, by split."""
     shard_bytes: int = 0
     """Bytes of all files that the sample was committed as."""
     index_row_bytes: float = 0.0
@@ -100,9 +101,13 @@ class DecodeTrial:
     """Those that cannot be decoded."""
 
 
-def shard_index_bytes(record: SplitRecord) -> int:
-    """Returns the size of the index at the end of a zarr shard: offset and size of each chunk."""
-    return 16 * record.shard_rows * record.views + 4
+def shard_index_bytes(record: SplitRecord, layout: LayoutSpec) -> int:
+    """Returns what a shard takes beside its samples.
+
+    Of a zarr shard that is the index at its end, offset and size of each chunk; of a tar its end.
+    """
+    zarr = 16 * record.shard_rows * record.views + 4
+    return zarr * layout.has_zarr + 1024 * layout.has_tar
 
 
 def try_encoding(
@@ -281,11 +286,12 @@ class _Scale:
         """Takes in one committed shard."""
         shape, found = self._settings.splits[record.split], self._found
         table = read_index(self._scratch, record.split, record.shard)
-        latents = self._scratch / shard_path(record.split, record.shard)
         commit = self._scratch / commit_path(record.split, record.shard)
         views = record.valid_rows * shape.views
         self._views[record.split] = self._views.get(record.split, 0) + views
-        stored = latents.stat().st_size - shard_index_bytes(shape)
+        index = index_path(record.split, record.shard)
+        latents = sum(file.bytes for file in record.files if file.path != index)
+        stored = latents - shard_index_bytes(shape, self._settings.layout)
         self._latent_bytes[record.split] = self._latent_bytes.get(record.split, 0) + stored
         self._records.append(commit.stat().st_size)
         self._parts.append(table)
@@ -295,8 +301,9 @@ class _Scale:
         for row in table.select(["path", "status", "error"]).to_pylist():
             if row["status"] != "ok":
                 found.bad.append(BadFile(row["path"], row["error"]))
-        for path in (latents, commit, self._scratch / index_path(record.split, record.shard)):
-            remove_path(path)
+        for file in record.files:
+            remove_path(self._scratch / file.path)
+        remove_path(commit)
 
     def finish(self) -> None:
         """Writes down means."""

@@ -200,8 +200,7 @@ class BatchLoader(ABC):
         """Yields the batches from the current place to the end of the epoch."""
         rows, views = self._sequence(self.epoch)
         upcoming = iter(range(self.step, len(self)))
-        is_raw = self.split.cache.manifest.layout.codec == "none"
-        most = _READ_AHEAD_RAW if is_raw else _READ_AHEAD
+        most = _READ_AHEAD_RAW if self.split.is_mapped else _READ_AHEAD
         ahead: deque[Callable[[], Batch]] = deque()
         try:
             while True:

@@ -45,8 +45,7 @@ class LatentLoader(BatchLoader):
     def _prepare(self) -> None:
         self._free: list[_Buffer] = []
         self._used: _Buffer | None = None
-        is_raw = self.split.cache.manifest.layout.codec == "none"
-        self._may_be_at_hand = is_raw and self.device.type == "cpu"
+        self._may_be_at_hand = self.split.is_mapped and self.device.type == "cpu"
         self._is_at_hand = False
 
     def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:

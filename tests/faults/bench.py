@@ -46,10 +46,17 @@ class EncodeBench:
         images: Images of each of two classes.
         shard_samples: Images per shard.
         size: Side of the encoded square in pixels.
+        format: Container of the latents.
     """
 
     def __init__(
-        self, folder: Path, *, images: int = 3, shard_samples: int = 3, size: int = 32
+        self,
+        folder: Path,
+        *,
+        images: int = 3,
+        shard_samples: int = 3,
+        size: int = 32,
+        format: str = "zarr",
     ) -> None:
         self.folder = folder
         self.out = folder / "out"
@@ -57,7 +64,7 @@ class EncodeBench:
         self._options = [
             *("--encoder", "bundled", "--size", str(size), "--views", "none"),
             *("--shard-samples", str(shard_samples), "--val-fraction", "0"),
-            *("--devices", "cpu:1", "--workers", "1"),
+            *("--devices", "cpu:1", "--workers", "1", "--format", format),
         ]
         self.num_shards = -(-2 * images // shard_samples)
         self.whole: dict[str, str] = {}

@@ -3,6 +3,7 @@
     python tests/long/bitflips.py                1,000 random bit flips, then every file cut in
                                                  half, emptied, deleted, swapped with a sibling
     python tests/long/bitflips.py --trials 40    what the suite runs
+    python tests/long/bitflips.py --format both  the same on a cache with tars
 
 Prints one line per fault that was missed, then "named N/N, silent 0"; exits 1 if any was missed.
 """
@@ -168,14 +169,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=1000, help="random bit flips")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--format", choices=("zarr", "webdataset", "both"), default="zarr")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         source = write_image_folder(Path(folder) / "images", {"ant": 9, "bee": 7, "cat": 5})
         root = Path(folder) / "shards"
         options = cc.EncodeOptions(
-            encoder="bundled", size=64, shard_samples=4, val_fraction=0.25, devices="cpu:1"
-        )
+            encoder="bundled", size=64, shard_samples=4, val_fraction=0.25, devices="cpu:1",
+            format=arguments.format,
+        )  # fmt: skip
         cc.encode(source, root, options)
         counts = run(root, arguments.trials, arguments.seed)
     for text in counts.missed:
