@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ci2p_cache.cache.split import Split
+    from ci2p_cache.cache.status import CacheStatus, status
     from ci2p_cache.cache.store import Cache, open_cache
     from ci2p_cache.cache.verify import Finding, verify
     from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
@@ -44,6 +45,7 @@ __all__ = [
     "Batch",
     "Cache",
     "CacheError",
+    "CacheStatus",
     "Complexity",
     "DryRunReport",
     "EncodeObserver",
@@ -76,6 +78,7 @@ __all__ = [
     "open_cache",
     "reencode",
     "repair",
+    "status",
     "train",
     "verify",
 ]
@@ -86,6 +89,7 @@ _HOMES = {
     "Batch": "loader.batches",
     "Cache": "cache.store",
     "CacheError": "errors",
+    "CacheStatus": "cache.status",
     "Complexity": "models.complexity",
     "DryRunReport": "encoding.forecast",
     "EncodeObserver": "encoding.progress",
@@ -117,6 +121,7 @@ _HOMES = {
     "open_cache": "cache.store",
     "reencode": "encoding.reencode",
     "repair": "encoding.repair",
+    "status": "cache.status",
     "train": "training.run",
     "verify": "cache.verify",
 }

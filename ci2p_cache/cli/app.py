@@ -15,6 +15,7 @@ from ci2p_cache.cli.bench import bench
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.encode import encode
 from ci2p_cache.cli.look import complexity, inspect
+from ci2p_cache.cli.status import status
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
 from ci2p_cache.errors import CacheError, InterruptedRunError, command
@@ -48,6 +49,7 @@ def _root(
     \b
       ci2p-cache demo                                   try it, on generated pictures
       ci2p-cache encode imagenet/ --out shards/         stage one: images -> latents
+      ci2p-cache status shards/                         how far is it, who works on it
       ci2p-cache verify shards/                         is every byte what was committed?
       ci2p-cache inspect shards/ --picture look.png     what is in there
       ci2p-cache train shards/ --model vitds            stage two: latents -> classifier
@@ -60,7 +62,7 @@ def _root(
     """
 
 
-for each in (encode, verify, inspect, train, complexity, demo):
+for each in (encode, status, verify, inspect, train, complexity, demo):
     app.command()(each)
 app.add_typer(bench)
 

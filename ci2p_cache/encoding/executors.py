@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ci2p_cache.cache.commit import CommitRecord, StagingArea
 from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoding.budget import ErrorBudget, parse_max_errors
+from ci2p_cache.encoding.budget import ErrorBudget, parse_max_errors, refuse_more_bad
 from ci2p_cache.encoding.lane import make_lanes
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
@@ -43,10 +43,26 @@ class Work:
     meter: ProgressMeter
     observer: EncodeObserver
 
-    def budget(self) -> ErrorBudget:
-        """Returns the count of bad images, as it stands before this run."""
-        allowed = parse_max_errors(self.options.max_errors, self.intent.plan.num_samples)
-        return ErrorBudget(allowed, already_bad=self.meter.bad)
+    @property
+    def bad_allowed(self) -> int:
+        """Bad images that the whole cache may hold."""
+        return parse_max_errors(self.options.max_errors, self.intent.plan.num_samples)
+
+    def count(self, good: int, bad: int, busy_seconds: float) -> None:
+        """Counts images that workers told of.
+
+        Args:
+            good: Images with latents.
+            bad: Images that could not be decoded.
+            busy_seconds: How long g_a has run so far, averaged over the workers.
+
+        Raises:
+            TooManyBadImagesError: all workers together found too many.
+        """
+        for number in range(good + bad):
+            self.meter.count(number < good, busy_seconds)
+        if bad:
+            refuse_more_bad(self.meter.bad, self.bad_allowed, "several workers found them")
 
 
 def encode_shards(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:
@@ -86,7 +102,7 @@ def _encode_here(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:
         settings,
         lanes,
         work.staging,
-        budget=work.budget(),
+        budget=ErrorBudget(work.bad_allowed, already_bad=work.meter.bad),
         on_image=lambda good: meter.count(good, shards.busy_seconds),
     ) as shards:
         for record in shards.encode(plan.shard(*place) for place in missing):

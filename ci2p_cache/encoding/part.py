@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ci2p_cache.cache.commit import StagingArea
 from ci2p_cache.cache.manifest import MANIFEST, Manifest, read_manifest
-from ci2p_cache.encoding.budget import parse_max_errors
+from ci2p_cache.encoding.budget import parse_max_errors, refuse_more_bad
 from ci2p_cache.encoding.claims import Claim
 from ci2p_cache.encoding.executors import Work, encode_shards
 from ci2p_cache.encoding.finalise import finalise
@@ -21,7 +21,7 @@ from ci2p_cache.encoding.resume import (
     survey,
 )
 from ci2p_cache.encoding.whole import meter_of, reopened
-from ci2p_cache.errors import TooManyBadImagesError, command
+from ci2p_cache.errors import command
 from ci2p_cache.images.source import ImageSource
 
 __all__ = ["resume_range"]
@@ -107,11 +107,5 @@ def _finalised_by_last(
         return manifest
     bad = sum(commit.rows - commit.valid_rows for commit in commits.values())
     allowed = parse_max_errors(options.max_errors, intent.plan.num_samples)
-    if bad > allowed:
-        raise TooManyBadImagesError(
-            f"{bad} images of all ranges together could not be decoded, {allowed} are allowed; "
-            f"every shard in {root} is committed, and the cache is not finalised",
-            hint="mend such files and run each range with --retry-failed, or run the same command "
-            "with --max-errors 1% (or a count)",
-        )
+    refuse_more_bad(bad, allowed, "they are those of all ranges together")
     return finalise(root, manifest, intent.plan, list(commits.values()), staging)

@@ -149,6 +149,11 @@ class ProgressMeter:
             self._next_tick = self.seconds + _TICK_SECONDS
             self.report()
 
+    def take_back(self, good: int, bad: int) -> None:
+        """Uncounts images whose worker was lost: they are encoded, and counted, again."""
+        self._done -= good + bad
+        self._bad -= bad
+
     def report(self) -> None:
         """Tells the observer."""
         rate = self.images_now / max(self.seconds, 1e-9)
