@@ -181,7 +181,7 @@ class TestRay:
         def kill_a_node() -> None:
             # All three nodes are at work: each actor stages under its own name.
             for _ in range(100_000):
-                if len(list(out.glob(".staging/ray-*"))) == 3 and list(out.glob("commits/*")):
+                if len(list(out.glob(".staging/all-ray-*"))) == 3 and list(out.glob("commits/*")):
                     cluster.remove_node(nodes[0], allow_graceful=False)  # type: ignore[attr-defined]
                     killed.append(len(list(out.glob("commits/*"))))
                     return

@@ -207,6 +207,7 @@ class StagingArea:
 
     def __init__(self, root: Path, *, name: str = "all") -> None:
         self.root = root
+        self.name = name
         self._folder = root / ".staging" / name
 
     def __enter__(self) -> StagingArea:

@@ -12,6 +12,7 @@ Every decision that concerns the others (do we overlap, who plans, am I the last
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -116,15 +117,20 @@ def _is_range(holder: LockHolder | None) -> bool:
 
 
 def _sweep(root: Path) -> None:
-    """Removes what ranges left that were killed: their lock files and what they had staged.
+    """Removes what killed processes left: lock files of ranges, and what they had staged.
 
-    Called while `.lock` is held, so no range starts meanwhile.
+    Called while `.lock` is held, so no range starts meanwhile, and nobody works on all shards.
     """
-    live = {range_lock(root, part) for part, _ in live_ranges(root)}
+    live = [part.label for part, _ in live_ranges(root)]
     for path in root.glob(f"{LOCK}.*"):
         label = path.name.removeprefix(f"{LOCK}.")
-        if ShardRange.of_label(label) is not None and path not in live:
-            staging = root / ".staging"
-            if not staging.is_symlink():
-                remove_path(staging / label)
+        if ShardRange.of_label(label) is not None and label not in live:
             remove_path(path)
+    staging = root / ".staging"
+    if staging.is_symlink() or not staging.is_dir():
+        return
+    for path in staging.iterdir():
+        # A range's own workers stage under its label and a number.
+        if not any(path.name == label or path.name.startswith(f"{label}-") for label in live):
+            # One that is just ending removes it itself.
+            shutil.rmtree(path, ignore_errors=True)

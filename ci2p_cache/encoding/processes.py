@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,20 +82,28 @@ class _Process:
     number: int
     device: str
     process: subprocess.Popen[str]
+    listener: threading.Thread = field(init=False)
     holds: list[Place] = field(default_factory=list)
     good: int = 0
     """Images that it told of and that are in no committed shard yet."""
     bad: int = 0
     busy_seconds: float = 0.0
 
+    def close(self) -> None:
+        """Waits for its end, which was seen to, and closes its pipes."""
+        self.process.wait()
+        self.listener.join()
+        assert self.process.stdin is not None, "opened as a pipe"
+        with suppress(OSError):
+            # What it was told and had not read is lost with it.
+            self.process.stdin.close()
+
     def say(self, data: dict[str, Any]) -> None:
         """Sends a line; a process that has died is told nothing, its end is seen elsewhere."""
         assert self.process.stdin is not None, "opened as a pipe"
-        try:
+        with suppress(OSError):
             self.process.stdin.write(json.dumps(data) + "\n")
             self.process.stdin.flush()
-        except OSError:
-            return
 
 
 class _Pool:
@@ -129,12 +138,12 @@ class _Pool:
             for each in self._processes:
                 each.process.kill()
             for each in self._processes:
-                each.process.wait()
+                each.close()
                 remove_path(self._work.staging.root / ".staging" / self._name(each.number))
         return self._commits
 
     def _name(self, number: int) -> str:
-        return f"process-{number}"
+        return f"{self._work.staging.name}-{number}"
 
     def _start(self, device: str) -> None:
         work, number = self._work, len(self._processes)
@@ -157,14 +166,17 @@ class _Pool:
             start_new_session=True,
         )
         each = _Process(number, device, process)
+        each.listener = threading.Thread(target=self._listen, args=(each,), daemon=True)
+        each.listener.start()
         self._processes.append(each)
         each.say(dataclasses.asdict(job))
-        threading.Thread(target=self._listen, args=(each,), daemon=True).start()
 
     def _listen(self, process: _Process) -> None:
         assert process.process.stdout is not None, "opened as a pipe"
-        for line in process.process.stdout:
-            self._events.put((process, json.loads(line)))
+        # A process that is killed may leave a line cut short.
+        with process.process.stdout as lines, suppress(ValueError):
+            for line in lines:
+                self._events.put((process, json.loads(line)))
         self._events.put((process, None))
 
     def _take(self, process: _Process, event: dict[str, Any] | None) -> None:

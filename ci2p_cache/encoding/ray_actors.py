@@ -140,7 +140,8 @@ class _Cluster:
         self._calls: dict[Any, _Actor] = {}
         self._actors: list[_Actor] = []
         self._names = (
-            f"ray-{socket.gethostname()}-{os.getpid()}-{number}" for number in itertools.count()
+            f"{work.staging.name}-ray-{socket.gethostname()}-{os.getpid()}-{number}"
+            for number in itertools.count()
         )
         self._used: list[str] = []
         self._bad_before = work.meter.bad
