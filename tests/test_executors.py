@@ -88,7 +88,7 @@ def test_a_killed_process_has_its_shards_taken_over(
         seen.extend(until(os.getpid(), out, workers=3, commits=2))
         os.kill(seen[0], signal.SIGKILL)
 
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     summary = cc.encode(
         pictures, out, with_options(executor="processes", devices="cpu:3"), observer=observer
@@ -187,7 +187,7 @@ class TestRay:
                     return
                 time.sleep(0.005)
 
-        killer = threading.Thread(target=kill_a_node)
+        killer = threading.Thread(target=kill_a_node, daemon=True)
         killer.start()
         summary = cc.encode(
             pictures, out, with_options(executor="ray", devices="auto"), observer=observer

@@ -198,10 +198,10 @@ class _Pool:
         elif "wants" in event:
             # It waits with what it has until it is answered: none is kept waiting for shards that
             # may come back from another.
-            place = self._left.popleft() if self._left else None
-            if place is not None:
-                process.holds.append(place)
-            process.say({"shard": place})
+            given = self._left.popleft() if self._left else None
+            if given is not None:
+                process.holds.append(given)
+            process.say({"shard": given})
         else:
             raise error_of(event["error"])
 
