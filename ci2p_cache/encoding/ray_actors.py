@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import signal
 import socket
@@ -96,8 +97,8 @@ class _Remote:
     def ready(self) -> None:
         """Returns once the actor has a place in the cluster."""
 
-    def encode(self, places: list[Place]) -> dict[str, Any]:
-        """Encodes shards; an error is returned as plain values, which any driver can read."""
+    def encode(self, places: list[Place]) -> str:
+        """Encodes shards; returns JSON, so that records and errors come as from any other file."""
         commits: list[dict[str, Any]] = []
         error = None
         try:
@@ -106,7 +107,7 @@ class _Remote:
             commits += [record.to_dict() for record in self._worker.encode(places)]
         except CacheError as raised:
             error = told(raised)
-        return {"commits": commits, "busy": self._busy_seconds, "error": error}
+        return json.dumps({"commits": commits, "busy": self._busy_seconds, "error": error})
 
     def _keep(self, _: bool, busy_seconds: float) -> None:
         self._busy_seconds = busy_seconds
@@ -206,11 +207,12 @@ class _Cluster:
     def _take(self, call: Any) -> None:
         actor = self._calls.pop(call)
         try:
-            answer = self._ray.get(call)
+            text = self._ray.get(call)
         except self._ray.exceptions.RayActorError as error:
             self._lost(actor, error)
             return
-        if answer is not None:
+        if text is not None:
+            answer = json.loads(text)
             actor.busy_seconds = answer["busy"]
             for data in answer["commits"]:
                 self._count(CommitRecord.from_dict(data))
