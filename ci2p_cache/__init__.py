@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ci2p_cache.cache.split import Split
+    from ci2p_cache.cache.status import CacheStatus, status
     from ci2p_cache.cache.store import Cache, open_cache
     from ci2p_cache.cache.verify import Finding, verify
     from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
@@ -45,6 +46,7 @@ __all__ = [
     "Batch",
     "Cache",
     "CacheError",
+    "CacheStatus",
     "Complexity",
     "ConvertSummary",
     "DryRunReport",
@@ -79,6 +81,7 @@ __all__ = [
     "open_cache",
     "reencode",
     "repair",
+    "status",
     "train",
     "verify",
 ]
@@ -89,6 +92,7 @@ _HOMES = {
     "Batch": "loader.batches",
     "Cache": "cache.store",
     "CacheError": "errors",
+    "CacheStatus": "cache.status",
     "Complexity": "models.complexity",
     "ConvertSummary": "encoding.convert",
     "DryRunReport": "encoding.forecast",
@@ -122,6 +126,7 @@ _HOMES = {
     "open_cache": "cache.store",
     "reencode": "encoding.reencode",
     "repair": "encoding.repair",
+    "status": "cache.status",
     "train": "training.run",
     "verify": "cache.verify",
 }

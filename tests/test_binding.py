@@ -58,6 +58,10 @@ FREE: dict[str, Any] = {
     "max_errors": "50%",
     "retry_failed": True,
     "rescan": True,
+    "plan_only": True,
+    "shard_range": "2/3",
+    "finalise": True,
+    "executor": "processes",
 }
 """Every option that does not."""
 

@@ -89,8 +89,8 @@ def test_an_environment_variable_stands_for_an_option_and_a_flag_wins(
     assert cc.open_cache(tmp_path / "b")["train"].num_views == 2
 
 
-@pytest.mark.parametrize("command", [[], ["encode"], ["verify"], ["inspect"], ["convert"],
-                                     ["train"], ["complexity"], ["demo"]])  # fmt: skip
+@pytest.mark.parametrize("command", [[], ["encode"], ["status"], ["verify"], ["inspect"],
+                                     ["convert"], ["train"], ["complexity"], ["demo"]])  # fmt: skip
 def test_help_teaches_by_example_in_its_first_lines(
     run: Callable[..., Ran], command: list[str]
 ) -> None:

@@ -207,6 +207,7 @@ class StagingArea:
 
     def __init__(self, root: Path, *, name: str = "all") -> None:
         self.root = root
+        self.name = name
         self._folder = root / ".staging" / name
 
     def __enter__(self) -> StagingArea:
@@ -274,9 +275,15 @@ class StagingArea:
         for name in folder.relative_to(self.root).parts:
             below /= name
             refuse_link(below, self.root)
-            if not below.is_dir():
-                below.unlink(missing_ok=True)
-                below.mkdir(exist_ok=True)
+            if below.is_dir():
+                continue
+            try:
+                below.mkdir()
+            except FileExistsError:
+                # Another range has made it meanwhile, or a file lies in its place.
+                if not below.is_dir():
+                    below.unlink(missing_ok=True)
+                    below.mkdir(exist_ok=True)
 
     def put_json(self, path: str, data: Mapping[str, Any]) -> FileRecord:
         """Writes a JSON file the way `put` does."""

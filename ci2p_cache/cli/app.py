@@ -16,6 +16,7 @@ from ci2p_cache.cli.convert import convert
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.encode import encode
 from ci2p_cache.cli.look import complexity, inspect
+from ci2p_cache.cli.status import status
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
 from ci2p_cache.errors import CacheError, InterruptedRunError, command
@@ -49,6 +50,7 @@ def _root(
     \b
       ci2p-cache demo                                   try it, on generated pictures
       ci2p-cache encode imagenet/ --out shards/         stage one: images -> latents
+      ci2p-cache status shards/                         how far is it, who works on it
       ci2p-cache verify shards/                         is every byte what was committed?
       ci2p-cache inspect shards/ --picture look.png     what is in there
       ci2p-cache train shards/ --model vitds            stage two: latents -> classifier
@@ -61,7 +63,7 @@ def _root(
     """
 
 
-for each in (encode, verify, inspect, convert, train, complexity, demo):
+for each in (encode, status, verify, inspect, convert, train, complexity, demo):
     app.command()(each)
 app.add_typer(bench)
 

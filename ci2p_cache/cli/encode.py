@@ -23,6 +23,9 @@ _WHAT = "What is stored (binds the folder)"
 _LAYOUT = "Where it is stored (binds the folder)"
 _RUN = "How it runs (changes no stored byte)"
 
+_ARRAY_TASKS = 16
+"""Tasks of the array that a plan suggests, where it has as many shards."""
+
 
 def encode(
     source: Annotated[
@@ -100,6 +103,25 @@ def encode(
     rescan: Annotated[
         bool, typer.Option("--rescan", help="List SRC again and append new images.")
     ] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="List SRC and write the plan; encode nothing.")
+    ] = False,
+    shard_range: Annotated[
+        str | None,
+        typer.Option(
+            help="Encode only part i of n of the shards, from 1/n to n/n; auto: this task's part "
+            "of a Slurm array or an indexed Kubernetes job.",
+            metavar="i/n",
+        ),
+    ] = None,
+    finalise: Annotated[
+        bool,
+        typer.Option("--finalise", help="Complete a folder whose shards are all committed."),
+    ] = False,
+    executor: Annotated[
+        Literal["local", "processes", "ray"],
+        typer.Option(help="Who encodes: this process, one per device, or a Ray cluster."),
+    ] = "local",
     overwrite: Annotated[
         str | None,
         typer.Option(
@@ -121,6 +143,7 @@ def encode(
       ci2p-cache encode photos/ --out paper/ --dtype float16       continuous y, as in the paper
       ci2p-cache encode photos/ --out crops/ --views crops:4       four random-resized crops each
       ci2p-cache encode imagenet/ --out shards/ --dry-run          time, disk, bad files: a forecast
+      ci2p-cache encode imagenet/ --out shards/ --shard-range 2/4  the second of four machines
 
     SRC holds CLASS/..., or {train,val,test}/CLASS/..., or ImageNet's own ILSVRC folders. Run the
     same command again to go on after any interruption. Settings that change what is stored are
@@ -141,7 +164,8 @@ def encode(
         views=views, dtype=dtype, step=step, precision=precision, format=format,
         codec=codec, level=level, shard_samples=shard_samples, val_fraction=val_fraction, seed=seed,
         limit=limit, batch_size=batch_size, workers=workers, devices=devices,
-        max_errors=max_errors, retry_failed=retry_failed, rescan=rescan,
+        max_errors=max_errors, retry_failed=retry_failed, rescan=rescan, plan_only=plan_only,
+        shard_range=shard_range, finalise=finalise, executor=executor,
     )  # fmt: skip
     if dry_run:
         _forecast(source, out, options, overwrite=overwrite is not None, json=json)
@@ -152,8 +176,10 @@ def encode(
         )
     if json:
         render.print_json(summary.to_dict())
-    else:
+    elif summary.complete:
         _print_summary(summary)
+    else:
+        _print_unfinished(summary)
 
 
 def _forecast(
@@ -255,16 +281,43 @@ def _print_summary(summary: EncodeSummary) -> None:
         render.line("  encoded now   nothing: everything was committed already")
     bad = f"{summary.bad:,}" + (" (see errors.parquet)" if summary.bad else "")
     render.line(f"  bad images    {bad}")
-    ratio = summary.cache_bytes / max(summary.source_bytes, 1)
+    ratio = summary.cache_bytes / max(summary.source_bytes or 0, 1)
     render.line(
         f"  size          {render.size(summary.cache_bytes)}, "
         f"{render.size(summary.bytes_per_image)} per image with "
         f"{summary.views / max(summary.images, 1):.1f} views, {ratio:.2f} x the source files"
     )
-    render.line(f"  saturated     {summary.clipped:,} symbols")
+    render.line(f"  saturated     {summary.clipped or 0:,} symbols")
     if summary.exif_turned:
         render.line(
             f"  EXIF          {summary.exif_turned:,} images carry an orientation "
             "(--exif says whether it is applied; torchvision's loader ignores it)"
         )
     render.line(f"next: ci2p-cache train {summary.path} --model vitds")
+
+
+def _print_unfinished(summary: EncodeSummary) -> None:
+    """Prints what a plan or a range ended with, and what comes next."""
+    if summary.shard_range is None:
+        words = [word for word in sys.argv[1:] if word not in ("--plan-only", "--rescan")]
+        count = min(summary.shards, _ARRAY_TASKS)
+        render.heading(f"{summary.path}: {summary.shards:,} shards planned")
+        if summary.images + summary.bad:
+            render.line(f"  committed     {summary.images + summary.bad:,} images already")
+        render.line(
+            f"on each of {count} machines (this is the first): "
+            f"{command(*words, '--shard-range', f'1/{count}')}"
+        )
+        script = command(*words, "--shard-range", "auto")
+        render.line(f"Slurm: sbatch --array=1-{count} --wrap {shlex.quote(script)}")
+        return
+    render.heading(
+        f"{summary.path}: range {summary.shard_range} is committed, the cache is not complete"
+    )
+    render.line(
+        f"  encoded now   {summary.encoded_now:,} images in {render.duration(summary.seconds)}, "
+        f"{summary.images_per_second:.1f} images/s"
+    )
+    render.line(f"  bad images    {summary.bad:,}")
+    render.line(f"  size          {render.size(summary.cache_bytes)}")
+    render.line(f"what is left: {command('status', summary.path)}")

@@ -6,7 +6,7 @@ from ci2p_cache.cache.index import ChannelSums, IndexRow
 from ci2p_cache.errors import SaturationError, TooManyBadImagesError, UsageError
 from ci2p_cache.specs import LatentSpec
 
-__all__ = ["ErrorBudget", "SaturationProbe", "parse_max_errors"]
+__all__ = ["ErrorBudget", "SaturationProbe", "parse_max_errors", "refuse_more_bad"]
 
 _ALL_BAD = 64
 """When that many images, the first ones, all fail, the source or the settings are wrong."""
@@ -70,14 +70,28 @@ class ErrorBudget:
                 f"the first {_ALL_BAD} images could all not be decoded; {reason}",
                 hint="is this the right folder? Look at that file first",
             )
-        if self.bad > self.allowed:
-            raise TooManyBadImagesError(
-                f"{self.bad} images could not be decoded, {self.allowed} are allowed; {reason}. "
-                "Shards committed so far are safe",
-                hint="mend or remove such files, or run the same command with --max-errors 1% "
-                "(or a count): bad images then become rows without a latent, listed in "
-                "errors.parquet",
-            )
+        refuse_more_bad(self.bad, self.allowed, reason)
+
+
+def refuse_more_bad(bad: int, allowed: int, reason: str) -> None:
+    """Holds a number of bad images against the budget.
+
+    Args:
+        bad: Images that could not be decoded.
+        allowed: How many may be.
+        reason: What is known of the last one.
+
+    Raises:
+        TooManyBadImagesError: there are more.
+    """
+    if bad > allowed:
+        raise TooManyBadImagesError(
+            f"{bad} images could not be decoded, {allowed} are allowed; {reason}. "
+            "Shards committed so far are safe",
+            hint="mend or remove such files, or run the same command with --max-errors 1% "
+            "(or a count): bad images then become rows without a latent, listed in "
+            "errors.parquet",
+        )
 
 
 class SaturationProbe:

@@ -7,7 +7,6 @@ neither made nor changed.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ci2p_cache.cache.commit import disk_errors
+from ci2p_cache.cache.lock import LOCK, live_ranges, lock_holder
 from ci2p_cache.encoding.budget import parse_max_errors
 from ci2p_cache.encoding.forecast import DryRunReport, Findings, Work, report
 from ci2p_cache.encoding.interrupt import interruptible
@@ -30,7 +30,7 @@ from ci2p_cache.encoding.run import refuse_place
 from ci2p_cache.encoding.sample import draw, small_shards
 from ci2p_cache.encoding.shard import EncodeSettings
 from ci2p_cache.encoding.trial import DecodeTrial, EncodeTrial, try_decoding, try_encoding
-from ci2p_cache.errors import LockedError
+from ci2p_cache.errors import LockedError, UsageError
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
 
@@ -78,6 +78,12 @@ def dry_run(
     """
     started = time.perf_counter()
     root, options = Path(out), options or EncodeOptions()
+    if options.plan_only or options.finalise or options.shard_range is not None:
+        raise UsageError(
+            "a dry run speaks of the whole folder; it takes no `plan_only`, `shard_range` or "
+            "`finalise`",
+            hint="leave them out: N equal machines take an N-th of the time that it tells",
+        )
     observer = observer or EncodeObserver()
     refuse_place(root, Path(source))
     images = open_source(source)
@@ -182,16 +188,8 @@ def _refuse_busy(root: Path) -> None:
     Raises:
         LockedError: there is one.
     """
-    try:
-        descriptor = os.open(root / ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if lock_holder(root / LOCK) is not None or live_ranges(root):
         raise LockedError(
             f"another process works on {root}; what it will leave to do is not known yet",
             hint="wait for it to end, then run the same command again",
-        ) from None
-    finally:
-        os.close(descriptor)
+        )

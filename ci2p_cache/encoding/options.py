@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.errors import UsageError
 from ci2p_cache.specs import (
     CodecName,
@@ -22,7 +24,7 @@ __all__ = ["EncodeOptions"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeOptions:
-    """What to encode with, into what, and how; the last six fields change no stored byte.
+    """What to encode with, into what, and how; from `batch_size` on no stored byte changes.
 
     Raises:
         UsageError: a value is out of range, on construction.
@@ -82,6 +84,14 @@ class EncodeOptions:
     """Encode shards again that hold images which failed."""
     rescan: bool = False
     """List the source again and append new images."""
+    plan_only: bool = False
+    """Write plan, encoder and manifest, and encode nothing."""
+    shard_range: str | None = None
+    """Only that part of the shards: i/n, i-j/n or auto (see `ShardRange.parse`); None: all."""
+    finalise: bool = False
+    """Complete a folder whose shards are all committed, and encode nothing."""
+    executor: Literal["local", "processes", "ray"] = "local"
+    """Who encodes: this process, one process per device, or actors in a Ray cluster."""
 
     def __post_init__(self) -> None:
         self.image_spec("unknown")
@@ -93,6 +103,29 @@ class EncodeOptions:
                 raise UsageError(f"`{name}` is {value}; it must be at least 1")
         if not 1 <= self.quality <= 8:
             raise UsageError(f"`quality` is {self.quality}; 1 to 8 are possible")
+        if self.executor not in ("local", "processes", "ray"):
+            raise UsageError(f"`executor` is {self.executor!r}; wanted local, processes or ray")
+        chosen = [name for name in ("plan_only", "shard_range", "finalise") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise UsageError(f"`{chosen[0]}` and `{chosen[1]}` do not go together")
+        if self.shard_range is not None:
+            if self.shard_range != "auto":
+                self.part()
+            if self.rescan:
+                raise UsageError(
+                    "`rescan` changes the plan, which the ranges of a folder share",
+                    hint="once: --plan-only --rescan; then each range without --rescan",
+                )
+
+    def part(self) -> ShardRange | None:
+        """Returns the range of shards that is asked for; auto is read from the environment.
+
+        Raises:
+            UsageError: it is none.
+        """
+        if self.shard_range is None:
+            return None
+        return ShardRange.parse(self.shard_range, os.environ)
 
     def image_spec(self, decoder: str) -> ImageSpec:
         """Returns the part of the fingerprint that speaks of pixels."""

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.manifest import Manifest
+from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.record import Record
 
-__all__ = ["EncodeObserver", "EncodeProgress", "EncodeSummary", "ProgressMeter", "summarise"]
+__all__ = [
+    "EncodeObserver",
+    "EncodeProgress",
+    "EncodeSummary",
+    "ProgressMeter",
+    "summarise",
+    "summarise_part",
+]
 
 _TICK_SECONDS = 0.1
 
@@ -47,10 +57,16 @@ class EncodeObserver:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeSummary(Record):
-    """What a run ended with; totals cover the whole cache."""
+    """What a run ended with; totals cover the whole cache, or its range if others are missing."""
 
     path: str
     """The cache folder."""
+    complete: bool
+    """Whether every shard is committed and the cache finalised."""
+    shards: int
+    """Shards planned, of the whole cache."""
+    shard_range: str | None
+    """The range that the totals speak of, for example 2/4; None for the whole cache."""
     images: int
     """Images with latents."""
     bad: int
@@ -71,12 +87,12 @@ class EncodeSummary(Record):
     """Share of the encoding time that g_a waited for images."""
     cache_bytes: int
     """Bytes of all shards and index parts."""
-    source_bytes: int
-    """Bytes of the source files behind them."""
-    clipped: int
-    """Symbols saturated at the dtype's limit."""
-    exif_turned: int
-    """Images whose EXIF orientation asks for a turn."""
+    source_bytes: int | None
+    """Bytes of the source files behind them; None until the cache is complete."""
+    clipped: int | None
+    """Symbols saturated at the dtype's limit; None until the cache is complete."""
+    exif_turned: int | None
+    """Images whose EXIF orientation asks for a turn; None until the cache is complete."""
 
     @property
     def bytes_per_image(self) -> float:
@@ -110,6 +126,11 @@ class ProgressMeter:
         return time.perf_counter() - self._started
 
     @property
+    def bad(self) -> int:
+        """Images that could not be decoded, earlier runs included."""
+        return self._bad
+
+    @property
     def images_now(self) -> int:
         """Images counted by this meter."""
         return self._done - self._first
@@ -127,6 +148,11 @@ class ProgressMeter:
         if self.seconds >= self._next_tick:
             self._next_tick = self.seconds + _TICK_SECONDS
             self.report()
+
+    def take_back(self, good: int, bad: int) -> None:
+        """Uncounts images whose worker was lost: they are encoded, and counted, again."""
+        self._done -= good + bad
+        self._bad -= bad
 
     def report(self) -> None:
         """Tells the observer."""
@@ -147,13 +173,74 @@ def summarise(
     root: Path, manifest: Manifest, meter: ProgressMeter, seconds: float
 ) -> EncodeSummary:
     """Builds the summary of a completed cache."""
-    splits = manifest.splits
-    valid = {name: record.valid_rows or 0 for name, record in splits.items()}
-    images = sum(valid.values())
+    records = manifest.splits.values()
+    return _summary(
+        root,
+        manifest,
+        meter,
+        seconds,
+        valid={name: record.valid_rows or 0 for name, record in manifest.splits.items()},
+        rows=sum(record.rows for record in records),
+        part=None,
+        cache_bytes=sum(record.bytes or 0 for record in records),
+    )
+
+
+def summarise_part(
+    root: Path,
+    manifest: Manifest,
+    commits: Iterable[CommitRecord],
+    meter: ProgressMeter,
+    seconds: float,
+    *,
+    part: ShardRange | None,
+) -> EncodeSummary:
+    """Builds the summary of what is committed of a cache that is not complete.
+
+    Args:
+        root: The cache folder.
+        manifest: Its manifest.
+        commits: What is to be summed up: the records of the range.
+        meter: What this run counted.
+        seconds: Wall time of encoding in this run.
+        part: The range; None where nothing was asked for but a plan.
+    """
+    valid = dict.fromkeys(manifest.splits, 0)
+    rows = size = 0
+    for commit in commits:
+        valid[commit.split] += commit.valid_rows
+        rows += commit.rows
+        size += sum(file.bytes for file in commit.files)
+    return _summary(
+        root, manifest, meter, seconds, valid=valid, rows=rows, part=part, cache_bytes=size
+    )
+
+
+def _summary(
+    root: Path,
+    manifest: Manifest,
+    meter: ProgressMeter,
+    seconds: float,
+    *,
+    valid: dict[str, int],
+    rows: int,
+    part: ShardRange | None,
+    cache_bytes: int,
+) -> EncodeSummary:
+    images, splits = sum(valid.values()), manifest.splits
+
+    def total(name: str) -> int | None:
+        if not manifest.is_complete:
+            return None
+        return sum(getattr(record, name) or 0 for record in splits.values())
+
     return EncodeSummary(
         path=str(root),
+        complete=manifest.is_complete,
+        shards=sum(record.num_shards for record in splits.values()),
+        shard_range=None if part is None else str(part),
         images=images,
-        bad=sum(record.rows for record in splits.values()) - images,
+        bad=rows - images,
         views=sum(valid[name] * record.views for name, record in splits.items()),
         classes=len(manifest.classes),
         splits=valid,
@@ -161,8 +248,8 @@ def summarise(
         seconds=seconds,
         images_per_second=meter.images_now / seconds if meter.images_now else 0.0,
         waiting_share=meter.waiting_share if meter.images_now else 0.0,
-        cache_bytes=sum(record.bytes or 0 for record in splits.values()),
-        source_bytes=sum(record.source_bytes or 0 for record in splits.values()),
-        clipped=sum(record.clipped or 0 for record in splits.values()),
-        exif_turned=sum(record.exif_turned or 0 for record in splits.values()),
+        cache_bytes=cache_bytes,
+        source_bytes=total("source_bytes"),
+        clipped=total("clipped"),
+        exif_turned=total("exif_turned"),
     )

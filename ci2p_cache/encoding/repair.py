@@ -18,7 +18,6 @@ from ci2p_cache.cache.commit import (
     sha256_file,
 )
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.manifest import (
     MANIFEST,
     PLAN,
@@ -32,6 +31,7 @@ from ci2p_cache.cache.store import open_cache
 from ci2p_cache.cache.verify import Finding, listed_digests, verify
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.recorded import load_recorded_encoder
+from ci2p_cache.encoding.claims import whole_folder
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.plan import Plan, read_plan
@@ -118,7 +118,7 @@ def repair(
     with (
         interruptible(f"interrupted; what was repaired so far in {root} is in place"),
         disk_errors(root),
-        locked(root / ".lock", what="repair"),
+        whole_folder(root, what="repair"),
     ):
         found = verify(root, on_shard=on_shard)
         job = _Repair(root, found, source, weights, observer or EncodeObserver())

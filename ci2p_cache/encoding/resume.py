@@ -1,10 +1,8 @@
-"""Opens a begun cache or begins one, encodes what is not committed, and completes it."""
+"""Opens a begun cache or begins one, and tells what is committed from what is left to do."""
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,26 +16,29 @@ from ci2p_cache.cache.manifest import (
     read_manifest,
     refuse_difference,
 )
-from ci2p_cache.cache.tar_shards import tar_sample_bytes
+from ci2p_cache.cache.traces import gaps, named_ranges
 from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
-from ci2p_cache.encoding.budget import ErrorBudget, parse_max_errors
-from ci2p_cache.encoding.finalise import finalise
-from ci2p_cache.encoding.lane import Lane, make_lanes
+from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import Plan, build_plan, read_plan
-from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary, ProgressMeter, summarise
-from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
+from ci2p_cache.encoding.progress import EncodeObserver
+from ci2p_cache.encoding.shard import EncodeSettings
 from ci2p_cache.errors import ManifestError, UsageError
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.decoders import start_decoder_server
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.machine import bf16_notice, num_cores
+from ci2p_cache.machine import num_cores
 from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec
 
-__all__ = ["Intent", "committed_shards", "encode_settings", "load_chosen", "resume", "survey"]
-
-_EXPECTED_SHARE = {"int8": 0.22, "int16": 0.12, "float16": 0.95, "float32": 0.92}
-"""Compressed over raw bytes: measured for int8 and float16, a guess on the safe side otherwise."""
+__all__ = [
+    "Intent",
+    "begin",
+    "committed_shards",
+    "encode_settings",
+    "load_chosen",
+    "missing_text",
+    "survey",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,33 +55,6 @@ class Intent:
     """Class names; a label of the plan is an index into them."""
     manifest: Manifest | None
     """The folder's own, where it is gone on with as it is; None where one is to be written."""
-
-
-def resume(
-    root: Path,
-    images: ImageSource,
-    options: EncodeOptions,
-    staging: StagingArea,
-    observer: EncodeObserver,
-) -> EncodeSummary:
-    """Does all that is left to do in a cache folder which this process has locked.
-
-    Args:
-        root: The cache folder; empty to begin with.
-        images: The source.
-        options: As for `encode`.
-        staging: Where files are staged, in `root`.
-        observer: Told of progress and notices.
-
-    Raises:
-        CacheError: as `encode` has them.
-    """
-    encoder = load_chosen(options, observer)
-    intent = survey(root, images, options, encoder)
-    manifest = intent.manifest or _start(images, intent, encoder, staging)
-    for text in images.notices:
-        observer.notice(text)
-    return _encode_missing(root, images, options, encoder, staging, manifest, intent, observer)
 
 
 def load_chosen(options: EncodeOptions, observer: EncodeObserver) -> FrozenEncoder:
@@ -161,10 +135,20 @@ def survey(
     )
 
 
-def _start(
+def begin(
     images: ImageSource, intent: Intent, encoder: FrozenEncoder, staging: StagingArea
 ) -> Manifest:
-    """Writes plan, encoder and manifest: a cache is begun."""
+    """Writes plan, encoder and manifest: a cache is begun.
+
+    Args:
+        images: The source, listed.
+        intent: What the folder is to become.
+        encoder: The encoder.
+        staging: Where files are staged; the caller holds the folder's lock.
+
+    Raises:
+        ResourceError: writing failed.
+    """
     latent = intent.fingerprint.latent
     manifest = Manifest(
         software=f"ci2p-cache {__version__}",
@@ -184,54 +168,6 @@ def _start(
     return manifest
 
 
-def _encode_missing(
-    root: Path,
-    images: ImageSource,
-    options: EncodeOptions,
-    encoder: FrozenEncoder,
-    staging: StagingArea,
-    manifest: Manifest,
-    intent: Intent,
-    observer: EncodeObserver,
-) -> EncodeSummary:
-    """Encodes every shard that is not committed, then finalises."""
-    plan = intent.plan
-    commits, missing = committed_shards(root, intent, retry_failed=options.retry_failed)
-    done = sum(commit.rows for commit in commits.values())
-    bad = done - sum(commit.valid_rows for commit in commits.values())
-    meter = ProgressMeter(observer, total=plan.num_samples, done=done, bad=bad)
-    if not missing and manifest.is_complete:
-        return summarise(root, manifest, meter, 0.0)
-    if missing:
-        if manifest.is_complete:
-            manifest = dataclasses.replace(manifest, state="encoding", files=())
-            staging.put_sealed(MANIFEST, manifest.to_dict())
-        _tell_disk_need(root, intent, missing, observer)
-        lanes = make_lanes(encoder, options.devices)
-        if options.precision == "bf16" and (text := bf16_notice(lanes[0].device)):
-            observer.notice(text)
-        settings = encode_settings(intent, options, lanes)
-        budget = ErrorBudget(
-            parse_max_errors(options.max_errors, plan.num_samples), already_bad=bad
-        )
-        with ShardEncoder(
-            images,
-            settings,
-            lanes,
-            staging,
-            budget=budget,
-            on_image=lambda good: meter.count(good, shards.busy_seconds),
-        ) as shards:
-            for result in shards.encode(plan.shard(*place) for place in missing):
-                commits[result.split, result.shard] = result
-            meter.busy_seconds = shards.busy_seconds
-        meter.report()
-    seconds = meter.seconds
-    ordered = [commits[place] for place in plan.shard_numbers()]
-    manifest = finalise(root, manifest, plan, ordered, staging)
-    return summarise(root, manifest, meter, seconds)
-
-
 def encode_settings(
     intent: Intent, options: EncodeOptions, lanes: Sequence[Lane]
 ) -> EncodeSettings:
@@ -247,14 +183,32 @@ def encode_settings(
     )
 
 
+def missing_text(intent: Intent, missing: Sequence[tuple[str, int]]) -> str:
+    """Names missing shards in ranges, for example `3 of 12 shards (train 3-4; val 0)`."""
+    by_split: dict[str, set[int]] = {}
+    for split, number in missing:
+        by_split.setdefault(split, set()).add(number)
+    ranges = {
+        split: gaps(record.num_shards, sorted(set(range(record.num_shards)) - by_split[split]))
+        for split, record in intent.plan.splits.items()
+        if split in by_split
+    }
+    return f"{len(missing)} of {intent.plan.num_shards} shards ({named_ranges(ranges)})"
+
+
 def committed_shards(
-    root: Path, intent: Intent, *, retry_failed: bool
+    root: Path,
+    intent: Intent,
+    places: Iterable[tuple[str, int]] | None = None,
+    *,
+    retry_failed: bool,
 ) -> tuple[dict[tuple[str, int], CommitRecord], list[tuple[str, int]]]:
     """Tells what is done from what is left to do.
 
     Args:
         root: The cache folder.
         intent: What it is to become.
+        places: The shards in question, as (split, number); None for all.
         retry_failed: Whether shards that hold images which failed are to be encoded again.
 
     Returns:
@@ -262,7 +216,7 @@ def committed_shards(
     """
     commits: dict[tuple[str, int], CommitRecord] = {}
     missing: list[tuple[str, int]] = []
-    for split, number in intent.plan.shard_numbers():
+    for split, number in intent.plan.shard_numbers() if places is None else places:
         commit = _committed(root, intent.plan, split, number, intent.fingerprint.digest)
         if commit is None or (retry_failed and commit.valid_rows < commit.rows):
             missing.append((split, number))
@@ -293,23 +247,3 @@ def _committed(
         if path.is_symlink() or not path.is_file() or path.stat().st_size != file.bytes:
             return None
     return commit
-
-
-def _tell_disk_need(
-    root: Path, intent: Intent, missing: list[tuple[str, int]], observer: EncodeObserver
-) -> None:
-    latent, splits = intent.fingerprint.latent, intent.plan.splits
-    share = 1.0 if intent.layout.codec == "none" else _EXPECTED_SHARE[latent.dtype]
-    need = 0.0
-    for split, number in missing:
-        rows, views = len(splits[split].rows_of(number)), splits[split].views
-        if intent.layout.has_zarr:
-            need += share * rows * views * latent.num_bytes
-        if intent.layout.has_tar:
-            need += rows * tar_sample_bytes(latent, views)
-    free = shutil.disk_usage(root).free
-    if need > free:
-        observer.notice(
-            f"about {need / 1e9:.1f} GB will be written and {free / 1e9:.1f} GB are free on the "
-            f"disk of {root}; when it is full the run stops, and goes on after space is made"
-        )

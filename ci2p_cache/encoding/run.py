@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ci2p_cache.cache.commit import StagingArea, disk_errors, remove_path
-from ci2p_cache.cache.lock import locked
+from ci2p_cache.cache.lock import LOCK
 from ci2p_cache.cache.manifest import ENCODER, MANIFEST, PLAN
+from ci2p_cache.cache.ranges import ShardRange
+from ci2p_cache.encoding.claims import claimed, whole_folder
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.errors import NotACacheError, UsageError
 from ci2p_cache.images.locate import open_source
+from ci2p_cache.images.source import ImageSource
 from ci2p_cache.remote import shown, url_of
 
 __all__ = ["encode", "refuse_place"]
 
-_BEFORE_MANIFEST = {".lock", ".staging", PLAN, ENCODER}
-"""What a run killed before it wrote the manifest may have left."""
+_BEFORE_MANIFEST = {LOCK, ".staging", PLAN, ENCODER}
+"""What a run killed before it wrote the manifest may have left, beside the locks of ranges."""
 
 
 def encode(
@@ -33,7 +36,8 @@ def encode(
     """Runs the frozen encoder over a source of images and commits a cache of its latents.
 
     Called again with the same arguments it goes on where it stopped, and when everything is
-    committed it returns at once. One call works on a folder at a time.
+    committed it returns at once. One call works on a folder at a time, or several at once with
+    disjoint `options.shard_range`; whichever of these ends last completes the cache.
 
     Args:
         source: A folder of images: CLASS/..., {train,val,test}/CLASS/..., or ImageNet's own.
@@ -50,7 +54,9 @@ def encode(
         SourceError: the source is empty, unreadable or of no known layout.
         FingerprintMismatchError: `out` holds a cache made with other settings.
         NotACacheError: `out` holds something else.
-        LockedError: another process encodes into `out`.
+        LockedError: another process encodes into `out`, or an overlapping range of it.
+        IncompleteCacheError: `options.finalise`, and shards are missing; the message names them.
+        MissingDependencyError: `options.executor` is ray, which is not installed.
         TooManyBadImagesError: more images failed than `options.max_errors`.
         SaturationError: the symbols do not fit the dtype.
         WeightsError, WeightsUnavailableError, DigestError: no usable encoder weights.
@@ -60,20 +66,38 @@ def encode(
     """
     root, options = Path(out), options or EncodeOptions()
     observer = observer or EncodeObserver()
+    part = options.part()
+    if part is not None and overwrite:
+        raise UsageError(
+            "`overwrite` removes the whole folder, and a range is only a part of it",
+            hint="once: --plan-only --overwrite NAME; then each range without --overwrite",
+        )
     refuse_place(root, Path(source))
     images = open_source(source)
-    with (
-        interruptible(f"interrupted; every committed shard in {root} is safe"),
-        _exclusive(root),
-        StagingArea(root) as staging,
-    ):
-        if overwrite:
-            _clear(root)
-        # Only now torch is imported, which takes seconds: who loses the race for the folder is told
-        # at once.
-        from ci2p_cache.encoding.resume import resume
+    with interruptible(f"interrupted; every committed shard in {root} is safe"), _made(root):
+        # Who loses the race for the folder is told at once: torch, which takes seconds to import,
+        # is imported only afterwards.
+        if part is not None:
+            return _encode_range(root, images, options, part, observer)
+        with whole_folder(root, what="encode"), StagingArea(root) as staging:
+            if overwrite:
+                _clear(root)
+            from ci2p_cache.encoding.whole import resume
 
-        return resume(root, images, options, staging, observer)
+            return resume(root, images, options, staging, observer)
+
+
+def _encode_range(
+    root: Path,
+    images: ImageSource,
+    options: EncodeOptions,
+    part: ShardRange,
+    observer: EncodeObserver,
+) -> EncodeSummary:
+    with claimed(root, part) as claim, StagingArea(root, name=part.label) as staging:
+        from ci2p_cache.encoding.part import resume_range
+
+        return resume_range(root, images, options, staging, observer, claim)
 
 
 def refuse_place(root: Path, source: Path) -> None:
@@ -91,7 +115,8 @@ def refuse_place(root: Path, source: Path) -> None:
     if root.exists() and not root.is_dir():
         raise NotACacheError(f"{root} exists and is no folder", hint="choose another --out")
     if root.is_dir() and not (root / MANIFEST).exists():
-        foreign = sorted({path.name for path in root.iterdir()} - _BEFORE_MANIFEST)
+        names = {path.name for path in root.iterdir() if not path.name.startswith(f"{LOCK}.")}
+        foreign = sorted(names - _BEFORE_MANIFEST)
         if foreign:
             raise NotACacheError(
                 f"{root} holds {foreign[0]!r} and {len(foreign) - 1} other entries but no "
@@ -101,22 +126,23 @@ def refuse_place(root: Path, source: Path) -> None:
 
 
 @contextmanager
-def _exclusive(root: Path) -> Iterator[None]:
-    """Makes and locks the folder; one that was made here and stays empty goes again."""
+def _made(root: Path) -> Iterator[None]:
+    """Makes the folder; one that was made here and stays empty goes again."""
     made = not root.exists()
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(root / ".lock", what="encode"):
-            yield
+        yield
     finally:
-        if made and not any(root.iterdir()):
-            root.rmdir()
+        if made:
+            # It fails where something lies in it, or another range removed it this very moment.
+            with suppress(OSError):
+                root.rmdir()
 
 
 def _clear(root: Path) -> None:
     """Removes a cache's files, the manifest first: what is left of it then counts for nothing."""
     remove_path(root / MANIFEST)
     for path in root.iterdir():
-        if path.name not in (".lock", ".staging"):
+        if path.name not in (LOCK, ".staging"):
             remove_path(path)

@@ -1,0 +1,131 @@
+"""Who encodes the missing shards: this process, one process per device, or actors in Ray.
+
+Whoever does it encodes whole shards with the same `ShardEncoder`, and a shard counts by its commit
+record alone: that each is encoded exactly once is a property of the commit, not of the executor.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ci2p_cache.cache.commit import CommitRecord, StagingArea
+from ci2p_cache.cache.tar_shards import tar_sample_bytes
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoding.budget import ErrorBudget, parse_max_errors, refuse_more_bad
+from ci2p_cache.encoding.lane import make_lanes
+from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
+from ci2p_cache.encoding.resume import Intent, encode_settings
+from ci2p_cache.encoding.shard import ShardEncoder
+from ci2p_cache.images.source import ImageSource
+from ci2p_cache.machine import bf16_notice
+
+__all__ = ["Work", "encode_shards"]
+
+_EXPECTED_SHARE = {"int8": 0.22, "int16": 0.12, "float16": 0.95, "float32": 0.92}
+"""Compressed over raw bytes: measured for int8 and float16, a guess on the safe side otherwise."""
+
+Place = tuple[str, int]
+"""(split, shard)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A cache folder that is begun, and what its missing shards are to be encoded with."""
+
+    root: Path
+    images: ImageSource
+    options: EncodeOptions
+    encoder: FrozenEncoder
+    staging: StagingArea
+    intent: Intent
+    meter: ProgressMeter
+    observer: EncodeObserver
+
+    @property
+    def bad_allowed(self) -> int:
+        """Bad images that the whole cache may hold."""
+        return parse_max_errors(self.options.max_errors, self.intent.plan.num_samples)
+
+    def count(self, good: int, bad: int, busy_seconds: float) -> None:
+        """Counts images that workers told of.
+
+        Args:
+            good: Images with latents.
+            bad: Images that could not be decoded.
+            busy_seconds: How long g_a has run so far, averaged over the workers.
+
+        Raises:
+            TooManyBadImagesError: all workers together found too many.
+        """
+        for number in range(good + bad):
+            self.meter.count(number < good, busy_seconds)
+        if bad:
+            refuse_more_bad(self.meter.bad, self.bad_allowed, "several workers found them")
+
+
+def encode_shards(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:
+    """Encodes and commits shards with the executor that the options name.
+
+    Args:
+        work: Where, from what, and with what.
+        missing: The shards, in order.
+
+    Returns:
+        Their commit records.
+
+    Raises:
+        CacheError: as `encode` has them.
+    """
+    _tell_disk_need(work, missing)
+    match work.options.executor:
+        case "processes":
+            from ci2p_cache.encoding.processes import encode_in_processes as run
+        case "ray":
+            from ci2p_cache.encoding.ray_actors import encode_in_ray as run
+        case _:
+            run = _encode_here
+    commits = run(work, missing)
+    work.meter.report()
+    return commits
+
+
+def _encode_here(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:
+    lanes = make_lanes(work.encoder, work.options.devices)
+    if work.options.precision == "bf16" and (text := bf16_notice(lanes[0].device)):
+        work.observer.notice(text)
+    settings = encode_settings(work.intent, work.options, lanes)
+    plan, meter, commits = work.intent.plan, work.meter, {}
+    with ShardEncoder(
+        work.images,
+        settings,
+        lanes,
+        work.staging,
+        budget=ErrorBudget(work.bad_allowed, already_bad=work.meter.bad),
+        on_image=lambda good: meter.count(good, shards.busy_seconds),
+    ) as shards:
+        for record in shards.encode(plan.shard(*place) for place in missing):
+            commits[record.split, record.shard] = record
+        meter.busy_seconds = shards.busy_seconds
+    return commits
+
+
+def _tell_disk_need(work: Work, missing: list[Place]) -> None:
+    root, intent, observer = work.root, work.intent, work.observer
+    latent, splits = intent.fingerprint.latent, intent.plan.splits
+    share = 1.0 if intent.layout.codec == "none" else _EXPECTED_SHARE[latent.dtype]
+    need = 0.0
+    for split, number in missing:
+        rows, views = len(splits[split].rows_of(number)), splits[split].views
+        if intent.layout.has_zarr:
+            need += share * rows * views * latent.num_bytes
+        if intent.layout.has_tar:
+            need += rows * tar_sample_bytes(latent, views)
+    free = shutil.disk_usage(root).free
+    if need > free:
+        observer.notice(
+            f"about {need / 1e9:.1f} GB will be written and {free / 1e9:.1f} GB are free on the "
+            f"disk of {root}; when it is full the run stops, and goes on after space is made"
+        )
