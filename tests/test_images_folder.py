@@ -208,16 +208,16 @@ def test_class_folders_without_any_image_are_refused_by_the_scan(tmp_path: Path)
     assert caught.value.exit_code == 3
 
 
-@pytest.mark.parametrize("name", ["s3://bucket/images", "https://example.org/x.tar"])
-def test_urls_are_refused(name: str) -> None:
-    with pytest.raises(SourceError, match="is a URL; wanted a folder"):
+@pytest.mark.parametrize("name", ["s3://bucket/images", "https://example.org/x.tar", "pipe:ls"])
+def test_urls_and_commands_are_refused(name: str) -> None:
+    with pytest.raises(SourceError, match="is a URL or a command; wanted images on this machine"):
         open_source(name)
 
 
-@pytest.mark.parametrize("name", ["a.tar", "b.TAR.GZ", "c.parquet", "d.zip"])
-def test_archives_are_refused_but_folders_of_such_a_name_are_not(tmp_path: Path, name: str) -> None:
-    with pytest.raises(SourceError, match="is an archive or table; wanted a folder of images"):
-        open_source(tmp_path / name)
+@pytest.mark.parametrize("name", ["a.tar", "b.TAR.GZ", "c.parquet", "d.zip", "e.csv"])
+def test_folders_called_like_archives_are_folders(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SourceError, match=r"does not exist|is a zip archive"):
+        list(open_source(tmp_path / name).scan())
     put(tmp_path / name / "a" / "1.jpg")
     assert keys(open_source(tmp_path / name)) == ["a/1.jpg"]
 

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ci2p_cache.cache.manifest import index_path
-from ci2p_cache.cache.parquet_pages import require_small_pages
 from ci2p_cache.errors import ShardError, command
+from ci2p_cache.parquet_pages import require_small_pages
 
 __all__ = [
     "INDEX_SCHEMA",

@@ -1,7 +1,9 @@
 """The plan: which sample lies in which row of which shard, fixed before the first image is encoded.
 
 A row is the rank of hash(seed, split, key), so rows are not sorted by class and any window of the
-cache is mixed; nothing that goes wrong with one image moves another.
+cache is mixed; nothing that goes wrong with one image moves another. Sources that are best read in
+sequence (tars, parquet) say so by `ImageRef.order`: their rows follow it, and are as mixed as they
+were written. Shards may cross archives.
 """
 
 from __future__ import annotations
@@ -162,7 +164,7 @@ def build_plan(
         earlier: A plan of the same folder; its samples keep their rows and new ones follow.
 
     Raises:
-        SourceError: there is no image.
+        SourceError: there is no image, or two of a split have the same key.
     """
     listed: dict[str, _Listed] = {}
     known = _known_keys(earlier) if earlier is not None else {}
@@ -170,7 +172,9 @@ def build_plan(
         split = ref.split or _drawn_split(ref, layout)
         if ref.key in known.get(split, ()):
             continue
-        rank = _hash64(ref.key, f"row:{split}", layout.seed)
+        rank = ref.order
+        if rank is None:
+            rank = _hash64(ref.key, f"row:{split}", layout.seed)
         if split not in listed:
             listed[split] = _Listed()
         listed[split].add(rank, ref)
@@ -180,7 +184,9 @@ def build_plan(
     tables, records = {}, {}
     for name in sorted(names, key=lambda n: (_SPLIT_ORDER.index(n), n)):
         old = earlier._tables.get(name) if earlier else None
-        table = _table(name, listed.pop(name, _Listed()).ranked(), old)
+        found = listed.pop(name, _Listed()).ranked()
+        _refuse_doubles(source, name, found)
+        table = _table(name, found, old)
         num_views = views.num_views(name)
         size = shard_rows(layout, latent, num_views)
         tables[name] = _with_shards(table, name, size)
@@ -304,6 +310,19 @@ def _with_shards(table: pa.Table, split: str, size: int) -> pa.Table:
     shards = pa.array(np.arange(count) // size, pa.int32())
     columns = [names, table["row"], shards, table["key"], table["label"], table["path"]]
     return pa.table(columns, schema=_SCHEMA).combine_chunks()
+
+
+def _refuse_doubles(source: ImageSource, split: str, listed: pa.Table) -> None:
+    """Refuses two images of one key: a batch could not say which of them it holds."""
+    keys = listed["key"]
+    if len(pc.unique(keys)) == len(keys):
+        return
+    counts = pc.value_counts(keys).to_pylist()
+    double = next(item["values"] for item in counts if item["counts"] > 1)
+    raise SourceError(
+        f"{source.location()} lists {double!r} twice in split {split}; keys are unique in a split",
+        hint="rename one of them, or leave one out",
+    )
 
 
 def _limited(refs: Iterable[ImageRef], layout: LayoutSpec) -> Iterable[ImageRef]:

@@ -48,7 +48,9 @@ def draw(plan: Plan, missing: Iterable[tuple[str, int]], count: int, *, seed: in
             if place >= _SHARDS_READ and len(pool) >= wanted:
                 break
             pool += plan.shard(split, number).samples
-        drawn[split] = [pool[place] for place in rng.permutation(len(pool))[:wanted].tolist()]
+        # In the order of rows: packed archives can only be read forward.
+        places = sorted(rng.permutation(len(pool))[:wanted].tolist(), key=lambda p: pool[p].row)
+        drawn[split] = [pool[place] for place in places]
     return drawn
 
 

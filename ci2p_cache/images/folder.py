@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ci2p_cache.errors import SourceError
+from ci2p_cache.images.archives import SPLIT_NAMES, SPLIT_ORDER
 from ci2p_cache.images.imagenet import (
     DEVKIT,
     data_folder,
@@ -31,15 +32,6 @@ from ci2p_cache.images.listing import (
 from ci2p_cache.images.source import ImageRef
 
 __all__ = ["FolderSource"]
-
-_SPLIT_NAMES = {
-    b"train": "train",
-    b"val": "val",
-    b"valid": "val",
-    b"validation": "val",
-    b"test": "test",
-}
-_SPLIT_ORDER = ("train", "val", "test")
 
 _WANTED = (
     "wanted SRC/CLASS/image.jpg, SRC/train/CLASS/image.jpg with val/ and test/ beside train/, or "
@@ -174,8 +166,8 @@ class FolderSource:
         shown = for_display(join(self._root, data))
         folders, files = list_folder(self._root, data, self._found_at_start)
         folders = [name for name in folders if name != DEVKIT]
-        splits = [name for name in folders if name.lower() in _SPLIT_NAMES]
-        others = [name for name in folders if name.lower() not in _SPLIT_NAMES]
+        splits = [name for name in folders if name.lower() in SPLIT_NAMES]
+        others = [name for name in folders if name.lower() not in SPLIT_NAMES]
         has_train = any(name.lower() == b"train" for name in splits)
         if not folders:
             raise SourceError(
@@ -205,7 +197,7 @@ class FolderSource:
     def _split_parts(self, data: bytes, names: list[bytes]) -> list[_Part]:
         by_split: dict[str, bytes] = {}
         for name in names:
-            split = _SPLIT_NAMES[name.lower()]
+            split = SPLIT_NAMES[name.lower()]
             if split in by_split:
                 raise SourceError(
                     f"{for_display(by_split[split])} and {for_display(name)} in "
@@ -214,7 +206,7 @@ class FolderSource:
                 )
             by_split[split] = name
         parts = []
-        for split in _SPLIT_ORDER:
+        for split in SPLIT_ORDER:
             if split in by_split:
                 part = self._split_part(split, join(data, by_split[split]))
                 parts += [part] if part is not None else []

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ci2p_cache.errors import MissingDependencyError, SourceError
 from ci2p_cache.images.listing import as_key, for_display, join
 
-__all__ = ["DEVKIT", "data_folder", "flat_val_labels", "label_folders", "read_titles"]
+__all__ = ["DEVKIT", "data_folder", "flat_val_labels", "label_folders", "read_titles", "text_lines"]
 
 DEVKIT = b"ILSVRC2012_devkit_t12"
 """Folder of the development kit; it may lie beside train and val and is no class."""
@@ -98,7 +98,7 @@ def _find(folders: Sequence[bytes], name: bytes) -> bytes | None:
     return None
 
 
-def _text_lines(path: bytes) -> list[str]:
+def text_lines(path: bytes) -> list[str]:
     """Returns the lines of a small UTF-8 file.
 
     Raises:
@@ -118,7 +118,7 @@ def _text_lines(path: bytes) -> list[str]:
 def _solution_labels(path: bytes, names: Sequence[bytes]) -> dict[bytes, str]:
     """Reads rows `ILSVRC2012_val_00000001,n01751748 111 108 ...`: id, then class and box."""
     classes: dict[str, str] = {}
-    for row in csv.reader(_text_lines(path)):
+    for row in csv.reader(text_lines(path)):
         words = row[1].split() if len(row) >= 2 else []
         if words and row[0] != "ImageId":
             classes[row[0]] = words[0]
@@ -136,7 +136,7 @@ def _solution_labels(path: bytes, names: Sequence[bytes]) -> dict[bytes, str]:
 
 def _ground_truth_labels(path: bytes, names: Sequence[bytes]) -> dict[bytes, str]:
     """Reads one id per line, for the images in the order of their names."""
-    lines = [line.strip() for line in _text_lines(path) if line.strip()]
+    lines = [line.strip() for line in text_lines(path) if line.strip()]
     if len(lines) != len(names):
         raise SourceError(
             f"{for_display(path)} has {len(lines)} labels, but there are {len(names)} images; "
@@ -224,7 +224,7 @@ def read_titles(
 
 def _json_titles(path: bytes) -> Mapping[str, str]:
     try:
-        found = json.loads("\n".join(_text_lines(path)))
+        found = json.loads("\n".join(text_lines(path)))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{for_display(path)} is no JSON: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(title, str) for title in found.values()):
@@ -236,7 +236,7 @@ def _line_titles(path: bytes, classes: Sequence[str]) -> Mapping[str, str]:
     """Reads lines of a class and its title; a class may have spaces, so the longest one counts."""
     known = set(classes)
     titles: dict[str, str] = {}
-    for line in _text_lines(path):
+    for line in text_lines(path):
         for name, title in _divisions(line.strip()):
             if name in known:
                 titles[name] = title or name

@@ -19,20 +19,36 @@ from typing import TypeVar
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.headers import foreign_format, sniff_format
 
-__all__ = ["Tally", "as_key", "for_display", "is_image", "join", "list_folder", "read_file", "walk"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_FILE_BYTES",
+    "SNIFF_BYTES",
+    "Tally",
+    "as_key",
+    "for_display",
+    "is_image",
+    "is_image_content",
+    "join",
+    "list_folder",
+    "persistently",
+    "read_file",
+    "walk",
+]
 
 _T = TypeVar("_T")
 
-_IMAGE_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     {b".jpg", b".jpeg", b".jpe", b".jfif", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff"}
 )
+"""What names of images end in, in lower case."""
 _FOREIGN_SUFFIXES = frozenset(
     {b".avif", b".heic", b".heif", b".jxl", b".jp2", b".j2k", b".svg", b".psd", b".ico", b".tga"}
     | {b".ppm", b".pgm", b".pbm", b".pnm", b".exr", b".hdr", b".dng", b".cr2", b".nef", b".arw"}
 )
-_SNIFF_BYTES = 16
+SNIFF_BYTES = 16
+"""How much of a file `is_image_content` wants to see."""
 
-_MAX_FILE_BYTES = 512 * 2**20
+MAX_FILE_BYTES = 512 * 2**20
 """Of one image file; the default `max_pixels` as uncompressed 16-bit RGB still fits."""
 
 _WAITS_SECONDS = (0.1, 0.5)
@@ -51,6 +67,8 @@ _SENTENCES = {
     "loop": "links skipped that lead back to a folder above them",
     "ignored": "files ignored that are no images",
     "unreadable": "files of unknown kind ignored, because they may not be read",
+    "member": "archive members skipped that are no files (links, pipes, devices)",
+    "unlabelled": "images without a label skipped",
     "stray": "images ignored that lie beside the class folders, in none of them",
 }
 
@@ -72,6 +90,12 @@ class Tally:
         """Counts one image of a format that is not read; `name` is its suffix or format."""
         self._foreign[name] += 1
         self._examples.setdefault("foreign", for_display(path))
+
+    def merge(self, other: Tally) -> None:
+        """Adds what another tally counted."""
+        self._counts += other._counts
+        self._foreign += other._foreign
+        self._examples = {**other._examples, **self._examples}
 
     def notices(self) -> tuple[str, ...]:
         """Returns one sentence per kind that was met."""
@@ -114,19 +138,25 @@ def is_image(root: bytes, path: bytes, tally: Tally) -> bool:
     if their first bytes are of an allowed format, and are tallied if not.
     """
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in _IMAGE_SUFFIXES:
+    if suffix in IMAGE_SUFFIXES:
         return True
     try:
         descriptor = os.open(join(root, path), os.O_RDONLY | os.O_NONBLOCK)
         try:
-            prefix = os.read(descriptor, _SNIFF_BYTES)
+            prefix = os.read(descriptor, SNIFF_BYTES)
         finally:
             os.close(descriptor)
     except OSError:
         tally.add("unreadable", path)
         return False
+    return is_image_content(path, prefix, tally)
+
+
+def is_image_content(path: bytes, prefix: bytes, tally: Tally) -> bool:
+    """Whether the first bytes are of an allowed format; if not, the file is tallied."""
     if sniff_format(prefix) is not None:
         return True
+    suffix = os.path.splitext(path)[1].lower()
     foreign = foreign_format(prefix)
     if suffix in _FOREIGN_SUFFIXES:
         tally.add_foreign(suffix.decode(), path)
@@ -154,7 +184,7 @@ def list_folder(root: bytes, folder: bytes, tally: Tally) -> tuple[list[bytes], 
     """
     path = join(root, folder)
     try:
-        entries = _persistently(lambda: _scandir(path), path)
+        entries = persistently(lambda: _scandir(path), path)
     except OSError as error:
         if isinstance(error, ResourceError):
             raise
@@ -248,7 +278,7 @@ def _parents(folder: bytes) -> list[bytes]:
 def _identity(root: bytes, folder: bytes) -> tuple[int, int]:
     path = join(root, folder)
     try:
-        found = _persistently(lambda: os.stat(path), path)
+        found = persistently(lambda: os.stat(path), path)
     except OSError as error:
         if isinstance(error, ResourceError):
             raise
@@ -262,7 +292,7 @@ def read_file(root: bytes, path: bytes) -> bytes:
     """Returns the content of a regular file below `root`; errors as `ImageSource.read` has them."""
     full = join(root, path)
     try:
-        return _persistently(lambda: _read_regular(full), full)
+        return persistently(lambda: _read_regular(full), full)
     except ResourceError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -286,9 +316,9 @@ def _read_regular(full: bytes) -> bytes:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ImageDecodeError("it is no regular file any more")
-        if found.st_size > _MAX_FILE_BYTES:
+        if found.st_size > MAX_FILE_BYTES:
             raise ImageDecodeError(
-                f"the file has {found.st_size} bytes; at most {_MAX_FILE_BYTES} are read"
+                f"the file has {found.st_size} bytes; at most {MAX_FILE_BYTES} are read"
             )
         with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
             return file.readall()
@@ -304,8 +334,12 @@ def _has_entries(root: bytes) -> bool:
         return False
 
 
-def _persistently(action: Callable[[], _T], path: bytes) -> _T:
+def persistently(action: Callable[[], _T], path: bytes) -> _T:
     """Calls `action`, again where it fails for a reason that may pass.
+
+    Args:
+        action: What to do; it starts from the beginning each time.
+        path: What it reads, for messages.
 
     Raises:
         ResourceError: it failed three times; the message names `path`.

@@ -3,42 +3,72 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from ci2p_cache.errors import SourceError
+from ci2p_cache.images.archives import PARQUET_SUFFIXES, TAR_SUFFIXES, kind_of_folder
 from ci2p_cache.images.folder import FolderSource
 from ci2p_cache.images.source import ImageSource
 
 __all__ = ["open_source"]
 
-_LATER_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".parquet", ".zip")
+_LIST_SUFFIXES = (b".csv", b".tsv")
 
 
 def open_source(location: str | os.PathLike[str]) -> ImageSource:
     """Opens the images at a path.
 
     Args:
-        location: A folder: `SRC/CLASS/...`, `SRC/{train,val,test}/CLASS/...`, or ImageNet as it
-            comes (see `folder.FolderSource`).
+        location: One of
+
+            - a folder of images: `SRC/CLASS/...`, `SRC/{train,val,test}/CLASS/...`, or ImageNet as
+              it comes (see `folder.FolderSource`);
+            - tar files as WebDataset has them: a file, a folder that holds only tars, or a pattern
+              (`train-{000000..000012}.tar`, `'*.tar.gz'`; see `tar.TarSource`);
+            - parquet files with the images in them: a file, a folder, a pattern (see
+              `parquet.ParquetSource`);
+            - a list of paths and labels: a CSV or parquet file (see `table.TableSource`).
 
     Returns:
-        The source; its classes are known, its images are not listed yet.
+        The source; its images are not listed yet.
 
     Raises:
         SourceError: nothing is there, it is of no known kind, or its layout is not understood.
         ResourceError: the file system failed again and again.
     """
-    name = os.fsdecode(location)
+    name = os.fsencode(location)
     if not name:
-        raise SourceError("the location of the images is empty; wanted a folder")
-    if "://" in name:
+        raise SourceError("the location of the images is empty; wanted a folder or file")
+    if b"://" in name or name.startswith(b"pipe:"):
         raise SourceError(
-            f"{name} is a URL; wanted a folder of images on this machine",
-            hint="download the images first, one folder per class",
+            f"{location} is a URL or a command; wanted images on this machine",
+            hint="download the images first",
         )
-    if name.lower().endswith(_LATER_SUFFIXES) and not Path(location).is_dir():
+    lowered = name.lower()
+    if os.path.isdir(name):  # noqa: PTH112
+        kind = kind_of_folder(os.path.abspath(name))  # noqa: PTH100
+        if kind is None:
+            return FolderSource(location)
+        lowered = kind[0]
+    # Only now: pyarrow takes a while to be imported.
+    if lowered.endswith(TAR_SUFFIXES):
+        from ci2p_cache.images.tar import TarSource
+
+        return TarSource(location)
+    if lowered.endswith(PARQUET_SUFFIXES):
+        from ci2p_cache.images.table import TableSource, is_table
+
+        if is_table(name):
+            return TableSource(location)
+        from ci2p_cache.images.parquet import ParquetSource
+
+        return ParquetSource(location)
+    if lowered.endswith(_LIST_SUFFIXES):
+        from ci2p_cache.images.table import TableSource
+
+        return TableSource(location)
+    if lowered.endswith(b".zip"):
         raise SourceError(
-            f"{name} is an archive or table; wanted a folder of images, the only source there is",
+            f"{os.fsdecode(location)} is a zip archive, which is not read",
             hint="unpack it into one folder per class",
         )
     return FolderSource(location)

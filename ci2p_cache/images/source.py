@@ -21,7 +21,12 @@ class ImageRef:
     label: int
     """Index into the source's `classes`."""
     path: bytes
-    """Where the bytes are, below the source's root: the file system's own bytes."""
+    """Where the bytes are, below the source's root: the file system's own bytes. Of an image in an
+    archive or table, its path, "#" and a place in it. It is all that `read` needs, in any process.
+    """
+    order: int | None = None
+    """Where it comes when the source is read in sequence, ascending; None where images may as well
+    be read in any order. The plan keeps this order."""
 
 
 class ImageSource(Protocol):
@@ -32,7 +37,10 @@ class ImageSource(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, sorted as torchvision sorts them; one list over all splits."""
+        """Class names, sorted as torchvision sorts them; one list over all splits.
+
+        Where labels are numbers, in their order. Archives and tables are listed for it.
+        """
 
     @property
     def class_titles(self) -> tuple[str, ...]:
@@ -48,7 +56,8 @@ class ImageSource(Protocol):
     def scan(self) -> Iterator[ImageRef]:
         """Yields every image once, in an order that depends on names alone.
 
-        Streams: memory grows with the largest folder, not with the source.
+        Streams: memory grows with the largest folder, not with the source. Archives and tables keep
+        their list, some 20 bytes and the name per image, and list anew only when opened anew.
 
         Raises:
             SourceError: a folder cannot be listed, or there is no image at all.
@@ -61,6 +70,7 @@ class ImageSource(Protocol):
         Raises:
             ImageDecodeError: the file has vanished, may not be read, is too large or is no regular
                 file any more. The message is one line without the path.
-            SourceError: `path` is none below the source.
+            SourceError: `path` is none below the source, or an archive or table is damaged or not
+                what was listed.
             ResourceError: reading failed again and again, or the source as a whole has gone.
         """

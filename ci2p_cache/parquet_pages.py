@@ -12,10 +12,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-__all__ = ["require_small_pages"]
+__all__ = ["RowGroup", "require_small_pages"]
 
 _MAGIC = b"PAR1"
 _MAX_FOOTER_BYTES = 2**20
@@ -30,11 +29,24 @@ _FREE_VALUES, _MAX_VALUES_PER_BYTE = 2**18, 16
 """Values of one column: each row of ours has a key of its own, hence at least a byte."""
 
 
-def require_small_pages(path: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """A part of a parquet file that is read as a whole."""
+
+    rows: int
+    """Rows, as the footer says."""
+    unpacked_bytes: int
+    """What its pages unpack to, as their headers say."""
+
+
+def require_small_pages(path: str | os.PathLike[str]) -> list[RowGroup]:
     """Refuses a parquet file that would unpack to far more than it has.
 
     Args:
         path: The file.
+
+    Returns:
+        Its row groups, in order.
 
     Raises:
         ValueError: it would, or its pages are not where the footer says.
@@ -45,13 +57,18 @@ def require_small_pages(path: Path) -> None:
         size = os.fstat(descriptor).st_size
         footer = _footer(descriptor, size)
         total = 0
-        for chunk in _column_chunks(footer):
-            unpacked, values = _sum_pages(descriptor, chunk, size)
-            total += unpacked
-            if total > _FREE_BYTES + _MAX_RATIO * size:
-                raise ValueError(f"it would unpack from {size} to more than {total} bytes")
-            if max(values, _number(footer, 3)) > _FREE_VALUES + _MAX_VALUES_PER_BYTE * size:
-                raise ValueError(f"it says {values} values in {size} bytes")
+        groups = []
+        for group in _items(footer, 4):
+            before = total
+            for chunk in _column_chunks(group):
+                unpacked, values = _sum_pages(descriptor, chunk, size)
+                total += unpacked
+                if total > _FREE_BYTES + _MAX_RATIO * size:
+                    raise ValueError(f"it would unpack from {size} to more than {total} bytes")
+                if max(values, _number(footer, 3)) > _FREE_VALUES + _MAX_VALUES_PER_BYTE * size:
+                    raise ValueError(f"it says {values} values in {size} bytes")
+            groups.append(RowGroup(_number(group, 3), total - before))
+        return groups
     finally:
         os.close(descriptor)
 
@@ -67,11 +84,10 @@ def _footer(descriptor: int, size: int) -> dict[int, Any]:
     return _struct(os.pread(descriptor, length, size - 8 - length), "its footer")[0]
 
 
-def _column_chunks(footer: dict[int, Any]) -> Iterator[dict[int, Any]]:
-    """Yields ColumnMetaData by field number, of each column in each row group."""
-    for group in _items(footer, 4):
-        for column in _items(group, 1):
-            yield from _items({3: [column.get(3)]}, 3)
+def _column_chunks(group: dict[int, Any]) -> Iterator[dict[int, Any]]:
+    """Yields ColumnMetaData by field number, of each column in a row group."""
+    for column in _items(group, 1):
+        yield from _items({3: [column.get(3)]}, 3)
 
 
 def _items(fields: dict[int, Any], number: int) -> list[dict[int, Any]]:

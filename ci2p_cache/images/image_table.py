@@ -1,0 +1,240 @@
+"""One parquet file with images: its columns, its paths and labels, and its row groups."""
+
+# Paths are bytes here, which pathlib does not have.
+# ruff: noqa: PTH116, PTH119, PTH123
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ci2p_cache.errors import ImageDecodeError, SourceError
+from ci2p_cache.images.archives import read_archive
+from ci2p_cache.images.labels import LabelTable
+from ci2p_cache.images.listing import MAX_FILE_BYTES, Tally, for_display
+from ci2p_cache.parquet_pages import RowGroup, require_small_pages
+
+__all__ = ["ImageTable", "guarded", "open_parquet"]
+
+_T = TypeVar("_T")
+
+_LABEL = "ClassLabel"
+_MAX_GROUP_BYTES = 2**30
+"""Of one row group, unpacked: it is read as a whole. `datasets` writes 100 images in each."""
+_KEPT_GROUPS = 2
+
+
+class ImageTable:
+    """One parquet file with images; any number of threads may read it.
+
+    Args:
+        full: Its absolute path.
+
+    Raises:
+        SourceError: it is damaged, hostile, or has other columns.
+        OSError: it cannot be read.
+    """
+
+    class_names: tuple[str, ...]
+    """Names of numbered labels, from its metadata; empty for none."""
+
+    def __init__(self, full: bytes) -> None:
+        self._full = full
+        self._identity = _identity(full)
+        self._groups: OrderedDict[int, pa.Array] = OrderedDict()
+        self._lock = threading.Lock()
+        groups, schema = guarded(full, self._open)
+        self._first_rows = [0, *accumulate(group.rows for group in groups)]
+        largest = max((group.unpacked_bytes for group in groups), default=0)
+        if largest > _MAX_GROUP_BYTES:
+            raise SourceError(
+                f"{for_display(full)} has a row group of {largest} bytes; it is read as a whole, "
+                f"and at most {_MAX_GROUP_BYTES} bytes are",
+                hint="write the file again with row groups of about 100 images",
+            )
+        features = _features(schema)
+        self._image, self._label = self._columns(schema, features)
+        names = features.get(self._label, {}).get("names")
+        is_list = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
+        self.class_names = tuple(names) if isinstance(names, list) and is_list else ()
+
+    def listing(self, labels: LabelTable, split: str | None, tally: Tally) -> pa.Table:
+        """Returns row (int64), path (string, may be null) and label (int32, a place in `labels`).
+
+        Rows of the test split that have no label (-1, null) are tallied and left out.
+
+        Raises:
+            SourceError: the file is damaged, or a row of another split has no label.
+            ResourceError: reading failed again and again.
+        """
+        wanted = [f"{self._image}.path", self._label]
+        table = self._read(lambda file: file.read(columns=wanted))
+        paths = pc.struct_field(table[self._image], "path").cast(pa.string())
+        given = pc.dictionary_encode(table[self._label].combine_chunks())
+        values, indices = given.dictionary.to_pylist(), given.indices
+        known = {place: value for place, value in enumerate(values) if value != -1}
+        rows = pa.array(np.arange(table.num_rows))
+        has_label = pc.is_in(indices, pa.array(list(known), indices.type))
+        missing = rows.filter(pc.invert(has_label))
+        if len(missing):
+            first = missing[0].as_py()
+            if split != "test":
+                raise SourceError(f"{for_display(self._full)}: row {first} has no label")
+            for _ in range(len(missing)):
+                tally.add("unlabelled", b"%b, row %d" % (os.path.basename(self._full), first))
+        place = np.zeros(len(values) + 1, np.int32)
+        for number, value in known.items():
+            try:
+                place[number] = labels.add(value)
+            except SourceError as error:
+                raise SourceError(f"{for_display(self._full)} has {error}") from error
+        numbers = indices.filter(has_label).to_numpy(zero_copy_only=False)
+        columns = [rows.filter(has_label), paths.filter(has_label), place[numbers]]
+        return pa.table(columns, names=["row", "path", "label"])
+
+    def image(self, row: int) -> bytes:
+        """Returns the content of one image; errors as `ParquetSource.read` has them."""
+        if not 0 <= row < self._first_rows[-1]:
+            raise SourceError(
+                f"{for_display(self._full)} has {self._first_rows[-1]} rows; row {row} was wanted"
+            )
+        group = bisect_right(self._first_rows, row) - 1
+        with self._lock:
+            if group in self._groups:
+                self._groups.move_to_end(group)
+            else:
+                columns = [f"{self._image}.bytes"]
+                table = self._read(lambda file: file.read_row_group(group, columns=columns))
+                self._groups[group] = table[self._image]
+                if len(self._groups) > _KEPT_GROUPS:
+                    self._groups.popitem(last=False)
+            value = self._groups[group][row - self._first_rows[group]]
+        data = value["bytes"].as_buffer() if value.is_valid and value["bytes"].is_valid else None
+        if data is None:
+            raise ImageDecodeError("the row holds no bytes")
+        if data.size > MAX_FILE_BYTES:
+            raise ImageDecodeError(
+                f"the file has {data.size} bytes; at most {MAX_FILE_BYTES} are read"
+            )
+        return bytes(data)
+
+    def _open(self) -> tuple[list[RowGroup], pa.Schema]:
+        groups = require_small_pages(os.fsdecode(self._full))
+        with open_parquet(self._full) as file:
+            return groups, file.schema_arrow
+
+    def _read(self, action: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
+        def attempt() -> pa.Table:
+            if _identity(self._full) != self._identity:
+                raise SourceError(
+                    f"{for_display(self._full)} was changed while it was read",
+                    hint="run the same command when nothing writes to the images any more",
+                )
+
+            def inner() -> pa.Table:
+                with open_parquet(self._full) as file:
+                    return action(file)
+
+            return guarded(self._full, inner)
+
+        return read_archive(attempt, self._full)
+
+    def _columns(self, schema: pa.Schema, features: dict[str, Any]) -> tuple[str, str]:
+        images = [field.name for field in schema if _is_image_struct(field.type)]
+        labels = [name for name in schema.names if features.get(name, {}).get("_type") == _LABEL]
+        if "label" in schema.names:
+            labels = ["label"]
+        shown = ", ".join(f"{field.name}: {field.type}"[:80] for field in schema)[:600]
+        if len(images) != 1 or len(labels) != 1:
+            what = "image" if len(images) != 1 else "label"
+            raise SourceError(
+                f"{for_display(self._full)} has no single {what} column; wanted `image`, a struct "
+                f"of `bytes` and `path`, and `label`; it has {for_display(shown.encode())}"
+            )
+        kind = schema.field(labels[0]).type
+        if not (pa.types.is_integer(kind) or pa.types.is_string(kind)):
+            raise SourceError(
+                f"{for_display(self._full)} has a column `{for_display(labels[0].encode())}` of "
+                f"type {str(kind)[:80]}; wanted whole numbers or names"
+            )
+        return images[0], labels[0]
+
+
+@contextmanager
+def open_parquet(full: bytes) -> Iterator[pq.ParquetFile]:
+    """Opens a parquet file with every page's checksum verified, where it has them."""
+    # Not by name: pyarrow cannot open one that is not UTF-8.
+    with (
+        open(full, "rb") as handle,
+        pq.ParquetFile(
+            handle,
+            page_checksum_verification=True,
+            thrift_string_size_limit=2**24,
+            thrift_container_size_limit=2**16,
+        ) as file,
+    ):
+        yield file
+
+
+def guarded(full: bytes, action: Callable[[], _T]) -> _T:
+    """Calls `action`, which reads a parquet file, and tells damage from a disk that is not well.
+
+    Raises:
+        SourceError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        return action()
+    except SourceError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise SourceError(
+            f"{for_display(full)} is damaged: {for_display(str(error).encode())[:500]}",
+            hint="get the file again, or leave it out",
+        ) from error
+
+
+def _identity(full: bytes) -> tuple[int, ...]:
+    found = os.stat(full)
+    if not stat.S_ISREG(found.st_mode):
+        raise SourceError(f"{for_display(full)} is no regular file")
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _is_image_struct(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind):
+        return False
+    fields = {kind.field(number).name: kind.field(number).type for number in range(kind.num_fields)}
+    data, path = fields.get("bytes"), fields.get("path")
+    return (
+        data is not None
+        and path is not None
+        and (pa.types.is_binary(data) or pa.types.is_large_binary(data))
+        and (pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path))
+    )
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """Returns what the metadata says of each column, as `datasets` writes it; empty for nothing."""
+    try:
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, dict)}

@@ -1,0 +1,183 @@
+"""Images in parquet files as Hugging Face `datasets` writes them: one row, one image.
+
+Columns: `image`, a struct of `bytes` and `path`, and `label`, a number; the names of the classes
+are in the schema's metadata under `huggingface`. Hub layout of imagenet-1k:
+`data/train-00000-of-00294.parquet`, `data/validation-...`, `data/test-...` (labels -1).
+
+::
+
+    files --paths, labels--> listing (once) --order--> ImageRef  b"data/train-00000.parquet#817"
+    read: the row group that holds the row, kept while its other rows are asked for
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ci2p_cache.errors import SourceError
+from ci2p_cache.images.archives import PARQUET_SUFFIXES, Archive, find_archives, read_archive
+from ci2p_cache.images.image_table import ImageTable
+from ci2p_cache.images.labels import Classes, LabelTable
+from ci2p_cache.images.listing import Tally, for_display, join
+from ci2p_cache.images.source import ImageRef
+
+__all__ = ["ParquetSource"]
+
+_KEPT_FILES = 4
+_NAME_BYTES = 4096
+_PATH = re.compile(rb"(.+)#(\d{1,18})", re.DOTALL)
+_LEADS_OUT = r"^$|^/|\\|\x00|(^|/)\.{1,2}(/|$)|//|^[A-Za-z][A-Za-z0-9+.-]*:"
+"""Paths that cannot be keys: absolute ones and URLs, "." and ".." among their parts."""
+
+
+class ParquetSource:
+    """An `ImageSource` over parquet files with the images in them.
+
+    The image column is the only struct of `bytes` and `path`, the label column `label`, or else
+    the only one that the schema's metadata calls a ClassLabel. Paths and labels are read once, when
+    `scan` or `classes` is first asked for. Rows follow file and row, so encoding reads each row
+    group once per split that is drawn from it; in random order each image costs a whole group.
+
+    A key is the row's `path` where all rows of all files have one, relative and unlike the others
+    of its split; otherwise it is file and row ("data/train-00000-of-00294.parquet/817").
+
+    Args:
+        location: A parquet file, a folder that holds only such files, perhaps below `data/`, a
+            wildcard or a brace pattern; see `find_archives`, also for splits.
+
+    Raises:
+        SourceError: nothing is there, a named file is missing, or the splits are unclear.
+        ResourceError: the file system failed again and again.
+    """
+
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        self._archives = find_archives(os.fsencode(location), PARQUET_SUFFIXES)
+        self._tally = Tally()
+        self._listing: list[tuple[Archive, pa.Table]] | None = None
+        self._has_paths = False
+        self._classes = Classes((), ())
+        self._labels: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self._files: OrderedDict[bytes, ImageTable] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label: the metadata's, or as `LabelTable` has them."""
+        self._list()
+        return self._classes.names
+
+    @property
+    def class_titles(self) -> tuple[str, ...]:
+        """Names for people from `classes.json` or `classes.txt` beside the files."""
+        self._list()
+        return self._classes.titles
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know, one sentence each; complete once `scan` has ended."""
+        return (*self._archives.notices, *self._classes.notices, *self._tally.notices())
+
+    def location(self) -> str:
+        """Returns the absolute path or pattern; bytes that are not UTF-8 are surrogates."""
+        return os.fsdecode(self._archives.location)
+
+    def scan(self) -> Iterator[ImageRef]:
+        """Yields every image: files by split and name, rows as they lie in them.
+
+        Raises:
+            SourceError: a file is damaged or has other columns, a row has no label, or there is no
+                image at all.
+            ResourceError: reading failed again and again.
+        """
+        place = 0
+        for archive, table in self._list():
+            for batch in table.to_batches():
+                columns = (batch.column(name).to_pylist() for name in ("row", "path", "label"))
+                for row, name, label_id in zip(*columns, strict=True):
+                    path = b"%b#%d" % (archive.path, row)
+                    shown = os.fsdecode(archive.path).encode("utf-8", "backslashreplace").decode()
+                    key = name if self._has_paths else f"{shown}/{row}"
+                    label = int(self._labels[label_id])
+                    yield ImageRef(key, archive.split, label, path, order=place)
+                    place += 1
+
+    def read(self, path: bytes) -> bytes:
+        """Returns the content of one image; any number of threads may call it.
+
+        Raises:
+            ImageDecodeError: the row holds no bytes, or more than 512 MiB.
+            SourceError: `path` is none below the source, or the file is damaged or was changed.
+            ResourceError: reading failed again and again, or the file has gone.
+        """
+        match = _PATH.fullmatch(path)
+        shown = for_display(path)
+        if match is None or path.startswith(b"/") or b".." in path.split(b"/") or b"\0" in path:
+            raise SourceError(f"{shown} is no row of a file below {self.location()}")
+        if not match[1].lower().endswith(PARQUET_SUFFIXES):
+            raise SourceError(f"{shown} names no parquet file below {self.location()}")
+        full = join(self._archives.root, match[1])
+        return self._file(full).image(int(match[2]))
+
+    def _file(self, full: bytes) -> ImageTable:
+        with self._lock:
+            file = self._files.pop(full, None) or read_archive(lambda: ImageTable(full), full)
+            self._files[full] = file
+            if len(self._files) > _KEPT_FILES:
+                self._files.popitem(last=False)
+            return file
+
+    def _list(self) -> list[tuple[Archive, pa.Table]]:
+        """Reads paths and labels of all files; once."""
+        if self._listing is not None:
+            return self._listing
+        labels, listing = LabelTable(), []
+        tally, names = Tally(), None
+        for archive in self._archives.files:
+            full = join(self._archives.root, archive.path)
+            file = read_archive(lambda full=full: ImageTable(full), full)  # type: ignore[misc]
+            if names is not None and names != file.class_names:
+                raise SourceError(
+                    f"{for_display(full)} has other class names in its metadata than the first "
+                    "file; a label would not mean the same in both"
+                )
+            names = file.class_names
+            listing.append((archive, file.listing(labels, archive.split, tally)))
+        shown = self.location()
+        if not any(table.num_rows for _, table in listing):
+            raise SourceError(
+                f"{shown} has {len(listing)} files and no labelled image in them; "
+                f"{'; '.join(tally.notices()) or 'they are empty'}"
+            )
+        folder = self._archives.files[0].path.rpartition(b"/")[0]
+        folders = dict.fromkeys([self._archives.root, join(self._archives.root, folder)])
+        try:
+            self._classes, self._labels = labels.settle(tuple(folders), names or ())
+        except SourceError as error:
+            raise SourceError(f"{shown}: {error}", hint=error.hint) from error
+        self._has_paths = _paths_are_keys(listing)
+        self._tally = tally
+        self._listing = listing
+        return listing
+
+
+def _paths_are_keys(listing: list[tuple[Archive, pa.Table]]) -> bool:
+    """Whether every row has a path that can be its key."""
+    for split in {archive.split for archive, _ in listing}:
+        paths = pa.concat_tables(t for archive, t in listing if archive.split == split)["path"]
+        if (
+            paths.null_count
+            or pc.any(pc.match_substring_regex(paths, _LEADS_OUT)).as_py()
+            or (pc.max(pc.binary_length(paths)).as_py() or 0) > _NAME_BYTES
+            or len(pc.unique(paths)) != len(paths)
+        ):
+            return False
+    return True
