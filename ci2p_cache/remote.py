@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ci2p_cache.errors import MissingDependencyError, ResourceError, UsageError
 
-__all__ = ["SCHEMES", "RemoteFolder", "shown", "url_of"]
+__all__ = ["SCHEMES", "RemoteFolder", "mirrors_folder", "shown", "url_of"]
 
 SCHEMES = ("s3", "gs", "http", "https")
 """What is read. fsspec knows many more, and chains of them that write to local files."""
@@ -56,6 +56,13 @@ def url_of(location: str | os.PathLike[str]) -> str | None:
             f"with {', '.join(f'{name}://' for name in SCHEMES)}"
         )
     return f"{scheme.lower()}://{rest}"
+
+
+def mirrors_folder() -> Path:
+    """Returns where local copies lie: CI2P_CACHE_MIRRORS, or below the user's cache folder."""
+    chosen = os.environ.get("CI2P_CACHE_MIRRORS")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(chosen) if chosen else Path(base).expanduser() / "ci2p-cache" / "mirrors"
 
 
 def shown(text: str) -> str:

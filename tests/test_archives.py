@@ -334,5 +334,7 @@ class TestLists:
 def test_metadata_that_is_not_what_it_should_be_is_ignored(tmp_path: Path) -> None:
     for found in ("no JSON", "[]", json.dumps({"info": {"features": {"label": 3}}})):
         table = image_table([("a/1.jpg", PICTURE, "a")], ["a"])
-        pq.write_table(table.replace_schema_metadata({"huggingface": found}), tmp_path / "x.parquet")
+        pq.write_table(
+            table.replace_schema_metadata({"huggingface": found}), tmp_path / "x.parquet"
+        )
         assert scanned(tmp_path / "x.parquet") == {(None, "a/1.jpg", "0")}

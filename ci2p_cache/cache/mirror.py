@@ -22,7 +22,7 @@ from uuid import uuid4
 
 from ci2p_cache.cache.commit import FileRecord, disk_errors
 from ci2p_cache.errors import IntegrityError, NotACacheError
-from ci2p_cache.remote import RemoteFolder
+from ci2p_cache.remote import RemoteFolder, mirrors_folder
 
 __all__ = ["Mirror"]
 
@@ -122,12 +122,12 @@ def _stays_inside(path: str) -> bool:
 
 
 def _folder(url: str) -> Path:
-    """Returns the mirror of a URL, below CI2P_CACHE_MIRRORS or the user's cache folder."""
-    chosen = os.environ.get("CI2P_CACHE_MIRRORS")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = Path(chosen) if chosen else Path(base).expanduser() / "ci2p-cache" / "mirrors"
+    """Returns the mirror of a URL."""
     # Two servers may have a bucket of one name.
     server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     name = url.rstrip("/").rpartition("/")[2]
     safe = "".join(c for c in name if c.isascii() and (c.isalnum() or c in "-_"))[:40]
-    return root / f"{safe or 'cache'}-{hashlib.sha256(f'{server} {url}'.encode()).hexdigest()[:16]}"
+    return (
+        mirrors_folder()
+        / f"{safe or 'cache'}-{hashlib.sha256(f'{server} {url}'.encode()).hexdigest()[:16]}"
+    )

@@ -28,6 +28,7 @@ __all__ = [
     "TAR_SUFFIXES",
     "Archive",
     "Archives",
+    "expand_braces",
     "find_archives",
     "kind_of_folder",
     "read_archive",
@@ -196,7 +197,7 @@ def _in_folder(root: bytes, suffixes: Sequence[bytes], tally: Tally) -> list[byt
 
 def _matches(pattern: bytes) -> Iterator[bytes]:
     """Yields the files of a pattern; each of its brace expansions must name at least one."""
-    for expanded in _expand(pattern):
+    for expanded in expand_braces(pattern):
         if _WILD.search(expanded):
             found = sorted(path for path in glob.glob(expanded) if os.path.isfile(path))
         else:
@@ -209,7 +210,7 @@ def _matches(pattern: bytes) -> Iterator[bytes]:
         yield from found
 
 
-def _expand(pattern: bytes) -> list[bytes]:
+def expand_braces(pattern: bytes) -> list[bytes]:
     """Expands {a,b} and {000..012} as bash does; the width of a number is that of its first."""
     done, waiting = [], [pattern]
     while waiting:

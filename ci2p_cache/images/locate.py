@@ -8,6 +8,7 @@ from ci2p_cache.errors import SourceError
 from ci2p_cache.images.archives import PARQUET_SUFFIXES, TAR_SUFFIXES, kind_of_folder
 from ci2p_cache.images.folder import FolderSource
 from ci2p_cache.images.source import ImageSource
+from ci2p_cache.remote import url_of
 
 __all__ = ["open_source"]
 
@@ -26,6 +27,7 @@ def open_source(location: str | os.PathLike[str]) -> ImageSource:
               (`train-{000000..000012}.tar`, `'*.tar.gz'`; see `tar.TarSource`);
             - parquet files with the images in them: a file, a folder, a pattern (see
               `parquet.ParquetSource`);
+            - any of these behind `s3://`, `gs://` or `http(s)://` (see `fetched.FetchedSource`);
             - a list of paths and labels: a CSV or parquet file (see `table.TableSource`).
 
     Returns:
@@ -33,16 +35,23 @@ def open_source(location: str | os.PathLike[str]) -> ImageSource:
 
     Raises:
         SourceError: nothing is there, it is of no known kind, or its layout is not understood.
+        UsageError: it is a URL of a kind that is not read.
+        MissingDependencyError: the library for this kind of URL is not installed.
         ResourceError: the file system failed again and again.
     """
     name = os.fsencode(location)
     if not name:
         raise SourceError("the location of the images is empty; wanted a folder or file")
-    if b"://" in name or name.startswith(b"pipe:"):
+    if name.startswith(b"pipe:"):
         raise SourceError(
-            f"{location} is a URL or a command; wanted images on this machine",
-            hint="download the images first",
+            f"{location} is a command; wanted images on this machine or a URL",
+            hint="give the files themselves",
         )
+    url = url_of(os.fsdecode(name))
+    if url is not None:
+        from ci2p_cache.images.fetched import FetchedSource
+
+        return FetchedSource(url, open_source)
     lowered = name.lower()
     if os.path.isdir(name):  # noqa: PTH112
         kind = kind_of_folder(os.path.abspath(name))  # noqa: PTH100
