@@ -68,6 +68,11 @@ def link(root: Path) -> None:
     (root / TAR).symlink_to(root.parent / "elsewhere.tar")
 
 
+def folder(root: Path) -> None:
+    (root / TAR).unlink()
+    (root / TAR).mkdir()
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "latent bit": latent_bit,
     "cut": lambda root: (root / TAR).write_bytes((root / TAR).read_bytes()[:9000]),
@@ -75,7 +80,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "longer": lambda root: (root / TAR).write_bytes((root / TAR).read_bytes() + bytes(512)),
     "empty": lambda root: (root / TAR).write_bytes(b""),
     "gone": lambda root: (root / TAR).unlink(),
-    "folder": lambda root: ((root / TAR).unlink(), (root / TAR).mkdir()),
+    "folder": folder,
     "link": link,
     "swapped": swap,
 }
