@@ -199,6 +199,6 @@ def test_a_call_on_a_tar_that_fails_is_survived_to_the_same_bytes(
     assert {name for name in made.whole if name.startswith("tar/")} == {
         "tar/train-000000.tar", "tar/train-000001.tar", "tar/train.json",
     }  # fmt: skip
-    points = [own[at - 1] for at in spread(len(own), 5)]
+    points = [own[at - 1] for at in spread(len(own), 3)]
     problems = [(at, text) for at in points for text in made.fault(nursery, at, kind)]
     assert not problems

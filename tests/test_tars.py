@@ -226,7 +226,7 @@ class TestWritten:
                 told.append(text)
 
         need = 21 * 2 * 192 * 16
-        usage = shutil._ntuple_diskusage(10**9, 10**9, need)  # type: ignore[attr-defined]  # its type
+        usage = shutil._ntuple_diskusage(10**9, 10**9, need)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
         for name, warned in (("zarr", False), ("webdataset", True)):
             told.clear()
