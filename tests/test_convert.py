@@ -228,7 +228,7 @@ class TestArrays:
             assert table["row"].tolist() == split.valid_rows.tolist()
             assert table["label"].tolist() == split.labels[split.valid].tolist()
             assert stored.shape == (len(split.valid_rows), *split.shape[1:])
-            offset = np.float32(told["offset"])[:, None, None]
+            offset = np.asarray(told["offset"], np.float32)[:, None, None]
             y = stored.astype(np.float32) * np.float32(told["scale"]) + offset
             for found, row in zip(y, split.valid_rows, strict=True):
                 assert torch.equal(torch.from_numpy(found), split[int(row)][0])

@@ -17,6 +17,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -225,7 +226,7 @@ class TestWritten:
                 told.append(text)
 
         need = 21 * 2 * 192 * 16
-        usage = shutil._ntuple_diskusage(10**9, 10**9, need)  # type: ignore[attr-defined]  # its type
+        usage = shutil._ntuple_diskusage(10**9, 10**9, need)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
         for name, warned in (("zarr", False), ("webdataset", True)):
             told.clear()
@@ -330,6 +331,22 @@ class TestStock:
             assert label == wanted
             scaled = latents.astype("float32") * train.scale + train.offset[:, None, None]
             assert torch.equal(torch.from_numpy(scaled), y)
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_the_lines_in_the_caches_own_readme_run(
+        self, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.chdir(caches[name])
+        text = Path("README.md").read_text()
+        assert "@" not in text
+        blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert len(blocks) == {"zarr": 2, "webdataset": 2, "both": 3}[name]
+        split = cc.open_cache(".")["train"]
+        for code in blocks:
+            names: dict[str, Any] = {"pandas": pandas}
+            exec(code, names)
+            if "y" in names:
+                assert np.array_equal(names["y"], split[int(split.valid_rows[0])][0].numpy())
 
     def test_every_split_and_what_the_json_says(self, caches: dict[str, Path]) -> None:
         cache = cc.open_cache(caches["both"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
@@ -305,9 +306,15 @@ def _checksums(
 
 def _readme(manifest: Manifest) -> bytes:
     template = package_files("ci2p_cache.encoding").joinpath("cache_readme.md").read_text("utf-8")
-    fingerprint = manifest.fingerprint
+    fingerprint, layout = manifest.fingerprint, manifest.layout
+    head, zarr_part, tar_part, rest = re.split(r"@(?:IF zarr|IF tar|END)@\n", template)
+    if layout.format == "both":
+        # Each part ends in the paragraph on the index; once is enough.
+        zarr_part = zarr_part[: zarr_part.rindex("What each row")].rstrip() + "\n\n"
+    parts = zarr_part * layout.has_zarr + tar_part * layout.has_tar
     text = (
-        template.replace(
+        (head + parts + rest)
+        .replace(
             "@ENCODER@",
             f"{fingerprint.encoder.arch}, quality "
             f"{fingerprint.encoder.quality}, {fingerprint.encoder.metric}",
