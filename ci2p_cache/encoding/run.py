@@ -35,7 +35,8 @@ def encode(
     committed it returns at once. One call works on a folder at a time.
 
     Args:
-        source: A folder of images: CLASS/..., {train,val,test}/CLASS/..., or ImageNet's own.
+        source: A folder of images (CLASS/..., {train,val,test}/CLASS/..., ImageNet's own), tars,
+            parquet files or a list; see `open_source`.
         out: The cache folder; made if it does not exist.
         options: What to encode with; None for the defaults (official weights, int8, flip views).
         overwrite: Remove the cache in `out` first; a folder that is no cache is never touched.
