@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["RowGroup", "require_small_pages"]
 
 _MAGIC = b"PAR1"
-_MAX_FOOTER_BYTES = 2**20
+MAX_FOOTER_BYTES = 2**20
 """Ours have 23 kB, most of it the channel sums; parsed, a hostile one takes 64 times its size."""
 _MAX_HEADER_BYTES = 2**16
 _MAX_DEPTH = 12
@@ -39,11 +39,14 @@ class RowGroup:
     """What its pages unpack to, as their headers say."""
 
 
-def require_small_pages(path: str | os.PathLike[str]) -> list[RowGroup]:
+def require_small_pages(
+    path: str | os.PathLike[str], *, max_footer_bytes: int = MAX_FOOTER_BYTES
+) -> list[RowGroup]:
     """Refuses a parquet file that would unpack to far more than it has.
 
     Args:
         path: The file.
+        max_footer_bytes: A longer footer is not parsed; parsing takes up to 64 times its size.
 
     Returns:
         Its row groups, in order.
@@ -55,7 +58,7 @@ def require_small_pages(path: str | os.PathLike[str]) -> list[RowGroup]:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(descriptor).st_size
-        footer = _footer(descriptor, size)
+        footer = _footer(descriptor, size, max_footer_bytes)
         total = 0
         groups = []
         for group in _items(footer, 4):
@@ -73,14 +76,14 @@ def require_small_pages(path: str | os.PathLike[str]) -> list[RowGroup]:
         os.close(descriptor)
 
 
-def _footer(descriptor: int, size: int) -> dict[int, Any]:
+def _footer(descriptor: int, size: int, max_bytes: int) -> dict[int, Any]:
     """Returns FileMetaData by field number."""
     tail = os.pread(descriptor, 8, max(size - 8, 0))
     length = int.from_bytes(tail[:4], "little")
     if tail[4:] != _MAGIC or length > size - 12:
         raise ValueError("it does not end as a parquet file does")
-    if length > _MAX_FOOTER_BYTES:
-        raise ValueError(f"its footer has {length} bytes; at most {_MAX_FOOTER_BYTES} are read")
+    if length > max_bytes:
+        raise ValueError(f"its footer has {length} bytes; at most {max_bytes} are read")
     return _struct(os.pread(descriptor, length, size - 8 - length), "its footer")[0]
 
 

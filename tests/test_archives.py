@@ -209,6 +209,17 @@ class TestParquet:
         assert source.classes == ("crane (0)", "ant", "crane (2)")
         assert "several classes are called crane" in notices(tmp_path / "x.parquet")
 
+    def test_the_names_of_imagenet_21k_fit(self, tmp_path: Path) -> None:
+        names = tuple(f"n{number:08d} some words of a title" for number in range(21_841))
+        put_parquet(tmp_path / "x.parquet", names[-1], classes=names)
+        assert {label for _, _, label in scanned(tmp_path / "x.parquet")} == {names[-1]}
+
+    def test_a_row_group_of_gigabytes_is_refused(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setattr("ci2p_cache.images.image_table._MAX_GROUP_BYTES", 10)
+        put_parquet(tmp_path / "x.parquet", *"aaaaaa")
+        with pytest.raises(SourceError, match=r"row group of .* bytes; it is read as a whole"):
+            list(open_source(tmp_path / "x.parquet").scan())
+
     def test_files_of_other_names_do_not_belong_together(self, tmp_path: Path) -> None:
         put_parquet(tmp_path / "x-0.parquet", "a")
         put_parquet(tmp_path / "x-1.parquet", "a", classes=("b", "a"))
@@ -300,14 +311,14 @@ class TestLists:
             (["path,label"], "names no labelled image"),
             (["path,label", "a/1.jpg"], "line 2, has another number of values"),
             (["path,label", "a/1.jpg,a,b"], "line 2, has another number of values"),
-            (["path,label", '"a/1.jpg,a'], "line 3, is no CSV|line 2, is no CSV"),
+            (["path,label", '"a/1.jpg,a'], "is no CSV"),
             (["path,label", "a/1.jpg,"], "row 1: a/1.jpg has no label"),
             (["path,label", "/etc/passwd,a"], "row 1: `path` is '/etc/passwd'; wanted one below"),
             (["path,label", "a/../../x,a"], "wanted one below"),
             (["path,label", ",a"], "wanted one below"),
             (["path,label", "s3://x/1.jpg,a"], "is a URL"),
             (["path,label,split", "a/1.jpg,a,dev"], "`split` is 'dev'; wanted train, val or test"),
-            (["path,label,split", "a/1.jpg,a,train", "b/1.jpg,a,"], "with a split and rows without"),
+            (["path,label,split", "a/1.jpg,a,train", "b/1.jpg,a,"], "with a split and rows"),
             (["path,label,split", "a/1.jpg,a,val"], "no row of the split train"),
             (["path,label", "a/1.jpg,-1"], "has the label -1"),
         ],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 
 import ci2p_cache as cc
 from ci2p_cache.cache.verify import verify
@@ -18,7 +19,7 @@ from ci2p_cache.errors import SourceError
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.loader.online import OnlineLoader
-from tests.sources import IN_SEQUENCE, KINDS, entries
+from tests.sources import IN_SEQUENCE, KINDS, entries, pack, samples, tar_bytes
 
 OPTIONS = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=8, val_fraction=0.3)
 
@@ -170,3 +171,38 @@ def reference(image_folder: Path, tmp_path: Path) -> Path:
         cc.encode(image_folder, out, OPTIONS)
         _REFERENCE[image_folder] = out
     return _REFERENCE[image_folder]
+
+
+def test_an_archive_that_is_added_follows_as_new_rows(
+    images: list[tuple[str, bytes, str]], tmp_path: Path
+) -> None:
+    source, out = tmp_path / "src", tmp_path / "out"
+    pack(source / "b.tar", tar_bytes(samples(images[:12])))
+    options = dataclasses.replace(OPTIONS, val_fraction=0.0)
+    cc.encode(source, out, options)
+    before = list(latents(out))
+    # By its name it comes first; rows that are there keep their places.
+    pack(source / "a.tar", tar_bytes(samples(images[12:])))
+    assert cc.encode(source, out, options).encoded_now == 0
+    cc.encode(source, out, dataclasses.replace(options, rescan=True))
+    assert list(latents(out)) == before + [("train", key) for key, _, _ in images[12:]]
+    assert verify(out) == []
+
+
+# It leaves its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_stock_webdataset_groups_a_tar_as_we_do(
+    images: list[tuple[str, bytes, str]], tmp_path: Path
+) -> None:
+    odd = [("x.y/1.a.jpg", b"\xff\xd8\xff 1", "ant"), ("2.jpg", b"\xff\xd8\xff 2", "bee")]
+    path = pack(tmp_path / "x.tar", tar_bytes([*samples([*images, *odd]), ("3.txt", b"no image")]))
+    source = open_source(path)
+    ours = [(ref.key, source.read(ref.path), source.classes[ref.label]) for ref in source.scan()]
+    stock = []
+    for sample in webdataset.WebDataset(str(path), shardshuffle=False):
+        for name, content in sample.items():
+            if name.endswith("jpg"):
+                key = f"{sample['__key__']}.{name}"
+                stock.append((key, content, sample["cls"].decode()))
+    assert ours == stock

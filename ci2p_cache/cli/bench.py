@@ -34,7 +34,7 @@ bench = typer.Typer(
 @bench.command()
 def encode(
     source: Annotated[
-        Path, typer.Argument(help="Folder of images.", metavar="SRC", readable=False)
+        Path, typer.Argument(help="As for `ci2p-cache encode`.", metavar="SRC", readable=False)
     ],
     encoder: Annotated[
         Literal["official", "bundled"], typer.Option(help="As for `ci2p-cache encode`.")

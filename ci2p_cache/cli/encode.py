@@ -29,7 +29,10 @@ _ARRAY_TASKS = 16
 
 def encode(
     source: Annotated[
-        Path, typer.Argument(help="Folder of images.", metavar="SRC", readable=False)
+        Path,
+        typer.Argument(
+            help="Images: a folder, tars, parquet, a list.", metavar="SRC", readable=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Cache folder; made if it is not there.")],
     encoder: Annotated[
@@ -135,7 +138,7 @@ def encode(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Stage one: run the frozen encoder over a folder of images and commit their latents.
+    """Stage one: run the frozen encoder over images and commit their latents.
 
     \b
       ci2p-cache encode imagenet/ --out shards/                    256 px, int8, image + mirror
@@ -145,8 +148,9 @@ def encode(
       ci2p-cache encode imagenet/ --out shards/ --dry-run          time, disk, bad files: a forecast
       ci2p-cache encode imagenet/ --out shards/ --shard-range 2/4  the second of four machines
 
-    SRC holds CLASS/..., or {train,val,test}/CLASS/..., or ImageNet's own ILSVRC folders. Run the
-    same command again to go on after any interruption. Settings that change what is stored are
+    SRC is a folder of CLASS/..., of {train,val,test}/CLASS/..., or ImageNet's own; WebDataset tars
+    ('train-{000..146}.tar'); Hugging Face parquet; or a .csv with path and label. Run the same
+    command again to go on after any interruption. Settings that change what is stored are
     bound to the folder: a command with others is refused, with the difference.
     """
     from ci2p_cache.cli.watch import EncodeWatch

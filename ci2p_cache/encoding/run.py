@@ -40,7 +40,8 @@ def encode(
     disjoint `options.shard_range`; whichever of these ends last completes the cache.
 
     Args:
-        source: A folder of images: CLASS/..., {train,val,test}/CLASS/..., or ImageNet's own.
+        source: A folder of images (CLASS/..., {train,val,test}/CLASS/..., ImageNet's own), tars,
+            parquet files or a list; see `open_source`.
         out: The cache folder; made if it does not exist.
         options: What to encode with; None for the defaults (official weights, int8, flip views).
         overwrite: Remove the cache in `out` first; a folder that is no cache is never touched.

@@ -35,6 +35,8 @@ _LABEL = "ClassLabel"
 _MAX_GROUP_BYTES = 2**30
 """Of one row group, unpacked: it is read as a whole. `datasets` writes 100 images in each."""
 _KEPT_GROUPS = 2
+_MAX_FOOTER_BYTES = 2**22
+"""The names of 21,841 classes are in it twice, as `datasets` writes it: some 1.5 MB."""
 
 
 class ImageTable:
@@ -132,8 +134,7 @@ class ImageTable:
         return bytes(data)
 
     def _open(self) -> tuple[list[RowGroup], pa.Schema]:
-        groups = require_small_pages(os.fsdecode(self._full))
-        with open_parquet(self._full) as file:
+        with open_parquet(self._full) as (file, groups):
             return groups, file.schema_arrow
 
     def _read(self, action: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
@@ -145,7 +146,7 @@ class ImageTable:
                 )
 
             def inner() -> pa.Table:
-                with open_parquet(self._full) as file:
+                with open_parquet(self._full, checked=True) as (file, _):
                     return action(file)
 
             return guarded(self._full, inner)
@@ -174,8 +175,21 @@ class ImageTable:
 
 
 @contextmanager
-def open_parquet(full: bytes) -> Iterator[pq.ParquetFile]:
-    """Opens a parquet file with every page's checksum verified, where it has them."""
+def open_parquet(
+    full: bytes, *, checked: bool = False
+) -> Iterator[tuple[pq.ParquetFile, list[RowGroup]]]:
+    """Opens a parquet file with every page's checksum verified, where it has them.
+
+    Args:
+        full: Its absolute path.
+        checked: It was found to unpack to little before; the list of row groups is empty then.
+
+    Raises:
+        ValueError, OSError, ArrowException: as `guarded` tells them apart.
+    """
+    groups = []
+    if not checked:
+        groups = require_small_pages(os.fsdecode(full), max_footer_bytes=_MAX_FOOTER_BYTES)
     # Not by name: pyarrow cannot open one that is not UTF-8.
     with (
         open(full, "rb") as handle,
@@ -186,7 +200,7 @@ def open_parquet(full: bytes) -> Iterator[pq.ParquetFile]:
             thrift_container_size_limit=2**16,
         ) as file,
     ):
-        yield file
+        yield file, groups
 
 
 def guarded(full: bytes, action: Callable[[], _T]) -> _T:

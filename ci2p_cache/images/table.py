@@ -17,7 +17,6 @@ from ci2p_cache.images.image_table import guarded, open_parquet
 from ci2p_cache.images.labels import Classes, LabelTable
 from ci2p_cache.images.listing import Tally, as_key, for_display, read_file
 from ci2p_cache.images.source import ImageRef
-from ci2p_cache.parquet_pages import require_small_pages
 
 __all__ = ["TableSource", "is_table"]
 
@@ -185,8 +184,7 @@ class TableSource:
 
     def _parquet_rows(self) -> Iterator[tuple[bytes, str | int, str]]:
         def load() -> pa.Table:
-            require_small_pages(os.fsdecode(self._path))
-            with open_parquet(self._path) as file:
+            with open_parquet(self._path) as (file, _):
                 names = file.schema_arrow.names
                 self._require_columns(names)
                 return file.read(columns=[name for name in _COLUMNS if name in names])
@@ -227,8 +225,7 @@ def is_table(location: bytes) -> bool:
         return False
 
     def names() -> list[str]:
-        require_small_pages(os.fsdecode(full))
-        with open_parquet(full) as file:
+        with open_parquet(full) as (file, _):
             return list(file.schema_arrow.names)
 
     found = read_archive(lambda: guarded(full, names), full)

@@ -201,9 +201,11 @@ class _Reader:
 def _has_checksum(header: bytes) -> bool:
     """Whether the sum of its bytes is the one it says; old tars summed signed bytes."""
     stored = _number(header[148:156])
-    blanked = header[:148] + b" " * 8 + header[156:]
-    total = sum(blanked)
-    return stored is not None and stored in (total, total - 256 * sum(b > 127 for b in blanked))
+    total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    if stored == total:
+        return True
+    signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
+    return stored is not None and stored == signed
 
 
 def _number(field: bytes) -> int | None:
