@@ -16,7 +16,7 @@ _SERVER = """
 import json, os, resource, signal, sys, traceback, warnings
 warnings.simplefilter("ignore")
 import ci2p_cache.previews, ci2p_cache.cache.verify, ci2p_cache.cache.sample_card
-import ci2p_cache.training.run, ci2p_cache.encoding.resume, ci2p_cache.report.plots, zarr
+import ci2p_cache.training.run, ci2p_cache.encoding.whole, ci2p_cache.report.plots, zarr
 from ci2p_cache.cli.app import run_command
 from ci2p_cache.images.decoders import start_decoder_server
 start_decoder_server()

@@ -167,6 +167,7 @@ class TestRay:
 
     @pytest.mark.slow
     @pytest.mark.timeout(900)
+    # Ray's own sockets and files are closed by its exit handlers.
     @pytest.mark.filterwarnings("ignore")
     def test_a_node_killed_in_mid_run_costs_no_shard(
         self, cluster: object, pictures: Path, whole: Path, tmp_path: Path

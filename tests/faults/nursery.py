@@ -176,7 +176,7 @@ def _main() -> None:
     """Serves requests, one line of JSON each, until the input ends."""
     # What the commands import late; nothing here computes or starts a thread.
     import ci2p_cache.cli.watch
-    import ci2p_cache.encoding.resume
+    import ci2p_cache.encoding.whole
     import ci2p_cache.training.run  # noqa: F401
     from ci2p_cache.images.decoders import start_decoder_server
 

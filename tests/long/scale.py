@@ -296,7 +296,7 @@ def resume(source: Path, out: Path) -> dict[str, Any]:
 
     with (
         mock.patch("ci2p_cache.encoding.shard.encode_views", encode_views),
-        mock.patch("ci2p_cache.encoding.resume.finalise", finalise),
+        mock.patch("ci2p_cache.encoding.whole.finalise", finalise),
     ):
         started = time.monotonic()
         summary = cc.encode(source, out, OPTIONS)
