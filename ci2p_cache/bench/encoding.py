@@ -132,19 +132,15 @@ def bench_encoding_again(
         UsageError: this machine decodes with other software, which has another speed.
         CacheError: as `bench_encoding` has them.
     """
-    made, layout = cache.fingerprint, cache.manifest.layout
+    made = cache.fingerprint
     if made.image.decoder != decoder_name():
         raise UsageError(f"the cache was made with {made.image.decoder}, here is {decoder_name()}")
-    image, encoder = made.image, made.encoder
-    options = EncodeOptions(
-        weights=cache.encoder_path, arch=encoder.arch, quality=encoder.quality,
-        metric=encoder.metric, precision=encoder.precision, size=image.size,
-        resize_side=image.resize_side, interpolation=image.interpolation, exif=image.exif,
-        max_pixels=image.max_pixels, views=str(made.views), dtype=made.latent.dtype,
-        step=made.latent.step, format=layout.format, codec=layout.codec, level=layout.level,
-        shard_samples=layout.shard_samples, seed=layout.seed, limit=layout.limit,
-        devices=device, max_errors="100%",
-    )  # fmt: skip
+    options = replace(
+        EncodeOptions.of(cache.manifest),
+        weights=cache.encoder_path,
+        devices=device,
+        max_errors="100%",
+    )
     return bench_encoding(cache.manifest.source, options, seconds=0.0, observer=observer)
 
 

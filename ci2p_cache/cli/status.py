@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -101,26 +102,10 @@ def _options(manifest: Manifest) -> list[str]:
     """Returns the options that bind the folder and differ from their defaults."""
     from ci2p_cache.encoding.options import EncodeOptions
 
-    default, words = EncodeOptions(), list[str]()
-    image, encoder = manifest.fingerprint.image, manifest.fingerprint.encoder
-    latent, layout, views = manifest.fingerprint.latent, manifest.layout, manifest.fingerprint.views
-    made: dict[str, object] = {
-        "arch": encoder.arch,
-        "quality": encoder.quality,
-        "metric": encoder.metric,
-        "size": image.size,
-        "resize_side": None if image.resize_side == image.size else image.resize_side,
-        "interpolation": image.interpolation,
-        "views": f"crops:{views.num_crops}" if views.kind == "crops" else views.kind,
-        "dtype": latent.dtype,
-        "step": latent.step,
-        "precision": encoder.precision,
-        "exif": image.exif,
-        "max_pixels": image.max_pixels,
-    }
-    bound = [*made, *(name for name in layout.to_dict() if name not in made)]
-    for name in bound:
-        value = made[name] if name in made else getattr(layout, name)
-        if hasattr(default, name) and value != getattr(default, name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    default, made = EncodeOptions(), EncodeOptions.of(manifest)
+    words: list[str] = []
+    for each in fields(EncodeOptions):
+        value = getattr(made, each.name)
+        if value != getattr(default, each.name):
+            words += [f"--{each.name.replace('_', '-')}", str(value)]
     return words

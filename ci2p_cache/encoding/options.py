@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
+from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.errors import UsageError
 from ci2p_cache.specs import (
@@ -116,6 +117,33 @@ class EncodeOptions:
                     "`rescan` changes the plan, which the ranges of a folder share",
                     hint="once: --plan-only --rescan; then each range without --rescan",
                 )
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """Returns the options that bind a cache; whence its encoder came is not recorded."""
+        made, layout = manifest.fingerprint, manifest.layout
+        image, encoder = made.image, made.encoder
+        return cls(
+            arch=encoder.arch,
+            quality=encoder.quality,
+            metric=encoder.metric,
+            precision=encoder.precision,
+            size=image.size,
+            resize_side=None if image.resize_side == image.size else image.resize_side,
+            interpolation=image.interpolation,
+            exif=image.exif,
+            max_pixels=image.max_pixels,
+            views=str(made.views),
+            dtype=made.latent.dtype,
+            step=made.latent.step,
+            format=layout.format,
+            codec=layout.codec,
+            level=layout.level,
+            shard_samples=layout.shard_samples,
+            val_fraction=layout.val_fraction,
+            seed=layout.seed,
+            limit=layout.limit,
+        )
 
     def part(self) -> ShardRange | None:
         """Returns the range of shards that is asked for; auto is read from the environment.
