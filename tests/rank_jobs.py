@@ -59,7 +59,9 @@ class Notes(TrainObserver):
 
 
 def job(label: str, spec: cc.TrainSpec, *, run: str = "", **options: Any) -> dict[str, Any]:
-    """What `do` takes; options are `events`, "epoch 0 step 2 rank 1" -> what happens there."""
+    """What `do` takes; options are `events`, "epoch 0 step 2 rank 1" -> what happens there, and
+    `cache`, the folder to train from.
+    """
     return {"label": label, "name": run or label, "spec": spec.to_dict()} | options
 
 
@@ -68,14 +70,15 @@ def do(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     ranks, notes = Ranks.from_environment(), Notes()
     spec = cc.TrainSpec.from_dict(job["spec"])
     result: dict[str, Any] = {"notices": notes.notices}
+    cache = folder / job.get("cache", "cache")
     with Recording(
-        cc.open_cache(folder / "cache")["train"], batch_size=spec.batch_size, seed=spec.seed,
+        cc.open_cache(cache)["train"], batch_size=spec.batch_size, seed=spec.seed,
         threads=1, recycle=True, rank=ranks.rank, world_size=ranks.world_size,
     ) as loader:  # fmt: skip
         loader.rows, loader.events = [], job.get("events", {})
         try:
             summary = cc.train(
-                folder / "cache", spec=spec, runs_dir=folder / "runs", name=job["name"],
+                cache, spec=spec, runs_dir=folder / "runs", name=job["name"],
                 device="cpu", threads=1, loader=loader, observer=notes,
             )  # fmt: skip
             result["summary"] = summary.to_dict()

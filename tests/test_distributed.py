@@ -51,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_image_folder(root / "src" / "val", {"ant": 3, "bee": 2, "cat": 4}, quality=60)
     options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=8)
     assert cc.encode(root / "src", root / "cache", options).splits == {"train": TRAIN, "val": VAL}
+    cc.convert(root / "cache", root / "tars", format="webdataset")
     return root
 
 
@@ -62,6 +63,7 @@ def two(folder: Path) -> dict[str, list[Any]]:
     """What two ranks did."""
     jobs = [
         job("exact-2", EXACT),
+        job("tars", EXACT, cache="tars"),
         job("one-step", ONE_STEP),
         job("nan", SPEC, events={"epoch 0 step 2 rank 1": "poison"}),
         job("uninterrupted", SPEC),
@@ -162,6 +164,14 @@ def test_ranks_give_the_numbers_of_as_many_accumulated_parts(
     ours, theirs = weights(Path(first["path"])), weights(folder / "runs" / name)
     worst = max(float((ours[name] - value).abs().max()) for name, value in theirs.items())
     assert worst < 1e-5
+
+
+def test_tars_give_ranks_the_batches_and_losses_of_zarr_shards(
+    two: dict[str, list[Any]], folder: Path
+) -> None:
+    assert [rank["rows"] for rank in two["tars"]] == [rank["rows"] for rank in two["exact-2"]]
+    runs = [Path(two[name][0]["summary"]["path"]) for name in ("tars", "exact-2")]
+    assert numbers(runs[0]) == numbers(runs[1])
 
 
 def test_the_checkpoint_holds_the_mean_statistics_and_evaluation_counts_each_image_once(
