@@ -63,9 +63,12 @@ class FaultyDoor:
     Args:
         target: URL of the server behind it.
         share: Of the requests, from 0 to 1, that fail; which ones, `seed` decides.
+        hang_seconds: How long a request that gets no answer is kept waiting.
     """
 
-    def __init__(self, target: str, *, share: float, seed: int = 0) -> None:
+    def __init__(
+        self, target: str, *, share: float, seed: int = 0, hang_seconds: float = 0.0
+    ) -> None:
         host = target.removeprefix("http://")
         draw, lock = random.Random(seed), threading.Lock()
         door = self
@@ -88,7 +91,8 @@ class FaultyDoor:
                     self.end_headers()
                     return
                 if fate < 1:
-                    # The connection breaks before an answer comes.
+                    # No answer comes, and the connection breaks in the end.
+                    time.sleep(hang_seconds)
                     self.close_connection = True
                     return
                 behind = http.client.HTTPConnection(host, timeout=30)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import shlex
-import math
 import shutil
 import signal
 import subprocess

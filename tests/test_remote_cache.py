@@ -101,17 +101,23 @@ def test_only_what_is_read_is_fetched_and_only_once(local: Path, away: str, tmp_
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "mirrors").rglob("c.1.*")} == before
 
 
-def test_training_from_s3_loses_what_training_here_loses(
-    local: Path, away: str, tmp_path: Path, run: Callable[..., Ran]
-) -> None:
+def test_training_from_a_failing_s3_loses_what_training_here_loses(
+    local: Path, server: str, tmp_path: Path, run: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     more = ("--model", "vitds_tiny", "--epochs", 2, "--batch-size", 8, "--json")
     found = []
-    for number, where in enumerate((local, away)):
-        ran = run("train", where, "--runs", tmp_path / f"runs{number}", *more)
-        assert SECRET not in ran.out + ran.err
-        assert KEY not in ran.out + ran.err
-        last = json.loads(ran.out)["last"]
-        found.append((last["loss"], last["val_loss"], last["top1"]))
+    monkeypatch.setattr("ci2p_cache.remote._READ_SECONDS", 1)
+    with FaultyDoor(server, share=0.08, seed=1, hang_seconds=2.0) as door:
+        settle(monkeypatch, door.url, tmp_path)
+        for number, where in enumerate((local, "s3://data/shards")):
+            ran = run("train", where, "--runs", tmp_path / f"runs{number}", *more)
+            assert ran.code == 0, ran.err
+            assert SECRET not in ran.out + ran.err
+            assert KEY not in ran.out + ran.err
+            last = json.loads(ran.out)["last"]
+            found.append((last["loss"], last["val_loss"], last["top1"]))
+        assert door.failed >= 1
     assert found[0] == found[1]
 
 
