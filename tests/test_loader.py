@@ -137,7 +137,12 @@ def test_what_is_stored_is_there_as_stored(cache: cc.Cache, kind: type[cc.Latent
     train = cache["train"]
     with kind(train, batch_size=6, views=1, recycle=True) as loader:
         for batch in loader:
-            wanted = np.asarray(train.latents[:])[batch.rows.numpy(), 1]
+            wanted = np.empty((len(batch.rows), *train.latent.shape), train.latent.dtype)
+            for row, out in zip(batch.rows.tolist(), wanted, strict=True):
+                if train.layout.has_zarr:
+                    out[:] = train.latents[row, 1]
+                else:
+                    train.read_into(row, 1, out)
             np.testing.assert_array_equal(batch.stored.numpy(), wanted)
             assert batch.stored.numpy().dtype == train.latent.dtype
 
@@ -197,7 +202,7 @@ def test_a_disk_that_cannot_be_read_is_a_damaged_shard(
     train = cc.open_cache(cache.path)["train"]
     with cc.LatentLoader(train, batch_size=4) as loader:
         monkeypatch.setattr(os, "pread", pread)
-        with pytest.raises(errors.ShardError, match="cannot be read: Input/output error") as caught:
+        with pytest.raises(errors.ShardError, match="Input/output error") as caught:
             list(loader)
     assert "--repair" in str(caught.value.hint)
 
@@ -270,9 +275,12 @@ def test_a_damaged_shard_ends_the_iteration_and_names_the_shard(
     cache: cc.Cache, tmp_path: Path
 ) -> None:
     shutil.copytree(cache.path, tmp_path / "out")
-    path = tmp_path / "out" / "latents.zarr/train/latents/c.2.0.0.0.0"
+    has_zarr = cache.manifest.layout.has_zarr
+    name = "latents.zarr/train/latents/c.2.0.0.0.0" if has_zarr else "tar/train-000002.tar"
+    path = tmp_path / "out" / name
     data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 16
+    # A tar's headers and labels are not read here: a byte of a latent's values.
+    data[len(data) // 3 if has_zarr else 1024] ^= 16
     path.write_bytes(data)
     damaged = cc.open_cache(tmp_path / "out")["train"]
     with (
