@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ci2p_cache.errors import SourceError
+from ci2p_cache.errors import SourceError, UsageError
 from ci2p_cache.images.folder import FolderSource
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageRef, ImageSource
@@ -208,10 +208,15 @@ def test_class_folders_without_any_image_are_refused_by_the_scan(tmp_path: Path)
     assert caught.value.exit_code == 3
 
 
-@pytest.mark.parametrize("name", ["s3://bucket/images", "https://example.org/x.tar", "pipe:ls"])
-def test_urls_and_commands_are_refused(name: str) -> None:
-    with pytest.raises(SourceError, match="is a URL or a command; wanted images on this machine"):
+@pytest.mark.parametrize("name", ["file:///images", "ftp://example.org/x.tar", "memory://images"])
+def test_urls_of_other_kinds_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="a URL that begins with s3://, gs://, http://, https://"):
         open_source(name)
+
+
+def test_commands_are_refused() -> None:
+    with pytest.raises(SourceError, match="pipe:ls is a command"):
+        open_source("pipe:ls")
 
 
 @pytest.mark.parametrize("name", ["a.tar", "b.TAR.GZ", "c.parquet", "d.zip", "e.csv"])
