@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ci2p_cache.loader.pixels import PixelLoader
     from ci2p_cache.loader.resident import ResidentLoader
     from ci2p_cache.models.complexity import Complexity, complexity
+    from ci2p_cache.models.patch_embed import CI2PPatchEmbed
     from ci2p_cache.models.registry import create_model, list_models
     from ci2p_cache.specs import (
         EncoderSpec,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "CI2PPatchEmbed",
     "Cache",
     "CacheError",
     "CacheStatus",
@@ -90,6 +92,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Batch": "loader.batches",
+    "CI2PPatchEmbed": "models.patch_embed",
     "Cache": "cache.store",
     "CacheError": "errors",
     "CacheStatus": "cache.status",

@@ -12,10 +12,11 @@ import typer
 from ci2p_cache import __version__
 from ci2p_cache.cli import render
 from ci2p_cache.cli.bench import bench
+from ci2p_cache.cli.complexity import complexity
 from ci2p_cache.cli.convert import convert
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.encode import encode
-from ci2p_cache.cli.look import complexity, inspect
+from ci2p_cache.cli.look import inspect
 from ci2p_cache.cli.status import status
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify

@@ -24,7 +24,11 @@ __all__ = ["train"]
 def train(
     cache: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)],
     model: Annotated[
-        str, typer.Option(help="vit, vitds, or these with _small or _tiny.")
+        str,
+        typer.Option(
+            help="On latents: vit, vitds, these with _small or _tiny, ci2p+timm:NAME. On the "
+            "images: vit_b16, vit_s16, vit_ti16, cnn_vit (_small, _tiny), timm:NAME."
+        ),
     ] = "vitds",
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Images per step, of all ranks.")] = 64,
@@ -86,12 +90,15 @@ def train(
       ci2p-cache train shards/ --model vitds                        the paper's CI2P-ViTds
       ci2p-cache train shards/ --model vitds_tiny --epochs 30       minutes, on two CPU cores
       ci2p-cache train shards/ --model vit --precision bf16         on a GPU
+      ci2p-cache train shards/ --model ci2p+timm:deit_small_patch16_224   DeiT on latents
+      ci2p-cache train shards/ --model vit_b16                      a baseline, on the images
       ci2p-cache train shards/ --model vit --optimizer adam --lr 1e-4 --epochs 300   paper
       torchrun --nproc-per-node 4 -m ci2p_cache train shards/ --model vit   on four GPUs
 
     Writes runs/NAME/ with args.yaml, summary.csv, TensorBoard events, curves.png and checkpoints
     (best and last). The same command goes on where it stopped, in the middle of an epoch if need
     be, and gives the same numbers as if it had never stopped.
+    Models on images read the images that the cache was made of, in the same order and views.
     """
     from ci2p_cache.cli.watch import TrainWatch
     from ci2p_cache.report.plots import draw_curves

@@ -96,7 +96,9 @@ def run_path(runs_dir: Path, name: str | None, settings: RunSettings) -> Path:
         UsageError: the name is no plain folder name.
     """
     if name is None:
-        name = f"{settings.spec.model}-{settings.digest[:8]}"
+        # Names of timm's models hold a colon: "timm:deit_tiny_patch16_224".
+        model = re.sub(r"[^A-Za-z0-9._-]+", "-", settings.spec.model)
+        name = f"{model[:90]}-{settings.digest[:8]}"
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"`name` is {name!r}; wanted up to 100 letters, digits, dots, dashes and underscores, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,15 +15,16 @@ from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import InputDataError, UsageError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
+from ci2p_cache.loader.pixels import PixelLoader
 from ci2p_cache.loader.resident import Resident, ResidentLoader, choose_resident
-from ci2p_cache.models.ci2p_vit import ModelConfig
-from ci2p_cache.models.registry import model_config
+from ci2p_cache.models.registry import AnyModelConfig, model_config
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
     "data_digest",
+    "loader_name",
     "make_loaders",
     "model_config_for",
     "model_record",
@@ -34,11 +35,12 @@ __all__ = [
 _MODEL_RECORD_VERSION = 1
 
 
-def model_config_for(cache: Cache, spec: TrainSpec) -> ModelConfig:
-    """Returns the record of the model that reads this cache's latents.
+def model_config_for(cache: Cache, spec: TrainSpec) -> AnyModelConfig:
+    """Returns the record of the model that reads this cache's latents, or its images.
 
     Raises:
         UnknownModelError: no model has the spec's name.
+        UsageError: the model cannot have these settings, or takes no images of this size.
     """
     latent = cache.fingerprint.latent
     return model_config(
@@ -49,6 +51,27 @@ def model_config_for(cache: Cache, spec: TrainSpec) -> ModelConfig:
         latent_size=latent.height,
         drop_path_rate=spec.drop_path,
     )
+
+
+def loader_name(config: AnyModelConfig, given: BatchLoader | None) -> str:
+    """Returns the kind of the loader that a run is bound to.
+
+    Args:
+        config: The model.
+        given: The caller's loader of training batches; None: the run makes its own.
+
+    Raises:
+        UsageError: the given loader hands out latents and the model reads images, or the reverse.
+    """
+    if given is None:
+        return (LatentLoader if config.reads == "latents" else PixelLoader).__name__
+    if isinstance(given, PixelLoader) != (config.reads == "images"):
+        raise UsageError(
+            f"{config.name} reads {config.reads}, which {type(given).__name__} does not hand out",
+            hint="leave the loader (train: --online) out; models on images always read the images "
+            "that the cache was made of",
+        )
+    return type(given).__name__
 
 
 def train_and_val(cache: Cache, spec: TrainSpec, ranks: Ranks) -> tuple[Split, Split | None]:
@@ -103,6 +126,7 @@ def make_loaders(
     spec: TrainSpec,
     device: torch.device,
     *,
+    reads: Literal["latents", "images"],
     threads: int | None,
     resident: Resident,
     given: BatchLoader | None,
@@ -111,17 +135,18 @@ def make_loaders(
 ) -> tuple[BatchLoader, BatchLoader | None]:
     """Returns the loaders of the train and the val split; the caller closes those not `given`.
 
+    Where the model reads images, both decode those that the cache was made of.
+
     Raises:
-        UsageError: the given loader has another seed, batch size, split, device or rank.
+        UsageError: the given loader has another seed, batch size, split, device or rank, or images
+            are to be kept in memory.
         ResourceError: the split is to be kept in memory, where it does not fit.
+        SourceError: the images are not there any more.
     """
     train, val = splits
     threads = threads or ranks.num_threads
     if given is None:
-        stays, reason = choose_resident(train, device, resident)
-        if reason:
-            observer.notice(reason)
-        given = (ResidentLoader if stays else LatentLoader)(
+        given = _train_kind(train, device, reads, resident, observer)(
             train,
             batch_size=spec.batch_size,
             seed=spec.seed,
@@ -146,7 +171,7 @@ def make_loaders(
         )
     if val is None:
         return given, None
-    return given, LatentLoader(
+    return given, (LatentLoader if reads == "latents" else PixelLoader)(
         val,
         batch_size=spec.batch_size,
         device=device,
@@ -157,6 +182,27 @@ def make_loaders(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
+
+
+def _train_kind(
+    train: Split,
+    device: torch.device,
+    reads: Literal["latents", "images"],
+    resident: Resident,
+    observer: TrainObserver,
+) -> type[BatchLoader]:
+    """Returns the kind of the loader of training batches, and tells why it is that."""
+    if reads == "images":
+        if resident == "yes":
+            raise UsageError(
+                "`resident` is yes, which keeps latents in memory; the model reads images",
+                hint="leave it out (train: without --resident)",
+            )
+        return PixelLoader
+    stays, reason = choose_resident(train, device, resident)
+    if reason:
+        observer.notice(reason)
+    return ResidentLoader if stays else LatentLoader
 
 
 def data_digest(cache: Cache) -> str:
@@ -173,8 +219,8 @@ def data_digest(cache: Cache) -> str:
     return digest.hexdigest()
 
 
-def model_record(cache: Cache, config: ModelConfig) -> dict[str, Any]:
-    """Returns `model.json`: what rebuilds the model and reads its latents, weights apart."""
+def model_record(cache: Cache, config: AnyModelConfig) -> dict[str, Any]:
+    """Returns `model.json`: what rebuilds the model and makes what it reads, weights apart."""
     return {
         "version": _MODEL_RECORD_VERSION,
         "software": f"ci2p-cache {__version__}",

@@ -14,11 +14,9 @@ from torch.optim import Optimizer
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.errors import CheckpointError, InterruptedRunError, UsageError
 from ci2p_cache.loader.batches import BatchLoader
-from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.loader.resident import Resident
 from ci2p_cache.machine import bf16_notice, raise_open_files, tune_allocator
-from ci2p_cache.models.ci2p_vit import ModelConfig
-from ci2p_cache.models.registry import build_model
+from ci2p_cache.models.registry import AnyModelConfig, build_model
 from ci2p_cache.specs import differing_fields
 from ci2p_cache.training.checkpoint import (
     Checkpoint,
@@ -29,6 +27,7 @@ from ci2p_cache.training.checkpoint import (
 from ci2p_cache.training.folder import RunArgs, RunSettings, open_run_folder, run_path
 from ci2p_cache.training.inputs import (
     data_digest,
+    loader_name,
     make_loaders,
     model_config_for,
     model_record,
@@ -68,7 +67,7 @@ def train(
     observer: TrainObserver | None = None,
     ranks: Ranks | None = None,
 ) -> TrainSummary:
-    """Trains a model from a cache of latents.
+    """Trains a model from a cache of latents, or a baseline on the images that it was made of.
 
     Called again with the same arguments it goes on where it stopped, and a finished run returns at
     once. On CPU the numbers are the same to the last bit, interrupted or not, as long as the number
@@ -105,7 +104,9 @@ def train(
         UsageError: an argument or a setting cannot be used.
         UnknownModelError: no model has that name.
         NotACacheError, IncompleteCacheError, ManifestError: the cache cannot be opened.
-        InputDataError: there is nothing to train from, or a label is missing.
+        InputDataError: there is nothing to train from, a label is missing, or, for a model on
+            images, an image has changed since the cache was made.
+        SourceError: the model reads images, and they are not there any more.
         RunMismatchError: the folder holds a run with other settings, or something else.
         LockedError: another process trains in the folder.
         CheckpointError: every checkpoint of the run is damaged.
@@ -132,7 +133,7 @@ def train(
             spec=spec,
             fingerprint=cache.fingerprint,
             data_sha256=data_digest(cache),
-            loader=LatentLoader.__name__ if loader is None else type(loader).__name__,
+            loader=loader_name(config, loader),
         )
         _require_same_settings(settings, ranks)
         how = numerics(place, ranks, is_compiled=compile_model)
@@ -160,6 +161,7 @@ def train(
                 splits,
                 spec,
                 place,
+                reads=config.reads,
                 threads=threads,
                 resident=resident,
                 given=loader,
@@ -209,7 +211,7 @@ class _Run:
     observer: TrainObserver
 
     def start(
-        self, config: ModelConfig, device: torch.device, checkpoint: Checkpoint | None
+        self, config: AnyModelConfig, device: torch.device, checkpoint: Checkpoint | None
     ) -> tuple[nn.Module, Optimizer]:
         """Returns model and optimiser, as they were saved or as the seed makes them.
 

@@ -31,7 +31,7 @@ class TrainSpec(Record):
     version: int = _VERSION
     """Version of this record."""
     model: str = "vitds"
-    """Name of the model, one of `list_models()`; the paper's better one."""
+    """Name of the model, as for `create_model`; the paper's better one."""
     epochs: int = 100
     """Passes over the train split; enough for small data, the paper takes 300."""
     batch_size: int = 64
