@@ -77,6 +77,24 @@ def test_complexity_prints_the_papers_figures(run: Callable[..., Ran]) -> None:
     text = run("complexity").out
     for figure in ("88,956,320", "49,699,424", "8.4687", "6.6211", "-63.34%", "-71.34%"):
         assert figure in text
+    for figure in ("63.3 %", "71.3 %", "63.35 %", "about 72 %", "55.43", "34.81", "28.78"):
+        assert figure in text
+
+
+def test_complexity_counts_what_is_asked_for(run: Callable[..., Ran]) -> None:
+    options = ("--model", "vit_ti16", "--model", "timm:test_vit", "--json")
+    rows = json.loads(run("complexity", "--size", 64, *options).out)
+    assert [row["name"] for row in rows] == ["vit_b16", "vit_ti16", "timm:test_vit"]
+    rows = json.loads(run("complexity", "--sizes", "64,96", "--json").out)
+    assert [(row["name"], row["size"]) for row in rows] == [
+        (name, size) for size in (64, 96) for name in ("vit_b16", "vit", "vitds")
+    ]
+    assert {row["published"] for row in rows} == {None}
+    assert "64 x 64 px" not in run("complexity", "--sizes", "64").out
+    assert "Table 2" not in run("complexity", "--size", "64").out
+    refused = run("complexity", "--sizes", "64,big")
+    assert refused.code == 2
+    assert "--sizes is '64,big'; wanted image sides" in refused.err
 
 
 def test_an_environment_variable_stands_for_an_option_and_a_flag_wins(

@@ -400,10 +400,11 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import ci2p_cache as cc
 cache = cc.open_cache(sys.argv[1])
-model = cc.create_model("vitds_tiny", num_classes=3)
-with cc.LatentLoader(cache["train"], batch_size=4) as loader:
-    for batch in loader:
-        assert model(batch.latents).shape == (len(batch.rows), 3)
+for name, kind in (("vitds_tiny", cc.LatentLoader), ("cnn_vit_tiny", cc.PixelLoader)):
+    model = cc.create_model(name, num_classes=3)
+    with kind(cache["train"], batch_size=4) as loader:
+        for batch in loader:
+            assert model(batch.latents).shape == (len(batch.rows), 3)
 """
     command = [sys.executable, "-W", "ignore", "-c", code, str(cache.path)]
     subprocess.run(command, check=True)

@@ -302,7 +302,9 @@ def _require_known(name: object, prefix: str) -> None:
     known, timm_name = timm.list_models(), str(name).removeprefix(prefix)
     if str(name).startswith(prefix) and timm_name in known:
         return
-    close = difflib.get_close_matches(timm_name.lower(), known, n=3, cutoff=0.5)
+    # Names are long: the beginning of one is nearer to short others than to itself.
+    begun = [each for each in known if timm_name and each.startswith(timm_name)]
+    close = begun[:3] or difflib.get_close_matches(timm_name.lower(), known, n=3, cutoff=0.5)
     raise UnknownModelError(
         f"no model is named {name!r}: timm {timm.__version__} has no {timm_name!r}"
         + (" (give it without the tag of pretrained weights)" if "." in timm_name else ""),
