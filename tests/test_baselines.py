@@ -293,6 +293,7 @@ class TestOnLatents:
         assert logits.shape == (2, 5)
         logits.sum().backward()
         assert {p.grad is not None for p in model.parameters()} == {True}
+        assert model.pos_embed is not None
         assert model.pos_embed.shape == (1, 7 * 7 + 1, model.embed_dim)
 
     @pytest.mark.parametrize(
