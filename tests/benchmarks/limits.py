@@ -8,7 +8,9 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +26,37 @@ __all__ = ["limits"]
 
 
 def limits(
-    data: Data, split: cc.Split, plain: cc.Split, folder: Path, batch: int
+    data: Data,
+    split: cc.Split,
+    plain: cc.Split,
+    folder: Path,
+    batch: int,
+    threads: list[int],
 ) -> list[Contestant]:
-    """What bounds any reader: of compressed chunks, of raw files, of memory."""
+    """What bounds any reader: of compressed chunks on some threads, of raw files, of memory."""
     latents, shape = data.latents, data.latents.shape[1:]
     raw_path = folder / "latents.npy"
     np.save(raw_path, latents)
 
-    def decoded() -> Iterator[Batch]:
+    def decoded(threads: int = 1) -> Iterator[Batch]:
         buffer = np.empty((batch, *shape), np.int8)
         outs = list(buffer.reshape(batch, -1).view(np.uint8))
         decode, pread = Zstd().decode, os.pread
         with ExitStack() as files:
             places = chunk_places(split, files)
-            for rows in random_batches(len(latents), batch):
-                for row, out in zip(rows.tolist(), outs, strict=True):
+
+            def fill(part: list[tuple[int, Any]]) -> None:
+                for row, out in part:
                     descriptor, offset, size = places[row]
                     decode(pread(descriptor, size, offset), out)
+
+            pool = files.enter_context(ThreadPoolExecutor(threads)) if threads > 1 else None
+            for rows in random_batches(len(latents), batch):
+                pairs = list(zip(rows.tolist(), outs, strict=True))
+                if pool is None:
+                    fill(pairs)
+                else:
+                    list(pool.map(fill, [pairs[first::threads] for first in range(threads)]))
                 yield rows, buffer
 
     def read() -> Iterator[Batch]:
@@ -84,7 +100,11 @@ def limits(
     level = f"zstd {split.cache.manifest.layout.level}"
     zstd = {"codec": level, "checked": "every read"}
     return [
-        row("bare", "limit: pread + zstd decode into one buffer", decoded, **zstd),
+        *(
+            row(f"bare{_suffix(count)}", "limit: pread + zstd decode into one buffer",
+                partial(decoded, count), threads=count, **zstd)
+            for count in threads
+        ),
         row("bare float", "limit: the same, then dequantised into one buffer",
             lambda: dequantised(data, decoded()), gives="float32", **zstd),
         row("pread", "limit: preadv into one buffer, no checksum", read),
@@ -94,6 +114,10 @@ def limits(
             lambda: dequantised(data, gathered()), gives="float32"),
         row("memmap", "np.memmap, np.take into one buffer", mapped),
     ]  # fmt: skip
+
+
+def _suffix(threads: int) -> str:
+    return "" if threads == 1 else f" {threads}"
 
 
 def dequantised(data: Data, stream: Iterator[Batch]) -> Iterator[Batch]:

@@ -157,7 +157,7 @@ def _contestants(
             ours("ours many", many, batch=batch, codec="none", gives="float32"),
         ]  # fmt: skip
     if "limits" in settings.groups:
-        found += limits(data, splits["zstd"], splits["none"], folder, batch)
+        found += limits(data, splits["zstd"], splits["none"], folder, batch, possible)
     if "zarr" in settings.groups:
         found += zarr_rows(splits["zstd"], batch=batch, codec="zstd 1")
     if "peers" in settings.groups:

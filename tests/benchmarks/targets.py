@@ -48,6 +48,8 @@ TARGETS = (
     Target("ours none stored", "memmap", None),
     Target("ours zstd stored 2", "ours zstd stored", 1.7),
     Target("ours zstd 2", "ours zstd", 1.7),
+    Target("bare 2", "bare", None),
+    Target("ours zstd stored 2", "bare 2", None),
     Target("ours zstd", "ours zstd owned", None),
 )
 
