@@ -15,6 +15,7 @@ from ci2p_cache.errors import UsageError
 __all__ = [
     "bf16_notice",
     "checked_device",
+    "chosen_devices",
     "free_memory_bytes",
     "num_cores",
     "raise_open_files",
@@ -44,6 +45,33 @@ def checked_device(device: str | torch.device) -> torch.device:
             "here"
         )
     return checked
+
+
+def chosen_devices(devices: str) -> list[torch.device]:
+    """Returns the devices that `--devices` stands for; cpu once per core that is to work.
+
+    Args:
+        devices: auto (every CUDA device, else cpu), cpu, cpu:2 (two cores), cuda or cuda:0,1.
+
+    Raises:
+        UsageError: the text is none of these, or such a device is not there.
+    """
+    kind, _, numbers = devices.partition(":")
+    if kind == "auto" and not numbers:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = [number for number in numbers.split(",") if number]
+    if kind not in ("cpu", "cuda") or not all(number.isdigit() for number in wanted):
+        raise UsageError(f"`devices` is {devices!r}; wanted auto, cpu, cpu:2, cuda or cuda:0,1")
+    if kind == "cpu":
+        count = int(wanted[0]) if wanted else num_cores()
+        if len(wanted) > 1 or count < 1:
+            raise UsageError(f"`devices` is {devices!r}; cpu takes one number, cpu:2")
+        return [torch.device("cpu")] * count
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    chosen = [int(number) for number in wanted] or list(range(there))
+    if not chosen or max(chosen) >= there:
+        raise UsageError(f"`devices` is {devices!r}; this machine has {there} CUDA devices")
+    return [torch.device("cuda", number) for number in chosen]
 
 
 def bf16_notice(device: torch.device) -> str | None:

@@ -121,6 +121,18 @@ class TestWhichFiles:
         assert "lies inside the source" in ran.err
 
 
+class TestOrder:
+    @pytest.mark.parametrize("is_sorted", [True, False])
+    def test_images_that_come_class_by_class_are_told_of(self, run, tmp_path, is_sorted) -> None:
+        labels = sorted("abcd" * 20) if is_sorted else list("abcd" * 20)
+        put_tar(tmp_path / "all.tar", *labels)
+        ran = run("encode", tmp_path / "all.tar", "--out", tmp_path / "out", "--encoder", "bundled",
+                  "--size", "64", "--val-fraction", "0", "--plan-only")  # fmt: skip
+        assert ran.code == 0, ran.err
+        told = " ".join(ran.err.split())
+        assert ("one class after the other" in told) == is_sorted
+
+
 class TestLabels:
     def test_numbers_without_names_are_their_own(self, tmp_path: Path) -> None:
         put_tar(tmp_path / "x.tar", "10", "2", "0")

@@ -133,15 +133,16 @@ def test_making_a_cache_again_is_measured_with_its_own_settings(cache_dir: Path)
     assert report.views_per_image == 2
 
 
+@pytest.mark.parametrize("more", [(), ("--executor", "processes", "--devices", "cpu:1")])
 def test_where_bfloat16_is_computed_in_software_is_told(
-    cache_dir: Path, tmp_path: Path, run: Callable[..., Ran]
+    cache_dir: Path, tmp_path: Path, run: Callable[..., Ran], more: tuple[str, ...]
 ) -> None:
     told = bf16_notice(torch.device("cpu"))
     cpu = Path("/proc/cpuinfo").read_text()
     assert (told is None) == ("avx512_bf16" in cpu or "amx_bf16" in cpu or " bf16 " in cpu)
     ran = run(
         "encode", cache_dir.parent / "src", "--out", tmp_path / "out", "--encoder", "bundled",
-        "--size", 64, "--precision", "bf16",
+        "--size", 64, "--precision", "bf16", *more,
     )  # fmt: skip
     assert ("no bfloat16 instructions" in ran.err) == (told is not None)
 

@@ -13,6 +13,7 @@ import pytest
 import webdataset
 
 import ci2p_cache as cc
+from ci2p_cache.cache.sample_card import describe_sample
 from ci2p_cache.cache.verify import verify
 from ci2p_cache.encoding.reencode import reencode
 from ci2p_cache.errors import SourceError
@@ -141,6 +142,8 @@ def test_a_cache_is_repaired_checked_and_loaded_from_it(location: str, run, tmp_
     summary = reencode(out, 6)
     assert (summary.compared, summary.differing_values) == (6, 0)
     cache = cc.open_cache(out)
+    told = describe_sample(cache, "train", row=0).source_file
+    assert Path(told).is_file() or f" in {cache.manifest.source}" in told
     cached = cc.LatentLoader(cache["train"], batch_size=4, seed=3)
     with cached, OnlineLoader(cache["train"], batch_size=4, seed=3) as online:
         for one, other in zip(cached, online, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow.compute as pc
@@ -76,7 +76,7 @@ class SampleCard(Record):
     class_title: str
     """The class's name for humans."""
     source_file: str
-    """Where it was read from."""
+    """Where it was read from: a file, or what in an archive or list."""
     source_bytes: int | None
     """Size of that file; None if it could not be read."""
     source_sha256: str | None
@@ -129,7 +129,7 @@ def describe_sample(
         label=entry.label,
         class_name=entry.class_name,
         class_title=title,
-        source_file=f"{cache.manifest.source.rstrip('/')}/{entry.path}",
+        source_file=_source_file(cache.manifest.source, entry.path),
         source_bytes=entry.source_bytes,
         source_sha256=entry.source_sha256,
         width=entry.width,
@@ -143,6 +143,11 @@ def describe_sample(
         clipped=entry.clipped,
         latents=_latent_cards(part, row) if entry.status == "ok" else (),
     )
+
+
+def _source_file(source: str, path: str) -> str:
+    """Returns where an image is: a path below a source folder, else its place in the archives."""
+    return str(Path(source) / path) if Path(source).is_dir() else f"{path} in {source}"
 
 
 def read_row(split: Split, row: int) -> IndexRow:

@@ -20,7 +20,7 @@ from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
 from ci2p_cache.encoding.resume import Intent, encode_settings
 from ci2p_cache.encoding.shard import ShardEncoder
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.machine import bf16_notice
+from ci2p_cache.machine import bf16_notice, chosen_devices
 
 __all__ = ["Work", "encode_shards"]
 
@@ -80,7 +80,13 @@ def encode_shards(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]
         CacheError: as `encode` has them.
     """
     _tell_disk_need(work, missing)
-    match work.options.executor:
+    options = work.options
+    # Ray's devices are other machines', and unknown here.
+    if options.precision == "bf16" and options.executor != "ray":
+        device, *_ = chosen_devices(options.devices)
+        if text := bf16_notice(device):
+            work.observer.notice(text)
+    match options.executor:
         case "processes":
             from ci2p_cache.encoding.processes import encode_in_processes as run
         case "ray":
@@ -94,8 +100,6 @@ def encode_shards(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]
 
 def _encode_here(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:
     lanes = make_lanes(work.encoder, work.options.devices)
-    if work.options.precision == "bf16" and (text := bf16_notice(lanes[0].device)):
-        work.observer.notice(text)
     settings = encode_settings(work.intent, work.options, lanes)
     plan, meter, commits = work.intent.plan, work.meter, {}
     with ShardEncoder(

@@ -20,8 +20,8 @@ import torch
 
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.quantize import saturate
-from ci2p_cache.errors import SaturationError, UsageError
-from ci2p_cache.machine import num_cores, tune_allocator
+from ci2p_cache.errors import SaturationError
+from ci2p_cache.machine import chosen_devices, tune_allocator
 from ci2p_cache.specs import LatentSpec
 
 __all__ = ["Lane", "encode_views", "make_lanes", "numerics", "single_threaded"]
@@ -71,24 +71,12 @@ def make_lanes(encoder: FrozenEncoder, devices: str) -> list[Lane]:
     Raises:
         UsageError: the text is none of these, or such a device is not there.
     """
-    kind, _, numbers = devices.partition(":")
-    if kind == "auto" and not numbers:
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = [number for number in numbers.split(",") if number]
-    if kind not in ("cpu", "cuda") or not all(number.isdigit() for number in wanted):
-        raise UsageError(f"`devices` is {devices!r}; wanted auto, cpu, cpu:2, cuda or cuda:0,1")
-    if kind == "cpu":
-        count = int(wanted[0]) if wanted else num_cores()
-        if len(wanted) > 1 or count < 1:
-            raise UsageError(f"`devices` is {devices!r}; cpu takes one number of lanes, cpu:2")
+    chosen = chosen_devices(devices)
+    if chosen[0].type == "cpu":
         tune_allocator()
-        return [Lane(encoder, torch.device("cpu")) for _ in range(count)]
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    chosen = [int(number) for number in wanted] or list(range(there))
-    if not chosen or max(chosen) >= there:
-        raise UsageError(f"`devices` is {devices!r}; this machine has {there} CUDA devices")
+        return [Lane(encoder, device) for device in chosen]
     lanes = []
-    for device in (torch.device("cuda", number) for number in chosen):
+    for device in chosen:
         own = copy.deepcopy(encoder).to(device)
         # The lanes' streams do not wait for the one on which the weights were laid out.
         torch.cuda.synchronize(device)

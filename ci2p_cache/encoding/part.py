@@ -55,9 +55,8 @@ def resume_range(
     if not (root / MANIFEST).exists():
         with claim.gate():
             if not (root / MANIFEST).exists():
-                begin(images, survey(root, images, options, encoder), encoder, staging)
-                for text in images.notices:
-                    observer.notice(text)
+                intent = survey(root, images, options, encoder)
+                begin(images, intent, encoder, staging, observer)
     intent = survey(root, images, options, encoder)
     manifest = intent.manifest
     assert manifest is not None, "a folder with a manifest is gone on with as it is"

@@ -49,6 +49,9 @@ _LISTED_SCHEMA = pa.schema(
     [("rank", pa.uint64()), ("key", pa.string()), ("label", pa.int32()), ("path", pa.binary())]
 )
 _BLOCK_ROWS = 2**16
+
+_FEWEST_SORTED = 64
+"""Fewer rows may come sorted by chance."""
 """Listed samples that are Python objects at a time."""
 
 
@@ -140,6 +143,19 @@ class Plan:
     def labels(self, split: str) -> npt.NDArray[np.int32]:
         """Returns the label of every row of a split, int32 (N,)."""
         return np.asarray(self._tables[split]["label"].to_numpy(), np.int32)
+
+    def is_sorted_by_class(self, split: str) -> bool:
+        """Whether neighbouring rows share their class far more often than mixed ones would.
+
+        More than half of the way from chance to always: hashed rows never do, archives that were
+        packed one class after the other do. Fewer than 64 rows never count as sorted.
+        """
+        labels = self.labels(split)
+        if len(labels) < _FEWEST_SORTED:
+            return False
+        shares = np.unique(labels, return_counts=True)[1] / len(labels)
+        chance = float((shares**2).sum())
+        return len(shares) > 1 and float((labels[1:] == labels[:-1]).mean()) > (1 + chance) / 2
 
     def to_bytes(self) -> bytes:
         """Serialises to parquet."""

@@ -19,42 +19,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ci2p_cache.cache.commit import CommitRecord, remove_path
 from ci2p_cache.encoding.executors import Place, Work
 from ci2p_cache.encoding.worker import Job, error_of
-from ci2p_cache.errors import CacheError, ResourceError, UsageError
-from ci2p_cache.machine import num_cores
+from ci2p_cache.errors import CacheError, ResourceError
+from ci2p_cache.machine import chosen_devices, num_cores
 
-__all__ = ["device_names", "encode_in_processes"]
+__all__ = ["encode_in_processes"]
 
 _MAX_DEATHS = 2
 """Processes that may die with one shard in their hands; the second time it is hardly chance."""
-
-
-def device_names(devices: str) -> list[str]:
-    """Returns the `--devices` of each process: one per CUDA device, or N of one core for cpu:N.
-
-    Raises:
-        UsageError: the text is no choice of devices, or such a device is not there.
-    """
-    kind, _, numbers = devices.partition(":")
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "auto":
-        kind = "cuda" if there else "cpu"
-    wanted = [number for number in numbers.split(",") if number]
-    if kind not in ("cpu", "cuda") or not all(number.isdigit() for number in wanted):
-        raise UsageError(f"`devices` is {devices!r}; wanted auto, cpu, cpu:2, cuda or cuda:0,1")
-    if kind == "cpu":
-        count = int(wanted[0]) if wanted else num_cores()
-        if len(wanted) > 1 or count < 1:
-            raise UsageError(f"`devices` is {devices!r}; cpu takes one number, cpu:2")
-        return ["cpu:1"] * count
-    chosen = [int(number) for number in wanted] or list(range(there))
-    if not chosen or max(chosen) >= there:
-        raise UsageError(f"`devices` is {devices!r}; this machine has {there} CUDA devices")
-    return [f"cuda:{number}" for number in chosen]
 
 
 def encode_in_processes(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:
@@ -71,7 +45,11 @@ def encode_in_processes(work: Work, missing: list[Place]) -> dict[Place, CommitR
         CacheError: as `encode` has them; the first that a process told of.
         ResourceError: a second process died with the same shard in its hands.
     """
-    devices = device_names(work.options.devices)[: len(missing)]
+    devices = [
+        # One core each, and a process per core.
+        "cpu:1" if device.type == "cpu" else str(device)
+        for device in chosen_devices(work.options.devices)[: len(missing)]
+    ]
     return _Pool(work, missing, devices).run()
 
 

@@ -41,6 +41,13 @@ __all__ = [
 ]
 
 
+_SORTED = (
+    "the images come one class after the other, and rows follow the archives: `train` mixes them "
+    "all the same, but with --order blocks, or through a stock webdataset reader, a batch would "
+    "hold few classes; shuffle the archives for those"
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Intent:
     """What a cache folder is to become, before anything is written to it."""
@@ -136,7 +143,11 @@ def survey(
 
 
 def begin(
-    images: ImageSource, intent: Intent, encoder: FrozenEncoder, staging: StagingArea
+    images: ImageSource,
+    intent: Intent,
+    encoder: FrozenEncoder,
+    staging: StagingArea,
+    observer: EncodeObserver,
 ) -> Manifest:
     """Writes plan, encoder and manifest: a cache is begun.
 
@@ -145,10 +156,15 @@ def begin(
         intent: What the folder is to become.
         encoder: The encoder.
         staging: Where files are staged; the caller holds the folder's lock.
+        observer: Told what listing the source has found.
 
     Raises:
         ResourceError: writing failed.
     """
+    for text in images.notices:
+        observer.notice(text)
+    if "train" in intent.plan.splits and intent.plan.is_sorted_by_class("train"):
+        observer.notice(_SORTED)
     latent = intent.fingerprint.latent
     manifest = Manifest(
         software=f"ci2p-cache {__version__}",

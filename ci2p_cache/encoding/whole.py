@@ -58,9 +58,7 @@ def resume(
             f"{root} has no plan yet, so there is nothing to finalise",
             hint="repeat the command without --finalise",
         )
-    manifest = intent.manifest or begin(images, intent, encoder, staging)
-    for text in images.notices:
-        observer.notice(text)
+    manifest = intent.manifest or begin(images, intent, encoder, staging, observer)
     if options.plan_only:
         return _planned(root, manifest, intent, observer)
     commits, missing = committed_shards(root, intent, retry_failed=options.retry_failed)
