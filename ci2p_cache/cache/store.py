@@ -60,7 +60,7 @@ def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
                 cache.manifest.source,
                 "--out",
                 path,
-                note="with the options that it was started with",
+                note="with the options that it was started with; or the `convert` that began it",
             ),
         )
     return cache
