@@ -14,6 +14,7 @@ from ci2p_cache.cli import render
 from ci2p_cache.cli.bench import bench
 from ci2p_cache.cli.convert import convert
 from ci2p_cache.cli.demo import demo
+from ci2p_cache.cli.doctor import doctor
 from ci2p_cache.cli.encode import encode
 from ci2p_cache.cli.look import complexity, inspect
 from ci2p_cache.cli.status import status
@@ -49,6 +50,7 @@ def _root(
 
     \b
       ci2p-cache demo                                   try it, on generated pictures
+      ci2p-cache doctor                                 is this machine fit for it?
       ci2p-cache encode imagenet/ --out shards/         stage one: images -> latents
       ci2p-cache status shards/                         how far is it, who works on it
       ci2p-cache verify shards/                         is every byte what was committed?
@@ -63,7 +65,7 @@ def _root(
     """
 
 
-for each in (encode, status, verify, inspect, convert, train, complexity, demo):
+for each in (encode, status, verify, inspect, convert, train, complexity, demo, doctor):
     app.command()(each)
 app.add_typer(bench)
 

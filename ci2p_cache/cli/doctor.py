@@ -1,0 +1,51 @@
+"""`ci2p-cache doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ci2p_cache.cli import render
+from ci2p_cache.errors import ResourceError
+
+__all__ = ["doctor"]
+
+_MARKS = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
+
+
+def doctor(
+    folder: Annotated[
+        Path, typer.Argument(help="Where caches are to be written; its disk is timed.")
+    ] = Path(),
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Look whether this machine and environment are fit, and say what to do about what is not.
+
+    \b
+      ci2p-cache doctor                     versions, devices, decoder, weights, limits, this disk
+      ci2p-cache doctor /scratch/shards     the same, with the disk that the cache is to lie on
+
+    A note means: it works, slower or with less. A problem means: something will fail. Nothing is
+    changed; 64 MiB are written to the disk to time it, and removed. Exit code 6 with a problem.
+    """
+    from ci2p_cache.doctor import diagnose
+
+    render.status("looking at packages, devices, weights and the disk; some seconds ...")
+    found = diagnose(folder)
+    if json:
+        render.print_json([each.to_dict() for each in found])
+    else:
+        rows = [(_MARKS[each.state], each.subject, each.found, each.advice) for each in found]
+        render.print_table(("", "what", "found", "advice"), rows)
+    problems = [each for each in found if each.state == "problem"]
+    if problems:
+        names = ", ".join(each.subject for each in problems)
+        raise ResourceError(
+            f"{len(problems)} of {len(found)} checks found a problem: {names}",
+            hint=problems[0].advice,
+        )
+    if not json:
+        notes = sum(each.state == "note" for each in found)
+        render.heading(f"fit for work; {len(found)} checks, {notes} notes")
