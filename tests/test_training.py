@@ -685,7 +685,7 @@ def test_a_spec_survives_its_record_and_refuses_what_cannot_be() -> None:
         ({"eps": 0}, "`eps`"),
         ({"clip_grad_norm": -1}, "0 switches it off"),
         ({"label_smoothing": 1}, "`label_smoothing`"),
-        ({"version": 2}, "`version` is 2"),
+        ({"version": 3}, "`version` is 3"),
     ):
         with pytest.raises(errors.UsageError, match=message):
             cc.TrainSpec(**fields)

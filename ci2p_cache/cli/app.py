@@ -17,6 +17,7 @@ from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.doctor import doctor
 from ci2p_cache.cli.encode import encode
 from ci2p_cache.cli.look import complexity, inspect
+from ci2p_cache.cli.panels import PanelCommand
 from ci2p_cache.cli.status import status
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
@@ -66,7 +67,7 @@ def _root(
 
 
 for each in (encode, status, verify, inspect, convert, train, complexity, demo, doctor):
-    app.command()(each)
+    app.command(cls=PanelCommand)(each)
 app.add_typer(bench)
 
 

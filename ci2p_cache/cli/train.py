@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import augmentation, render
 from ci2p_cache.errors import CacheError, UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +52,14 @@ def train(
         typer.Option(help="blocks: eight shards at a time, mixed; for slow storage."),
     ] = "random",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
+    mixup: augmentation.Mixup = 0.0,
+    cutmix: augmentation.CutMix = 0.0,
+    mix_probability: augmentation.MixProbability = 1.0,
+    latent_flip: augmentation.LatentFlip = 0.0,
+    ema: augmentation.Ema = 0.0,
+    layer_decay: augmentation.LayerDecay = 1.0,
+    folds: augmentation.Folds = 0,
+    fold: augmentation.Fold = 0,
     runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     name: Annotated[
         str | None, typer.Option(help="Run folder [default: model and a digest of settings].")
@@ -110,7 +118,9 @@ def train(
             optimizer=optimizer, lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs,
             weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
             label_smoothing=label_smoothing, drop_path=drop_path, pos_embed=pos_embed,
-            precision=precision, order=order, seed=seed,
+            precision=precision, order=order, seed=seed, mixup=mixup, cutmix=cutmix,
+            mix_probability=mix_probability, latent_flip=latent_flip, ema=ema,
+            layer_decay=layer_decay, folds=folds, fold=fold,
         )  # fmt: skip
         observer = None
         if ranks.is_writer:
@@ -120,10 +130,11 @@ def train(
         if online:
             from ci2p_cache.cache.store import open_cache
             from ci2p_cache.loader.online import OnlineLoader
+            from ci2p_cache.training.folds import splits_of
 
             loader = stack.enter_context(
                 OnlineLoader(
-                    open_cache(cache)["train"],
+                    splits_of(open_cache(cache), spec)[0],
                     batch_size=batch_size,
                     seed=seed,
                     device=ranks.device(device),

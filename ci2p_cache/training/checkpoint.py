@@ -4,10 +4,12 @@
 
     checkpoints/
       epoch-0003-step-000000/     3 epochs done and 0 steps of the next
-        model.safetensors         parameters and buffers
+        model.safetensors         parameters and buffers, as the optimiser left them
+        ema.safetensors           their averages under the same names, where the run makes them:
+                                  these are what was validated (`weights_of` picks the right file)
         optimizer.safetensors     Adam's moments, exp_avg/<parameter> and so on
         state.json                TrainState: place in the order, running sums, all epochs so far
-        digests.json              size and sha256 of these three
+        digests.json              size and sha256 of these files
       last.json                   which folders are the last and the best
 
 A folder is written under a staging name, its files synced, and renamed into place. The newest one
@@ -23,7 +25,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -43,13 +45,21 @@ from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import EpochRecord, TrainObserver, best_epoch
 from ci2p_cache.training.tensor_file import read_tensors
 
-__all__ = ["Checkpoint", "CheckpointStore", "TrainState", "checkpoint_path", "share_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "TrainState",
+    "checkpoint_path",
+    "share_checkpoint",
+    "weights_of",
+]
 
 _VERSION = 1
 _FOLDER = "checkpoints"
 _PARTIAL = f"{_FOLDER}/.partial"
-_MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
+_MODEL, _AVERAGE, _OPTIMIZER, _STATE, _DIGESTS = (
     "model.safetensors",
+    "ema.safetensors",
     "optimizer.safetensors",
     "state.json",
     "digests.json",
@@ -104,6 +114,8 @@ class Checkpoint:
     """The model's `state_dict`."""
     optimizer: dict[str, Tensor]
     """What `optimizer_tensors` gives."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """The averaged weights, named as in `model`; empty where the run makes none."""
 
 
 class CheckpointStore:
@@ -112,11 +124,14 @@ class CheckpointStore:
     Args:
         staging: The open staging area of the run folder.
         run: Digest of the run's settings and data.
+        has_average: Whether the run averages its weights: a checkpoint then is whole only with
+            them.
     """
 
-    def __init__(self, staging: StagingArea, *, run: str) -> None:
+    def __init__(self, staging: StagingArea, *, run: str, has_average: bool = False) -> None:
         self._staging = staging
         self._run = run
+        self._has_average = has_average
         self._folder = staging.root / _FOLDER
         self._newest: str | None = None
 
@@ -138,6 +153,8 @@ class CheckpointStore:
             _OPTIMIZER: _tensor_bytes(checkpoint.optimizer),
             _STATE: json_bytes(state.to_dict()),
         }
+        if self._has_average:
+            contents[_AVERAGE] = _tensor_bytes(checkpoint.average)
         target = checkpoint_path(root, state.name)
         try:
             files = []
@@ -222,20 +239,20 @@ class CheckpointStore:
         if folder.is_symlink():
             raise CheckpointError("it is a link, which may lead anywhere")
         try:
-            listing = read_json(folder / _DIGESTS)
-            records = [FileRecord.from_dict(entry) for entry in listing.get("files", ())]
-            names = sorted(record.path for record in records)
-            if listing.get("version") != _VERSION or names != sorted((_MODEL, _OPTIMIZER, _STATE)):
-                raise CheckpointError(f"{_DIGESTS} is of another version or lists other files")
-            listed = {record.path: record for record in records}
+            listed = _listed(folder)
+            if (_AVERAGE in listed) != self._has_average:
+                raise CheckpointError(f"{_DIGESTS} lists other files than this run saves")
             state = TrainState.from_dict(json.loads(_checked_bytes(folder, listed[_STATE])))
             if state.version != _VERSION or state.run != self._run or state.name != name:
                 raise CheckpointError(f"{_STATE} is of another run, place or version")
             model = read_tensors(folder / _MODEL, listed[_MODEL])
             optimizer = read_tensors(folder / _OPTIMIZER, listed[_OPTIMIZER])
+            average = {}
+            if self._has_average:
+                average = read_tensors(folder / _AVERAGE, listed[_AVERAGE])
         except (ManifestError, OSError, TypeError, *_JSON_ERRORS) as error:
             raise CheckpointError(str(error)) from error
-        return Checkpoint(state, model, optimizer)
+        return Checkpoint(state, model, optimizer, average)
 
     def _remove_old(self, state: TrainState) -> None:
         before = [name for name in self._names() if _place(name) < _place(state.name)]
@@ -253,25 +270,71 @@ def checkpoint_path(run: Path, name: str) -> Path:
     return run / _FOLDER / name
 
 
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """Returns the weights that a checkpoint's accuracy is of, held against their digest.
+
+    These are the averages where the run makes them, and otherwise the model's own.
+
+    Args:
+        folder: A checkpoint folder, `RUN/checkpoints/epoch-0003-step-000000`.
+
+    Returns:
+        Parameters and buffers by their name in the model's `state_dict`, on CPU.
+
+    Raises:
+        CheckpointError: the folder or its weights are missing, damaged or of another version.
+    """
+    try:
+        listed = _listed(folder)
+        name = _AVERAGE if _AVERAGE in listed else _MODEL
+        return read_tensors(folder / name, listed[name])
+    except (CheckpointError, ManifestError, OSError, TypeError, *_JSON_ERRORS) as error:
+        raise CheckpointError(
+            f"{folder} is not a whole checkpoint: {error}",
+            hint="name another one; run `train` again to pass over damaged ones",
+        ) from error
+
+
 def share_checkpoint(checkpoint: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
     """Returns rank 0's checkpoint on all ranks; what the others give is not looked at."""
     if ranks.world_size == 1:
         return checkpoint
-    contents = [b"", b"", b""]
+    contents = [b"", b"", b"", b""]
     if ranks.is_writer and checkpoint is not None:
         contents = [
             json_bytes(checkpoint.state.to_dict()),
             _tensor_bytes(checkpoint.model),
             _tensor_bytes(checkpoint.optimizer),
+            _tensor_bytes(checkpoint.average),
         ]
-    state, model, optimizer = (ranks.share(content) for content in contents)
+    state, model, optimizer, average = (ranks.share(content) for content in contents)
     if ranks.is_writer or not state:
         return checkpoint
     return Checkpoint(
         TrainState.from_dict(json.loads(state)),
         safetensors.torch.load(model),
         safetensors.torch.load(optimizer),
+        safetensors.torch.load(average),
     )
+
+
+def _listed(folder: Path) -> dict[str, FileRecord]:
+    """Returns the files of a checkpoint by name, as its `digests.json` lists them.
+
+    Raises:
+        CheckpointError: it is of another version, or does not list what a checkpoint has.
+        ManifestError, OSError, TypeError, ValueError: it is missing or damaged.
+    """
+    listing = read_json(folder / _DIGESTS)
+    records = [FileRecord.from_dict(entry) for entry in listing.get("files", ())]
+    names = sorted(record.path for record in records if record.path != _AVERAGE)
+    if (
+        listing.get("version") != _VERSION
+        or names != sorted((_MODEL, _OPTIMIZER, _STATE))
+        or len(records) - len(names) > 1
+    ):
+        raise CheckpointError(f"{_DIGESTS} is of another version or lists other files")
+    return {record.path: record for record in records}
 
 
 def _folder_name(epoch: int, step: int) -> str:

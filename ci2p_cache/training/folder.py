@@ -66,8 +66,9 @@ class RunSettings(Record):
 
     @property
     def digest(self) -> str:
-        """sha256 over the canonical JSON of all fields, 64 hex digits."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        """sha256 over the canonical JSON of all that binds, 64 hex digits."""
+        fields = self.to_dict() | {"spec": self.spec.binding()}
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -7,6 +7,7 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 
 from ci2p_cache import __version__
@@ -17,7 +18,9 @@ from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.loader.resident import Resident, ResidentLoader, choose_resident
 from ci2p_cache.models.ci2p_vit import ModelConfig
-from ci2p_cache.models.registry import model_config
+from ci2p_cache.models.registry import build_model, model_config
+from ci2p_cache.training.folds import splits_of
+from ci2p_cache.training.layers import parameter_layers
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.spec import TrainSpec
@@ -28,6 +31,7 @@ __all__ = [
     "model_config_for",
     "model_record",
     "numerics",
+    "require_layers",
     "train_and_val",
 ]
 
@@ -51,19 +55,25 @@ def model_config_for(cache: Cache, spec: TrainSpec) -> ModelConfig:
     )
 
 
+def require_layers(config: ModelConfig, spec: TrainSpec) -> None:
+    """Raises UsageError where the spec wants layers of a model that does not say them.
+
+    Built for this, and only where `layer_decay` is on: better seconds than a run folder in vain.
+    """
+    if spec.layer_decay != 1:
+        with torch.random.fork_rng(devices=[]):
+            parameter_layers(build_model(config))
+
+
 def train_and_val(cache: Cache, spec: TrainSpec, ranks: Ranks) -> tuple[Split, Split | None]:
     """Returns the splits to train from and to validate on, the latter None where there is none.
 
     Raises:
-        InputDataError: there is no train split, no image in it, or an image without a label.
+        InputDataError: there is no train split, no image in it, fewer than there are folds, or an
+            image without a label.
         UsageError: the batch size leaves one image that BatchNorm could not normalise.
     """
-    if "train" not in cache or not len(cache["train"].valid_rows):
-        raise InputDataError(
-            f"{cache.path} holds no image to train from; its splits are {list(cache.splits)}"
-        )
-    train = cache["train"]
-    val = cache["val"] if "val" in cache and len(cache["val"].valid_rows) else None
+    train, val = splits_of(cache, spec)
     for split in (train, val):
         if split is not None:
             _check_labels(split, len(cache.classes))
@@ -138,6 +148,12 @@ def make_loaders(
         raise UsageError(
             f"the given loader has (seed, batch size, split, cache) {has} on {given.device}; "
             f"the run wants {wanted} on {device}"
+        )
+    if not np.array_equal(given.split.valid_rows, train.valid_rows):
+        raise UsageError(
+            f"the given loader reads {len(given.split.valid_rows)} rows, which are not the "
+            f"{len(train.valid_rows)} that the run trains from (`folds` {spec.folds}, `fold` "
+            f"{spec.fold})"
         )
     if (given.rank, given.world_size) != (ranks.rank, ranks.world_size):
         raise UsageError(

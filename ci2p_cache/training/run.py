@@ -26,6 +26,7 @@ from ci2p_cache.training.checkpoint import (
     checkpoint_path,
     share_checkpoint,
 )
+from ci2p_cache.training.ema import WeightAverage
 from ci2p_cache.training.folder import RunArgs, RunSettings, open_run_folder, run_path
 from ci2p_cache.training.inputs import (
     data_digest,
@@ -33,6 +34,7 @@ from ci2p_cache.training.inputs import (
     model_config_for,
     model_record,
     numerics,
+    require_layers,
     train_and_val,
 )
 from ci2p_cache.training.optim import load_optimizer_tensors, make_optimizer
@@ -127,6 +129,7 @@ def train(
         if place.type == "cpu":
             tune_allocator()
         config = model_config_for(cache, spec)
+        require_layers(config, spec)
         splits = train_and_val(cache, spec, ranks)
         settings = RunSettings(
             spec=spec,
@@ -145,7 +148,9 @@ def train(
             staging = stack.enter_context(folder)
             if not (path / "model.json").exists():
                 staging.put_json("model.json", model_record(cache, config))
-            writer = RunWriter(staging, run=settings.digest, observer=observer)
+            writer = RunWriter(
+                staging, run=settings.digest, has_average=spec.ema > 0, observer=observer
+            )
         checkpoint = share_checkpoint(writer.load() if writer is not None else None, ranks)
         run = _Run(path, spec, ranks, writer, observer)
         begun = checkpoint.state if checkpoint else TrainState(run=settings.digest, sums={})
@@ -169,14 +174,16 @@ def train(
             stack.callback(_close, [each for each in loaders if each not in (None, loader)])
             if spec.precision == "bf16" and (text := bf16_notice(place)):
                 observer.notice(text)
-            model, optimizer = run.start(config, place, checkpoint)
+            model, optimizer, average = run.start(config, place, checkpoint)
             # Its tensors are copied; nothing of the size of the model is kept twice.
             del checkpoint
             if compile_model:
                 # In place: the names of the weights stay. Compiled at the first step.
                 model.compile()
+                if average is not None:
+                    average.module.compile()
             state = run.train(
-                begun, model, optimizer, loaders, stop, save_every_steps=save_every_steps
+                begun, model, optimizer, average, loaders, stop, save_every_steps=save_every_steps
             )
     return run.summary(begun, state, place)
 
@@ -210,8 +217,8 @@ class _Run:
 
     def start(
         self, config: ModelConfig, device: torch.device, checkpoint: Checkpoint | None
-    ) -> tuple[nn.Module, Optimizer]:
-        """Returns model and optimiser, as they were saved or as the seed makes them.
+    ) -> tuple[nn.Module, Optimizer, WeightAverage | None]:
+        """Returns model, optimiser and averages, as they were saved or as the seed makes them.
 
         Raises:
             CheckpointError: the checkpoint does not fit the model.
@@ -220,16 +227,26 @@ class _Run:
             torch.default_generator.manual_seed(self.spec.seed)
             model = build_model(config).to(device)
         optimizer = make_optimizer(model, self.spec)
+        average = WeightAverage(model, self.spec.ema) if self.spec.ema else None
         if checkpoint is not None:
-            self._restore(checkpoint, model, optimizer)
-        self.ranks.share_tensors(list(model.state_dict().values()))
-        return model, optimizer
+            self._restore(checkpoint, model, optimizer, average)
+        for module in [model] if average is None else [model, average.module]:
+            self.ranks.share_tensors(list(module.state_dict().values()))
+        return model, optimizer, average
 
-    def _restore(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    def _restore(
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        optimizer: Optimizer,
+        average: WeightAverage | None,
+    ) -> None:
         state = checkpoint.state
         path = checkpoint_path(self.path, state.name)
         try:
             model.load_state_dict(checkpoint.model)
+            if average is not None:
+                average.load(checkpoint.average)
         except RuntimeError as error:
             raise CheckpointError(f"{path} does not fit the model: {error}") from error
         load_optimizer_tensors(model, optimizer, checkpoint.optimizer)
@@ -243,6 +260,7 @@ class _Run:
         state: TrainState,
         model: nn.Module,
         optimizer: Optimizer,
+        average: WeightAverage | None,
         loaders: tuple[BatchLoader, BatchLoader | None],
         stop: StopSignal,
         *,
@@ -262,7 +280,7 @@ class _Run:
 
         def save(state: TrainState) -> None:
             if self.writer is not None:
-                self.writer.save(state, model, optimizer)
+                self.writer.save(state, model, optimizer, average)
 
         try:
             if self.writer is not None:
@@ -271,6 +289,7 @@ class _Run:
                 spec=self.spec,
                 model=model,
                 optimizer=optimizer,
+                average=average,
                 train_loader=loaders[0],
                 val_loader=loaders[1],
                 save=save,
