@@ -110,6 +110,32 @@ def test_flags_and_library_have_the_same_defaults(command: Callable[..., None], 
             assert flags[field.name] == field.default, field.name
 
 
+def test_the_flags_of_train_are_these(run: Callable[..., Ran]) -> None:
+    """A new flag is a new promise: add it here, and say in the commit why it is worth one."""
+    flags = [name for name in inspect.signature(train_command).parameters if name != "cache"]
+    assert flags == [
+        "model", "epochs", "batch_size", "accumulate", "optimizer", "lr", "min_lr",
+        "warmup_epochs", "weight_decay", "clip_grad_norm", "label_smoothing", "drop_path",
+        "pos_embed", "precision", "order", "seed", "mixup", "cutmix", "mix_probability",
+        "latent_flip", "ema", "layer_decay", "folds", "fold", "runs", "name", "device", "workers",
+        "resident", "compile_model", "save_every", "online", "overwrite", "json",
+    ]  # fmt: skip
+    plain, panel = run("train", "--help").out.split("\nAugmentation and averaging:\n")
+    for flag in ("mixup", "cutmix", "latent-flip", "ema", "layer-decay", "folds", "fold"):
+        assert f"  --{flag} " in panel
+        assert f"  --{flag} " not in plain
+    assert "  --online" in plain
+
+
+def test_augmentation_can_be_set_by_environment_variables(
+    run: Callable[..., Ran], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI2P_CACHE_TRAIN_LAYER_DECAY", "2")
+    ran = run("train", cache_dir, "--mixup", "0.8")
+    assert ran.code == 2
+    assert "`layer_decay` is 2.0; 0 < value <= 1 is wanted" in ran.err.replace("\n", " ")
+
+
 class TestBadInput:
     def refused(self, ran: Ran, code: int, *texts: str) -> None:
         assert ran.code == code, ran.err

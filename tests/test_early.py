@@ -46,6 +46,7 @@ def test_validation_at_chance_is_explained_by_lagging_statistics(epoch: int) -> 
 def test_chance_allows_for_few_images_and_ends_with_the_third_epoch() -> None:
     assert told(top1=0.21, train_top1=0.22) == ""
     assert told(top1=0.4) == ""
-    assert told(top1=0.4, num_val=10) != ""
+    assert told(top1=0.4, num_val=10) == ""
+    assert told(top1=0.4, num_val=10, train_top1=0.7) != ""
     assert told(top1=0.21, epoch=4, steps=56) == ""
     assert told(top1=None, val_loss=None, top5=None, num_val=0) == ""

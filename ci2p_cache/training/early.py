@@ -36,7 +36,8 @@ def early_notice(record: EpochRecord, *, steps: int, num_classes: int, num_val: 
         )
     if record.top1 is None or not num_val or record.epoch > _VAL_EPOCHS:
         return None
-    learns = record.train_top1 > _highest_guess(num_classes, record.images)
+    # Of a few validation images nothing can be told: even what training reaches may be luck there.
+    learns = record.train_top1 > _highest_guess(num_classes, min(record.images, num_val))
     if learns and record.top1 <= _highest_guess(num_classes, num_val):
         return (
             f"validation is at chance ({record.top1:.1%}) while training is not "

@@ -162,6 +162,11 @@ def make_loaders(
         )
     if val is None:
         return given, None
+    if spec.folds and val.cache.fingerprint.views.kind == "crops":
+        observer.notice(
+            "the folds validate on the first crop of each image, not on the image itself: the "
+            "cache holds nothing else of the train split. Compare such runs only with each other."
+        )
     return given, LatentLoader(
         val,
         batch_size=spec.batch_size,
