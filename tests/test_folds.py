@@ -121,13 +121,13 @@ def test_a_subset_holds_its_rows_only_and_a_subset_of_it_fewer(cache: cc.Cache) 
 def test_more_folds_than_images_and_folds_that_cannot_be_are_refused(cache: cc.Cache) -> None:
     with pytest.raises(errors.InputDataError, match="holds 13 images, which `folds` 14 cannot"):
         splits_of(cache, cc.TrainSpec(folds=14))
-    for fields, message in (
-        ({"folds": 1}, "`folds` is 1; 0 switches it off"),
-        ({"folds": 3, "fold": 3}, "`fold` is 3; a whole number from 0 to 2"),
-        ({"fold": 1}, "`fold` is 1; a whole number from 0 to 0"),
+    for folds, fold, message in (
+        (1, 0, "`folds` is 1; 0 switches it off"),
+        (3, 3, "`fold` is 3; a whole number from 0 to 2"),
+        (0, 1, "`fold` is 1; a whole number from 0 to 0"),
     ):
         with pytest.raises(errors.UsageError, match=message):
-            cc.TrainSpec(**fields)
+            cc.TrainSpec(folds=folds, fold=fold)
 
 
 def test_a_run_trains_one_fold_and_its_folder_is_bound_to_it(
