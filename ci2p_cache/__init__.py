@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ci2p_cache.encoding.repair import RepairSummary, repair
     from ci2p_cache.encoding.run import encode
     from ci2p_cache.errors import CacheError
+    from ci2p_cache.inference.classifier import Classifier, load_classifier
+    from ci2p_cache.inference.evaluation import Evaluation
+    from ci2p_cache.inference.export import export_model
+    from ci2p_cache.inference.scoring import evaluate
     from ci2p_cache.loader.batches import Batch
     from ci2p_cache.loader.latents import LatentLoader
     from ci2p_cache.loader.online import OnlineLoader
@@ -47,6 +51,7 @@ __all__ = [
     "Cache",
     "CacheError",
     "CacheStatus",
+    "Classifier",
     "Complexity",
     "ConvertSummary",
     "DryRunReport",
@@ -54,6 +59,7 @@ __all__ = [
     "EncodeOptions",
     "EncodeSummary",
     "EncoderSpec",
+    "Evaluation",
     "Finding",
     "Fingerprint",
     "FrozenEncoder",
@@ -76,7 +82,10 @@ __all__ = [
     "create_model",
     "dry_run",
     "encode",
+    "evaluate",
+    "export_model",
     "list_models",
+    "load_classifier",
     "load_encoder",
     "open_cache",
     "reencode",
@@ -93,6 +102,7 @@ _HOMES = {
     "Cache": "cache.store",
     "CacheError": "errors",
     "CacheStatus": "cache.status",
+    "Classifier": "inference.classifier",
     "Complexity": "models.complexity",
     "ConvertSummary": "encoding.convert",
     "DryRunReport": "encoding.forecast",
@@ -100,6 +110,7 @@ _HOMES = {
     "EncodeOptions": "encoding.options",
     "EncodeSummary": "encoding.progress",
     "EncoderSpec": "specs",
+    "Evaluation": "inference.evaluation",
     "Finding": "cache.verify",
     "Fingerprint": "specs",
     "FrozenEncoder": "encoder.frozen",
@@ -121,7 +132,10 @@ _HOMES = {
     "create_model": "models.registry",
     "dry_run": "encoding.dry_run",
     "encode": "encoding.run",
+    "evaluate": "inference.scoring",
+    "export_model": "inference.export",
     "list_models": "models.registry",
+    "load_classifier": "inference.classifier",
     "load_encoder": "encoder.frozen",
     "open_cache": "cache.store",
     "reencode": "encoding.reencode",

@@ -31,6 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "encoding": {"machine", "errors", "record", "remote", "specs", "images", "encoder", "cache"},
     "loader": {"machine", "errors", "record", "specs", "cache"},
     "training": {"machine", "errors", "record", "specs", "cache", "loader", "models"},
+    "inference": {
+        *("machine", "errors", "record", "specs", "images", "encoder", "cache", "loader", "models"),
+        "training",
+    },
     "report": {"errors", "record", "specs", "cache"},
     "preview_figure": {"errors", "record", "specs", "cache"},
     "previews": {"errors", "record", "specs", "cache", "images", "encoder", "preview_figure"},

@@ -303,6 +303,8 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_the_same_bits(
     assert "damaged" not in told
     assert numbers(folder / "runs" / "killed") == numbers(folder / "runs" / "uninterrupted")
     assert not (folder / "runs" / "killed" / ".staging").exists()
+    encoder = (folder / "cache" / "encoder.safetensors").read_bytes()
+    assert (folder / "runs" / "killed" / "encoder.safetensors").read_bytes() == encoder
 
 
 def test_ctrl_c_on_torchrun_ends_all_ranks_with_one_checkpoint_and_one_word(folder: Path) -> None:

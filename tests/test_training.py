@@ -247,7 +247,10 @@ def test_killed_at_a_random_moment_and_resumed_gives_the_same_bits(
     assert_same_run(Path(summary.path), finished)
     assert not [notice for notice in notes.notices if "damaged" in notice]
     left = {path.name for path in Path(summary.path).iterdir()}
-    assert left == {"args.yaml", "model.json", "summary.csv", "tensorboard", "checkpoints"}
+    assert left == {
+        *("args.yaml", "model.json", "encoder.safetensors", "summary.csv"),
+        *("tensorboard", "checkpoints"),
+    }
     assert not list((Path(summary.path) / "checkpoints").glob(".*"))
 
 

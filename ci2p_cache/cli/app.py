@@ -15,7 +15,10 @@ from ci2p_cache.cli.bench import bench
 from ci2p_cache.cli.convert import convert
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.encode import encode
+from ci2p_cache.cli.evaluate import evaluate
+from ci2p_cache.cli.export import export
 from ci2p_cache.cli.look import complexity, inspect
+from ci2p_cache.cli.predict import predict
 from ci2p_cache.cli.status import status
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
@@ -54,6 +57,8 @@ def _root(
       ci2p-cache verify shards/                         is every byte what was committed?
       ci2p-cache inspect shards/ --picture look.png     what is in there
       ci2p-cache train shards/ --model vitds            stage two: latents -> classifier
+      ci2p-cache evaluate runs/vitds-1a2b3c4d           what it is worth
+      ci2p-cache predict runs/vitds-1a2b3c4d a.jpg      what a picture shows
 
     Each command goes on where it stopped when it is run again. Every option can also be set by an
     environment variable: CI2P_CACHE_ENCODE_QUALITY=5 stands for `encode --quality 5`.
@@ -64,6 +69,8 @@ def _root(
 
 
 for each in (encode, status, verify, inspect, convert, train, complexity, demo):
+    app.command()(each)
+for each in (evaluate, predict, export):
     app.command()(each)
 app.add_typer(bench)
 

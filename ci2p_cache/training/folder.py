@@ -5,6 +5,7 @@
     runs/<name>/
       args.yaml       what binds the folder (RunSettings), and what it was started with
       model.json      everything needed to rebuild the model and to read its latents
+      encoder.safetensors   the cache's, so that the folder alone classifies pictures
       summary.csv     a row per epoch
       tensorboard/    the same as events
       checkpoints/    see checkpoint.py
@@ -32,7 +33,7 @@ from ci2p_cache.specs import Fingerprint, differing_fields
 from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.spec import TrainSpec
 
-__all__ = ["RunArgs", "RunSettings", "open_run_folder", "run_path"]
+__all__ = ["RunArgs", "RunSettings", "open_run_folder", "read_run_args", "run_path"]
 
 _ARGS = "args.yaml"
 _MAX_ARGS_BYTES = 2**16
@@ -165,7 +166,12 @@ def _refuse_foreign(path: Path) -> None:
     )
 
 
-def _read_args(path: Path) -> RunArgs | None:
+def read_run_args(path: Path) -> RunArgs | None:
+    """Reads a run's `args.yaml`; None where the folder has none, so that it is no run.
+
+    Raises:
+        ManifestError: it is damaged or of another version.
+    """
     file = path / _ARGS
     if not file.exists():
         return None
@@ -173,8 +179,15 @@ def _read_args(path: Path) -> RunArgs | None:
         text = read_regular(file, max_bytes=_MAX_ARGS_BYTES)
         return RunArgs.from_dict(yaml.load(text, _PlainLoader))  # a SafeLoader
     except (ManifestError, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ManifestError(f"{file} is damaged or of another version: {error}") from error
+
+
+def _read_args(path: Path) -> RunArgs | None:
+    try:
+        return read_run_args(path)
+    except ManifestError as error:
         raise RunMismatchError(
-            f"{file} is damaged or of another version, so the run cannot be told apart: {error}",
+            f"the run cannot be told apart: {error}",
             hint="choose another --name, or remove the folder by hand",
         ) from error
 

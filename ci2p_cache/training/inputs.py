@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ci2p_cache import __version__
+from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import InputDataError, UsageError
@@ -31,7 +32,7 @@ __all__ = [
     "train_and_val",
 ]
 
-_MODEL_RECORD_VERSION = 1
+_MODEL_RECORD_VERSION = 2
 
 
 def model_config_for(cache: Cache, spec: TrainSpec) -> ModelConfig:
@@ -173,8 +174,17 @@ def data_digest(cache: Cache) -> str:
     return digest.hexdigest()
 
 
-def model_record(cache: Cache, config: ModelConfig) -> dict[str, Any]:
-    """Returns `model.json`: what rebuilds the model and reads its latents, weights apart."""
+def model_record(
+    cache: Cache, config: ModelConfig, encoder: FileRecord | None = None
+) -> dict[str, Any]:
+    """Returns `model.json`: what rebuilds the model and reads its latents, weights apart.
+
+    Args:
+        cache: The cache that is trained from.
+        config: The model.
+        encoder: The encoder's copy in the run folder; None where the model reads images. Version 1
+            of the record did not have it.
+    """
     return {
         "version": _MODEL_RECORD_VERSION,
         "software": f"ci2p-cache {__version__}",
@@ -184,6 +194,7 @@ def model_record(cache: Cache, config: ModelConfig) -> dict[str, Any]:
         "offset": list(cache.manifest.offset),
         "classes": list(cache.classes),
         "class_titles": list(cache.class_titles),
+        "encoder": None if encoder is None else encoder.to_dict(),
     }
 
 

@@ -26,6 +26,7 @@ from ci2p_cache.training.checkpoint import (
     checkpoint_path,
     share_checkpoint,
 )
+from ci2p_cache.training.encoder_copy import copy_encoder
 from ci2p_cache.training.folder import RunArgs, RunSettings, open_run_folder, run_path
 from ci2p_cache.training.inputs import (
     data_digest,
@@ -110,6 +111,7 @@ def train(
         LockedError: another process trains in the folder.
         CheckpointError: every checkpoint of the run is damaged.
         ShardError: the cache turned out to be damaged.
+        DigestError: the cache's encoder.safetensors is damaged; a new run folder gets a copy.
         TrainingDivergedError: loss or gradients were not finite ten times in a row.
         ResourceError: writing failed, or another rank was killed; run it again.
         InterruptedRunError: stopped by a signal; run it again to go on.
@@ -144,7 +146,8 @@ def train(
             folder = open_run_folder(path, args, overwrite=overwrite, observer=observer)
             staging = stack.enter_context(folder)
             if not (path / "model.json").exists():
-                staging.put_json("model.json", model_record(cache, config))
+                encoder = copy_encoder(cache, config, staging)
+                staging.put_json("model.json", model_record(cache, config, encoder))
             writer = RunWriter(staging, run=settings.digest, observer=observer)
         checkpoint = share_checkpoint(writer.load() if writer is not None else None, ranks)
         run = _Run(path, spec, ranks, writer, observer)

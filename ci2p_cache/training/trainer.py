@@ -8,7 +8,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from ci2p_cache.loader.batches import Batch, BatchLoader
+from ci2p_cache.machine import ieee_float32
 from ci2p_cache.training.checkpoint import TrainState
 from ci2p_cache.training.guard import BadStep, StepGuard
 from ci2p_cache.training.metrics import TrainTotals, autocast, validate
@@ -82,7 +82,7 @@ class Trainer:
         self._guard = StepGuard(self.model, self.optimizer, in_a_row=state.bad_in_a_row)
         self._parameters = list(self.model.parameters())
         device = self.train_loader.device
-        with _ieee_float32(device), _own_randomness(device):
+        with ieee_float32(device), _own_randomness(device):
             while state.epoch < self.spec.epochs and not self.should_stop():
                 state = self._train_epoch(state)
                 if state.step == len(self.train_loader) and not self.should_stop():
@@ -302,24 +302,3 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-@contextlib.contextmanager
-def _ieee_float32(device: torch.device) -> Iterator[None]:
-    """Makes float32 mean IEEE float32 on CUDA too, where convolutions otherwise round to TF32."""
-    if device.type != "cuda":
-        yield
-        return
-    # torch makes these attributes at run time.
-    switches: tuple[Any, ...] = (
-        cast("Any", torch.backends.cudnn).conv,
-        torch.backends.cuda.matmul,
-    )
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
