@@ -90,7 +90,8 @@ def test_an_environment_variable_stands_for_an_option_and_a_flag_wins(
 
 
 @pytest.mark.parametrize("command", [[], ["encode"], ["status"], ["verify"], ["inspect"],
-                                     ["convert"], ["train"], ["complexity"], ["demo"]])  # fmt: skip
+                                     ["convert"], ["train"], ["report"], ["complexity"],
+                                     ["demo"]])  # fmt: skip
 def test_help_teaches_by_example_in_its_first_lines(
     run: Callable[..., Ran], command: list[str]
 ) -> None:

@@ -16,6 +16,7 @@ from ci2p_cache.cli.convert import convert
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.encode import encode
 from ci2p_cache.cli.look import complexity, inspect
+from ci2p_cache.cli.report import report
 from ci2p_cache.cli.status import status
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
@@ -54,6 +55,7 @@ def _root(
       ci2p-cache verify shards/                         is every byte what was committed?
       ci2p-cache inspect shards/ --picture look.png     what is in there
       ci2p-cache train shards/ --model vitds            stage two: latents -> classifier
+      ci2p-cache report runs/mine shards/               all of it on one page
 
     Each command goes on where it stopped when it is run again. Every option can also be set by an
     environment variable: CI2P_CACHE_ENCODE_QUALITY=5 stands for `encode --quality 5`.
@@ -63,7 +65,7 @@ def _root(
     """
 
 
-for each in (encode, status, verify, inspect, convert, train, complexity, demo):
+for each in (encode, status, verify, inspect, convert, train, report, complexity, demo):
     app.command()(each)
 app.add_typer(bench)
 

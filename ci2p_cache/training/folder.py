@@ -27,7 +27,7 @@ import yaml
 from ci2p_cache.cache.commit import StagingArea, disk_errors
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
-from ci2p_cache.record import Record, read_regular
+from ci2p_cache.record import Record, read_yaml
 from ci2p_cache.specs import Fingerprint, differing_fields
 from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.spec import TrainSpec
@@ -36,19 +36,9 @@ __all__ = ["RunArgs", "RunSettings", "open_run_folder", "run_path"]
 
 _ARGS = "args.yaml"
 _MAX_ARGS_BYTES = 2**16
-"""Ours have a few thousand; parsed, hostile YAML takes a thousand times its size."""
+"""Ours have a few thousand."""
 _OWN_WORK = {".lock", ".staging"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without aliases, through which a few lines can stand for gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Composes a node, unless it refers to another."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds aliases, which ci2p-cache never writes")
-        return super().compose_node(parent, index)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,9 +160,8 @@ def _read_args(path: Path) -> RunArgs | None:
     if not file.exists():
         return None
     try:
-        text = read_regular(file, max_bytes=_MAX_ARGS_BYTES)
-        return RunArgs.from_dict(yaml.load(text, _PlainLoader))  # a SafeLoader
-    except (ManifestError, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        return RunArgs.from_dict(read_yaml(file, max_bytes=_MAX_ARGS_BYTES))
+    except (ManifestError, OSError) as error:
         raise RunMismatchError(
             f"{file} is damaged or of another version, so the run cannot be told apart: {error}",
             hint="choose another --name, or remove the folder by hand",
