@@ -68,6 +68,7 @@ def write_evaluation(
     predicted: Any,
     confidence: Any,
     split: str = "val",
+    cache: str = "gone",
 ) -> None:
     """Writes evaluation.json and predictions.parquet that agree with each other."""
     labels, predicted = np.asarray(labels), np.asarray(predicted)
@@ -90,8 +91,8 @@ def write_evaluation(
     bins = [
         {
             "samples": int((place == i).sum()),
-            "confidence": float(confidence[place == i].mean()) if (place == i).any() else 0.0,
-            "accuracy": float(correct[place == i].mean()) if (place == i).any() else 0.0,
+            "confidence": float(confidence[place == i].mean()) if (place == i).any() else None,
+            "accuracy": float(correct[place == i].mean()) if (place == i).any() else None,
         }
         for i in range(15)
     ]
@@ -100,6 +101,7 @@ def write_evaluation(
         "version": 1,
         "checkpoint": "epoch-0003-step-000000",
         "split": split,
+        "cache": cache,
         "samples": len(labels),
         "top1": float(correct.mean()),
         "top5": 0.99,
@@ -107,7 +109,12 @@ def write_evaluation(
         "ece": 0.05,
         "bins": bins,
         "per_class": [
-            [int(c), int((labels == c).sum()), int(correct[labels == c].sum())]
+            {
+                "label": int(c),
+                "name": str(c),
+                "samples": int((labels == c).sum()),
+                "correct": int(correct[labels == c].sum()),
+            }
             for c in np.unique(labels)
         ],
         "confusion": [[a, b, n] for (a, b), n in sorted(counts.items())],

@@ -28,7 +28,11 @@ from ci2p_cache.report.elements import (
     tiles,
 )
 from ci2p_cache.report.pictures import CacheSample, Illustrator
-from ci2p_cache.report.reconstruction_page import reconstruction_section, size_section
+from ci2p_cache.report.reconstruction_page import (
+    quality_figure,
+    reconstruction_section,
+    size_table,
+)
 
 __all__ = ["cache_section"]
 
@@ -64,17 +68,27 @@ def cache_section(
         except CacheError as error:
             told = f"Nothing could be decoded: {error}"
     if sample is None:
-        shown = [notice(told)]
+        measures, shown = [], [notice(told)]
     else:
-        shown = [size_section(card, sample), reconstruction_section(card, sample)]
+        spread = quality_figure(card, sample)
+        measures = [size_table(card, sample), *([spread] if spread is not None else [])]
+        shown = [reconstruction_section(sample)]
+    measures.append(_channels(cache, card))
     name = cache.path.resolve().name
     return section(
         f"Cache {name}",
-        element("p", "Encoded from ", element("code", card.source), ".", class_="lead"),
+        element(
+            "p",
+            "Encoded from ",
+            element("code", card.source),
+            "; fingerprint ",
+            element("code", card.fingerprint_digest[:16]),
+            class_="lead",
+        ),
         _headline(card),
         *_unfinished(card),
+        section("Bytes, quality, channels", element("div", *measures, class_="grid"), level=3),
         *shown,
-        _channels(cache, card),
         _classes(card),
         _errors(cache, card),
         _settings(cache, card),
@@ -115,11 +129,10 @@ def _unfinished(card: CacheCard) -> list[Html]:
 
 
 def _channels(cache: Cache, card: CacheCard) -> Html:
-    title = "Channels"
     try:
         stats = _table(cache, "stats/channels.parquet")
         if stats is None:
-            return section(title, notice("Their statistics come when encoding ends."), level=3)
+            return notice("Statistics of the channels come when encoding ends.")
         columns = {
             name: stats[name].to_numpy(zero_copy_only=False)
             for name in ("channel", "count", "energy", "min", "max")
@@ -134,7 +147,7 @@ def _channels(cache: Cache, card: CacheCard) -> Html:
         np.minimum.at(low, channel[seen], columns["min"][seen])
         np.maximum.at(high, channel[seen], columns["max"][seen])
     except (IntegrityError, OSError, KeyError, ValueError, IndexError, TypeError) as error:
-        return section(title, notice(f"Their statistics are damaged: {error}"), level=3)
+        return notice(f"The statistics of the channels are damaged: {error}")
     dead = low >= high
     shares = np.cumsum(np.sort(energy)[::-1]) / max(float(energy.sum()), 1e-30)
     half, most = (min(int(np.searchsorted(shares, share)) + 1, num) for share in (0.5, 0.9))
@@ -149,7 +162,7 @@ def _channels(cache: Cache, card: CacheCard) -> Html:
     else:
         text += "None is dead, that is, holds one value only."
     chart = energy_chart(f"Energy of the {num} channels of {cache.path.name}", energy, dead)
-    return section(title, element("div", figure(chart, text), class_="grid"), level=3)
+    return figure(chart, text)
 
 
 def _classes(card: CacheCard) -> Html:

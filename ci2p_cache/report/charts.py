@@ -19,7 +19,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ci2p_cache.report.elements import Html, plain
 
@@ -39,6 +39,9 @@ NUM_COLORS = 8
 _WIDTH_INCHES, _HEIGHT_INCHES = 4.6, 2.7
 """331 units of the drawing, shown in about as many pixels: three beside each other on a wide page,
 one on a phone."""
+
+_BOX = (0.15, 0.19, 0.83, 0.70)
+"""Where the axes lie; the same in all charts, so that neighbours line up, and laid out at once."""
 
 _MAX_POINTS = 400
 """Of one line; a chart has fewer pixels."""
@@ -107,7 +110,6 @@ def line_chart(
     x_label: str,
     y_label: str,
     is_share: bool = False,
-    legend: bool = True,
 ) -> Html:
     """Draws lines.
 
@@ -117,7 +119,6 @@ def line_chart(
         x_label: Below the axis; "epoch" gives whole numbers.
         y_label: Beside the axis.
         is_share: Whether y is a share, shown as percent from 0.
-        legend: Whether lines are named in the chart.
     """
     with mpl.rc_context(_STYLE):
         figure, axes = _axes()
@@ -136,10 +137,10 @@ def line_chart(
         if x_label == "epoch":
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if is_share:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.yaxis.set_major_formatter(FuncFormatter(_percent))
             axes.set_ylim(0, _share_limit([y for line in shown for y in line.y]))
-        if legend and any(line.label for line in shown):
-            _legend(axes, len(shown))
+        if any(line.label for line in shown):
+            _legend(axes)
         return _svg(figure, alt)
 
 
@@ -163,9 +164,9 @@ def stacked_chart(
                 )
             below = below + height
         axes.set(xlabel="epoch", ylabel="seconds")
-        axes.set_ylim(0, max(float(below.max(initial=0)) * 1.25, 1e-9))
+        axes.set_ylim(0, max(float(below.max(initial=0)) * 1.05, 1e-9))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.legend(loc="upper center", ncols=len(layers), handlelength=1.0)
+        _legend(axes)
         return _svg(figure, alt)
 
 
@@ -209,7 +210,7 @@ def energy_chart(alt: str, energy: npt.NDArray[np.float64], dead: npt.NDArray[np
                 places[dead], np.full(int(dead.sum()), floor * 1.3), "x", color=_SERIES[1],
                 label="dead", clip_on=False,
             )  # fmt: skip
-            axes.legend(loc="upper right")
+            _legend(axes)
         axes.set_xlim(0.5, len(energy) + 0.5)
         axes.minorticks_off()
         axes.set(xlabel="channels, by energy", ylabel="mean square")
@@ -229,14 +230,14 @@ def calibration_chart(
         axes.set(xlabel="confidence", ylabel="share that is right")
         axes.set(xlim=(0, 1.02), ylim=(0, 1.05))
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axis.set_major_formatter(FuncFormatter(_percent))
         return _svg(figure, alt)
 
 
 def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), dpi=100, layout="constrained")
+    figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), dpi=100)
     FigureCanvasSVG(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.add_axes(_BOX)
 
 
 def _share_limit(values: Sequence[float]) -> float:
@@ -245,9 +246,16 @@ def _share_limit(values: Sequence[float]) -> float:
     return 1.04 if top > 0.5 else max(1.25 * top, 0.01)
 
 
-def _legend(axes: Axes, count: int) -> None:
-    if count <= 4:
-        axes.legend(loc="best", handlelength=1.6)
+def _legend(axes: Axes) -> None:
+    """Names what is drawn above the axes, where nothing is drawn over."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.1, handlelength=1.2,
+        handletextpad=0.4, columnspacing=1.2, borderpad=0.2,
+    )  # fmt: skip
+
+
+def _percent(value: float, _: object) -> str:
+    return f"{100 * value:.3g}%"
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

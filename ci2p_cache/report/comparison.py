@@ -168,7 +168,7 @@ def _differing_settings(runs: Sequence[RunData]) -> Html:
     ]
     return section(
         "Settings that differ",
-        table("Settings that differ", ["run", *differing], rows),
+        table("Settings that differ", ["run", *differing], rows, is_titled=True),
         element("p", f"{text}; the section of a run lists them."),
         level=3,
     )

@@ -96,15 +96,15 @@ def section(title: str, *parts: Html, level: int = 2, anchor: str = "") -> Html:
 
 
 def table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]], *, plain_head: bool = False
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]], *, is_titled: bool = False
 ) -> Html:
     """Returns a table in a box that scrolls sideways; the first column heads its row.
 
     Args:
-        caption: What it shows; read out by screen readers, shown above it.
+        caption: What it shows.
         head: Column names.
         rows: Cells; numbers are set flush right.
-        plain_head: Whether the column names are for screen readers alone.
+        is_titled: Whether a heading above says what the caption says, which is then only read out.
     """
     lines = [list(row) for row in rows]
     right = [
@@ -132,8 +132,8 @@ def table(
     names = element("tr", *(cell("th", name, i, "col") for i, name in enumerate(head)))
     whole = element(
         "table",
-        element("caption", caption),
-        element("thead", names, class_="away" if plain_head else False),
+        element("caption", caption, class_="away" if is_titled else False),
+        element("thead", names),
         element("tbody", *body),
     )
     return element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)

@@ -161,14 +161,17 @@ def _cache_of(run: RunData, given: Sequence[Cache]) -> Cache | None:
     for cache in given:
         if cache.fingerprint.to_dict() == run.fingerprint:
             return cache
-    if not run.cache or url_of(run.cache) is not None:
-        # A report fetches nothing that it was not given.
-        return None
-    try:
-        cache = open_cache(run.cache, partial=True)
-    except CacheError:
-        return None
-    return cache if cache.fingerprint.to_dict() == run.fingerprint else None
+    for place in (run.evaluation.cache if run.evaluation is not None else "", run.cache):
+        if not place or url_of(place) is not None:
+            # A report fetches nothing that it was not given.
+            continue
+        try:
+            cache = open_cache(place, partial=True)
+        except CacheError:
+            continue
+        if cache.fingerprint.to_dict() == run.fingerprint:
+            return cache
+    return None
 
 
 def _title(runs: Sequence[RunData], caches: Sequence[Cache]) -> str:

@@ -21,7 +21,7 @@ from ci2p_cache.report.elements import (
 )
 from ci2p_cache.report.pictures import CacheSample, Reconstruction
 
-__all__ = ["reconstruction_section", "size_section"]
+__all__ = ["quality_figure", "reconstruction_section", "size_table"]
 
 _GROUPS = {
     "worst": "Worst by PSNR",
@@ -30,7 +30,7 @@ _GROUPS = {
 }
 
 
-def size_section(card: CacheCard, sample: CacheSample) -> Html:
+def size_table(card: CacheCard, sample: CacheSample) -> Html:
     """Returns bytes per view against the entropy bound, JPEG and float16."""
     latent = card.fingerprint.latent
     bounds = [row.bound_bytes for row in sample.rows if row.bound_bytes is not None]
@@ -62,25 +62,26 @@ def size_section(card: CacheCard, sample: CacheSample) -> Html:
         parts.append(notice("This encoder has no symbols of its own, hence no entropy bound."))
     if not jpegs:
         parts.append(notice(_source_told(sample)))
-    return section("Bytes", *parts, level=3)
+    return element("div", *parts, class_="card")
 
 
-def reconstruction_section(card: CacheCard, sample: CacheSample) -> Html:
-    """Returns originals beside what g_s makes of the latents, and how PSNR is spread."""
+def quality_figure(card: CacheCard, sample: CacheSample) -> Html | None:
+    """Returns how the PSNR of reconstructions is spread; None where it is not known."""
     known = [row.psnr_db for row in sample.rows if row.psnr_db is not None]
+    if not known:
+        return None
+    low, middle, high = np.min(known), np.median(known), np.max(known)
+    text = (
+        f"PSNR of {len(known):,} reconstructed views of {sample.split}, drawn with a fixed seed: "
+        f"{low:.1f} to {high:.1f} dB, median {middle:.1f} dB (the line)."
+    )
+    name = f"PSNR of reconstructions of {card.path}"
+    return figure(histogram(name, known, x_label="PSNR, dB", y_label="views"), text)
+
+
+def reconstruction_section(sample: CacheSample) -> Html:
+    """Returns originals beside what g_s makes of the latents."""
     parts = []
-    if known:
-        low, middle, high = np.min(known), np.median(known), np.max(known)
-        text = (
-            f"PSNR of {len(known):,} views of {sample.split}, drawn with a fixed seed: "
-            f"{low:.1f} to {high:.1f} dB, median {middle:.1f} dB (the line)."
-        )
-        chart = histogram(
-            f"PSNR of reconstructions of {card.path}", known, x_label="PSNR, dB", y_label="views"
-        )
-        parts.append(element("div", figure(chart, text), class_="grid"))
-    else:
-        parts.append(notice(_source_told(sample)))
     for group, title in _GROUPS.items():
         shown = [_pair(one, sample.split) for one in sample.shown if one.group == group]
         if shown:

@@ -66,6 +66,8 @@ class Evaluation:
     """Which weights."""
     split: str
     """Which split."""
+    cache: str
+    """Where the cache lay that was evaluated on."""
     samples: int
     """Images in it."""
     top1: float
@@ -152,7 +154,8 @@ def read_run(path: Path) -> RunData:
         model = read_json(path / "model.json")
         titles = tuple(str(title) for title in model.get("class_titles", ()))
     except (OSError, ManifestError, TypeError) as error:
-        remarks.append(Remark(f"Classes have numbers instead of names: {_reason(error)}."))
+        text = _damaged("model.json", error)
+        remarks.append(Remark(f"{text} Classes have numbers instead of names."))
     evaluation = predictions = None
     evaluate = command("evaluate", path)
     try:
@@ -161,7 +164,7 @@ def read_run(path: Path) -> RunData:
         text = "This run was not evaluated, so classes, confusions and calibration are not known."
         remarks.append(Remark(text, evaluate))
     except (OSError, ManifestError, KeyError, TypeError, ValueError) as error:
-        remarks.append(Remark(f"evaluation.json is damaged ({_reason(error)}).", evaluate))
+        remarks.append(Remark(_damaged("evaluation.json", error), evaluate))
     try:
         predictions = _predictions(path / "predictions.parquet")
     except FileNotFoundError:
@@ -169,7 +172,7 @@ def read_run(path: Path) -> RunData:
             text = "predictions.parquet is missing, so there are no intervals and no mistakes."
             remarks.append(Remark(text, evaluate))
     except (OSError, pa.ArrowException, ValueError) as error:
-        remarks.append(Remark(f"predictions.parquet is damaged ({_reason(error)}).", evaluate))
+        remarks.append(Remark(_damaged("predictions.parquet", error), evaluate))
     return RunData(
         path=path,
         name=path.resolve().name,
@@ -239,20 +242,21 @@ def _evaluation(data: Mapping[str, Any]) -> Evaluation:
     return Evaluation(
         checkpoint=str(data["checkpoint"]),
         split=str(data["split"]),
+        cache=str(data["cache"]),
         samples=int(data["samples"]),
         top1=float(data["top1"]),
         top5=float(data["top5"]),
         nll=float(data["nll"]),
         ece=float(data["ece"]),
         bins=tuple(sorted(bins, key=lambda one: one.confidence)),
-        per_class=tuple(_triple(one) for one in data["per_class"]),
+        per_class=tuple(
+            _triple([one["label"], one["samples"], one["correct"]]) for one in data["per_class"]
+        ),
         confusions=tuple(sorted(wrong, key=lambda one: (-one[2], one[0], one[1]))),
     )
 
 
 def _triple(values: Any) -> tuple[int, int, int]:
-    if isinstance(values, Mapping):
-        values = list(values.values())
     first, second, third = values
     return int(first), int(second), int(third)
 
@@ -277,7 +281,9 @@ def _predictions(path: Path) -> Predictions:
     return Predictions(key=columns["key"].to_pylist(), **arrays)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"it has no {error}"
-    return str(error)
+def _damaged(name: str, error: Exception) -> str:
+    """Returns a sentence about a file; errors of ours name it already, and say what is wrong."""
+    if name in str(error):
+        return f"{error}."
+    reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    return f"{name} is damaged: {reason}."

@@ -105,8 +105,8 @@ def _headline(run: RunData) -> Html:
     rate = float(np.nanmedian(columns["images_per_second"]))
     entries += [
         ("wall time", duration(math.fsum(seconds)), f"{last} epochs"),
-        ("per epoch", duration(float(np.nanmedian(seconds))), "median, with validation"),
-        ("training speed", f"{rate:,.3g} images/s", "median over epochs"),
+        ("per epoch", duration(float(np.nanmedian(seconds))), "median"),
+        ("images/s", f"{rate:,.3g}", "of training, median"),
         ("waiting for data", percent(mean_wait_share(run)), "of the training time"),
     ]
     return tiles(entries)
@@ -142,15 +142,15 @@ def _curves(run: RunData) -> Html:
             line_chart(
                 f"Accuracy of {run.name} over the epochs",
                 [
-                    Line("train top-1", epochs, columns["train_top1"], 2),
-                    Line("validation top-1", epochs, top1, 0),
+                    Line("train", epochs, columns["train_top1"], 2),
+                    Line("validation", epochs, top1, 0),
                     Line("validation top-5", epochs, columns["top5"], 3),
                 ],
                 x_label="epoch",
                 y_label="classified right",
                 is_share=True,
             ),
-            "Accuracy over the epochs.",
+            "Top-1 over the epochs, and top-5 of the validation images.",
         ),
     ]
     if any(map(math.isfinite, top1)):
