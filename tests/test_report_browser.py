@@ -21,7 +21,7 @@ FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-EVIL = "<img src=https://example.invalid/x onerror=document.title='run'>" + "w" * 200
+EVIL = "<img src=https://example.invalid/x onerror=document.title='run'>" + "w" * 120
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,8 @@ _WIDTH_INCHES, _HEIGHT_INCHES = 4.6, 2.7
 """331 units of the drawing, shown in about as many pixels: three beside each other on a wide page,
 one on a phone."""
 
-_BOX = (0.15, 0.19, 0.83, 0.70)
-"""Where the axes lie; the same in all charts, so that neighbours line up, and laid out at once."""
+_BOX, _LEGEND_SHARE = (0.15, 0.19, 0.83, 0.77), 0.07
+"""Where the axes lie, and what a legend above takes of their height: neighbours line up."""
 
 _MAX_POINTS = 400
 """Of one line; a chart has fewer pixels."""
@@ -248,6 +248,8 @@ def _share_limit(values: Sequence[float]) -> float:
 
 def _legend(axes: Axes) -> None:
     """Names what is drawn above the axes, where nothing is drawn over."""
+    left, bottom, width, height = _BOX
+    axes.set_position((left, bottom, width, height - _LEGEND_SHARE))
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.1, handlelength=1.2,
         handletextpad=0.4, columnspacing=1.2, borderpad=0.2,

@@ -55,7 +55,7 @@ def _result_table(runs: Sequence[RunData]) -> Html:
                 "-" if best is None else f"{percent(best[1])} in {best[0]:.0f}",
                 percent(columns["top1"][-1]),
                 _evaluated(run),
-                _signed(difference) if number else "is the base",
+                _signed(difference) if number else "the base",
                 duration(float(np.nanmedian(columns["epoch_seconds"]))),
                 percent(mean_wait_share(run)),
             ]

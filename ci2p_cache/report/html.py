@@ -39,7 +39,7 @@ MAX_BYTES = 5_000_000
 _MAX_PATHS = 64
 _DETAILED_RUNS = 12
 """So many runs have sections of their own; the others stand in the comparison."""
-_ALL_MISTAKES, _RUN_MISTAKES = 96, (4, 16)
+_ALL_MISTAKES, _RUN_MISTAKES = 84, (4, 14)
 """Mistakes shown of all runs together, and the least and most of one."""
 _FEW_CACHES, _SHOWN_OF_FEW, _SHOWN_OF_MANY = 2, 3, 1
 """Up to so many caches show three reconstructions of each group, more show one."""

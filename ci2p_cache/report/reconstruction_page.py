@@ -36,25 +36,25 @@ def size_table(card: CacheCard, sample: CacheSample) -> Html:
     bounds = [row.bound_bytes for row in sample.rows if row.bound_bytes is not None]
     jpegs = [row.jpeg_bytes for row in sample.rows if row.jpeg_bytes is not None]
     half = 2.0 * latent.channels * latent.height * latent.width
-    codec = card.layout.codec if card.layout.has_zarr else "uncompressed in tars"
+    codec = card.layout.codec if card.layout.has_zarr else "in tars"
     known = [
-        (f"this cache ({latent.dtype}, {codec})", _mean([row.stored_bytes for row in sample.rows]))
+        (f"this cache: {latent.dtype}, {codec}", _mean([row.stored_bytes for row in sample.rows]))
     ]
     if bounds:
-        unit = "symbols" if latent.is_symbols else "y, were it rounded"
-        known.append((f"entropy bound of the {unit}", _mean(bounds)))
+        unit = "entropy bound" if latent.is_symbols else "entropy bound, were y rounded"
+        known.append((unit, _mean(bounds)))
     if jpegs:
-        known.append(("the view as JPEG, quality 90", _mean(jpegs)))
-    known.append(("y as float16, not compressed", half))
-    known.append(("the view as 8-bit pixels", 3.0 * card.fingerprint.image.size**2))
+        known.append(("JPEG, quality 90", _mean(jpegs)))
+    known.append(("y as float16", half))
+    known.append(("8-bit pixels", 3.0 * card.fingerprint.image.size**2))
     most, own = max(value for _, value in known), known[0][1]
     rows: list[list[Cell]] = [
         [name, bar(value / most, size(value)), f"{value / own:.2f}"] for name, value in known
     ]
     parts = [
         table(
-            f"Mean bytes per view, over {len(sample.rows):,} views of {sample.split}",
-            ["stored as", "bytes per view", "x this cache"],
+            f"Bytes per view, mean of {len(sample.rows):,} of {sample.split}",
+            ["stored as", "per view", "ratio"],
             rows,
         )
     ]
