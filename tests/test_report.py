@@ -14,7 +14,7 @@ import yaml
 
 import ci2p_cache as cc
 from ci2p_cache.cache.card import index_parts
-from ci2p_cache.errors import InputDataError, UsageError
+from ci2p_cache.errors import InputDataError, SourceError, UsageError
 from ci2p_cache.illustrations import LatentIllustrator
 from ci2p_cache.previews import draw_preview
 from ci2p_cache.report.html import MAX_BYTES, write_report
@@ -244,6 +244,9 @@ def test_without_its_source_a_cache_still_shows_what_it_decodes_to(folder, cache
     moved = LatentIllustrator(source=tmp_path / "moved", num_samples=2).measure(cache, num_shown=1)
     assert moved is not None
     assert all(row.source == "unchanged" for row in moved.rows)
+    with pytest.raises(SourceError, match="nowhere"):
+        nowhere = LatentIllustrator(source=tmp_path / "nowhere")
+        write_report([cache.path], tmp_path / "r.html", illustrator=nowhere)
     for path in (tmp_path / "moved").rglob("*.jpg"):
         path.unlink()
     illustrator = LatentIllustrator(source=tmp_path / "moved", num_samples=4)

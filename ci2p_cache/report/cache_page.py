@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from ci2p_cache.cache.card import CacheCard, describe
 from ci2p_cache.cache.index import read_parquet
 from ci2p_cache.cache.store import Cache
-from ci2p_cache.errors import CacheError, IntegrityError, command
+from ci2p_cache.errors import CacheError, IntegrityError, SourceError, command
 from ci2p_cache.report.charts import energy_chart
 from ci2p_cache.report.elements import (
     Cell,
@@ -57,6 +57,7 @@ def cache_section(
     Raises:
         ManifestError: the small arrays or a commit record are damaged.
         ShardError: an index part of an incomplete cache is damaged.
+        SourceError: the illustrator was given a source that cannot be opened.
     """
     card = describe(cache)
     sample: CacheSample | None = None
@@ -65,6 +66,9 @@ def cache_section(
         told = "No sample holds a latent yet."
         try:
             sample = illustrator.measure(cache, num_shown=num_shown)
+        except SourceError:
+            # The caller named a place; that it is wrong is not for the page to say.
+            raise
         except CacheError as error:
             told = f"Nothing could be decoded: {error}"
     if sample is None:
