@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ci2p_cache.encoding.repair import RepairSummary, repair
     from ci2p_cache.encoding.run import encode
     from ci2p_cache.errors import CacheError
+    from ci2p_cache.experiment.load import load_experiment
+    from ci2p_cache.experiment.run import ExperimentSummary, run_experiment
+    from ci2p_cache.experiment.spec import Experiment
     from ci2p_cache.loader.batches import Batch
     from ci2p_cache.loader.latents import LatentLoader
     from ci2p_cache.loader.online import OnlineLoader
@@ -40,7 +43,8 @@ if TYPE_CHECKING:
         LayoutSpec,
         ViewSpec,
     )
-    from ci2p_cache.training.run import TrainSpec, TrainSummary, train
+    from ci2p_cache.training.run import TrainSummary, train
+    from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
     "Batch",
@@ -54,6 +58,8 @@ __all__ = [
     "EncodeOptions",
     "EncodeSummary",
     "EncoderSpec",
+    "Experiment",
+    "ExperimentSummary",
     "Finding",
     "Fingerprint",
     "FrozenEncoder",
@@ -78,9 +84,11 @@ __all__ = [
     "encode",
     "list_models",
     "load_encoder",
+    "load_experiment",
     "open_cache",
     "reencode",
     "repair",
+    "run_experiment",
     "status",
     "train",
     "verify",
@@ -100,6 +108,8 @@ _HOMES = {
     "EncodeOptions": "encoding.options",
     "EncodeSummary": "encoding.progress",
     "EncoderSpec": "specs",
+    "Experiment": "experiment.spec",
+    "ExperimentSummary": "experiment.run",
     "Finding": "cache.verify",
     "Fingerprint": "specs",
     "FrozenEncoder": "encoder.frozen",
@@ -113,7 +123,7 @@ _HOMES = {
     "RepairSummary": "encoding.repair",
     "ResidentLoader": "loader.resident",
     "Split": "cache.split",
-    "TrainSpec": "training.run",
+    "TrainSpec": "training.spec",
     "TrainSummary": "training.run",
     "ViewSpec": "specs",
     "complexity": "models.complexity",
@@ -123,9 +133,11 @@ _HOMES = {
     "encode": "encoding.run",
     "list_models": "models.registry",
     "load_encoder": "encoder.frozen",
+    "load_experiment": "experiment.load",
     "open_cache": "cache.store",
     "reencode": "encoding.reencode",
     "repair": "encoding.repair",
+    "run_experiment": "experiment.run",
     "status": "cache.status",
     "train": "training.run",
     "verify": "cache.verify",

@@ -29,7 +29,8 @@ class Record:
     """Gives a frozen dataclass `to_dict` and a `from_dict` that refuses unknown or missing fields.
 
     Fields may be str, int, float, bool, None unions of these, Literals, other records,
-    `tuple[X, ...]` and `dict[str, X]` of any of them.
+    `tuple[X, ...]` and `dict[str, X]` of any of them, and Path where the record's own `to_dict`
+    makes it a str.
     """
 
     __slots__ = ()
@@ -72,6 +73,8 @@ def _checked(place: str, wanted: Any, value: Any) -> Any:
     """Returns `value` if it has the annotated type, with records and tuples restored."""
     if isinstance(wanted, type) and issubclass(wanted, Record):
         return wanted.from_dict(value)
+    if wanted is Path and type(value) is str:
+        return Path(value)
     origin, args = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_checked(place, args[0], item) for item in value)

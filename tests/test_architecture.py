@@ -32,6 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loader": {"machine", "errors", "record", "specs", "cache"},
     "training": {"machine", "errors", "record", "specs", "cache", "loader", "models"},
     "report": {"errors", "record", "specs", "cache"},
+    "experiment": {
+        *("errors", "record", "specs", "cache", "encoding", "demo_pictures", "training"),
+        *("inference", "report", "previews"),
+    },
     "preview_figure": {"errors", "record", "specs", "cache"},
     "previews": {"errors", "record", "specs", "cache", "images", "encoder", "preview_figure"},
 }

@@ -90,7 +90,7 @@ def test_an_environment_variable_stands_for_an_option_and_a_flag_wins(
 
 
 @pytest.mark.parametrize("command", [[], ["encode"], ["status"], ["verify"], ["inspect"],
-                                     ["convert"], ["train"], ["complexity"], ["demo"],
+                                     ["convert"], ["train"], ["run"], ["complexity"], ["demo"],
                                      ["doctor"]])  # fmt: skip
 def test_help_teaches_by_example_in_its_first_lines(
     run: Callable[..., Ran], command: list[str]

@@ -17,6 +17,7 @@ from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.doctor import doctor
 from ci2p_cache.cli.encode import encode
 from ci2p_cache.cli.look import complexity, inspect
+from ci2p_cache.cli.run import run
 from ci2p_cache.cli.status import status
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
@@ -56,6 +57,7 @@ def _root(
       ci2p-cache verify shards/                         is every byte what was committed?
       ci2p-cache inspect shards/ --picture look.png     what is in there
       ci2p-cache train shards/ --model vitds            stage two: latents -> classifier
+      ci2p-cache run pipelines/flowers.py               whole recipes, both stages
 
     Each command goes on where it stopped when it is run again. Every option can also be set by an
     environment variable: CI2P_CACHE_ENCODE_QUALITY=5 stands for `encode --quality 5`.
@@ -65,7 +67,7 @@ def _root(
     """
 
 
-for each in (encode, status, verify, inspect, convert, train, complexity, demo, doctor):
+for each in (encode, status, verify, inspect, convert, train, run, complexity, demo, doctor):
     app.command()(each)
 app.add_typer(bench)
 

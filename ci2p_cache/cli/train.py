@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ci2p_cache.training.ranks import Ranks
     from ci2p_cache.training.records import TrainSummary
 
-__all__ = ["train"]
+__all__ = ["joined_ranks", "train"]
 
 
 def train(
@@ -98,7 +98,7 @@ def train(
     from ci2p_cache.training.run import train as run
     from ci2p_cache.training.spec import TrainSpec
 
-    with _joined_ranks(device) as ranks, ExitStack() as stack:
+    with joined_ranks(device) as ranks, ExitStack() as stack:
         if overwrite is not None and overwrite != name:
             quoted = shlex.quote(overwrite)
             raise UsageError(
@@ -157,7 +157,7 @@ def train(
 
 
 @contextmanager
-def _joined_ranks(device: str) -> Iterator[Ranks]:
+def joined_ranks(device: str) -> Iterator[Ranks]:
     """Joins the ranks that torchrun has started; all but rank 0 keep silent, errors included."""
     from ci2p_cache.training.ranks import Ranks
 
