@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"errors", "record", "specs", "cache"},
     "experiment": {
         *("errors", "record", "specs", "cache", "encoding", "demo_pictures", "training"),
-        *("inference", "report", "previews"),
+        *("inference", "report", "illustrations"),
     },
     "preview_figure": {"errors", "record", "specs", "cache"},
     "previews": {"errors", "record", "specs", "cache", "images", "encoder", "preview_figure"},

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ci2p_cache.errors import ManifestError
+from ci2p_cache.inference.evaluation import EVALUATION
+from ci2p_cache.inference.scoring import evaluate
 from ci2p_cache.record import Record, read_json
 
 __all__ = ["Scores", "evaluate_run", "read_scores", "report_path", "write_report"]
-
-_EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +43,6 @@ def evaluate_run(run: Path, *, cache: Path, checkpoint: str, device: str, is_new
         is_new: Whether the run was trained since; else a whole evaluation of the same checkpoint
             is read again.
     """
-    from ci2p_cache.inference import evaluate
-
     if not is_new:
         scores = read_scores(run)
         if scores is not None and scores.checkpoint == _folder_of(run, checkpoint):
@@ -58,7 +56,7 @@ def evaluate_run(run: Path, *, cache: Path, checkpoint: str, device: str, is_new
 def read_scores(run: Path) -> Scores | None:
     """Returns the evaluation of a run, None where there is none or it is damaged."""
     try:
-        found = read_json(run / _EVALUATION)
+        found = read_json(run / EVALUATION)
         names = ("checkpoint", "samples", "top1", "top5", "nll", "ece")
         return Scores.from_dict({name: found[name] for name in names})
     except (FileNotFoundError, ManifestError, KeyError):
@@ -76,6 +74,8 @@ def report_path(out: Path) -> Path:
 
 def write_report(path: Path, *, runs: list[Path], cache: Path) -> None:
     """Writes the report of an experiment's runs and cache."""
-    from ci2p_cache.report.html import write_report
+    # Here, because drawing takes long to import and a finished experiment draws nothing.
+    from ci2p_cache.illustrations import LatentIllustrator
+    from ci2p_cache.report.html import write_report as write
 
-    write_report([*runs, cache], path)
+    write([*runs, cache], path, illustrator=LatentIllustrator())
