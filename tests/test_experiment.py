@@ -20,6 +20,7 @@ from ci2p_cache.errors import (
     ManifestError,
     RunMismatchError,
     UsageError,
+    command,
 )
 from ci2p_cache.experiment.change import settable_fields, with_changes
 from ci2p_cache.experiment.comparison import (
@@ -59,6 +60,13 @@ def good() -> cc.Experiment:
 def also(epochs: int = 3) -> Experiment:
     return Experiment(name="also", train=cc.TrainSpec(epochs=epochs))
 
+def bundled() -> Experiment:
+    return Experiment(
+        name="bundled",
+        encode=cc.EncodeOptions(encoder="bundled", size=32),
+        train=cc.TrainSpec(model="vitds_tiny", epochs=3, batch_size=8),
+    )
+
 def wants(source: str) -> Experiment:
     return Experiment(name="wants")
 
@@ -93,7 +101,7 @@ def recipes(tmp_path: Path) -> Path:
 
 def test_the_recipes_of_a_file_are_its_public_annotated_functions(recipes: Path) -> None:
     found = list_recipes(recipes)
-    assert [entry.name for entry in found] == ["good", "also", "raises", "divides"]
+    assert [entry.name for entry in found] == ["good", "also", "bundled", "raises", "divides"]
     assert found[0].summary == "The good one."
     assert cc.load_experiment(f"{recipes}:also").train.epochs == 3
 
@@ -101,13 +109,13 @@ def test_the_recipes_of_a_file_are_its_public_annotated_functions(recipes: Path)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("god", r"has no recipe 'god'; it has good, also, raises, divides"),
+        ("god", r"has no recipe 'god'; it has good, also, bundled, raises, divides"),
         ("_helper", "has no recipe '_helper'"),
         ("RECIPES", "has no recipe"),
         ("wants", "wants the arguments source"),
         ("returns_text", "returns str; a recipe returns an Experiment"),
-        ("raises", r"raises UsageError in line 23: `epochs` is 0"),
-        ("divides", "raises ZeroDivisionError in line 26: division by zero"),
+        ("raises", r"raises UsageError in line 30: `epochs` is 0"),
+        ("divides", "raises ZeroDivisionError in line 33: division by zero"),
     ],
 )
 def test_a_function_that_is_no_recipe_is_refused_by_name(
@@ -280,6 +288,20 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_numbers(
     )
     for name in ("checkpoint", "top1", "nll", "ece", "confusion"):
         assert ours[name] == theirs[name]
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(
+    run: Callable[..., Ran],
+    recipes: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ci2p_cache.cli.watch.TrainWatch.epoch", Stops.epoch)
+    words = ["run", f"{recipes}:bundled", str(image_folder), "--out", str(tmp_path / "out")]
+    ran = run(*words, "--device", "cpu")
+    assert ran.code == 130
+    assert command(*words, "--device", "cpu") in " ".join(ran.err.split())
 
 
 def test_a_finished_experiment_does_nothing_again(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ci2p_cache.cli import render
-from ci2p_cache.errors import UsageError, command
+from ci2p_cache.errors import InterruptedRunError, UsageError, command
 
 if TYPE_CHECKING:
     from ci2p_cache.experiment.run import ExperimentSummary, StageEvent
@@ -107,16 +108,21 @@ def _run(experiment: Experiment, out: Path | None, *, until: Any, device: str, j
     from ci2p_cache.experiment.run import run_experiment
 
     with joined_ranks(device) as ranks, render.ProgressLine("run", unit="") as line:
-        summary = run_experiment(
-            experiment,
-            out,
-            device=device,
-            until=until,
-            on_event=_tell,
-            encode_observer=EncodeWatch(line),
-            train_observer=TrainWatch(line) if ranks.is_writer else None,
-            ranks=ranks,
-        )
+        try:
+            summary = run_experiment(
+                experiment,
+                out,
+                device=device,
+                until=until,
+                on_event=_tell,
+                encode_observer=EncodeWatch(line),
+                train_observer=TrainWatch(line) if ranks.is_writer else None,
+                ranks=ranks,
+            )
+        except InterruptedRunError as error:
+            # Each stage says how it goes on by itself; here the whole command does.
+            error.hint = command(*sys.argv[1:])
+            raise
         if not ranks.is_writer:
             return
     if json:
