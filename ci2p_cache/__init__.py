@@ -25,12 +25,20 @@ if TYPE_CHECKING:
     from ci2p_cache.encoding.repair import RepairSummary, repair
     from ci2p_cache.encoding.run import encode
     from ci2p_cache.errors import CacheError
+    from ci2p_cache.experiment.load import load_experiment
+    from ci2p_cache.experiment.run import ExperimentSummary, run_experiment
+    from ci2p_cache.experiment.spec import Experiment
+    from ci2p_cache.inference.classifier import Classifier, load_classifier
+    from ci2p_cache.inference.evaluation import Evaluation
+    from ci2p_cache.inference.export import export_model
+    from ci2p_cache.inference.scoring import evaluate
     from ci2p_cache.loader.batches import Batch
     from ci2p_cache.loader.latents import LatentLoader
     from ci2p_cache.loader.online import OnlineLoader
     from ci2p_cache.loader.pixels import PixelLoader
     from ci2p_cache.loader.resident import ResidentLoader
     from ci2p_cache.models.complexity import Complexity, complexity
+    from ci2p_cache.models.patch_embed import CI2PPatchEmbed
     from ci2p_cache.models.registry import create_model, list_models
     from ci2p_cache.specs import (
         EncoderSpec,
@@ -40,13 +48,16 @@ if TYPE_CHECKING:
         LayoutSpec,
         ViewSpec,
     )
-    from ci2p_cache.training.run import TrainSpec, TrainSummary, train
+    from ci2p_cache.training.run import TrainSummary, train
+    from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
     "Batch",
+    "CI2PPatchEmbed",
     "Cache",
     "CacheError",
     "CacheStatus",
+    "Classifier",
     "Complexity",
     "ConvertSummary",
     "DryRunReport",
@@ -54,6 +65,9 @@ __all__ = [
     "EncodeOptions",
     "EncodeSummary",
     "EncoderSpec",
+    "Evaluation",
+    "Experiment",
+    "ExperimentSummary",
     "Finding",
     "Fingerprint",
     "FrozenEncoder",
@@ -76,11 +90,16 @@ __all__ = [
     "create_model",
     "dry_run",
     "encode",
+    "evaluate",
+    "export_model",
     "list_models",
+    "load_classifier",
     "load_encoder",
+    "load_experiment",
     "open_cache",
     "reencode",
     "repair",
+    "run_experiment",
     "status",
     "train",
     "verify",
@@ -90,9 +109,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Batch": "loader.batches",
+    "CI2PPatchEmbed": "models.patch_embed",
     "Cache": "cache.store",
     "CacheError": "errors",
     "CacheStatus": "cache.status",
+    "Classifier": "inference.classifier",
     "Complexity": "models.complexity",
     "ConvertSummary": "encoding.convert",
     "DryRunReport": "encoding.forecast",
@@ -100,6 +121,9 @@ _HOMES = {
     "EncodeOptions": "encoding.options",
     "EncodeSummary": "encoding.progress",
     "EncoderSpec": "specs",
+    "Evaluation": "inference.evaluation",
+    "Experiment": "experiment.spec",
+    "ExperimentSummary": "experiment.run",
     "Finding": "cache.verify",
     "Fingerprint": "specs",
     "FrozenEncoder": "encoder.frozen",
@@ -113,7 +137,7 @@ _HOMES = {
     "RepairSummary": "encoding.repair",
     "ResidentLoader": "loader.resident",
     "Split": "cache.split",
-    "TrainSpec": "training.run",
+    "TrainSpec": "training.spec",
     "TrainSummary": "training.run",
     "ViewSpec": "specs",
     "complexity": "models.complexity",
@@ -121,11 +145,16 @@ _HOMES = {
     "create_model": "models.registry",
     "dry_run": "encoding.dry_run",
     "encode": "encoding.run",
+    "evaluate": "inference.scoring",
+    "export_model": "inference.export",
     "list_models": "models.registry",
+    "load_classifier": "inference.classifier",
     "load_encoder": "encoder.frozen",
+    "load_experiment": "experiment.load",
     "open_cache": "cache.store",
     "reencode": "encoding.reencode",
     "repair": "encoding.repair",
+    "run_experiment": "experiment.run",
     "status": "cache.status",
     "train": "training.run",
     "verify": "cache.verify",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import resource
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -17,6 +20,7 @@ __all__ = [
     "checked_device",
     "chosen_devices",
     "free_memory_bytes",
+    "ieee_float32",
     "num_cores",
     "raise_open_files",
     "tune_allocator",
@@ -112,6 +116,27 @@ def free_memory_bytes(device: torch.device) -> int:
     except OSError:
         return free
     return free if limit == "max" else min(free, int(limit) - used)
+
+
+@contextlib.contextmanager
+def ieee_float32(device: torch.device) -> Iterator[None]:
+    """Makes float32 mean IEEE float32 on CUDA too, where convolutions otherwise round to TF32."""
+    if device.type != "cuda":
+        yield
+        return
+    # torch makes these attributes at run time.
+    switches: tuple[Any, ...] = (
+        cast("Any", torch.backends.cudnn).conv,
+        torch.backends.cuda.matmul,
+    )
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 def num_cores() -> int:

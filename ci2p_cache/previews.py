@@ -13,14 +13,10 @@ Shape suffixes: M latent channels, h w latent rows and columns, C H W of pixels.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,18 +24,23 @@ import torch
 from torch import Tensor
 
 from ci2p_cache.cache.card import stored_rows
-from ci2p_cache.cache.index import IndexRow
 from ci2p_cache.cache.sample_card import describe_sample, read_row
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.recorded import load_recorded_encoder
-from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError, UsageError
-from ci2p_cache.images.decode import decode_image
-from ci2p_cache.images.locate import open_source
+from ci2p_cache.errors import ResourceError, UsageError
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.images.views import image_views
 from ci2p_cache.preview_figure import PreviewRow, Square, draw_png
+from ci2p_cache.reconstructions import (
+    SourceState,
+    bits_per_pixel,
+    decoded_pixels,
+    load_decoder,
+    open_images,
+    original_views,
+    psnr_db,
+    stored_latent,
+)
 from ci2p_cache.record import Record
 
 __all__ = ["PreviewResult", "PreviewSample", "draw_preview"]
@@ -49,8 +50,6 @@ _MAX_SAMPLES = 64
 
 _SHOWN_VIEWS = 2
 """The first two views of a sample show what the others are like."""
-
-SourceState = Literal["unchanged", "changed", "missing"]
 
 _STATE_WORDS = {"changed": "has changed", "missing": "not found"}
 
@@ -120,10 +119,8 @@ def draw_preview(
     """
     part = cache[split if split is not None else cache.splits[0]]
     chosen = _chosen_rows(part, rows, count)
-    images = _open_images(cache, source)
-    # Only g_s is used here, which runs in float32 whatever g_a ran in.
-    spec = dataclasses.replace(cache.fingerprint.encoder, precision="float32")
-    encoder = load_recorded_encoder(cache.encoder_path, spec)
+    images = open_images(cache, source)
+    encoder = load_decoder(cache)
     pairs = [_measure(part, row, images, encoder) for row in chosen]
     png = draw_png([panels for _, panels in pairs], _headings(part), _footer(cache))
     _write(Path(path), png)
@@ -148,15 +145,6 @@ def _chosen_rows(split: Split, rows: Sequence[int] | None, count: int) -> list[i
     if not 1 <= len(chosen) <= _MAX_SAMPLES:
         raise UsageError(f"{len(chosen)} samples to draw; 1 to {_MAX_SAMPLES} fit a picture")
     return chosen
-
-
-def _open_images(cache: Cache, source: str | Path | None) -> ImageSource | None:
-    if source is not None:
-        return open_source(source)
-    try:
-        return open_source(cache.manifest.source)
-    except (SourceError, ResourceError):
-        return None
 
 
 def _headings(split: Split) -> list[str]:
@@ -191,8 +179,8 @@ def _measure(
         )
     card = describe_sample(split.cache, split.name, row=row)
     num_views = min(split.num_views, _SHOWN_VIEWS)
-    originals, state = _originals(split, entry, images)
-    y_VMhw = torch.stack([_latent(split, row, view) for view in range(num_views)])
+    originals, state = original_views(split, entry, images)
+    y_VMhw = torch.stack([stored_latent(split, row, view) for view in range(num_views)])
     decoded_VCHW = encoder.decode(y_VMhw).clamp(0, 1)
     sample = PreviewSample(
         split=split.name,
@@ -201,10 +189,10 @@ def _measure(
         class_title=card.class_title,
         source=state,
         psnr_db=tuple(
-            None if originals is None else _psnr_db(decoded_VCHW[view], originals[view])
+            None if originals is None else psnr_db(decoded_VCHW[view], originals[view])
             for view in range(num_views)
         ),
-        bpp=_bits_per_pixel(split, encoder, y_VMhw),
+        bpp=bits_per_pixel(split, encoder, y_VMhw),
         stored_bytes=tuple(latent.stored_bytes for latent in card.latents[:num_views]),
     )
     centre = encoder.medians[:, None, None] if encoder.has_symbols else 0.0
@@ -225,8 +213,7 @@ def _squares(
                 squares.append(Square(None, "", f"source {_STATE_WORDS[sample.source]}"))
             else:
                 squares.append(Square(_pixels(originals[view]), f"{size} x {size} pixels"))
-        pixels = _pixels(decoded_CHW.mul(255).round().to(torch.uint8))
-        squares.append(Square(pixels, _caption(split, sample, view)))
+        squares.append(Square(decoded_pixels(decoded_CHW), _caption(split, sample, view)))
     return tuple(squares)
 
 
@@ -238,56 +225,6 @@ def _caption(split: Split, sample: PreviewSample, view: int) -> str:
     else:
         rate = f"{bpp:.3f} bpp" + ("" if split.latent.is_symbols else " if it were rounded")
     return f"{quality}, {rate}\n{sample.stored_bytes[view]:,} bytes stored"
-
-
-def _originals(
-    split: Split, entry: IndexRow, images: ImageSource | None
-) -> tuple[Tensor | None, SourceState]:
-    """Reads the views of the source image again, uint8 (V, 3, H, W), if it is the same file."""
-    if images is None:
-        return None, "missing"
-    try:
-        data = images.read(entry.path_bytes)
-    except (ImageDecodeError, ResourceError):
-        return None, "missing"
-    if hashlib.sha256(data).hexdigest() != entry.source_sha256:
-        return None, "changed"
-    fingerprint = split.cache.fingerprint
-    views, _ = image_views(
-        decode_image(data, fingerprint.image),
-        fingerprint.image,
-        fingerprint.views,
-        split=split.name,
-        key=entry.key,
-    )
-    return views, "unchanged"
-
-
-def _latent(split: Split, row: int, view: int) -> Tensor:
-    """Returns one dequantised latent, float32 (M, h, w); of an incomplete cache as well."""
-    stored = np.empty(split.latent.shape, split.latent.dtype)
-    split.read_into(row, view, stored)
-    y_Mhw = torch.from_numpy(stored.astype(np.float32))
-    if split.latent.is_symbols:
-        y_Mhw.mul_(split.scale).add_(torch.from_numpy(split.offset)[:, None, None])
-    return y_Mhw
-
-
-def _bits_per_pixel(
-    split: Split, encoder: FrozenEncoder, y_VMhw: Tensor
-) -> tuple[float | None, ...]:
-    if not encoder.has_symbols:
-        return (None,) * len(y_VMhw)
-    step, size = split.latent.step, split.cache.fingerprint.image.size
-    y_hat_VMhw = encoder.dequantize(encoder.quantize(y_VMhw, step=step), step=step)
-    return tuple((encoder.bits(y_hat_VMhw, step=step) / size**2).tolist())
-
-
-def _psnr_db(decoded_CHW: Tensor, original_CHW: Tensor) -> float:
-    """Returns 10 log10(1 / MSE) of pixels in [0, 1]; 99 dB where they are equal."""
-    error = decoded_CHW.double() - original_CHW.double() / 255
-    mean_square = float(error.square().mean())
-    return -10 * math.log10(max(mean_square, 10**-9.9))
 
 
 def _pixels(view_CHW: Tensor) -> npt.NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 from ci2p_cache.errors import ManifestError, UsageError
 
-__all__ = ["MAX_JSON_BYTES", "Record", "read_json", "read_regular", "regular_file"]
+__all__ = ["MAX_JSON_BYTES", "Record", "read_json", "read_regular", "read_yaml", "regular_file"]
 
 MAX_JSON_BYTES = 8 * 2**20
 """Room for 50,000 classes with titles. Parsed, hostile JSON takes about 25 times its size."""
@@ -29,7 +29,8 @@ class Record:
     """Gives a frozen dataclass `to_dict` and a `from_dict` that refuses unknown or missing fields.
 
     Fields may be str, int, float, bool, None unions of these, Literals, other records,
-    `tuple[X, ...]` and `dict[str, X]` of any of them.
+    `tuple[X, ...]` and `dict[str, X]` of any of them, and Path where the record's own `to_dict`
+    makes it a str.
     """
 
     __slots__ = ()
@@ -72,6 +73,8 @@ def _checked(place: str, wanted: Any, value: Any) -> Any:
     """Returns `value` if it has the annotated type, with records and tuples restored."""
     if isinstance(wanted, type) and issubclass(wanted, Record):
         return wanted.from_dict(value)
+    if wanted is Path and type(value) is str:
+        return Path(value)
     origin, args = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_checked(place, args[0], item) for item in value)
@@ -157,4 +160,36 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ManifestError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(data, dict):
         raise ManifestError(f"{path} is damaged: wanted an object, got {type(data).__name__}")
+    return data
+
+
+def read_yaml(path: Path, *, max_bytes: int) -> dict[str, Any]:
+    """Reads a YAML mapping of ours: plain values only, capped in size.
+
+    Args:
+        path: The file.
+        max_bytes: The most that is plausible; parsed, hostile YAML takes a thousand times its size.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ManifestError: it is a link, too large, no YAML, nested too deeply, holds aliases, through
+            which a few lines can stand for gigabytes, or is no mapping.
+        OSError: it cannot be read.
+    """
+    # Only run folders hold any, and few commands read one.
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it holds aliases, which ci2p-cache never writes")
+            return super().compose_node(parent, index)
+
+    content = read_regular(path, max_bytes=max_bytes)
+    try:
+        data = yaml.load(content, PlainLoader)  # a SafeLoader
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ManifestError(f"{path} is damaged: not YAML ({error})") from error
+    if not isinstance(data, dict):
+        raise ManifestError(f"{path} is damaged: wanted a mapping, got {type(data).__name__}")
     return data

@@ -31,9 +31,38 @@ MAY_IMPORT: dict[str, set[str]] = {
     "encoding": {"machine", "errors", "record", "remote", "specs", "images", "encoder", "cache"},
     "loader": {"machine", "errors", "record", "specs", "cache"},
     "training": {"machine", "errors", "record", "specs", "cache", "loader", "models"},
-    "report": {"errors", "record", "specs", "cache"},
+    "inference": {
+        *("machine", "errors", "record", "specs", "images", "encoder", "cache", "loader", "models"),
+        "training",
+    },
+    "report": {"errors", "record", "remote", "specs", "cache"},
+    "experiment": {
+        *("errors", "record", "specs", "cache", "encoding", "demo_pictures", "training"),
+        *("inference", "report", "illustrations"),
+    },
     "preview_figure": {"errors", "record", "specs", "cache"},
-    "previews": {"errors", "record", "specs", "cache", "images", "encoder", "preview_figure"},
+    "reconstructions": {"errors", "record", "specs", "cache", "images", "encoder"},
+    "previews": {
+        "errors",
+        "record",
+        "specs",
+        "cache",
+        "images",
+        "encoder",
+        "preview_figure",
+        "reconstructions",
+    },
+    "illustrations": {
+        "errors",
+        "record",
+        "specs",
+        "cache",
+        "images",
+        "encoder",
+        "reconstructions",
+        "remote",
+        "report",
+    },
 }
 """Room -> rooms it may import. Rooms not named here (the cli, the demo) stand on top of all."""
 

@@ -78,6 +78,12 @@ def test_encoding_pays_after_what_it_costs_over_what_an_epoch_saves(report: Trai
     assert report.pays_after(7.0, "nothing") is None
 
 
+def test_a_model_on_images_is_not_held_against_itself(cache_dir: Path) -> None:
+    spec = cc.TrainSpec(model="vit_ti16", batch_size=4)
+    with pytest.raises(errors.UsageError, match="vit_ti16 reads images"):
+        bench_training(cache_dir, spec=spec, device="cpu", seconds=0.0)
+
+
 def test_what_needs_the_images_is_left_out_where_they_are_gone(
     cache_dir: Path, tmp_path: Path
 ) -> None:

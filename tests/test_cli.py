@@ -77,6 +77,24 @@ def test_complexity_prints_the_papers_figures(run: Callable[..., Ran]) -> None:
     text = run("complexity").out
     for figure in ("88,956,320", "49,699,424", "8.4687", "6.6211", "-63.34%", "-71.34%"):
         assert figure in text
+    for figure in ("63.3 %", "71.3 %", "63.35 %", "about 72 %", "55.43", "34.81", "28.78"):
+        assert figure in text
+
+
+def test_complexity_counts_what_is_asked_for(run: Callable[..., Ran]) -> None:
+    options = ("--model", "vit_ti16", "--model", "timm:test_vit", "--json")
+    rows = json.loads(run("complexity", "--size", 64, *options).out)
+    assert [row["name"] for row in rows] == ["vit_b16", "vit_ti16", "timm:test_vit"]
+    rows = json.loads(run("complexity", "--sizes", "64,96", "--json").out)
+    assert [(row["name"], row["size"]) for row in rows] == [
+        (name, size) for size in (64, 96) for name in ("vit_b16", "vit", "vitds")
+    ]
+    assert {row["published"] for row in rows} == {None}
+    assert "64 x 64 px" not in run("complexity", "--sizes", "64").out
+    assert "Table 2" not in run("complexity", "--size", "64").out
+    refused = run("complexity", "--sizes", "64,big")
+    assert refused.code == 2
+    assert "--sizes is '64,big'; wanted image sides" in refused.err
 
 
 def test_an_environment_variable_stands_for_an_option_and_a_flag_wins(
@@ -90,7 +108,8 @@ def test_an_environment_variable_stands_for_an_option_and_a_flag_wins(
 
 
 @pytest.mark.parametrize("command", [[], ["encode"], ["status"], ["verify"], ["inspect"],
-                                     ["convert"], ["train"], ["complexity"], ["demo"],
+                                     ["convert"], ["train"], ["evaluate"], ["predict"], ["export"],
+                                     ["report"], ["run"], ["complexity"], ["demo"],
                                      ["doctor"]])  # fmt: skip
 def test_help_teaches_by_example_in_its_first_lines(
     run: Callable[..., Ran], command: list[str]
@@ -108,6 +127,32 @@ def test_flags_and_library_have_the_same_defaults(command: Callable[..., None], 
     for field in dataclasses.fields(spec):
         if field.name in flags:
             assert flags[field.name] == field.default, field.name
+
+
+def test_the_flags_of_train_are_these(run: Callable[..., Ran]) -> None:
+    """A new flag is a new promise: add it here, and say in the commit why it is worth one."""
+    flags = [name for name in inspect.signature(train_command).parameters if name != "cache"]
+    assert flags == [
+        "model", "epochs", "batch_size", "accumulate", "optimizer", "lr", "min_lr",
+        "warmup_epochs", "weight_decay", "clip_grad_norm", "label_smoothing", "drop_path",
+        "pos_embed", "precision", "order", "seed", "mixup", "cutmix", "mix_probability",
+        "latent_flip", "ema", "layer_decay", "folds", "fold", "runs", "name", "device", "workers",
+        "resident", "compile_model", "save_every", "online", "overwrite", "json",
+    ]  # fmt: skip
+    plain, panel = run("train", "--help").out.split("\nAugmentation and averaging:\n")
+    for flag in ("mixup", "cutmix", "latent-flip", "ema", "layer-decay", "folds", "fold"):
+        assert f"  --{flag} " in panel
+        assert f"  --{flag} " not in plain
+    assert "  --online" in plain
+
+
+def test_augmentation_can_be_set_by_environment_variables(
+    run: Callable[..., Ran], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI2P_CACHE_TRAIN_LAYER_DECAY", "2")
+    ran = run("train", cache_dir, "--mixup", "0.8")
+    assert ran.code == 2
+    assert "`layer_decay` is 2.0; 0 < value <= 1 is wanted" in ran.err.replace("\n", " ")
 
 
 class TestBadInput:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ci2p_cache.errors import UnknownModelError, UsageError
 from ci2p_cache.models.complexity import BASELINE, complexity, complexity_table
+from ci2p_cache.models.published import PAPER_MODELS, published
 from ci2p_cache.models.registry import create_model, list_models
 
 
@@ -49,14 +50,62 @@ def test_the_baseline_has_the_published_figures():
 
 
 @pytest.mark.parametrize(
-    ("size", "published"),
-    [(384, (55.43, 19.28, 15.45)), (512, (107.00, 34.81, 28.78))],
+    ("size", "digits", "gmacs"),
+    [
+        (256, 4, (23.1268, 8.4768, 6.6303)),
+        (384, 2, (55.43, 19.28, 15.45)),
+        (512, 2, (107.00, 34.81, 28.78)),
+    ],
 )
-def test_other_sizes_agree_with_mmengine_but_for_norms_and_pooling(size, published):
-    rows = [complexity(name, size=size) for name in (BASELINE, "vit", "vitds")]
-    for row, gmacs in zip(rows, published, strict=True):
-        # mmengine also counts norms and pooling, about a thousandth.
-        assert gmacs * 0.998 < row.macs / 1e9 < gmacs
+def test_with_norms_and_pooling_the_figures_are_mmengines_to_the_digit(size, digits, gmacs):
+    rows = [complexity(name, size=size) for name in PAPER_MODELS]
+    for row, wanted in zip(rows, gmacs, strict=True):
+        assert round(row.mmengine_macs / 1e9, digits) == wanted
+        told = published(row.name, size)
+        assert told is not None
+        assert told.gmacs == wanted
+        assert 0.998 < row.macs / row.mmengine_macs < 1
+
+
+def test_the_papers_reduction_comes_out_to_the_digit():
+    row, told = complexity("vit"), published("vit", 256)
+    assert told is not None
+    assert f"{100 * row.mmengine_reduction:.2f} %" == told.reduction == "63.35 %"
+    assert round(row.parameters / 1e6, 2) == told.parameters_millions == 88.96
+    row, told = complexity("vitds"), published("vitds", 256)
+    assert told is not None
+    assert round(row.parameters / 1e6, 1) == told.parameters_millions == 49.7
+    assert round(100 * row.reduction, 1) == 71.3
+
+
+def test_without_the_attention_products_the_rest_grows_with_the_area():
+    for name in (BASELINE, "vitds"):
+        small, large = complexity(name, size=224), complexity(name, size=448)
+        assert large.attention_macs == 16 * small.attention_macs
+        # Squeeze-and-excitation alone does not grow.
+        growth = (large.macs - large.attention_macs) / (small.macs - small.attention_macs)
+        assert growth == pytest.approx(4, abs=2e-3)
+    num_tokens, width = 196, 768
+    assert complexity(BASELINE, size=224).attention_macs == 12 * 2 * num_tokens**2 * width
+
+
+def test_models_on_images_have_no_encoder_that_a_cache_could_take_away():
+    row = complexity("cnn_vit_tiny", size=64)
+    assert row.encoder_parameters == row.encoder_macs == 0
+    cached = complexity("vit_tiny", size=64)
+    assert row.parameters == row.trainable_parameters == cached.parameters
+    assert row.macs == cached.macs
+    assert row.reduction == row.cached_reduction == cached.reduction
+
+
+def test_timms_models_are_counted_on_images_and_on_latents():
+    deit = complexity("timm:deit_tiny_patch16_224", size=64)
+    assert deit.encoder_macs == 0
+    ours = complexity("ci2p+timm:deit_tiny_patch16_224", size=64)
+    assert giga(ours.encoder_macs) == giga(complexity("vit", size=64).encoder_macs)
+    # 4 + 1 tokens instead of 16 + 1, 12 blocks, 192 wide.
+    assert deit.attention_macs == 12 * 2 * 17**2 * 192
+    assert ours.attention_macs == 12 * 2 * 5**2 * 192
 
 
 @pytest.mark.parametrize(("quality", "width", "channels"), [(5, 128, 192), (8, 192, 320)])
@@ -100,7 +149,7 @@ def test_a_head_adds_its_weights_to_model_and_baseline(name):
 
 def test_the_table_holds_the_baseline_and_every_model():
     table = complexity_table(64, num_classes=5)
-    assert [row.name for row in table] == [BASELINE, *list_models()]
+    assert [row.name for row in table] == [BASELINE, *list_models("latents")]
     assert {(row.size, row.num_classes) for row in table} == {(64, 5)}
     assert table[2] == complexity(table[2].name, size=64, num_classes=5)
 
@@ -113,6 +162,10 @@ def test_the_dictionary_form_is_json_with_totals_and_reductions():
         "macs",
         "reduction",
         "cached_reduction",
+        "linear_reduction",
+        "cached_linear_reduction",
+        "mmengine_macs",
+        "mmengine_reduction",
     }
     assert data["parameters"] == row.encoder_parameters + row.trainable_parameters
     assert data["reduction"] == row.reduction

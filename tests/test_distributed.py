@@ -25,12 +25,16 @@ from ci2p_cache import errors
 from ci2p_cache.loader.order import epoch_order, rank_slice
 from ci2p_cache.training import ranks
 from tests.conftest import write_image_folder
-from tests.rank_jobs import do, job, launch, numbers, processes_with, rank_of, run_jobs
+from tests.rank_jobs import CLOCK, do, job, launch, numbers, processes_with, rank_of, run_jobs
 
 SPEC = cc.TrainSpec(model="vitds_tiny", epochs=2, batch_size=6)
 EXACT = dataclasses.replace(SPEC, drop_path=0.0, eps=1e-4)
 """For comparisons between numbers of ranks. The bias of attention's keys has no gradient but
 rounding, which Adam's usual eps of 1e-8 would blow up to steps of the full learning rate."""
+TOOLS = dataclasses.replace(
+    SPEC, mixup=0.8, cutmix=1.0, latent_flip=0.3, ema=0.9, layer_decay=0.8, accumulate=2
+)
+"""Everything that is off by default."""
 TRAIN, VAL = 25, 9
 """Images: batches of 6 leave a last one of a single image, and 3 of validation."""
 
@@ -72,6 +76,9 @@ def two(folder: Path) -> dict[str, list[Any]]:
         job("damaged", SPEC, events={"epoch 1 step 1 rank 1": "damage"}),
         job("bug", SPEC, events={"epoch 0 step 1 rank 1": "bug"}),
         job("moved", EXACT, events={"epoch 0 step 2 rank 0": "stop"}),
+        job("tools", TOOLS),
+        job("tools stopped", TOOLS, run="tools-2", events={"epoch 0 step 4 rank 0": "stop"}),
+        job("tools went on", TOOLS, run="tools-2"),
     ]
     return run_jobs(folder, 2, jobs)
 
@@ -237,6 +244,18 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_to_the_s
     assert batches(two["stopped"])[:4] + batches(two["went on"]) == sequence(SPEC)
 
 
+def test_ranks_mix_and_average_as_one_and_go_on_to_the_same_bits(
+    folder: Path, two: dict[str, list[Any]]
+) -> None:
+    assert batches(two["tools"]) == sequence(TOOLS)
+    first, second = (rank["summary"]["last"] for rank in two["tools"])
+    assert {**first, **dict.fromkeys(CLOCK)} == {**second, **dict.fromkeys(CLOCK)}
+    assert "0 of 2 epochs and 5 steps" in two["tools stopped"][1]["error"]["text"]
+    whole, stopped = (numbers(folder / "runs" / name) for name in ("tools", "tools-2"))
+    assert stopped == whole
+    assert whole[1]["ema.safetensors"] != whole[1]["model.safetensors"]
+
+
 def test_what_one_rank_raises_all_raise_and_the_last_checkpoint_stands(
     folder: Path, two: dict[str, list[Any]]
 ) -> None:
@@ -303,6 +322,8 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_the_same_bits(
     assert "damaged" not in told
     assert numbers(folder / "runs" / "killed") == numbers(folder / "runs" / "uninterrupted")
     assert not (folder / "runs" / "killed" / ".staging").exists()
+    encoder = (folder / "cache" / "encoder.safetensors").read_bytes()
+    assert (folder / "runs" / "killed" / "encoder.safetensors").read_bytes() == encoder
 
 
 def test_ctrl_c_on_torchrun_ends_all_ranks_with_one_checkpoint_and_one_word(folder: Path) -> None:

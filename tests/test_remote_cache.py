@@ -119,6 +119,11 @@ def test_training_from_a_failing_s3_loses_what_training_here_loses(
             found.append((last["loss"], last["val_loss"], last["top1"]))
         assert door.failed >= 1
     assert found[0] == found[1]
+    # Each run has its cache's encoder, so that the folder alone classifies pictures.
+    committed = (local / "encoder.safetensors").read_bytes()
+    for number in (0, 1):
+        (copied,) = (tmp_path / f"runs{number}").glob("*/encoder.safetensors")
+        assert copied.read_bytes() == committed
 
 
 def test_five_in_a_hundred_requests_fail_and_nothing_else_does(

@@ -247,7 +247,10 @@ def test_killed_at_a_random_moment_and_resumed_gives_the_same_bits(
     assert_same_run(Path(summary.path), finished)
     assert not [notice for notice in notes.notices if "damaged" in notice]
     left = {path.name for path in Path(summary.path).iterdir()}
-    assert left == {"args.yaml", "model.json", "summary.csv", "tensorboard", "checkpoints"}
+    assert left == {
+        *("args.yaml", "model.json", "encoder.safetensors", "summary.csv"),
+        *("tensorboard", "checkpoints"),
+    }
     assert not list((Path(summary.path) / "checkpoints").glob(".*"))
 
 
@@ -685,10 +688,39 @@ def test_a_spec_survives_its_record_and_refuses_what_cannot_be() -> None:
         ({"eps": 0}, "`eps`"),
         ({"clip_grad_norm": -1}, "0 switches it off"),
         ({"label_smoothing": 1}, "`label_smoothing`"),
-        ({"version": 2}, "`version` is 2"),
+        ({"mixup": -1}, "`mixup` is -1.0; 0 "),
+        ({"cutmix": float("inf")}, "`cutmix`"),
+        ({"mixup": 1, "mix_probability": 0}, "`mix_probability` is 0.0; 0 < value <= 1"),
+        ({"mix_probability": 0.5}, "nothing is mixed"),
+        ({"latent_flip": 2}, "`latent_flip`"),
+        ({"ema": 1}, "`ema` is 1.0; 0 <= value < 1"),
+        ({"layer_decay": 0}, "`layer_decay`"),
+        ({"version": 3}, "`version` is 3"),
     ):
         with pytest.raises(errors.UsageError, match=message):
             cc.TrainSpec(**fields)
+
+
+def test_a_run_begun_before_the_spec_had_its_newer_fields_goes_on_and_takes_none_of_them(
+    cache_dir: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = copy_run(finished, tmp_path / finished.name)
+    args = yaml.safe_load((run / "args.yaml").read_text())
+    spec = args["settings"]["spec"]
+    newer = ("mixup", "cutmix", "mix_probability", "latent_flip", "ema", "layer_decay", "folds",
+             "fold")  # fmt: skip
+    args["settings"]["spec"] = {k: v for k, v in spec.items() if k not in newer} | {"version": 1}
+    replace_file(run / "args.yaml", yaml.safe_dump(args).encode())
+    shutil.rmtree(run / "checkpoints" / "epoch-0003-step-000000")
+    summary = cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu")
+    assert summary.trained_epochs == 1
+    assert_same_run(run, finished)
+    with pytest.raises(errors.RunMismatchError, match=r"spec\.ema: 0\.0 in the folder, 0\.9"):
+        cc.train(cache_dir, spec=changed(ema=0.9), runs_dir=tmp_path, name=run.name)
+    args["settings"]["spec"]["ema"] = 0.0
+    replace_file(run / "args.yaml", yaml.safe_dump(args).encode())
+    with pytest.raises(errors.RunMismatchError, match=r"damaged or of another version"):
+        cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu")
 
 
 def test_a_resident_split_gives_the_same_bits(

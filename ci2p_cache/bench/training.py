@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ci2p_cache.bench.machine import matmul_flops, synchronise
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import open_cache
-from ci2p_cache.errors import CacheError
+from ci2p_cache.errors import CacheError, UsageError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.loader.online import OnlineLoader
@@ -31,11 +31,10 @@ from ci2p_cache.loader.order import Rows
 from ci2p_cache.loader.pixels import PixelLoader
 from ci2p_cache.loader.resident import ResidentLoader, choose_resident
 from ci2p_cache.machine import checked_device, raise_open_files, tune_allocator
-from ci2p_cache.models.baselines import ViTB16
 from ci2p_cache.models.complexity import BASELINE, complexity
-from ci2p_cache.models.registry import build_model
+from ci2p_cache.models.registry import build_model, model_config
 from ci2p_cache.record import Record
-from ci2p_cache.training.checkpoint import TrainState
+from ci2p_cache.training.checkpoint_folder import TrainState
 from ci2p_cache.training.inputs import model_config_for, train_and_val
 from ci2p_cache.training.optim import make_optimizer
 from ci2p_cache.training.ranks import Ranks
@@ -151,9 +150,23 @@ def bench_training(
     if place.type == "cpu":
         tune_allocator()
     train, _ = train_and_val(cache, spec, Ranks())
-    config, size = model_config_for(cache, spec), cache.fingerprint.image.size
-    sizes = {"latent_channels": config.latent_channels, "num_classes": config.num_classes}
-    cost = complexity(spec.model, size=size, **sizes)
+    config, latent = model_config_for(cache, spec), cache.fingerprint.latent
+    if config.reads != "latents":
+        raise UsageError(
+            f"{spec.model} reads images; what is measured here is a model on latents against others"
+        )
+    baseline = model_config(
+        BASELINE,
+        num_classes=config.num_classes,
+        latent_size=latent.height,
+        drop_path_rate=spec.drop_path,
+    )
+    cost = complexity(
+        spec.model,
+        size=cache.fingerprint.image.size,
+        latent_channels=latent.channels,
+        num_classes=config.num_classes,
+    )
     tell("matrix products")
     peak = matmul_flops(place, spec.precision)
     model_flops = {
@@ -172,11 +185,7 @@ def bench_training(
             continue
         with loader:
             torch.manual_seed(spec.seed)
-            model = (
-                ViTB16(size, config.num_classes, drop_path_rate=spec.drop_path)
-                if name == BASELINE
-                else build_model(config)
-            )
+            model = build_model(baseline if name == BASELINE else config)
             rate, wait_share, steps = _measure(model.to(place), loader, spec, seconds)
         rows.append(
             TrainRow(

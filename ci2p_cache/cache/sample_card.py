@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -147,7 +148,12 @@ def describe_sample(
 
 def _source_file(source: str, path: str) -> str:
     """Returns where an image is: a path below a source folder, else its place in the archives."""
-    return str(Path(source) / path) if Path(source).is_dir() else f"{path} in {source}"
+    file = Path(source) / path
+    with suppress(OSError, ValueError):  # names that no file system takes
+        # `#` parts an archive from a place in it; a file's name may hold one too.
+        if file.exists() or (Path(source).is_dir() and "#" not in path):
+            return str(file)
+    return f"{path} in {source}"
 
 
 def read_row(split: Split, row: int) -> IndexRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -96,6 +97,34 @@ class Split:
         """Rows that hold a latent, ascending, int64."""
         return np.flatnonzero(self.valid).astype(np.int64)
 
+    def subset(self, rows: npt.NDArray[Any]) -> Split:
+        """Returns a view of this split that holds some of its valid rows only.
+
+        It reads the same files. Row numbers, `num_rows`, `shape`, `labels` and `latents` stay those
+        of the whole split; `valid` and `valid_rows`, which loaders go by, are restricted.
+
+        Args:
+            rows: Distinct valid rows in any order, integers (n,).
+
+        Raises:
+            UsageError: a row is named twice, or is not valid here.
+        """
+        wanted = np.sort(np.asarray(rows, np.int64).reshape(-1))
+        odd = np.concatenate(
+            [np.setdiff1d(wanted, self.valid_rows), wanted[1:][wanted[1:] == wanted[:-1]]]
+        )
+        if len(odd):
+            raise UsageError(
+                f"row {odd[0]} cannot be in a subset of split {self.name!r}: it is named twice, or "
+                f"is none of its {len(self.valid_rows)} valid rows"
+            )
+        subset = copy.copy(self)
+        # As if read: cached properties are looked up among the instance's attributes first.
+        subset.valid_rows = wanted
+        subset.valid = np.zeros(self.num_rows, np.bool_)
+        subset.valid[wanted] = True
+        return subset
+
     @cached_property
     def latents(self) -> zarr.Array[Any]:
         """The zarr array itself, (N, V, M, h, w), as plain zarr opens it.
@@ -148,8 +177,8 @@ class Split:
         row %= self.num_rows
         if not self.valid[row]:
             raise IndexError(
-                f"row {row} of split {self.name!r} holds no latent: its image could not be "
-                f"decoded; see {self.cache.path / 'errors.parquet'}"
+                f"row {row} of split {self.name!r} holds no latent, because its image could not "
+                f"be decoded (see {self.cache.path / 'errors.parquet'}), or is not in this subset"
             )
         stored = np.empty((self.num_views, *self.latent.shape), self.latent.dtype)
         for view in range(self.num_views):

@@ -12,11 +12,18 @@ import typer
 from ci2p_cache import __version__
 from ci2p_cache.cli import render
 from ci2p_cache.cli.bench import bench
+from ci2p_cache.cli.complexity import complexity
 from ci2p_cache.cli.convert import convert
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.doctor import doctor
 from ci2p_cache.cli.encode import encode
-from ci2p_cache.cli.look import complexity, inspect
+from ci2p_cache.cli.evaluate import evaluate
+from ci2p_cache.cli.export import export
+from ci2p_cache.cli.look import inspect
+from ci2p_cache.cli.panels import PanelCommand
+from ci2p_cache.cli.predict import predict
+from ci2p_cache.cli.report import report
+from ci2p_cache.cli.run import run
 from ci2p_cache.cli.status import status
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
@@ -56,6 +63,10 @@ def _root(
       ci2p-cache verify shards/                         is every byte what was committed?
       ci2p-cache inspect shards/ --picture look.png     what is in there
       ci2p-cache train shards/ --model vitds            stage two: latents -> classifier
+      ci2p-cache evaluate runs/vitds-1a2b3c4d           what it is worth
+      ci2p-cache predict runs/vitds-1a2b3c4d a.jpg      what a picture shows
+      ci2p-cache run pipelines/flowers.py               whole recipes, both stages
+      ci2p-cache report runs/mine shards/               all of it on one page
 
     Each command goes on where it stopped when it is run again. Every option can also be set by an
     environment variable: CI2P_CACHE_ENCODE_QUALITY=5 stands for `encode --quality 5`.
@@ -65,8 +76,11 @@ def _root(
     """
 
 
-for each in (encode, status, verify, inspect, convert, train, complexity, demo, doctor):
-    app.command()(each)
+for each in (
+    *(encode, status, verify, inspect, convert, train, evaluate, predict, export),
+    *(report, run, complexity, demo, doctor),
+):
+    app.command(cls=PanelCommand)(each)
 app.add_typer(bench)
 
 

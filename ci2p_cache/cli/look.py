@@ -1,4 +1,4 @@
-"""The commands that only look: `inspect` and `complexity`."""
+"""`ci2p-cache inspect`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ci2p_cache.cli import render
-from ci2p_cache.errors import UsageError
 
 if TYPE_CHECKING:
     from ci2p_cache.cache.card import CacheCard
     from ci2p_cache.cache.sample_card import SampleCard
     from ci2p_cache.previews import PreviewResult
 
-__all__ = ["complexity", "inspect"]
+__all__ = ["inspect"]
 
 _CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -205,59 +204,3 @@ def _print_preview(result: PreviewResult, *, quiet: bool) -> None:
         ],
     )
     render.line(f"written: {result.path}")
-
-
-def complexity(
-    size: Annotated[int, typer.Option(help="Image side in pixels, a multiple of 32.")] = 256,
-    latent_channels: Annotated[
-        int, typer.Option(help="M: 192 for CompressAI quality 1-5, 320 for 6-8.")
-    ] = 192,
-    num_classes: Annotated[int, typer.Option(help="Outputs of the head; 0 counts none.")] = 0,
-    json: _Json = False,
-) -> None:
-    """Count parameters and MACs of every model, with and without the frozen encoder.
-
-    \b
-      ci2p-cache complexity                               at 256 px, as in the paper's Table 2
-      ci2p-cache complexity --size 384
-      ci2p-cache complexity --latent-channels 320         behind CompressAI quality 6-8
-
-    MACs count convolutions, linear layers, GDN and both attention products. "cached" is what is
-    left in the training step once the latents come from a cache.
-    """
-    from ci2p_cache.models.complexity import complexity_table
-
-    if latent_channels not in (192, 320):
-        raise UsageError(
-            f"`latent_channels` is {latent_channels}; CompressAI's encoder has 192 or 320"
-        )
-    rows = complexity_table(
-        size,
-        latent_channels=latent_channels,
-        encoder_width=128 if latent_channels == 192 else 192,
-        num_classes=num_classes,
-    )
-    if json:
-        render.print_json([row.to_dict() for row in rows])
-        return
-    render.print_table(
-        ("model", "parameters", "trainable", "GMAC", "vs ViT-B/16", "GMAC cached", "vs ViT-B/16"),
-        [
-            (
-                row.name,
-                row.parameters,
-                row.trainable_parameters,
-                f"{row.macs / 1e9:.4f}",
-                _percent(row.reduction),
-                f"{row.model_macs / 1e9:.4f}",
-                _percent(row.cached_reduction),
-            )
-            for row in rows
-        ],
-        title=f"{size} x {size} px, backbone "
-        + ("without head" if num_classes == 0 else f"with a head of {num_classes} classes"),
-    )
-
-
-def _percent(reduction: float) -> str:
-    return f"-{reduction:.2%}" if reduction else ""

@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import augmentation, render
 from ci2p_cache.errors import CacheError, UsageError
 
 if TYPE_CHECKING:
     from ci2p_cache.training.ranks import Ranks
     from ci2p_cache.training.records import TrainSummary
 
-__all__ = ["train"]
+__all__ = ["joined_ranks", "train"]
 
 
 def train(
     cache: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)],
     model: Annotated[
-        str, typer.Option(help="vit, vitds, or these with _small or _tiny.")
+        str,
+        typer.Option(
+            help="On latents: vit, vitds, these with _small or _tiny, ci2p+timm:NAME. On the "
+            "images: vit_b16, vit_s16, vit_ti16, cnn_vit (_small, _tiny), timm:NAME."
+        ),
     ] = "vitds",
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Images per step, of all ranks.")] = 64,
@@ -52,6 +56,14 @@ def train(
         typer.Option(help="blocks: eight shards at a time, mixed; for slow storage."),
     ] = "random",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
+    mixup: augmentation.Mixup = 0.0,
+    cutmix: augmentation.CutMix = 0.0,
+    mix_probability: augmentation.MixProbability = 1.0,
+    latent_flip: augmentation.LatentFlip = 0.0,
+    ema: augmentation.Ema = 0.0,
+    layer_decay: augmentation.LayerDecay = 1.0,
+    folds: augmentation.Folds = 0,
+    fold: augmentation.Fold = 0,
     runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     name: Annotated[
         str | None, typer.Option(help="Run folder [default: model and a digest of settings].")
@@ -86,19 +98,22 @@ def train(
       ci2p-cache train shards/ --model vitds                        the paper's CI2P-ViTds
       ci2p-cache train shards/ --model vitds_tiny --epochs 30       minutes, on two CPU cores
       ci2p-cache train shards/ --model vit --precision bf16         on a GPU
+      ci2p-cache train shards/ --model ci2p+timm:deit_small_patch16_224   DeiT on latents
+      ci2p-cache train shards/ --model vit_b16                      a baseline, on the images
       ci2p-cache train shards/ --model vit --optimizer adam --lr 1e-4 --epochs 300   paper
       torchrun --nproc-per-node 4 -m ci2p_cache train shards/ --model vit   on four GPUs
 
     Writes runs/NAME/ with args.yaml, summary.csv, TensorBoard events, curves.png and checkpoints
     (best and last). The same command goes on where it stopped, in the middle of an epoch if need
     be, and gives the same numbers as if it had never stopped.
+    Models on images read the images that the cache was made of, in the same order and views.
     """
     from ci2p_cache.cli.watch import TrainWatch
     from ci2p_cache.report.plots import draw_curves
     from ci2p_cache.training.run import train as run
     from ci2p_cache.training.spec import TrainSpec
 
-    with _joined_ranks(device) as ranks, ExitStack() as stack:
+    with joined_ranks(device) as ranks, ExitStack() as stack:
         if overwrite is not None and overwrite != name:
             quoted = shlex.quote(overwrite)
             raise UsageError(
@@ -110,7 +125,9 @@ def train(
             optimizer=optimizer, lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs,
             weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
             label_smoothing=label_smoothing, drop_path=drop_path, pos_embed=pos_embed,
-            precision=precision, order=order, seed=seed,
+            precision=precision, order=order, seed=seed, mixup=mixup, cutmix=cutmix,
+            mix_probability=mix_probability, latent_flip=latent_flip, ema=ema,
+            layer_decay=layer_decay, folds=folds, fold=fold,
         )  # fmt: skip
         observer = None
         if ranks.is_writer:
@@ -120,10 +137,11 @@ def train(
         if online:
             from ci2p_cache.cache.store import open_cache
             from ci2p_cache.loader.online import OnlineLoader
+            from ci2p_cache.training.folds import splits_of
 
             loader = stack.enter_context(
                 OnlineLoader(
-                    open_cache(cache)["train"],
+                    splits_of(open_cache(cache), spec)[0],
                     batch_size=batch_size,
                     seed=seed,
                     device=ranks.device(device),
@@ -157,7 +175,7 @@ def train(
 
 
 @contextmanager
-def _joined_ranks(device: str) -> Iterator[Ranks]:
+def joined_ranks(device: str) -> Iterator[Ranks]:
     """Joins the ranks that torchrun has started; all but rank 0 keep silent, errors included."""
     from ci2p_cache.training.ranks import Ranks
 

@@ -54,7 +54,9 @@ class TrainWatch(TrainObserver):
 
     def progress(self, progress: TrainProgress) -> None:
         """Moves the line."""
-        loss = "" if progress.loss is None else f"loss {progress.loss:.3f}, "
+        loss = ""
+        if progress.loss is not None and progress.train_top1 is not None:
+            loss = f"loss {progress.loss:.3f}, top-1 {progress.train_top1:.1%} (train), "
         self._line.update(
             progress.step,
             progress.steps,

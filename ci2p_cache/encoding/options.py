@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.errors import UsageError
+from ci2p_cache.record import Record
 from ci2p_cache.specs import (
     CodecName,
     DType,
@@ -24,7 +25,7 @@ __all__ = ["EncodeOptions"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EncodeOptions:
+class EncodeOptions(Record):
     """What to encode with, into what, and how; from `batch_size` on no stored byte changes.
 
     Raises:
@@ -144,6 +145,11 @@ class EncodeOptions:
             seed=layout.seed,
             limit=layout.limit,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain JSON values, `weights` as a str."""
+        weights = None if self.weights is None else str(self.weights)
+        return Record.to_dict(self) | {"weights": weights}
 
     def part(self) -> ShardRange | None:
         """Returns the range of shards that is asked for; auto is read from the environment.

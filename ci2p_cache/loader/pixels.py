@@ -28,10 +28,6 @@ from ci2p_cache.loader.order import Rows
 
 __all__ = ["PixelLoader", "SourceLoader"]
 
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
-"""Of ImageNet's channels in [0, 1]; what torchvision's and timm's ViTs are trained with."""
-
 
 class SourceLoader(BatchLoader):
     """Loads batches from the images that a cache was made of, read and decoded each time anew.
@@ -141,18 +137,12 @@ class PixelLoader(SourceLoader):
     """Loads images for models that read pixels: the baselines.
 
     `batch.stored` is uint8 (B, 3, size, size); `batch.latents`, what the model reads, is float32 of
-    that shape, normalised by the mean and deviation of ImageNet's channels. Arguments and errors
+    that shape in [0, 1]: a model that wants another range normalises inside. Arguments and errors
     are those of `SourceLoader`.
     """
-
-    def _prepare(self) -> None:
-        super()._prepare()
-        self._mean, self._std = (
-            torch.tensor(values, device=self.device)[:, None, None] for values in (_MEAN, _STD)
-        )
 
     def _stored(self, images_B3HW: Tensor) -> Tensor:
         return images_B3HW
 
     def _dequantised(self, stored: Tensor) -> Tensor:
-        return stored.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+        return self._float_memory(stored).copy_(stored).div_(255)

@@ -1,43 +1,270 @@
-"""Models on images that CI2P is held against: `ViTB16`.
+"""Models on images that CI2P is held against: `PixelViT`, `CnnViT`, and their records.
+
+Images are float32 in [0, 1], as `PixelLoader` gives them; what normalises them is in the model.
 
 Shape suffixes: B batch, H and W rows and columns of an image, D width, N tokens, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from ci2p_cache.models.ci2p_vit import transformer_blocks
+from ci2p_cache.errors import UsageError
+from ci2p_cache.models.ci2p_vit import (
+    LAYER_NORM_EPS,
+    CI2PViT,
+    ModelConfig,
+    classification_head,
+    drop_path_rates,
+    transformer_blocks,
+)
+from ci2p_cache.models.fields import (
+    require_bool,
+    require_integer,
+    require_name,
+    require_rate,
+    require_version,
+)
+from ci2p_cache.models.gdn import AnalysisTransform
 from ci2p_cache.models.patch_reshape import to_tokens
+from ci2p_cache.record import Record
+from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 
-__all__ = ["ViTB16"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "CnnViT",
+    "CnnViTConfig",
+    "Normalise",
+    "PixelViT",
+    "PixelViTConfig",
+    "check_images",
+]
 
-_PATCH_PX, _WIDTH, _DEPTH = 16, 768, 12
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Of ImageNet's channels in [0, 1]; what torchvision's and most of timm's models take."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_PATCH_PX = 16
 
 
-class ViTB16(nn.Module):
-    """ViT-B/16 as the paper compares with: no class token, learned positions, mean pooling.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelViTConfig(Record):
+    """Everything that fixes the tensors of a `PixelViT`; a checkpoint stores it."""
 
-    Dosovitskiy et al. 2021, arXiv 2010.11929. Images (B, 3, H, W), normalised, to logits (B, K).
+    kind: Literal["pixel_vit"] = "pixel_vit"
+    """What `config_from_dict` tells records apart by."""
+    version: int = 1
+    """Version of this record."""
+    name: str
+    """Name of the preset it was made from, for display."""
+    embed_dim: int
+    """D, width of a token."""
+    depth: int = 12
+    """Number of transformer blocks."""
+    num_classes: int = 1000
+    """K; 0 leaves the classification head out, and the model gives pooled features."""
+    image_size: int = 256
+    """Side of the square image in pixels, a multiple of 16; fixes the positional embedding."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the last block, growing linearly from 0 at the first."""
+
+    def __post_init__(self) -> None:
+        require_version(self.version, 1)
+        require_name(self.name)
+        require_integer(self, "embed_dim", 1)
+        require_integer(self, "depth", 1)
+        require_integer(self, "num_classes", 0)
+        require_integer(self, "image_size", _PATCH_PX, multiple_of=_PATCH_PX)
+        require_rate(self, "drop_path_rate")
+
+    @property
+    def reads(self) -> Literal["images"]:
+        """What the model takes: images in [0, 1]."""
+        return "images"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CnnViTConfig(Record):
+    """Everything that fixes the tensors of a `CnnViT`; a checkpoint stores it."""
+
+    kind: Literal["cnn_vit"] = "cnn_vit"
+    """What `config_from_dict` tells records apart by."""
+    version: int = 1
+    """Version of this record."""
+    name: str
+    """Name of the preset it was made from, for display."""
+    embed_dim: int
+    """D, width of a token."""
+    depth: int = 12
+    """Number of transformer blocks."""
+    num_classes: int = 1000
+    """K; 0 leaves the classification head out, and the model gives pooled features."""
+    encoder_width: int = 128
+    """N of the trainable g_a; that of CompressAI quality 1-5, the paper's."""
+    latent_channels: int = 192
+    """M of the trainable g_a; that of CompressAI quality 1-5, the paper's."""
+    pos_embed: bool = False
+    """Whether a learned positional embedding is added to the tokens; the paper has none."""
+    image_size: int = 256
+    """Side of the square image that `pos_embed` is made for, in pixels; else unused."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the last block, growing linearly from 0 at the first; the paper's."""
+
+    def __post_init__(self) -> None:
+        require_version(self.version, 1)
+        require_name(self.name)
+        for field, lowest in (
+            ("embed_dim", 1),
+            ("depth", 1),
+            ("num_classes", 0),
+            ("encoder_width", 1),
+            ("latent_channels", 1),
+        ):
+            require_integer(self, field, lowest)
+        require_bool(self, "pos_embed")
+        require_integer(self, "image_size", SIZE_MULTIPLE_PX, multiple_of=SIZE_MULTIPLE_PX)
+        require_rate(self, "drop_path_rate")
+
+    @property
+    def reads(self) -> Literal["images"]:
+        """What the model takes: images in [0, 1]."""
+        return "images"
+
+
+class Normalise(nn.Module):
+    """Takes images in [0, 1] to what a model was made for: (images - mean) / std, per channel.
 
     Args:
-        size: Side of the square image in pixels, a multiple of 16.
-        num_classes: K; 0 gives pooled features (B, D) instead.
-        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        mean: Of the three channels.
+        std: Deviation of the three channels.
     """
 
-    def __init__(self, size: int, num_classes: int, *, drop_path_rate: float = 0.0) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.patch_embed = nn.Conv2d(3, _WIDTH, _PATCH_PX, stride=_PATCH_PX)
-        self.pos_embed = nn.Parameter(torch.empty(1, (size // _PATCH_PX) ** 2, _WIDTH))
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        rates = tuple(drop_path_rate * block / (_DEPTH - 1) for block in range(_DEPTH))
-        self.blocks = transformer_blocks(_WIDTH, rates)
-        self.norm = nn.LayerNorm(_WIDTH)
-        self.head = nn.Linear(_WIDTH, num_classes) if num_classes else nn.Identity()
+        # Constants of the record, not weights: no checkpoint holds them.
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Gives logits, or features where there are no classes."""
-        tokens_BND = to_tokens(self.patch_embed(images_B3HW)) + self.pos_embed
+        """Returns the normalised images."""
+        return (images_B3HW - self.mean) / self.std
+
+
+class PixelViT(nn.Module):
+    """ViT on patches of 16 pixels, as the paper compares with: images (B, 3, H, W) to logits.
+
+    Dosovitskiy et al. 2021, arXiv 2010.11929, with a learned positional embedding (truncated normal
+    of deviation 0.02), without class token, with mean pooling. Blocks, final LayerNorm and head are
+    those of CI2P-ViT. The patch embedding is drawn from Xavier's uniform as the linear layer that
+    it is, with bias 0 (ours: nobody specified it).
+
+    Args:
+        config: What to build.
+    """
+
+    def __init__(self, config: PixelViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.embed_dim
+        self.normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)
+        self.patch_embed = nn.Conv2d(3, width, _PATCH_PX, stride=_PATCH_PX)
+        nn.init.xavier_uniform_(self.patch_embed.weight.view(width, -1))
+        nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]  # torch's stub: may be None
+        num_tokens = (config.image_size // _PATCH_PX) ** 2
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, width))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        rates = drop_path_rates(config.drop_path_rate, config.depth)
+        self.blocks = transformer_blocks(width, rates)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.head = classification_head(width, config.num_classes)
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Returns logits (B, K), or pooled features (B, D) where K is 0.
+
+        Args:
+            images_B3HW: float32 in [0, 1], of the size that the model was made for.
+
+        Raises:
+            UsageError: the images have another shape.
+        """
+        config = self.config
+        check_images(images_B3HW, name=config.name, size=config.image_size)
+        tokens_BND = to_tokens(self.patch_embed(self.normalise(images_B3HW))) + self.pos_embed
         return self.head(self.norm(self.blocks(tokens_BND)).mean(dim=1))  # type: ignore[no-any-return]  # modules' calls are untyped
+
+
+class CnnViT(nn.Module):
+    """The paper's control CNN-ViT, as we read it: a trainable g_a, then CI2P-ViT.
+
+    ::
+
+        images in [0, 1] -> AnalysisTransform /16 -> CI2PViT: PatchReshape /2 -> blocks -> ...
+
+    The summary of arXiv 2502.10120 names it and its published code lacks it. Ours: the topology of
+    the frozen encoder, drawn at random and trained with the rest. Like the encoder it takes images
+    without mean and deviation. H and W are multiples of 32 and otherwise free, unless there is a
+    positional embedding.
+
+    Args:
+        config: What to build.
+    """
+
+    def __init__(self, config: CnnViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.g_a = AnalysisTransform(config.encoder_width, config.latent_channels)
+        self.vit = CI2PViT(
+            ModelConfig(
+                name=config.name,
+                embed_dims=(config.embed_dim,),
+                depths=(config.depth,),
+                num_classes=config.num_classes,
+                latent_channels=config.latent_channels,
+                pos_embed=config.pos_embed,
+                latent_size=config.image_size // DOWNSAMPLING,
+                drop_path_rate=config.drop_path_rate,
+            )
+        )
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Returns logits (B, K), or pooled features (B, D) where K is 0.
+
+        Args:
+            images_B3HW: float32 in [0, 1].
+
+        Raises:
+            UsageError: there are not four dimensions and three channels, H or W is no multiple of
+                32, or the positional embedding was made for another size.
+        """
+        check_images(images_B3HW, name=self.config.name)
+        return self.vit(self.g_a(images_B3HW))  # type: ignore[no-any-return]  # modules' calls are untyped
+
+
+def check_images(images: Tensor, *, name: str, size: int | None = None) -> None:
+    """Refuses images that a model cannot take.
+
+    Args:
+        images: What was given.
+        name: Name of the model, for the message.
+        size: Rows and columns wanted; None: any multiples of 32.
+
+    Raises:
+        UsageError: there are not four dimensions and three channels, or the size is another.
+    """
+    shape = tuple(images.shape)
+    if size is not None and shape[1:] == (3, size, size) and len(shape) == 4:
+        return
+    free = len(shape) == 4 and shape[1] == 3 and min(shape[2:]) > 0
+    if size is None and free and not any(side % SIZE_MULTIPLE_PX for side in shape[2:]):
+        return
+    sides = f"{size}, {size}" if size else f"multiples of {SIZE_MULTIPLE_PX}"
+    raise UsageError(f"{name} reads images (batch, 3, {sides}), got {shape}")

@@ -12,22 +12,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ci2p_cache.errors import UsageError
+from ci2p_cache.models.fields import (
+    require_bool,
+    require_integer,
+    require_name,
+    require_rate,
+    require_version,
+)
 from ci2p_cache.models.patch_reshape import CnnReshape, PatchReshape, to_map, to_tokens
 from ci2p_cache.record import Record
 
-__all__ = ["CI2PViT", "ModelConfig", "num_heads", "transformer_blocks"]
+__all__ = [
+    "LAYER_NORM_EPS",
+    "CI2PViT",
+    "ModelConfig",
+    "classification_head",
+    "drop_path_rates",
+    "num_heads",
+    "transformer_blocks",
+]
 
 _CONFIG_VERSION = 1
 _MLP_RATIO = 4
 _HEAD_WIDTH = 64
-_LAYER_NORM_EPS = 1e-6
+LAYER_NORM_EPS = 1e-6
+"""The paper's, and that of Dosovitskiy et al."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,27 +70,23 @@ class ModelConfig(Record):
     """Stochastic depth of the last block, growing linearly from 0 at the first; the paper's."""
 
     def __post_init__(self) -> None:
-        if self.version != _CONFIG_VERSION:
-            raise UsageError(
-                f"model record `version` is {self.version!r}; this ci2p-cache reads "
-                f"{_CONFIG_VERSION}, so use the version that wrote it"
-            )
-        if type(self.name) is not str:
-            raise UsageError(f"model `name` is {self.name!r}; it must be a string")
+        require_version(self.version, _CONFIG_VERSION)
+        require_name(self.name)
         self._check_scales()
         for field, lowest in (("num_classes", 0), ("latent_channels", 1), ("latent_size", 2)):
-            value = getattr(self, field)
-            if type(value) is not int or value < lowest:
-                raise UsageError(f"`{field}` is {value!r}; it must be an integer >= {lowest}")
+            require_integer(self, field, lowest)
         if self.latent_size % 2:
             raise UsageError(
                 f"`latent_size` is {self.latent_size}; it must be even, because the model halves "
                 "the latents"
             )
-        if type(self.pos_embed) is not bool:
-            raise UsageError(f"`pos_embed` is {self.pos_embed!r}; it must be True or False")
-        if type(self.drop_path_rate) not in (int, float) or not 0 <= self.drop_path_rate < 1:
-            raise UsageError(f"`drop_path_rate` is {self.drop_path_rate!r}; wanted 0 <= rate < 1")
+        require_bool(self, "pos_embed")
+        require_rate(self, "drop_path_rate")
+
+    @property
+    def reads(self) -> Literal["latents"]:
+        """What the model takes: dequantised latents."""
+        return "latents"
 
     def _check_scales(self) -> None:
         for field in ("embed_dims", "depths"):
@@ -117,7 +129,7 @@ def transformer_blocks(width: int, drop_path_rates: tuple[float, ...]) -> nn.Seq
         drop_path_rates: Stochastic depth of each block, 0 <= rate < 1.
     """
     # timm calls `norm_layer` and annotates it as a class.
-    norm_layer = cast("type[nn.Module]", partial(nn.LayerNorm, eps=_LAYER_NORM_EPS))
+    norm_layer = cast("type[nn.Module]", partial(nn.LayerNorm, eps=LAYER_NORM_EPS))
     blocks = nn.Sequential(
         *(
             Block(
@@ -139,6 +151,31 @@ def transformer_blocks(width: int, drop_path_rates: tuple[float, ...]) -> nn.Seq
             nn.init.xavier_uniform_(part.weight)
             nn.init.normal_(part.bias, std=1e-6)
     return blocks
+
+
+def classification_head(width: int, num_classes: int) -> nn.Module:
+    """Gives the linear layer (B, D) -> (B, K), drawn from N(0, 0.01) with bias 0; none for K = 0.
+
+    Args:
+        width: D.
+        num_classes: K; 0 gives the identity.
+    """
+    if not num_classes:
+        return nn.Identity()
+    head = nn.Linear(width, num_classes)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def drop_path_rates(rate: float, depth: int) -> tuple[float, ...]:
+    """Returns the stochastic depth of each block: 0 at the first, growing linearly to the last.
+
+    Args:
+        rate: Of the last block.
+        depth: Number of blocks.
+    """
+    return tuple(rate * i / max(depth - 1, 1) for i in range(depth))
 
 
 class CI2PViT(nn.Module):
@@ -165,7 +202,7 @@ class CI2PViT(nn.Module):
         super().__init__()
         self.config = config
         widths, last = config.embed_dims, config.embed_dims[-1]
-        rates = _drop_path_rates(config.drop_path_rate, sum(config.depths))
+        rates = drop_path_rates(config.drop_path_rate, sum(config.depths))
         two_scales = len(widths) == 2
         self.patch_reshape = PatchReshape(config.latent_channels, widths[0], halve=not two_scales)
         self.pos_embed = None
@@ -177,12 +214,8 @@ class CI2PViT(nn.Module):
         self.cnn_reshape = CnnReshape(widths[0], last) if two_scales else None
         # Empty, and without an entry in the state dict, where there is one scale.
         self.last_blocks = transformer_blocks(last, rates[config.depths[0] :])
-        self.norm = nn.LayerNorm(last, eps=_LAYER_NORM_EPS)
-        self.head: nn.Module = nn.Identity()
-        if config.num_classes:
-            self.head = nn.Linear(last, config.num_classes)
-            nn.init.normal_(self.head.weight, std=0.01)
-            nn.init.zeros_(self.head.bias)
+        self.norm = nn.LayerNorm(last, eps=LAYER_NORM_EPS)
+        self.head = classification_head(last, config.num_classes)
 
     def forward(self, latents_BMHW: Tensor) -> Tensor:
         """Returns logits (B, K), or pooled features (B, D) where K is 0.
@@ -234,8 +267,3 @@ class CI2PViT(nn.Module):
                 f"{config.name} has a positional embedding for {side}x{side} latents, "
                 f"got {shape[2]}x{shape[3]}; make it with `latent_size` of the cache"
             )
-
-
-def _drop_path_rates(rate: float, depth: int) -> tuple[float, ...]:
-    """Returns 0 at the first block, growing linearly to `rate` at the last."""
-    return tuple(rate * i / max(depth - 1, 1) for i in range(depth))

@@ -2,8 +2,8 @@
 
 MACs are half of the FLOPs that `torch.utils.flop_counter.FlopCounterMode` reports: convolutions,
 linear layers and both attention products (Q K^T and A V), nothing else. Models are counted on the
-meta device, so no weight is drawn and nothing is computed; the encoder is counted by its formula,
-because this room runs where CompressAI is not installed.
+meta device, so no weight is drawn and nothing is computed; the frozen encoder is counted by its
+formula, because this room runs where CompressAI is not installed.
 
 Shape suffixes: B batch, H and W rows and columns of an image, D width, N tokens, K classes.
 """
@@ -12,23 +12,31 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from timm.models._efficientnet_blocks import SqueezeExcite
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ci2p_cache.errors import UsageError
-from ci2p_cache.models.baselines import ViTB16
-from ci2p_cache.models.registry import build_model, list_models, model_config
+from ci2p_cache.models.registry import AnyModelConfig, build_model, list_models, model_config
 from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 
 __all__ = ["BASELINE", "Complexity", "complexity", "complexity_table"]
 
 BASELINE = "vit_b16"
 """Name of the reference row: ViT-B/16 on images (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
+
+_PRODUCTS = ("bmm", "baddbmm", "scaled_dot_product")
+"""Batched matrix products: what attention is computed with. Linear layers are plain ones."""
+
+_NORM_MACS = ((nn.LayerNorm, 5), (nn.BatchNorm2d, 2), (SqueezeExcite, 1))
+"""What mmengine's counter, after fvcore's, adds per value that goes into a layer of this kind; for
+squeeze-and-excitation that is its pooling."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,15 +50,23 @@ class Complexity:
     num_classes: int
     """Outputs of the classification head; 0 counts the backbone alone, as the paper does."""
     encoder_parameters: int
-    """Parameters of the frozen g_a; 0 for the baseline."""
+    """Parameters of the frozen g_a; 0 for models on images."""
     trainable_parameters: int
     """Parameters of everything behind it."""
     encoder_macs: int
-    """MACs of g_a, which a cache takes out of the training step; 0 for the baseline."""
+    """MACs of g_a, which a cache takes out of the training step; 0 for models on images."""
     model_macs: int
     """MACs of everything behind it: reshape, transformer, head."""
+    attention_macs: int
+    """Those of `model_macs` that are attention products, Q K^T and A V."""
+    norm_macs: int
+    """What mmengine's counter adds for norms and pooling; in none of the other figures."""
     baseline_macs: int
     """MACs of ViT-B/16 at the same size and number of classes."""
+    baseline_attention_macs: int
+    """Those of `baseline_macs` that are attention products."""
+    baseline_norm_macs: int
+    """What mmengine's counter adds to `baseline_macs`."""
 
     @property
     def parameters(self) -> int:
@@ -72,10 +88,53 @@ class Complexity:
         """Share of the baseline's MACs that is saved where the latents come from a cache."""
         return 1 - self.model_macs / self.baseline_macs
 
+    @property
+    def linear_reduction(self) -> float:
+        """`reduction` without the attention products, on both sides."""
+        return 1 - (self.macs - self.attention_macs) / self._baseline_linear_macs
+
+    @property
+    def cached_linear_reduction(self) -> float:
+        """`cached_reduction` without the attention products, on both sides."""
+        return 1 - (self.model_macs - self.attention_macs) / self._baseline_linear_macs
+
+    @property
+    def mmengine_macs(self) -> int:
+        """MACs from pixels to output as mmengine counts them, what the paper's figures are."""
+        return self.macs + self.norm_macs
+
+    @property
+    def mmengine_reduction(self) -> float:
+        """Share of the baseline's that is saved, both counted as mmengine does."""
+        return 1 - self.mmengine_macs / (self.baseline_macs + self.baseline_norm_macs)
+
+    @property
+    def _baseline_linear_macs(self) -> int:
+        return self.baseline_macs - self.baseline_attention_macs
+
     def to_dict(self) -> dict[str, Any]:
         """Returns fields and properties as plain JSON values."""
-        derived = ("parameters", "macs", "reduction", "cached_reduction")
+        derived = (
+            "parameters",
+            "macs",
+            "reduction",
+            "cached_reduction",
+            "linear_reduction",
+            "cached_linear_reduction",
+            "mmengine_macs",
+            "mmengine_reduction",
+        )
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+@dataclass(frozen=True, slots=True)
+class _Count:
+    """What a model was counted to have."""
+
+    parameters: int
+    macs: int
+    attention_macs: int
+    norm_macs: int
 
 
 def complexity(
@@ -86,13 +145,15 @@ def complexity(
     encoder_width: int = 128,
     num_classes: int = 0,
 ) -> Complexity:
-    """Counts one model behind its frozen encoder; the defaults are the paper's setting.
+    """Counts one model, behind its frozen encoder where it reads latents.
+
+    The defaults are the paper's setting. A trainable g_a (`cnn_vit`) is part of the model.
 
     Args:
-        name: One of `list_models()`, or "vit_b16" for the baseline.
+        name: As for `create_model`; `timm:` and `ci2p+timm:` names too.
         size: Side of the image in pixels, a positive multiple of 32.
-        latent_channels: M of the encoder; 192 for CompressAI quality 1-5, 320 for 6-8.
-        encoder_width: N of the encoder; 128 for CompressAI quality 1-5, 192 for 6-8.
+        latent_channels: M of the frozen encoder; 192 for CompressAI quality 1-5, 320 for 6-8.
+        encoder_width: N of the frozen encoder; 128 for CompressAI quality 1-5, 192 for 6-8.
         num_classes: Outputs of the classification head; 0 counts the backbone alone.
 
     Raises:
@@ -102,47 +163,59 @@ def complexity(
     _check_positive("size", size)
     if size % SIZE_MULTIPLE_PX:
         raise UsageError(f"`size` is {size}; it must be a multiple of {SIZE_MULTIPLE_PX}")
+    _check_positive("latent_channels", latent_channels)
     _check_positive("encoder_width", encoder_width)
-    # Also refuses a bad `num_classes` for the baseline, which has no record of its own.
-    known = name if name != BASELINE else list_models()[0]
-    config = model_config(known, num_classes=num_classes, latent_channels=latent_channels)
-    baseline_parameters, baseline_macs = _count_baseline(size, num_classes)
+    config = model_config(
+        name,
+        num_classes=num_classes,
+        latent_channels=latent_channels,
+        latent_size=size // DOWNSAMPLING,
+    )
+    baseline = _count(
+        model_config(BASELINE, num_classes=num_classes, latent_size=size // DOWNSAMPLING),
+        (1, 3, size, size),
+    )
     encoder_parameters = encoder_macs = 0
-    trainable, model_macs = baseline_parameters, baseline_macs
-    if name != BASELINE:
+    shape = (1, 3, size, size)
+    if config.reads == "latents":
         encoder_parameters, encoder_macs = _count_encoder(size, encoder_width, latent_channels)
-        with torch.device("meta"):
-            model = build_model(config)
-        side = size // DOWNSAMPLING
-        trainable, model_macs = _count(model, (1, latent_channels, side, side))
+        shape = (1, latent_channels, size // DOWNSAMPLING, size // DOWNSAMPLING)
+    counted = _count(config, shape)
     return Complexity(
         name=name,
         size=size,
         num_classes=num_classes,
         encoder_parameters=encoder_parameters,
-        trainable_parameters=trainable,
+        trainable_parameters=counted.parameters,
         encoder_macs=encoder_macs,
-        model_macs=model_macs,
-        baseline_macs=baseline_macs,
+        model_macs=counted.macs,
+        attention_macs=counted.attention_macs,
+        norm_macs=counted.norm_macs,
+        baseline_macs=baseline.macs,
+        baseline_attention_macs=baseline.attention_macs,
+        baseline_norm_macs=baseline.norm_macs,
     )
 
 
 def complexity_table(
     size: int = 256,
     *,
+    names: Iterable[str] | None = None,
     latent_channels: int = 192,
     encoder_width: int = 128,
     num_classes: int = 0,
 ) -> tuple[Complexity, ...]:
-    """Counts the baseline and then every model, in the order of `list_models()`.
+    """Counts several models at one size.
 
     Args:
         size: As for `complexity`.
+        names: Which, in this order; None: the baseline, then our models on latents.
         latent_channels: As for `complexity`.
         encoder_width: As for `complexity`.
         num_classes: As for `complexity`.
 
     Raises:
+        UnknownModelError: no model has one of the names.
         UsageError: a size or count cannot be used.
     """
     return tuple(
@@ -153,15 +226,16 @@ def complexity_table(
             encoder_width=encoder_width,
             num_classes=num_classes,
         )
-        for name in (BASELINE, *list_models())
+        for name in (names or (BASELINE, *list_models("latents")))
     )
 
 
-def _check_positive(field: str, value: int) -> None:
+def _check_positive(name: str, value: int) -> None:
     if type(value) is not int or value < 1:
-        raise UsageError(f"`{field}` is {value!r}; it must be a positive integer")
+        raise UsageError(f"`{name}` is {value!r}; it must be a positive integer")
 
 
+@cache
 def _count_encoder(size: int, width: int, latent_channels: int) -> tuple[int, int]:
     """Returns (parameters, MACs) of g_a: four 5x5 convolutions of stride 2, GDN after three.
 
@@ -180,16 +254,34 @@ def _count_encoder(size: int, width: int, latent_channels: int) -> tuple[int, in
 
 
 @cache
-def _count_baseline(size: int, num_classes: int) -> tuple[int, int]:
-    """Returns (parameters, MACs) of ViT-B/16."""
-    with torch.device("meta"):
-        model = ViTB16(size, num_classes)
-    return _count(model, (1, 3, size, size))
+def _count(config: AnyModelConfig, input_shape: tuple[int, ...]) -> _Count:
+    """Counts a model on the meta device for one input."""
+    # What is drawn on the meta device must not move the caller's random numbers.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = build_model(config).eval()
+    norm_macs = 0
 
+    def add(factor: int, given: Tensor) -> None:
+        nonlocal norm_macs
+        norm_macs += factor * given.numel()
 
-def _count(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Returns (parameters, MACs) of a model on the meta device for one input."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for part in model.modules():
+        for kind, factor in _NORM_MACS:
+            if isinstance(part, kind):
+                part.register_forward_pre_hook(
+                    lambda _, given, factor=factor: add(factor, given[0])
+                )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.empty(input_shape, device="meta"))
-    return parameters, counter.get_total_flops() // 2
+        model(torch.empty(input_shape, device="meta"))
+    by_operation = counter.get_flop_counts().get("Global", {})
+    products = sum(
+        flops
+        for operation, flops in by_operation.items()
+        if any(product in str(operation) for product in _PRODUCTS)
+    )
+    return _Count(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=counter.get_total_flops() // 2,
+        attention_macs=products // 2,
+        norm_macs=norm_macs,
+    )

@@ -116,4 +116,5 @@ def to_tokens(maps_BDHW: Tensor) -> Tensor:
 
 def to_map(tokens_BND: Tensor, height: int, width: int) -> Tensor:
     """Returns the (B, D, height, width) view of row-major tokens; its memory is channels_last."""
-    return tokens_BND.transpose(1, 2).reshape(len(tokens_BND), -1, height, width)
+    # Not len(): that is a plain integer, which would fix the batch size of an exported graph.
+    return tokens_BND.transpose(1, 2).reshape(tokens_BND.shape[0], -1, height, width)

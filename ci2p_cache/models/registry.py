@@ -2,25 +2,58 @@
 
 ::
 
-    name          width of the scales  blocks
-    vit           768                  12      CI2P-ViT of the paper, arXiv 2502.10120
-    vit_small     384                  12      ours
-    vit_tiny      256                  12      ours
-    vitds         192, 768             6 + 6   CI2P-ViTds of the paper
-    vitds_small    96, 384             6 + 6   ours
-    vitds_tiny     64, 256             6 + 6   ours
+    name            reads    width of the scales  blocks
+    vit             latents  768                  12      CI2P-ViT of the paper, arXiv 2502.10120
+    vit_small       latents  384                  12      ours
+    vit_tiny        latents  256                  12      ours
+    vitds           latents  192, 768             6 + 6   CI2P-ViTds of the paper
+    vitds_small     latents   96, 384             6 + 6   ours
+    vitds_tiny      latents   64, 256             6 + 6   ours
+    cnn_vit         images   768                  12      a trainable g_a, then `vit`
+    cnn_vit_small   images   384                  12      a trainable g_a, then `vit_small`
+    cnn_vit_tiny    images   256                  12      a trainable g_a, then `vit_tiny`
+    vit_b16         images   768                  12      ViT-B/16, what the paper compares with
+    vit_s16         images   384                  12      ViT-S/16
+    vit_ti16        images   192                  12      ViT-Ti/16
+    timm:NAME       images                                any classifier of timm, not pretrained
+    ci2p+timm:NAME  latents                               a ViT or DeiT of timm, its patch embedding
+                                                          replaced by PatchReshape
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import nn
 
-from ci2p_cache.errors import UnknownModelError
+from ci2p_cache.errors import ManifestError, UnknownModelError, UsageError
+from ci2p_cache.models.baselines import CnnViT, CnnViTConfig, PixelViT, PixelViTConfig
 from ci2p_cache.models.ci2p_vit import CI2PViT, ModelConfig
+from ci2p_cache.models.timm_models import (
+    CI2P_TIMM_PREFIX,
+    TIMM_PREFIX,
+    CI2PTimmConfig,
+    TimmClassifier,
+    TimmConfig,
+    build_ci2p_timm,
+    check_builds,
+    timm_config,
+)
+from ci2p_cache.specs import DOWNSAMPLING
 
-__all__ = ["build_model", "create_model", "list_models", "model_config"]
+__all__ = [
+    "AnyModelConfig",
+    "build_model",
+    "config_from_dict",
+    "create_model",
+    "list_models",
+    "model_config",
+]
+
+AnyModelConfig = ModelConfig | PixelViTConfig | CnnViTConfig | TimmConfig | CI2PTimmConfig
+"""The record of any model; each has `name`, `num_classes` and `reads`."""
 
 _EMBED_DIMS: dict[str, tuple[int, ...]] = {
     "vit": (768,),
@@ -33,10 +66,29 @@ _EMBED_DIMS: dict[str, tuple[int, ...]] = {
 # Indexed by the number of scales.
 _DEPTHS: dict[int, tuple[int, ...]] = {1: (12,), 2: (6, 6)}
 
+_CNN_DIMS = {"cnn_vit": 768, "cnn_vit_small": 384, "cnn_vit_tiny": 256}
+_PIXEL_DIMS = {"vit_b16": 768, "vit_s16": 384, "vit_ti16": 192}
+"""Dosovitskiy et al. 2021 (B) and Touvron et al. 2021, arXiv 2012.12877 (S, Ti)."""
 
-def list_models() -> tuple[str, ...]:
-    """Returns the names that `create_model` knows, sorted."""
-    return tuple(sorted(_EMBED_DIMS))
+_KINDS: dict[str, type[PixelViTConfig | CnnViTConfig | TimmConfig | CI2PTimmConfig]] = {
+    "pixel_vit": PixelViTConfig,
+    "cnn_vit": CnnViTConfig,
+    "timm": TimmConfig,
+    "ci2p_timm": CI2PTimmConfig,
+}
+
+
+def list_models(reads: Literal["latents", "images"] | None = None) -> tuple[str, ...]:
+    """Returns our own names that `create_model` knows, sorted.
+
+    It also knows `timm:NAME` and `ci2p+timm:NAME`; `timm.list_models()` has the names.
+
+    Args:
+        reads: Those that read latents or images only; None: all.
+    """
+    latents, images = sorted(_EMBED_DIMS), sorted((*_CNN_DIMS, *_PIXEL_DIMS))
+    chosen = {"latents": latents, "images": images, None: sorted([*latents, *images])}
+    return tuple(chosen[reads])
 
 
 def model_config(
@@ -47,26 +99,65 @@ def model_config(
     pos_embed: bool = False,
     latent_size: int = 16,
     drop_path_rate: float = 0.1,
-) -> ModelConfig:
+) -> AnyModelConfig:
     """Returns the record of a model without building it; a checkpoint stores its `to_dict()`.
 
+    A model of timm is built and run once on the meta device, to refuse what timm cannot build.
+
     Args:
-        name: One of `list_models()`.
+        name: One of `list_models()`, or `timm:` or `ci2p+timm:` and a name of timm's.
         num_classes: Number of classes; 0 gives pooled features instead of logits.
-        latent_channels: M, the channels of the latents; 192 for CompressAI quality 1-5.
-        pos_embed: Whether to add a learned positional embedding; the paper has none.
-        latent_size: Rows and columns of the latents, image size / 16; only `pos_embed` uses it.
+        latent_channels: M, the channels of the latents; 192 for CompressAI quality 1-5. Models on
+            images do not look at it.
+        pos_embed: Whether to add a learned positional embedding; the paper has none. ViTs on images
+            and timm's models have their own ways, and refuse it.
+        latent_size: Rows and columns of the latents, image size / 16; fixes positional embeddings,
+            and the image size of models on images.
         drop_path_rate: Stochastic depth of the last block, 0 <= rate < 1; 0.1 is the paper's.
 
     Raises:
         UnknownModelError: no model has that name.
-        UsageError: an argument is of another type or out of range.
+        UsageError: an argument is of another type or out of range, or timm cannot build the model.
     """
+    is_timm = str(name).startswith((TIMM_PREFIX, CI2P_TIMM_PREFIX))
+    if pos_embed is True and (is_timm or name in _PIXEL_DIMS):
+        raise UsageError(
+            f"`pos_embed` is True; {name} comes with its own positional embedding, if any",
+            hint="leave it out (train: without --pos-embed)",
+        )
+    if is_timm:
+        config = timm_config(
+            name,
+            num_classes=num_classes,
+            latent_channels=latent_channels,
+            latent_size=latent_size,
+            drop_path_rate=drop_path_rate,
+        )
+        check_builds(config)
+        return config
+    if name in _PIXEL_DIMS:
+        return PixelViTConfig(
+            name=name,
+            embed_dim=_PIXEL_DIMS[name],
+            num_classes=num_classes,
+            image_size=latent_size * DOWNSAMPLING,
+            drop_path_rate=drop_path_rate,
+        )
+    if name in _CNN_DIMS:
+        return CnnViTConfig(
+            name=name,
+            embed_dim=_CNN_DIMS[name],
+            num_classes=num_classes,
+            pos_embed=pos_embed,
+            image_size=latent_size * DOWNSAMPLING,
+            drop_path_rate=drop_path_rate,
+        )
     if name not in _EMBED_DIMS:
         names = list_models()
         close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.4)
         raise UnknownModelError(
-            f"no model is named {name!r}; the models are {', '.join(names)}",
+            f"no model is named {name!r}; the models are {', '.join(names)}, {TIMM_PREFIX}NAME and "
+            f"{CI2P_TIMM_PREFIX}NAME",
             hint=f"did you mean {close[0]}?" if close else None,
         )
     widths = _EMBED_DIMS[name]
@@ -82,13 +173,41 @@ def model_config(
     )
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def config_from_dict(data: Any) -> AnyModelConfig:
+    """Rebuilds the record of any model from its `to_dict()`, what `model.json` holds as "model".
+
+    Raises:
+        ManifestError: it is no record of a model, or of another version, or damaged.
+    """
+    if not isinstance(data, Mapping) or "kind" not in data:
+        # CI2P's own record is older than the other kinds, and has none.
+        return ModelConfig.from_dict(data)
+    kind = data["kind"]
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ManifestError(
+            f"model record `kind` is {str(kind)[:40]!r}; this ci2p-cache reads {', '.join(_KINDS)}"
+        )
+    return _KINDS[kind].from_dict(data)
+
+
+def build_model(config: AnyModelConfig) -> nn.Module:
     """Builds the model of a record, freshly initialised, in training mode on the default device.
 
     The weights are a pure function of torch's global seed: `torch.manual_seed` before this call
     gives the same weights again, on one version of torch and timm. `model.config` is the record.
+
+    Raises:
+        UsageError: the installed timm cannot build it.
     """
-    return CI2PViT(config)
+    if isinstance(config, ModelConfig):
+        return CI2PViT(config)
+    if isinstance(config, PixelViTConfig):
+        return PixelViT(config)
+    if isinstance(config, CnnViTConfig):
+        return CnnViT(config)
+    if isinstance(config, TimmConfig):
+        return TimmClassifier(config)
+    return build_ci2p_timm(config)
 
 
 def create_model(
@@ -100,28 +219,29 @@ def create_model(
     latent_size: int = 16,
     drop_path_rate: float = 0.1,
 ) -> nn.Module:
-    """Builds a model: latents (B, M, h, w), h and w even, to logits (B, num_classes).
+    """Builds a model: latents (B, M, h, w), or images (B, 3, H, W) in [0, 1], to logits.
 
     ::
 
         model = create_model("vitds", num_classes=10)
         logits = model(batch.latents)
+        model = create_model("ci2p+timm:deit_small_patch16_224", num_classes=10)
 
     Args:
-        name: One of `list_models()`.
+        name: One of `list_models()`, or `timm:` or `ci2p+timm:` and a name of timm's.
         num_classes: Number of classes; 0 gives pooled features (B, D) instead of logits.
-        latent_channels: M, the channels of the latents; 192 for CompressAI quality 1-5.
-        pos_embed: Whether to add a learned positional embedding; the paper has none.
-        latent_size: Rows and columns of the latents, image size / 16; only `pos_embed` uses it.
-        drop_path_rate: Stochastic depth of the last block, 0 <= rate < 1; 0.1 is the paper's.
+        latent_channels: As for `model_config`.
+        pos_embed: As for `model_config`.
+        latent_size: As for `model_config`.
+        drop_path_rate: As for `model_config`.
 
     Returns:
         A module in training mode on the default device, its weights a pure function of torch's
-        global seed; `model.config` is its `ModelConfig`.
+        global seed; `model.config` is its record, and `model.config.reads` says what it takes.
 
     Raises:
         UnknownModelError: no model has that name.
-        UsageError: an argument is of another type or out of range.
+        UsageError: an argument is of another type or out of range, or timm cannot build the model.
     """
     config = model_config(
         name,

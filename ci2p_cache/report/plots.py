@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ci2p_cache.errors import InputDataError
+from ci2p_cache.report.summary import best_epoch_of, read_summary
 
 __all__ = ["draw_curves"]
 
@@ -39,7 +38,7 @@ def draw_curves(run_dir: str | Path, path: str | Path | None = None) -> Path:
     """
     run_dir = Path(run_dir)
     path = run_dir / "curves.png" if path is None else Path(path)
-    columns = _read_summary(run_dir / "summary.csv")
+    columns = read_summary(run_dir)
     figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(5, 1))
     loss, accuracy = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
@@ -76,7 +75,7 @@ def _draw_accuracy(axes: Axes, columns: dict[str, list[float]]) -> None:
     _line(axes, columns, "train_top1", _TRAIN, "train top-1")
     _line(axes, columns, "top1", _VAL, "validation top-1")
     _line(axes, columns, "top5", _TOP5, "validation top-5")
-    best = _best(columns)
+    best = best_epoch_of(columns)
     if best is not None:
         axes.plot(*best, "o", color=_VAL, markersize=8, fillstyle="none")
     axes.set(xlabel="epoch", ylabel="images classified right", title="accuracy")
@@ -94,40 +93,7 @@ def _line(axes: Axes, columns: dict[str, list[float]], name: str, color: str, la
 
 
 def _title(run: str, columns: dict[str, list[float]]) -> str:
-    best = _best(columns)
+    best = best_epoch_of(columns)
     if best is None:
         return f"{run}: {len(columns['epoch'])} epochs, no validation split"
     return f"{run}: best validation top-1 {best[1]:.1%} in epoch {best[0]:.0f}"
-
-
-def _best(columns: dict[str, list[float]]) -> tuple[float, float] | None:
-    """Returns epoch and value of the highest validation top-1, the earlier on a tie."""
-    known = [
-        (top1, -epoch)
-        for epoch, top1 in zip(columns["epoch"], columns["top1"], strict=True)
-        if not math.isnan(top1)
-    ]
-    if not known:
-        return None
-    top1, minus_epoch = max(known)
-    return -minus_epoch, top1
-
-
-def _read_summary(path: Path) -> dict[str, list[float]]:
-    """Returns the columns of `summary.csv`; an empty cell is nan.
-
-    Raises:
-        InputDataError: as `draw_curves` does.
-    """
-    wanted = ("epoch", "loss", "train_top1", "val_loss", "top1", "top5", "wait_share")
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        columns = {name: [float(row[name] or "nan") for row in rows] for name in wanted}
-    except FileNotFoundError as error:
-        raise InputDataError(f"{path.parent} is no run folder: it has no {path.name}") from error
-    except (KeyError, ValueError, csv.Error) as error:
-        raise InputDataError(f"{path} is damaged: {error}") from error
-    if not rows:
-        raise InputDataError(f"{path} has no epoch yet; there is nothing to draw")
-    return columns

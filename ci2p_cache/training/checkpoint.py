@@ -4,10 +4,12 @@
 
     checkpoints/
       epoch-0003-step-000000/     3 epochs done and 0 steps of the next
-        model.safetensors         parameters and buffers
+        model.safetensors         parameters and buffers, as the optimiser left them
+        ema.safetensors           their averages under the same names, where the run makes them:
+                                  these are what was validated (`weights_of` picks the right file)
         optimizer.safetensors     Adam's moments, exp_avg/<parameter> and so on
         state.json                TrainState: place in the order, running sums, all epochs so far
-        digests.json              size and sha256 of these three
+        digests.json              size and sha256 of these files
       last.json                   which folders are the last and the best
 
 A folder is written under a staging name, its files synced, and renamed into place. The newest one
@@ -18,19 +20,15 @@ they not agree). Nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import safetensors.torch
 from torch import Tensor
 
 from ci2p_cache.cache.commit import (
-    FileRecord,
     StagingArea,
     disk_errors,
     json_bytes,
@@ -38,60 +36,34 @@ from ci2p_cache.cache.commit import (
     sync_folder,
 )
 from ci2p_cache.errors import CheckpointError, ManifestError, ResourceError
-from ci2p_cache.record import Record, read_json, read_regular
+from ci2p_cache.record import read_json
+from ci2p_cache.training.checkpoint_folder import (
+    AVERAGE,
+    CHECKPOINTS,
+    DIGESTS,
+    MODEL,
+    NAME,
+    OPTIMIZER,
+    STATE,
+    VERSION,
+    TrainState,
+    best_name,
+    checkpoint_path,
+    listed_files,
+    place_of,
+    read_state,
+)
 from ci2p_cache.training.ranks import Ranks
-from ci2p_cache.training.records import EpochRecord, TrainObserver, best_epoch
+from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.tensor_file import read_tensors
 
-__all__ = ["Checkpoint", "CheckpointStore", "TrainState", "checkpoint_path", "share_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "share_checkpoint",
+]
 
-_VERSION = 1
-_FOLDER = "checkpoints"
-_PARTIAL = f"{_FOLDER}/.partial"
-_MODEL, _OPTIMIZER, _STATE, _DIGESTS = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "digests.json",
-)
-_MAX_STATE_BYTES = 16 * 2**20
-"""Of state.json: some 40,000 epochs."""
-_JSON_ERRORS = (ValueError, RecursionError)
-_NAME = re.compile(r"epoch-(\d{4,})-step-(\d{6,})")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainState(Record):
-    """Where a run stands. With the spec's seed it fixes everything that comes."""
-
-    version: int = _VERSION
-    """Version of this record."""
-    run: str
-    """Digest of the run's settings and data; a checkpoint of another run is refused."""
-    epoch: int = 0
-    """Epochs done."""
-    step: int = 0
-    """Steps of the next epoch done; all of them where only its validation is missing."""
-    sums: dict[str, float]
-    """Sums over these steps, as `TrainTotals.read` gives them; empty at the start of an epoch."""
-    train_seconds: float = 0.0
-    """Wall time of these steps."""
-    waited_seconds: float = 0.0
-    """Part of it spent waiting for data."""
-    bad_in_a_row: int = 0
-    """Steps skipped directly before."""
-    history: tuple[EpochRecord, ...] = ()
-    """The epochs done; `summary.csv` is written from it."""
-
-    @property
-    def name(self) -> str:
-        """Name of the checkpoint folder."""
-        return _folder_name(self.epoch, self.step)
-
-    @property
-    def best_name(self) -> str | None:
-        """Name of the folder with the best weights; None before the first epoch's end."""
-        return _best_name(self.history)
+_PARTIAL = f"{CHECKPOINTS}/.partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +76,8 @@ class Checkpoint:
     """The model's `state_dict`."""
     optimizer: dict[str, Tensor]
     """What `optimizer_tensors` gives."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """The averaged weights, named as in `model`; empty where the run makes none."""
 
 
 class CheckpointStore:
@@ -112,12 +86,15 @@ class CheckpointStore:
     Args:
         staging: The open staging area of the run folder.
         run: Digest of the run's settings and data.
+        has_average: Whether the run averages its weights: a checkpoint then is whole only with
+            them.
     """
 
-    def __init__(self, staging: StagingArea, *, run: str) -> None:
+    def __init__(self, staging: StagingArea, *, run: str, has_average: bool = False) -> None:
         self._staging = staging
         self._run = run
-        self._folder = staging.root / _FOLDER
+        self._has_average = has_average
+        self._folder = staging.root / CHECKPOINTS
         self._newest: str | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -134,17 +111,19 @@ class CheckpointStore:
             return
         remove_path(root / _PARTIAL)
         contents = {
-            _MODEL: _tensor_bytes(checkpoint.model),
-            _OPTIMIZER: _tensor_bytes(checkpoint.optimizer),
-            _STATE: json_bytes(state.to_dict()),
+            MODEL: _tensor_bytes(checkpoint.model),
+            OPTIMIZER: _tensor_bytes(checkpoint.optimizer),
+            STATE: json_bytes(state.to_dict()),
         }
+        if self._has_average:
+            contents[AVERAGE] = _tensor_bytes(checkpoint.average)
         target = checkpoint_path(root, state.name)
         try:
             files = []
             for name, content in contents.items():
                 written = self._staging.put(f"{_PARTIAL}/{name}", content)
                 files.append({"path": name, "bytes": written.bytes, "sha256": written.sha256})
-            self._staging.put_json(f"{_PARTIAL}/{_DIGESTS}", {"version": _VERSION, "files": files})
+            self._staging.put_json(f"{_PARTIAL}/{DIGESTS}", {"version": VERSION, "files": files})
             # Only a damaged folder can lie there: the run would have gone on from a good one.
             remove_path(target)
             with disk_errors(target):
@@ -155,8 +134,8 @@ class CheckpointStore:
             shutil.rmtree(root / _PARTIAL, ignore_errors=True)
             raise
         self._newest = state.name
-        pointer = {"version": _VERSION, "last": state.name, "best": state.best_name}
-        self._staging.put_json(f"{_FOLDER}/last.json", pointer)
+        pointer = {"version": VERSION, "last": state.name, "best": state.best_name}
+        self._staging.put_json(f"{CHECKPOINTS}/last.json", pointer)
         self._remove_old(state)
 
     def load(self, observer: TrainObserver) -> Checkpoint | None:
@@ -176,7 +155,7 @@ class CheckpointStore:
         if pointed is not None and pointed not in names:
             names.append(pointed)
         damaged: list[str] = []
-        for name in sorted(names, key=_place, reverse=True):
+        for name in sorted(names, key=place_of, reverse=True):
             try:
                 checkpoint = self._read(name)
             except CheckpointError as error:
@@ -199,7 +178,7 @@ class CheckpointStore:
     def _names(self) -> list[str]:
         if not self._folder.is_dir():
             return []
-        return [path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
+        return [path.name for path in self._folder.iterdir() if NAME.fullmatch(path.name)]
 
     def _pointed_to(self, observer: TrainObserver) -> str | None:
         path = self._folder / "last.json"
@@ -210,7 +189,7 @@ class CheckpointStore:
         except (ManifestError, OSError) as error:
             observer.notice(f"{path} is damaged ({error}); the newest whole checkpoint counts.")
             return None
-        return name if isinstance(name, str) and _NAME.fullmatch(name) else None
+        return name if isinstance(name, str) and NAME.fullmatch(name) else None
 
     def _read(self, name: str) -> Checkpoint:
         """Reads one checkpoint; what is parsed is the very bytes whose digest was checked.
@@ -222,70 +201,53 @@ class CheckpointStore:
         if folder.is_symlink():
             raise CheckpointError("it is a link, which may lead anywhere")
         try:
-            listing = read_json(folder / _DIGESTS)
-            records = [FileRecord.from_dict(entry) for entry in listing.get("files", ())]
-            names = sorted(record.path for record in records)
-            if listing.get("version") != _VERSION or names != sorted((_MODEL, _OPTIMIZER, _STATE)):
-                raise CheckpointError(f"{_DIGESTS} is of another version or lists other files")
-            listed = {record.path: record for record in records}
-            state = TrainState.from_dict(json.loads(_checked_bytes(folder, listed[_STATE])))
-            if state.version != _VERSION or state.run != self._run or state.name != name:
-                raise CheckpointError(f"{_STATE} is of another run, place or version")
-            model = read_tensors(folder / _MODEL, listed[_MODEL])
-            optimizer = read_tensors(folder / _OPTIMIZER, listed[_OPTIMIZER])
-        except (ManifestError, OSError, TypeError, *_JSON_ERRORS) as error:
+            listed = listed_files(folder)
+            if (AVERAGE in listed) != self._has_average:
+                raise CheckpointError(f"{DIGESTS} lists other files than this run saves")
+            state = read_state(folder)
+            if state.run != self._run or state.name != name:
+                raise CheckpointError(f"{STATE} is of another run or place")
+            model = read_tensors(folder / MODEL, listed[MODEL])
+            optimizer = read_tensors(folder / OPTIMIZER, listed[OPTIMIZER])
+            average = {}
+            if self._has_average:
+                average = read_tensors(folder / AVERAGE, listed[AVERAGE])
+        except (ManifestError, OSError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(str(error)) from error
-        return Checkpoint(state, model, optimizer)
+        return Checkpoint(state, model, optimizer, average)
 
     def _remove_old(self, state: TrainState) -> None:
-        before = [name for name in self._names() if _place(name) < _place(state.name)]
+        before = [name for name in self._names() if place_of(name) < place_of(state.name)]
         keep = {state.name, state.best_name}
         if before:
-            previous = max(before, key=_place)
-            keep |= {previous, _best_name(state.history[: _place(previous)[0]])}
+            previous = max(before, key=place_of)
+            keep |= {previous, best_name(state.history[: place_of(previous)[0]])}
         for name in self._names():
             if name not in keep:
                 remove_path(self._folder / name)
-
-
-def checkpoint_path(run: Path, name: str) -> Path:
-    """Returns the path of a checkpoint of the run in the folder `run`."""
-    return run / _FOLDER / name
 
 
 def share_checkpoint(checkpoint: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
     """Returns rank 0's checkpoint on all ranks; what the others give is not looked at."""
     if ranks.world_size == 1:
         return checkpoint
-    contents = [b"", b"", b""]
+    contents = [b"", b"", b"", b""]
     if ranks.is_writer and checkpoint is not None:
         contents = [
             json_bytes(checkpoint.state.to_dict()),
             _tensor_bytes(checkpoint.model),
             _tensor_bytes(checkpoint.optimizer),
+            _tensor_bytes(checkpoint.average),
         ]
-    state, model, optimizer = (ranks.share(content) for content in contents)
+    state, model, optimizer, average = (ranks.share(content) for content in contents)
     if ranks.is_writer or not state:
         return checkpoint
     return Checkpoint(
         TrainState.from_dict(json.loads(state)),
         safetensors.torch.load(model),
         safetensors.torch.load(optimizer),
+        safetensors.torch.load(average),
     )
-
-
-def _folder_name(epoch: int, step: int) -> str:
-    return f"epoch-{epoch:04d}-step-{step:06d}"
-
-
-def _best_name(history: tuple[EpochRecord, ...]) -> str | None:
-    return _folder_name(best_epoch(history).epoch, 0) if history else None
-
-
-def _place(name: str) -> tuple[int, int]:
-    found = _NAME.fullmatch(name)
-    assert found is not None
-    return int(found[1]), int(found[2])
 
 
 def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -293,17 +255,3 @@ def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     )
-
-
-def _checked_bytes(folder: Path, record: FileRecord) -> bytes:
-    path = folder / record.path
-    # A file of another size is not read at all: it could be of any size.
-    same = path.lstat().st_size == record.bytes
-    content = read_regular(path, max_bytes=_MAX_STATE_BYTES) if same else b""
-    digest = hashlib.sha256(content).hexdigest()
-    if len(content) != record.bytes or digest != record.sha256:
-        raise CheckpointError(
-            f"{record.path} is not what was written: {record.bytes} bytes of sha256 "
-            f"{record.sha256[:12]}..., now {path.lstat().st_size} bytes"
-        )
-    return content

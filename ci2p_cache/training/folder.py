@@ -5,6 +5,7 @@
     runs/<name>/
       args.yaml       what binds the folder (RunSettings), and what it was started with
       model.json      everything needed to rebuild the model and to read its latents
+      encoder.safetensors   the cache's, so that the folder alone classifies pictures
       summary.csv     a row per epoch
       tensorboard/    the same as events
       checkpoints/    see checkpoint.py
@@ -27,28 +28,18 @@ import yaml
 from ci2p_cache.cache.commit import StagingArea, disk_errors
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
-from ci2p_cache.record import Record, read_regular
+from ci2p_cache.record import Record, read_yaml
 from ci2p_cache.specs import Fingerprint, differing_fields
 from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.spec import TrainSpec
 
-__all__ = ["RunArgs", "RunSettings", "open_run_folder", "run_path"]
+__all__ = ["RunArgs", "RunSettings", "open_run_folder", "read_run_args", "run_path"]
 
 _ARGS = "args.yaml"
 _MAX_ARGS_BYTES = 2**16
-"""Ours have a few thousand; parsed, hostile YAML takes a thousand times its size."""
+"""Ours have a few thousand."""
 _OWN_WORK = {".lock", ".staging"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without aliases, through which a few lines can stand for gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Composes a node, unless it refers to another."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds aliases, which ci2p-cache never writes")
-        return super().compose_node(parent, index)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +57,9 @@ class RunSettings(Record):
 
     @property
     def digest(self) -> str:
-        """sha256 over the canonical JSON of all fields, 64 hex digits."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        """sha256 over the canonical JSON of all that binds, 64 hex digits."""
+        fields = self.to_dict() | {"spec": self.spec.binding()}
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -96,7 +88,9 @@ def run_path(runs_dir: Path, name: str | None, settings: RunSettings) -> Path:
         UsageError: the name is no plain folder name.
     """
     if name is None:
-        name = f"{settings.spec.model}-{settings.digest[:8]}"
+        # Names of timm's models hold a colon: "timm:deit_tiny_patch16_224".
+        model = re.sub(r"[^A-Za-z0-9._-]+", "-", settings.spec.model)
+        name = f"{model[:90]}-{settings.digest[:8]}"
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"`name` is {name!r}; wanted up to 100 letters, digits, dots, dashes and underscores, "
@@ -165,16 +159,27 @@ def _refuse_foreign(path: Path) -> None:
     )
 
 
-def _read_args(path: Path) -> RunArgs | None:
+def read_run_args(path: Path) -> RunArgs | None:
+    """Reads a run's `args.yaml`; None where the folder has none, so that it is no run.
+
+    Raises:
+        ManifestError: it is damaged or of another version.
+    """
     file = path / _ARGS
     if not file.exists():
         return None
     try:
-        text = read_regular(file, max_bytes=_MAX_ARGS_BYTES)
-        return RunArgs.from_dict(yaml.load(text, _PlainLoader))  # a SafeLoader
-    except (ManifestError, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        return RunArgs.from_dict(read_yaml(file, max_bytes=_MAX_ARGS_BYTES))
+    except (ManifestError, OSError) as error:
+        raise ManifestError(f"{file} is damaged or of another version: {error}") from error
+
+
+def _read_args(path: Path) -> RunArgs | None:
+    try:
+        return read_run_args(path)
+    except ManifestError as error:
         raise RunMismatchError(
-            f"{file} is damaged or of another version, so the run cannot be told apart: {error}",
+            f"the run cannot be told apart: {error}",
             hint="choose another --name, or remove the folder by hand",
         ) from error
 

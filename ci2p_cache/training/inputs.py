@@ -5,40 +5,47 @@ from __future__ import annotations
 import hashlib
 import platform
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from ci2p_cache import __version__
+from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import InputDataError, UsageError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
+from ci2p_cache.loader.pixels import PixelLoader
 from ci2p_cache.loader.resident import Resident, ResidentLoader, choose_resident
-from ci2p_cache.models.ci2p_vit import ModelConfig
-from ci2p_cache.models.registry import model_config
+from ci2p_cache.models.registry import AnyModelConfig, build_model, model_config
+from ci2p_cache.training.folds import splits_of
+from ci2p_cache.training.layers import parameter_layers
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
     "data_digest",
+    "loader_name",
     "make_loaders",
     "model_config_for",
     "model_record",
     "numerics",
+    "require_layers",
     "train_and_val",
 ]
 
-_MODEL_RECORD_VERSION = 1
+_MODEL_RECORD_VERSION = 2
 
 
-def model_config_for(cache: Cache, spec: TrainSpec) -> ModelConfig:
-    """Returns the record of the model that reads this cache's latents.
+def model_config_for(cache: Cache, spec: TrainSpec) -> AnyModelConfig:
+    """Returns the record of the model that reads this cache's latents, or its images.
 
     Raises:
         UnknownModelError: no model has the spec's name.
+        UsageError: the model cannot have these settings, or takes no images of this size.
     """
     latent = cache.fingerprint.latent
     return model_config(
@@ -51,19 +58,46 @@ def model_config_for(cache: Cache, spec: TrainSpec) -> ModelConfig:
     )
 
 
+def loader_name(config: AnyModelConfig, given: BatchLoader | None) -> str:
+    """Returns the kind of the loader that a run is bound to.
+
+    Args:
+        config: The model.
+        given: The caller's loader of training batches; None: the run makes its own.
+
+    Raises:
+        UsageError: the given loader hands out latents and the model reads images, or the reverse.
+    """
+    if given is None:
+        return (LatentLoader if config.reads == "latents" else PixelLoader).__name__
+    if isinstance(given, PixelLoader) != (config.reads == "images"):
+        raise UsageError(
+            f"{config.name} reads {config.reads}, which {type(given).__name__} does not hand out",
+            hint="leave the loader (train: --online) out; models on images always read the images "
+            "that the cache was made of",
+        )
+    return type(given).__name__
+
+
+def require_layers(config: AnyModelConfig, spec: TrainSpec) -> None:
+    """Raises UsageError where the spec wants layers of a model that does not say them.
+
+    Built for this, and only where `layer_decay` is on: better seconds than a run folder in vain.
+    """
+    if spec.layer_decay != 1:
+        with torch.random.fork_rng(devices=[]):
+            parameter_layers(build_model(config))
+
+
 def train_and_val(cache: Cache, spec: TrainSpec, ranks: Ranks) -> tuple[Split, Split | None]:
     """Returns the splits to train from and to validate on, the latter None where there is none.
 
     Raises:
-        InputDataError: there is no train split, no image in it, or an image without a label.
+        InputDataError: there is no train split, no image in it, fewer than there are folds, or an
+            image without a label.
         UsageError: the batch size leaves one image that BatchNorm could not normalise.
     """
-    if "train" not in cache or not len(cache["train"].valid_rows):
-        raise InputDataError(
-            f"{cache.path} holds no image to train from; its splits are {list(cache.splits)}"
-        )
-    train = cache["train"]
-    val = cache["val"] if "val" in cache and len(cache["val"].valid_rows) else None
+    train, val = splits_of(cache, spec)
     for split in (train, val):
         if split is not None:
             _check_labels(split, len(cache.classes))
@@ -103,6 +137,7 @@ def make_loaders(
     spec: TrainSpec,
     device: torch.device,
     *,
+    reads: Literal["latents", "images"],
     threads: int | None,
     resident: Resident,
     given: BatchLoader | None,
@@ -111,17 +146,18 @@ def make_loaders(
 ) -> tuple[BatchLoader, BatchLoader | None]:
     """Returns the loaders of the train and the val split; the caller closes those not `given`.
 
+    Where the model reads images, both decode those that the cache was made of.
+
     Raises:
-        UsageError: the given loader has another seed, batch size, split, device or rank.
+        UsageError: the given loader has another seed, batch size, split, device or rank, or images
+            are to be kept in memory.
         ResourceError: the split is to be kept in memory, where it does not fit.
+        SourceError: the images are not there any more.
     """
     train, val = splits
     threads = threads or ranks.num_threads
     if given is None:
-        stays, reason = choose_resident(train, device, resident)
-        if reason:
-            observer.notice(reason)
-        given = (ResidentLoader if stays else LatentLoader)(
+        given = _train_kind(train, device, reads, resident, observer)(
             train,
             batch_size=spec.batch_size,
             seed=spec.seed,
@@ -139,6 +175,12 @@ def make_loaders(
             f"the given loader has (seed, batch size, split, cache) {has} on {given.device}; "
             f"the run wants {wanted} on {device}"
         )
+    if not np.array_equal(given.split.valid_rows, train.valid_rows):
+        raise UsageError(
+            f"the given loader reads {len(given.split.valid_rows)} rows, which are not the "
+            f"{len(train.valid_rows)} that the run trains from (`folds` {spec.folds}, `fold` "
+            f"{spec.fold})"
+        )
     if (given.rank, given.world_size) != (ranks.rank, ranks.world_size):
         raise UsageError(
             f"the given loader is for rank {given.rank} of {given.world_size}; this is rank "
@@ -146,7 +188,12 @@ def make_loaders(
         )
     if val is None:
         return given, None
-    return given, LatentLoader(
+    if spec.folds and val.cache.fingerprint.views.kind == "crops":
+        observer.notice(
+            "the folds validate on the first crop of each image, not on the image itself: the "
+            "cache holds nothing else of the train split. Compare such runs only with each other."
+        )
+    return given, (LatentLoader if reads == "latents" else PixelLoader)(
         val,
         batch_size=spec.batch_size,
         device=device,
@@ -157,6 +204,27 @@ def make_loaders(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
+
+
+def _train_kind(
+    train: Split,
+    device: torch.device,
+    reads: Literal["latents", "images"],
+    resident: Resident,
+    observer: TrainObserver,
+) -> type[BatchLoader]:
+    """Returns the kind of the loader of training batches, and tells why it is that."""
+    if reads == "images":
+        if resident == "yes":
+            raise UsageError(
+                "`resident` is yes, which keeps latents in memory; the model reads images",
+                hint="leave it out (train: without --resident)",
+            )
+        return PixelLoader
+    stays, reason = choose_resident(train, device, resident)
+    if reason:
+        observer.notice(reason)
+    return ResidentLoader if stays else LatentLoader
 
 
 def data_digest(cache: Cache) -> str:
@@ -173,8 +241,17 @@ def data_digest(cache: Cache) -> str:
     return digest.hexdigest()
 
 
-def model_record(cache: Cache, config: ModelConfig) -> dict[str, Any]:
-    """Returns `model.json`: what rebuilds the model and reads its latents, weights apart."""
+def model_record(
+    cache: Cache, config: AnyModelConfig, encoder: FileRecord | None = None
+) -> dict[str, Any]:
+    """Returns `model.json`: what rebuilds the model and makes what it reads, weights apart.
+
+    Args:
+        cache: The cache that is trained from.
+        config: The model.
+        encoder: The encoder's copy in the run folder; None where the model reads images. Version 1
+            of the record did not have it.
+    """
     return {
         "version": _MODEL_RECORD_VERSION,
         "software": f"ci2p-cache {__version__}",
@@ -184,6 +261,7 @@ def model_record(cache: Cache, config: ModelConfig) -> dict[str, Any]:
         "offset": list(cache.manifest.offset),
         "classes": list(cache.classes),
         "class_titles": list(cache.class_titles),
+        "encoder": None if encoder is None else encoder.to_dict(),
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ci2p_cache.loader.batches import BatchLoader
+from ci2p_cache.loader.batches import Batch, BatchLoader
 from ci2p_cache.training.ranks import Ranks
 
 __all__ = ["TrainTotals", "Validation", "autocast", "validate"]
@@ -86,6 +86,7 @@ def validate(
     precision: str,
     should_stop: Callable[[], bool],
     ranks: Ranks = _ALONE,
+    observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> Validation | None:
     """Runs the model in eval mode over every image of a split once, over all ranks together.
 
@@ -95,6 +96,8 @@ def validate(
         precision: float32 or bf16.
         should_stop: Asked before each batch; gives all ranks the same answer.
         ranks: Those that share the loader's batches.
+        observe: Shown each batch with its logits, float32 (B, K) on its device; both may be used
+            again for the next one.
 
     Returns:
         The means over all ranks' images, or None where it was stopped.
@@ -112,6 +115,8 @@ def validate(
             with autocast(loader.device, precision):
                 logits_BK = model(batch.latents.contiguous(memory_format=torch.channels_last))
             sums += _scores(logits_BK.float(), batch.labels)
+            if observe is not None:
+                observe(batch, logits_BK.float())
     finally:
         model.train(was_training)
     ranks.add_up([sums])

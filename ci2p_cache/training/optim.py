@@ -10,31 +10,46 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from ci2p_cache.errors import CheckpointError
+from ci2p_cache.training.layers import parameter_layers
 from ci2p_cache.training.spec import TrainSpec
 
 __all__ = ["load_optimizer_tensors", "lr_at", "make_optimizer", "optimizer_tensors", "set_lr"]
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_LR_SCALE = "lr_scale"
+"""timm's name for the factor that a group of parameters puts on the learning rate."""
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> Optimizer:
     """Returns Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
     Both run torch's fused kernels, which alone take a flag on the device that says "skip this
-    step". Parameters of one dimension (biases, norms) do not decay unless the spec says so.
+    step". Parameters of one dimension (biases, norms) do not decay unless the spec says so. With
+    `layer_decay` d a layer's learning rate is d to the number of layers above it times that of the
+    last, as `parameter_layers` counts them.
+
+    Raises:
+        UsageError: `layer_decay` is not 1 and the model does not say its layers.
     """
-    decaying: list[nn.Parameter] = []
-    resting: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    layers: dict[str, int] = {}
+    if spec.layer_decay != 1:
+        layers = parameter_layers(model)
+    last = max(layers.values(), default=0)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         decays = parameter.ndim > 1 or spec.decay_norm_and_bias
-        (decaying if decays else resting).append(parameter)
-    groups = [
-        {"params": decaying, "weight_decay": spec.decay},
-        {"params": resting, "weight_decay": 0.0},
-    ]
+        groups.setdefault((layers.get(name, last), decays), []).append(parameter)
     kind = AdamW if spec.optimizer == "adamw" else Adam
     return kind(
-        [group for group in groups if group["params"]],
+        [
+            {
+                "params": groups[layer, decays],
+                "weight_decay": spec.decay if decays else 0.0,
+                _LR_SCALE: spec.layer_decay ** (last - layer),
+            }
+            # Those that decay first, within a layer.
+            for layer, decays in sorted(groups, key=lambda group: (group[0], not group[1]))
+        ],
         lr=spec.lr,
         betas=spec.betas,
         eps=spec.eps,
@@ -57,9 +72,9 @@ def lr_at(step: int, *, spec: TrainSpec, steps_per_epoch: int) -> float:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Sets the learning rate of all parameters."""
+    """Sets the learning rate of the last layer; those below it get their share."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group[_LR_SCALE]
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

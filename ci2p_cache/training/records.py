@@ -35,9 +35,11 @@ class EpochRecord(Record):
     loss: float
     """Mean training loss, label smoothing included; nan where every step was skipped."""
     train_top1: float
-    """Share of training images classified right during the epoch, 0 to 1."""
+    """Share of training images classified right during the epoch, 0 to 1; of mixed ones, as the
+    class that has the larger share of them."""
     val_loss: float | None
-    """Mean cross-entropy over the validation split, without label smoothing."""
+    """Mean cross-entropy over the validation split, without label smoothing. This and the next two
+    are of the averaged weights where the run makes them (`ema`)."""
     top1: float | None
     """Share of validation images whose class came first, 0 to 1."""
     top5: float | None
@@ -76,7 +78,10 @@ class TrainProgress:
     steps: int
     """Steps of an epoch."""
     loss: float | None
-    """Mean training loss of the epoch so far, at most 50 steps old; None before it is known."""
+    """Mean training loss of the epoch so far, at most 50 steps old, 10 at the start of a run; None
+    before it is known."""
+    train_top1: float | None
+    """Share of the epoch's images classified right so far, 0 to 1, as old as the loss."""
     images_per_second: float
     """Of this epoch so far."""
     wait_share: float

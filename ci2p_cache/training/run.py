@@ -14,25 +14,23 @@ from torch.optim import Optimizer
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.errors import CheckpointError, InterruptedRunError, UsageError
 from ci2p_cache.loader.batches import BatchLoader
-from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.loader.resident import Resident
 from ci2p_cache.machine import bf16_notice, raise_open_files, tune_allocator
-from ci2p_cache.models.ci2p_vit import ModelConfig
-from ci2p_cache.models.registry import build_model
+from ci2p_cache.models.registry import AnyModelConfig, build_model
 from ci2p_cache.specs import differing_fields
-from ci2p_cache.training.checkpoint import (
-    Checkpoint,
-    TrainState,
-    checkpoint_path,
-    share_checkpoint,
-)
+from ci2p_cache.training.checkpoint import Checkpoint, share_checkpoint
+from ci2p_cache.training.checkpoint_folder import TrainState, checkpoint_path
+from ci2p_cache.training.ema import WeightAverage
+from ci2p_cache.training.encoder_copy import copy_encoder
 from ci2p_cache.training.folder import RunArgs, RunSettings, open_run_folder, run_path
 from ci2p_cache.training.inputs import (
     data_digest,
+    loader_name,
     make_loaders,
     model_config_for,
     model_record,
     numerics,
+    require_layers,
     train_and_val,
 )
 from ci2p_cache.training.optim import load_optimizer_tensors, make_optimizer
@@ -68,7 +66,7 @@ def train(
     observer: TrainObserver | None = None,
     ranks: Ranks | None = None,
 ) -> TrainSummary:
-    """Trains a model from a cache of latents.
+    """Trains a model from a cache of latents, or a baseline on the images that it was made of.
 
     Called again with the same arguments it goes on where it stopped, and a finished run returns at
     once. On CPU the numbers are the same to the last bit, interrupted or not, as long as the number
@@ -105,11 +103,14 @@ def train(
         UsageError: an argument or a setting cannot be used.
         UnknownModelError: no model has that name.
         NotACacheError, IncompleteCacheError, ManifestError: the cache cannot be opened.
-        InputDataError: there is nothing to train from, or a label is missing.
+        InputDataError: there is nothing to train from, a label is missing, or, for a model on
+            images, an image has changed since the cache was made.
+        SourceError: the model reads images, and they are not there any more.
         RunMismatchError: the folder holds a run with other settings, or something else.
         LockedError: another process trains in the folder.
         CheckpointError: every checkpoint of the run is damaged.
         ShardError: the cache turned out to be damaged.
+        DigestError: the cache's encoder.safetensors is damaged; a new run folder gets a copy.
         TrainingDivergedError: loss or gradients were not finite ten times in a row.
         ResourceError: writing failed, or another rank was killed; run it again.
         InterruptedRunError: stopped by a signal; run it again to go on.
@@ -127,12 +128,13 @@ def train(
         if place.type == "cpu":
             tune_allocator()
         config = model_config_for(cache, spec)
+        require_layers(config, spec)
         splits = train_and_val(cache, spec, ranks)
         settings = RunSettings(
             spec=spec,
             fingerprint=cache.fingerprint,
             data_sha256=data_digest(cache),
-            loader=LatentLoader.__name__ if loader is None else type(loader).__name__,
+            loader=loader_name(config, loader),
         )
         _require_same_settings(settings, ranks)
         how = numerics(place, ranks, is_compiled=compile_model)
@@ -144,8 +146,11 @@ def train(
             folder = open_run_folder(path, args, overwrite=overwrite, observer=observer)
             staging = stack.enter_context(folder)
             if not (path / "model.json").exists():
-                staging.put_json("model.json", model_record(cache, config))
-            writer = RunWriter(staging, run=settings.digest, observer=observer)
+                encoder = copy_encoder(cache, config, staging)
+                staging.put_json("model.json", model_record(cache, config, encoder))
+            writer = RunWriter(
+                staging, run=settings.digest, has_average=spec.ema > 0, observer=observer
+            )
         checkpoint = share_checkpoint(writer.load() if writer is not None else None, ranks)
         run = _Run(path, spec, ranks, writer, observer)
         begun = checkpoint.state if checkpoint else TrainState(run=settings.digest, sums={})
@@ -160,6 +165,7 @@ def train(
                 splits,
                 spec,
                 place,
+                reads=config.reads,
                 threads=threads,
                 resident=resident,
                 given=loader,
@@ -169,14 +175,16 @@ def train(
             stack.callback(_close, [each for each in loaders if each not in (None, loader)])
             if spec.precision == "bf16" and (text := bf16_notice(place)):
                 observer.notice(text)
-            model, optimizer = run.start(config, place, checkpoint)
+            model, optimizer, average = run.start(config, place, checkpoint)
             # Its tensors are copied; nothing of the size of the model is kept twice.
             del checkpoint
             if compile_model:
                 # In place: the names of the weights stay. Compiled at the first step.
                 model.compile()
+                if average is not None:
+                    average.module.compile()
             state = run.train(
-                begun, model, optimizer, loaders, stop, save_every_steps=save_every_steps
+                begun, model, optimizer, average, loaders, stop, save_every_steps=save_every_steps
             )
     return run.summary(begun, state, place)
 
@@ -209,9 +217,9 @@ class _Run:
     observer: TrainObserver
 
     def start(
-        self, config: ModelConfig, device: torch.device, checkpoint: Checkpoint | None
-    ) -> tuple[nn.Module, Optimizer]:
-        """Returns model and optimiser, as they were saved or as the seed makes them.
+        self, config: AnyModelConfig, device: torch.device, checkpoint: Checkpoint | None
+    ) -> tuple[nn.Module, Optimizer, WeightAverage | None]:
+        """Returns model, optimiser and averages, as they were saved or as the seed makes them.
 
         Raises:
             CheckpointError: the checkpoint does not fit the model.
@@ -220,16 +228,26 @@ class _Run:
             torch.default_generator.manual_seed(self.spec.seed)
             model = build_model(config).to(device)
         optimizer = make_optimizer(model, self.spec)
+        average = WeightAverage(model, self.spec.ema) if self.spec.ema else None
         if checkpoint is not None:
-            self._restore(checkpoint, model, optimizer)
-        self.ranks.share_tensors(list(model.state_dict().values()))
-        return model, optimizer
+            self._restore(checkpoint, model, optimizer, average)
+        for module in [model] if average is None else [model, average.module]:
+            self.ranks.share_tensors(list(module.state_dict().values()))
+        return model, optimizer, average
 
-    def _restore(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    def _restore(
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        optimizer: Optimizer,
+        average: WeightAverage | None,
+    ) -> None:
         state = checkpoint.state
         path = checkpoint_path(self.path, state.name)
         try:
             model.load_state_dict(checkpoint.model)
+            if average is not None:
+                average.load(checkpoint.average)
         except RuntimeError as error:
             raise CheckpointError(f"{path} does not fit the model: {error}") from error
         load_optimizer_tensors(model, optimizer, checkpoint.optimizer)
@@ -243,6 +261,7 @@ class _Run:
         state: TrainState,
         model: nn.Module,
         optimizer: Optimizer,
+        average: WeightAverage | None,
         loaders: tuple[BatchLoader, BatchLoader | None],
         stop: StopSignal,
         *,
@@ -262,7 +281,7 @@ class _Run:
 
         def save(state: TrainState) -> None:
             if self.writer is not None:
-                self.writer.save(state, model, optimizer)
+                self.writer.save(state, model, optimizer, average)
 
         try:
             if self.writer is not None:
@@ -271,6 +290,7 @@ class _Run:
                 spec=self.spec,
                 model=model,
                 optimizer=optimizer,
+                average=average,
                 train_loader=loaders[0],
                 val_loader=loaders[1],
                 save=save,

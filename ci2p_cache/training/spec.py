@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 from ci2p_cache.errors import UsageError
 from ci2p_cache.record import Record
 
 __all__ = ["TrainSpec"]
 
-_VERSION = 1
+_VERSION = 2
 
 _WARMUP_SHARE = 0.1
+
+_SINCE_VERSION_2: dict[str, float | int] = {
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "mix_probability": 1.0,
+    "latent_flip": 0.0,
+    "ema": 0.0,
+    "layer_decay": 1.0,
+    "folds": 0,
+    "fold": 0,
+}
+"""What version 1 did not have, with the values that change nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +44,7 @@ class TrainSpec(Record):
     version: int = _VERSION
     """Version of this record."""
     model: str = "vitds"
-    """Name of the model, one of `list_models()`; the paper's better one."""
+    """Name of the model, as for `create_model`; the paper's better one."""
     epochs: int = 100
     """Passes over the train split; enough for small data, the paper takes 300."""
     batch_size: int = 64
@@ -67,7 +80,23 @@ class TrainSpec(Record):
     order: Literal["random", "blocks"] = "random"
     """random: any sample at any time. blocks: eight shards at a time, for slow storage."""
     seed: int = 0
-    """Seed of the initial weights, the order, the views and the stochastic depth."""
+    """Seed of the initial weights, order, views, stochastic depth and of what is mixed."""
+    mixup: float = 0.0
+    """Alpha of Mixup of what the model reads, latents or images; 0 off, the authors 0.8."""
+    cutmix: float = 0.0
+    """Alpha of CutMix of what the model reads; 0 off, the authors 1.0. With both: half and half."""
+    mix_probability: float = 1.0
+    """Share of the batches that are mixed; the authors'."""
+    latent_flip: float = 0.0
+    """Probability that what the model reads is mirrored; wrong for latents, see flipping.py."""
+    ema: float = 0.0
+    """Decay per step of averaged weights, which are then what is validated; 0 off, usual 0.999."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each layer to the one below it; 1 off, BEiT 0.65-0.9."""
+    folds: int = 0
+    """Parts of the train split for cross-validation, of which one validates; 0 off."""
+    fold: int = 0
+    """The part that validates, 0 <= fold < folds."""
 
     def __post_init__(self) -> None:
         self._make_floats()
@@ -80,6 +109,8 @@ class TrainSpec(Record):
             ("batch_size", 1, 2**20),
             ("accumulate", 1, self.batch_size),
             ("seed", 0, 2**63 - 1),
+            ("folds", 0, 2**20),
+            ("fold", 0, max(self.folds - 1, 0) if type(self.folds) is int else 0),
         ):
             value = getattr(self, name)
             _require(
@@ -94,6 +125,34 @@ class TrainSpec(Record):
             value = getattr(self, name)
             _require(value in choices, f"`{name}` is {value!r}; wanted one of {', '.join(choices)}")
         self._check_rates()
+        self._check_additions()
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Rebuilds a spec written by `to_dict`, of version 1 too: what came later is off there.
+
+        Raises:
+            ManifestError: a field is unknown, missing, of another type or out of range.
+        """
+        if (
+            isinstance(data, Mapping)
+            and data.get("version") == 1
+            and not _SINCE_VERSION_2.keys() & data.keys()
+        ):
+            data = {**data, **_SINCE_VERSION_2, "version": _VERSION}
+        # By name: with slots a dataclass is another class than the one that `super()` knows.
+        return super(TrainSpec, cls).from_dict(data)
+
+    def binding(self) -> dict[str, Any]:
+        """Returns what a run folder is bound to: all fields, as version 1 wrote them.
+
+        What came later is left out where it is off, so runs that were begun before it go on.
+        """
+        return {
+            name: value
+            for name, value in (self.to_dict() | {"version": 1}).items()
+            if name not in _SINCE_VERSION_2 or value != _SINCE_VERSION_2[name]
+        }
 
     def _make_floats(self) -> None:
         """Turns whole numbers in float fields to floats, so that equal specs have equal records."""
@@ -130,6 +189,31 @@ class TrainSpec(Record):
         for name in ("label_smoothing", "drop_path"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"`{name}` is {value}; 0 <= value < 1 is wanted")
+
+    def _check_additions(self) -> None:
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            _require(
+                0 <= value < math.inf, f"`{name}` is {value}; 0 (off) or a positive alpha is wanted"
+            )
+        for name, fits, wanted in (
+            ("mix_probability", 0 < self.mix_probability <= 1, "0 < value <= 1"),
+            ("latent_flip", 0 <= self.latent_flip <= 1, "0 <= value <= 1"),
+            ("ema", 0 <= self.ema < 1, "0 <= value < 1"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "0 < value <= 1"),
+        ):
+            _require(fits, f"`{name}` is {getattr(self, name)}; {wanted} is wanted")
+        _require(
+            self.is_mixing or self.mix_probability == 1,
+            f"`mix_probability` is {self.mix_probability}, but nothing is mixed: `mixup` and "
+            "`cutmix` are 0",
+        )
+        _require(self.folds != 1, "`folds` is 1; 0 switches it off, 2 or more divide the split")
+
+    @property
+    def is_mixing(self) -> bool:
+        """Whether batches are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def num_warmup_epochs(self) -> float:

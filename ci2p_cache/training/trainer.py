@@ -8,17 +8,21 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from ci2p_cache.loader.batches import Batch, BatchLoader
-from ci2p_cache.training.checkpoint import TrainState
+from ci2p_cache.loader.order import rank_slice
+from ci2p_cache.machine import ieee_float32
+from ci2p_cache.training.checkpoint_folder import TrainState
+from ci2p_cache.training.early import early_notice
+from ci2p_cache.training.ema import WeightAverage
+from ci2p_cache.training.flipping import flipped
 from ci2p_cache.training.guard import BadStep, StepGuard
 from ci2p_cache.training.metrics import TrainTotals, autocast, validate
+from ci2p_cache.training.mixing import Targets, draw_mix, mixed
 from ci2p_cache.training.optim import lr_at, set_lr
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import EpochRecord, TrainObserver, TrainProgress
@@ -28,6 +32,8 @@ __all__ = ["Trainer"]
 
 _READ_EVERY_STEPS = 50
 """How often the loop waits for the device to look for bad steps: rare enough to cost nothing."""
+_READ_EVERY_FIRST_STEPS = 10
+"""The same in the first epoch up to there, where the loss is what shows that something learns."""
 
 _PROGRESS_SECONDS = 1.0
 
@@ -54,7 +60,7 @@ class Trainer:
     val_loader: BatchLoader | None
     """Unshuffled, the first view; None where the cache has no validation split."""
     save: Callable[[TrainState], None]
-    """Saves a checkpoint of model and optimiser together with this state; on rank 0."""
+    """Saves a checkpoint of model, optimiser and average with this state; on rank 0."""
     should_stop: Callable[[], bool]
     """Asked after each step and before each validation batch; gives all ranks the same answer."""
     ranks: Ranks
@@ -63,6 +69,8 @@ class Trainer:
     """Told of progress and skipped steps; epochs are the caller's to tell, in `save`."""
     save_every_steps: int | None = None
     """Steps between checkpoints inside an epoch; None saves at the end of epochs only."""
+    average: WeightAverage | None = None
+    """Follows the weights and is validated in their place; None where the spec has no `ema`."""
     _guard: StepGuard = field(init=False)
     _parameters: list[nn.Parameter] = field(init=False)
     _last_tick: float = field(init=False, default=0.0)
@@ -81,8 +89,11 @@ class Trainer:
         """
         self._guard = StepGuard(self.model, self.optimizer, in_a_row=state.bad_in_a_row)
         self._parameters = list(self.model.parameters())
+        if self.average is not None:
+            # Now, for the guard has just put other tensors in place.
+            self.average.follow(self.model)
         device = self.train_loader.device
-        with _ieee_float32(device), _own_randomness(device):
+        with ieee_float32(device), _own_randomness(device):
             while state.epoch < self.spec.epochs and not self.should_stop():
                 state = self._train_epoch(state)
                 if state.step == len(self.train_loader) and not self.should_stop():
@@ -99,23 +110,23 @@ class Trainer:
         clock = _Clock(loader, state)
         loader.load_state_dict({"seed": self.spec.seed, "epoch": state.epoch, "step": state.step})
         self.model.train()
-        loss = None
+        loss = top1 = None
         for step, batch in enumerate(loader, start=state.step):
             self._step(batch, totals, epoch=state.epoch, step=step)
             done = step + 1
             stop = done == steps or self.should_stop()
             due = self.save_every_steps is not None and done % self.save_every_steps == 0
-            if stop or due or done % _READ_EVERY_STEPS == 0:
+            if stop or due or _is_read(state.epoch, done):
                 self._tell_bad_steps()
                 sums = totals.read()
-                loss = sums["loss"] / max(sums["images"], 1)
+                loss, top1 = (sums[name] / max(sums["images"], 1) for name in ("loss", "top1"))
             if stop or due:
                 state = clock.stamp(state, step=done, sums=sums, in_a_row=self._guard.in_a_row)
             if stop:
                 break
             if due:
                 self.save(state)
-            self._tell_progress(state.epoch, done, loss, clock)
+            self._tell_progress(state.epoch, done, (loss, top1), clock)
         return state
 
     def _step(self, batch: Batch, totals: TrainTotals, *, epoch: int, step: int) -> None:
@@ -124,14 +135,15 @@ class Trainer:
         set_lr(self.optimizer, self._lr(epoch, step))
         torch.manual_seed(_step_seed(spec.seed, epoch, step, self.ranks.rank))
         self._guard.before()
-        latents_BMHW = batch.latents.contiguous(memory_format=torch.channels_last)
-        loss = correct = torch.zeros((), device=latents_BMHW.device)
-        for latents, labels in zip(
-            latents_BMHW.chunk(spec.accumulate), batch.labels.chunk(spec.accumulate), strict=True
+        inputs_BCHW, targets = self._augmented(batch, epoch=epoch, step=step)
+        loss = correct = torch.zeros((), device=inputs_BCHW.device)
+        for part_BCHW, wanted in zip(
+            inputs_BCHW.chunk(spec.accumulate), targets.chunk(spec.accumulate), strict=True
         ):
-            if not len(labels):
+            if not len(part_BCHW):
                 continue
-            part_loss, part_correct = self._backward(latents, labels, share=len(labels) / images)
+            share = len(part_BCHW) / images
+            part_loss, part_correct = self._backward(part_BCHW, wanted, share=share)
             loss, correct = loss + part_loss, correct + part_correct
         if self.ranks.world_size > 1:
             loss, correct = self._combine(loss, correct, share=len(batch.rows) / images)
@@ -141,19 +153,43 @@ class Trainer:
         is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         rows = batch.global_rows.tolist()
         self._guard.step(is_finite, BadStep(epoch=epoch + 1, step=step, rows=rows))
+        if self.average is not None:
+            self.average.update(epoch * len(self.train_loader) + step, is_finite)
         self.optimizer.zero_grad(set_to_none=True)
         totals.add(
             loss=loss, correct=correct, grad_norm=grad_norm, images=images, is_finite=is_finite
         )
 
-    def _backward(self, latents: Tensor, labels: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
+    def _augmented(self, batch: Batch, *, epoch: int, step: int) -> tuple[Tensor, Targets]:
+        """Returns what the model reads of a batch, (B, C, H, W) channels_last, and its targets."""
+        spec, inputs_BCHW, ranks = self.spec, batch.latents, self.ranks
+        num_samples = len(batch.global_rows)
+        # None of these seeds knows the rank: all draw alike, for the whole batch.
+        inputs_BCHW = flipped(
+            inputs_BCHW,
+            spec.latent_flip,
+            num_samples=num_samples,
+            own=rank_slice(num_samples, rank=ranks.rank, world_size=ranks.world_size),
+            seed=_step_seed(spec.seed, epoch, step, "flip"),
+        )
+        mix = draw_mix(
+            spec,
+            size=(inputs_BCHW.shape[2], inputs_BCHW.shape[3]),
+            seed=_step_seed(spec.seed, epoch, step, "mix"),
+        )
+        inputs_BCHW, targets = mixed(inputs_BCHW, batch.labels, mix)
+        return inputs_BCHW.contiguous(memory_format=torch.channels_last), targets
+
+    def _backward(
+        self, inputs_BCHW: Tensor, targets: Targets, *, share: float
+    ) -> tuple[Tensor, Tensor]:
         """Adds the gradients of a part of a batch; returns its share of the loss, and its hits."""
-        with autocast(latents.device, self.spec.precision):
-            logits = self.model(latents)
+        with autocast(inputs_BCHW.device, self.spec.precision):
+            logits = self.model(inputs_BCHW)
         logits = logits.float()
-        loss = cross_entropy(logits, labels, label_smoothing=self.spec.label_smoothing) * share
+        loss = targets.loss(logits, label_smoothing=self.spec.label_smoothing) * share
         loss.backward()  # type: ignore[no-untyped-call]  # torch stub
-        return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+        return loss.detach(), targets.hits(logits.detach())
 
     def _combine(self, loss: Tensor, correct: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
         """Makes the sums over a slice those over the whole batch, on all ranks alike.
@@ -186,7 +222,7 @@ class Trainer:
         validation = None
         if self.val_loader is not None:
             validation = validate(
-                self.model,
+                self.model if self.average is None else self.average.module,
                 self.val_loader,
                 precision=self.spec.precision,
                 should_stop=self.should_stop,
@@ -212,6 +248,14 @@ class Trainer:
             wait_share=state.waited_seconds / max(state.train_seconds, 1e-9),
             epoch_seconds=state.train_seconds + time.perf_counter() - started,
         )
+        notice = early_notice(
+            record,
+            steps=(state.epoch + 1) * steps,
+            num_classes=len(self.train_loader.split.cache.classes),
+            num_val=0 if self.val_loader is None else self.val_loader.num_samples,
+        )
+        if notice is not None:
+            self.observer.notice(notice)
         return dataclasses.replace(
             state,
             epoch=state.epoch + 1,
@@ -233,7 +277,9 @@ class Trainer:
                 f"finite on rows {bad.rows} of the train split"
             )
 
-    def _tell_progress(self, epoch: int, done: int, loss: float | None, clock: _Clock) -> None:
+    def _tell_progress(
+        self, epoch: int, done: int, scores: tuple[float | None, float | None], clock: _Clock
+    ) -> None:
         now = time.perf_counter()
         if now - self._last_tick < _PROGRESS_SECONDS:
             return
@@ -246,7 +292,8 @@ class Trainer:
                 epochs=epochs,
                 step=done,
                 steps=steps,
-                loss=loss,
+                loss=scores[0],
+                train_top1=scores[1],
                 images_per_second=self.spec.batch_size / seconds,
                 wait_share=clock.wait_share,
                 eta_seconds=seconds * (epochs * steps - epoch * steps - done),
@@ -289,9 +336,15 @@ class _Clock:
         )
 
 
-def _step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """Mixes four integers to the seed of one step, below 2**63; rank 0 draws as a process alone."""
-    words = [seed, epoch, step] + ([rank] if rank else [])
+def _is_read(epoch: int, done: int) -> bool:
+    """Says whether the loop reads its sums after so many steps of an epoch."""
+    often = epoch == 0 and done < _READ_EVERY_STEPS
+    return done % (_READ_EVERY_FIRST_STEPS if often else _READ_EVERY_STEPS) == 0
+
+
+def _step_seed(seed: int, epoch: int, step: int, drawer: int | str) -> int:
+    """Mixes a step and who draws in it to a seed below 2**63; rank 0 draws as a process alone."""
+    words = [seed, epoch, step] + ([drawer] if drawer else [])
     digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -302,24 +355,3 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-@contextlib.contextmanager
-def _ieee_float32(device: torch.device) -> Iterator[None]:
-    """Makes float32 mean IEEE float32 on CUDA too, where convolutions otherwise round to TF32."""
-    if device.type != "cuda":
-        yield
-        return
-    # torch makes these attributes at run time.
-    switches: tuple[Any, ...] = (
-        cast("Any", torch.backends.cudnn).conv,
-        torch.backends.cuda.matmul,
-    )
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value

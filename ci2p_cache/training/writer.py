@@ -6,7 +6,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ci2p_cache.cache.commit import StagingArea
-from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore, TrainState
+from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore
+from ci2p_cache.training.checkpoint_folder import TrainState
+from ci2p_cache.training.ema import WeightAverage
 from ci2p_cache.training.optim import optimizer_tensors
 from ci2p_cache.training.records import TensorBoard, TrainObserver, summary_csv
 
@@ -19,13 +21,16 @@ class RunWriter:
     Args:
         staging: The open staging area of the run folder.
         run: Digest of the run's settings and data.
+        has_average: Whether the run averages its weights.
         observer: Told of epochs that are safe on disk.
     """
 
-    def __init__(self, staging: StagingArea, *, run: str, observer: TrainObserver) -> None:
+    def __init__(
+        self, staging: StagingArea, *, run: str, has_average: bool, observer: TrainObserver
+    ) -> None:
         self._staging = staging
         self._observer = observer
-        self._store = CheckpointStore(staging, run=run)
+        self._store = CheckpointStore(staging, run=run, has_average=has_average)
         self._board: TensorBoard | None = None
         self._num_epochs = 0
 
@@ -58,14 +63,21 @@ class RunWriter:
             # A process killed between its checkpoint and this may not have written it.
             self._board.write(state.history[-1])
 
-    def save(self, state: TrainState, model: nn.Module, optimizer: Optimizer) -> None:
+    def save(
+        self,
+        state: TrainState,
+        model: nn.Module,
+        optimizer: Optimizer,
+        average: WeightAverage | None,
+    ) -> None:
         """Writes a checkpoint, and the epoch that has ended with it, if one has.
 
         Raises:
             ResourceError: it cannot be written; earlier checkpoints are safe.
         """
         tensors = (dict(model.state_dict()), optimizer_tensors(model, optimizer))
-        self._store.save(Checkpoint(state, *tensors))
+        averages = average.tensors() if average is not None else {}
+        self._store.save(Checkpoint(state, *tensors, averages))
         new = state.history[self._num_epochs :]
         if new:
             assert self._board is not None

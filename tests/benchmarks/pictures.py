@@ -11,11 +11,11 @@ from PIL import Image
 
 from ci2p_cache.images.decode import decode_image, decoder_name
 from ci2p_cache.images.views import image_views
+from ci2p_cache.reconstructions import JPEG_QUALITY, jpeg_bytes
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
 __all__ = ["JPEG_QUALITY", "jpeg", "mean_psnr", "to_pixels", "unjpeg", "views"]
 
-JPEG_QUALITY = 90
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -48,10 +48,8 @@ def mean_psnr(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
 
 
 def jpeg(view: torch.Tensor) -> bytes:
-    """Pillow's JPEG with its defaults: 4:2:0, baseline, no optimised tables."""
-    sink = io.BytesIO()
-    Image.fromarray(view.permute(1, 2, 0).numpy()).save(sink, "JPEG", quality=JPEG_QUALITY)
-    return sink.getvalue()
+    """The view as `jpeg_bytes` writes it."""
+    return jpeg_bytes(view.permute(1, 2, 0).numpy())
 
 
 def unjpeg(data: bytes) -> torch.Tensor:

@@ -1,0 +1,196 @@
+"""`ci2p-cache run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ci2p_cache.cli import render
+from ci2p_cache.errors import InterruptedRunError, UsageError, command
+
+if TYPE_CHECKING:
+    from ci2p_cache.experiment.run import ExperimentSummary, StageEvent
+    from ci2p_cache.experiment.spec import Experiment
+
+__all__ = ["run"]
+
+
+def run(
+    recipe: Annotated[
+        str, typer.Argument(help="FILE.py:NAME; FILE.py alone lists its recipes.", metavar="RECIPE")
+    ],
+    source: Annotated[
+        str | None, typer.Argument(help="The images, as `encode` takes them.", metavar="[SRC]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the experiment [default: experiments/NAME].")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a field; may be repeated.", metavar="FIELD=VALUE"),
+    ] = None,
+    until: Annotated[
+        Literal["encode", "train", "evaluate", "report"], typer.Option(help="The last stage.")
+    ] = "report",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run; write nothing.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Run a whole recipe: encode, train, evaluate, report; in one folder.
+
+    \b
+      ci2p-cache run pipelines/flowers.py                               which recipes are there
+      ci2p-cache run pipelines/smoke.py:smoke                           half a minute, no images
+      ci2p-cache run pipelines/flowers.py:vitds_tiny flowers/           the whole path
+      ci2p-cache run pipelines/flowers.py:vitds_tiny flowers/ --set train.epochs=2 --out try/
+      ci2p-cache run pipelines/imagenet.py:vitds imagenet/ --until encode     then, on 8 GPUs:
+      torchrun --nproc-per-node 8 -m ci2p_cache run pipelines/imagenet.py:vitds imagenet/
+
+    Writes experiments/NAME/ with experiment.json (the recipe as it was resolved), shards/, runs/
+    and report.html. The same command goes on where it stopped. A recipe file is Python code of
+    yours and is imported; --set changes single fields of what it returns.
+    """
+    from ci2p_cache.experiment.change import with_changes
+    from ci2p_cache.experiment.load import load_experiment, split_location
+
+    path, name = split_location(recipe)
+    if name is None:
+        _list(path, json=json)
+        return
+    experiment = load_experiment(recipe)
+    if source is not None:
+        if experiment.generate is not None:
+            raise UsageError(
+                f"{recipe} draws its own pictures, so {source!r} would not be used",
+                hint=f"leave it out, or add --set generate=none --set source={source}",
+            )
+        experiment = dataclasses.replace(experiment, source=source)
+    experiment = with_changes(experiment, changes or [])
+    if experiment.source is None and experiment.generate is None:
+        raise UsageError(
+            f"{recipe} does not say where its images are",
+            hint=command("run", recipe, "IMAGES"),
+        )
+    if dry_run:
+        _print_plan(experiment, out, json=json)
+        return
+    _run(experiment, out, until=until, device=device, json=json)
+
+
+def _list(path: Path, *, json: bool) -> None:
+    """Prints the recipes of a file."""
+    from ci2p_cache.experiment.load import list_recipes
+
+    entries = list_recipes(path)
+    if json:
+        render.print_json([dataclasses.asdict(entry) for entry in entries])
+        return
+    if not entries:
+        raise UsageError(
+            f"{path} has no recipe: no public function without arguments that is annotated to "
+            "return an Experiment",
+            hint="pipelines/README.md says how to write one",
+        )
+    rows = [(entry.name, entry.summary) for entry in entries]
+    render.print_table(("recipe", "what it is"), rows, title=str(path))
+    render.line(f"run one: {command('run', f'{path}:{entries[0].name}')}")
+
+
+def _run(experiment: Experiment, out: Path | None, *, until: Any, device: str, json: bool) -> None:
+    from ci2p_cache.cli.train import joined_ranks
+    from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
+    from ci2p_cache.experiment.run import run_experiment
+
+    with joined_ranks(device) as ranks, render.ProgressLine("run", unit="") as line:
+        try:
+            summary = run_experiment(
+                experiment,
+                out,
+                device=device,
+                until=until,
+                on_event=_tell,
+                encode_observer=EncodeWatch(line),
+                train_observer=TrainWatch(line) if ranks.is_writer else None,
+                ranks=ranks,
+            )
+        except InterruptedRunError as error:
+            # Each stage says how it goes on by itself; here the whole command does.
+            error.hint = command(*sys.argv[1:])
+            raise
+        if not ranks.is_writer:
+            return
+    if json:
+        render.print_json(summary.to_dict())
+    else:
+        _print_summary(summary)
+
+
+def _tell(event: StageEvent) -> None:
+    if event.seconds is None:
+        render.status(f"{event.text} ...")
+    else:
+        render.status(f"  {event.text}  ({event.seconds:.1f} s)")
+
+
+def _print_plan(experiment: Experiment, out: Path | None, *, json: bool) -> None:
+    """Prints the resolved experiment, and how its fields differ from the defaults."""
+    from ci2p_cache.encoding.options import EncodeOptions
+    from ci2p_cache.experiment.spec import read_experiment, refuse_other
+    from ci2p_cache.training.spec import TrainSpec
+
+    root = out or Path("experiments", experiment.name)
+    made = read_experiment(root)
+    if made is not None:
+        refuse_other(root, made, experiment)
+    if json:
+        render.print_json(experiment.to_dict())
+        return
+    rows = [("source", experiment.source or f"{experiment.generate} drawn pictures per class", "")]
+    for group, defaults in (("encode", EncodeOptions()), ("train", TrainSpec())):
+        values = getattr(experiment, group)
+        rows += [
+            (f"{group}.{field.name}", _shown(values, field.name), _shown(defaults, field.name))
+            for field in dataclasses.fields(values)
+            if getattr(values, field.name) != getattr(defaults, field.name)
+        ]
+    render.print_table(
+        ("field", "value", "default"), rows, title=f"{root}: a plan, nothing was written"
+    )
+    if experiment.claim:
+        render.line(f"  claim: {experiment.claim}")
+    what = "is begun" if made is not None else "is new"
+    render.line(f"  {root} {what}; the {experiment.checkpoint} weights will be evaluated")
+
+
+def _shown(record: Any, field: str) -> str:
+    value = getattr(record, field)
+    return "none" if value is None else str(value)
+
+
+def _print_summary(summary: ExperimentSummary) -> None:
+    """Prints what an experiment ended with."""
+    scores, trained = summary.scores, summary.trained
+    if scores is not None:
+        render.heading(
+            f"{summary.name}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of "
+            f"{scores.samples:,} images"
+        )
+    elif trained is not None:
+        render.heading(f"{summary.name}: trained {trained.last.epoch} epochs")
+    else:
+        render.heading(f"{summary.name}: encoded")
+    if summary.claim:
+        render.line(f"  claim       {summary.claim}")
+    render.line(f"  cache       {summary.cache}")
+    if trained is not None:
+        render.line(f"  run         {trained.path}")
+    if summary.report is not None:
+        render.line(f"  report      {summary.report}")
+    for stage, seconds in summary.seconds.items():
+        render.line(f"  {stage:<11} {render.duration(seconds)}")

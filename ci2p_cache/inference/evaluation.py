@@ -1,0 +1,110 @@
+"""`Evaluation`: what a model is worth on a split, as `evaluation.json` keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ci2p_cache.cache.commit import FileRecord
+from ci2p_cache.errors import UsageError
+from ci2p_cache.record import Record
+
+__all__ = ["EVALUATION", "PREDICTIONS", "CalibrationBin", "ClassScore", "Evaluation"]
+
+EVALUATION = "evaluation.json"
+PREDICTIONS = "predictions.parquet"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationBin(Record):
+    """The images whose confidence lies in low < confidence <= high."""
+
+    low: float
+    """Lower end, not included."""
+    high: float
+    """Upper end, included."""
+    samples: int
+    """Number of images."""
+    confidence: float | None
+    """Mean probability of the predicted class, 0 to 1; None for an empty bin."""
+    accuracy: float | None
+    """Share classified right, 0 to 1; None for an empty bin."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassScore(Record):
+    """How the images of one class were classified."""
+
+    label: int
+    """Index into the model's classes."""
+    name: str
+    """Name of the class."""
+    samples: int
+    """Images of it."""
+    correct: int
+    """Those of them that were classified right."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation(Record):
+    """The content of `evaluation.json`."""
+
+    version: int = 1
+    """Version of this record."""
+    run: str
+    """Name of the run."""
+    model: str
+    """Name of the model."""
+    checkpoint: str
+    """Name of the checkpoint folder."""
+    epoch: int
+    """Epochs done there."""
+    step: int
+    """Steps of the next epoch done there."""
+    cache: str
+    """Where the cache lay; information only."""
+    split: str
+    """Name of the split."""
+    folds: int
+    """Parts that the train split was divided into for cross-validation; 0: none."""
+    fold: int
+    """The part that the images are of, where `folds` is not 0."""
+    is_own_data: bool
+    """Whether the cache holds the very samples that the run was trained from and validated on."""
+    source: Literal["cache", "images"]
+    """Whether latents came from the cache, or were made of the images again."""
+    device: str
+    """Where it was computed."""
+    batch_size: int
+    """Images per batch; another changes the last bits."""
+    samples: int
+    """Images."""
+    top1: float
+    """Share of images whose class came first, 0 to 1."""
+    top1_low: float
+    """Lower end of the bootstrap's 95 % interval of top-1."""
+    top1_high: float
+    """Upper end of it."""
+    top5: float
+    """Share whose class was among the first five (all, with fewer classes), 0 to 1."""
+    nll: float
+    """Mean negative log-likelihood of the right class, in nats."""
+    ece: float
+    """Expected calibration error over the bins, 0 to 1 (Guo et al. 2017, arXiv 1706.04599)."""
+    bins: tuple[CalibrationBin, ...]
+    """Fifteen bins of equal width, from 0 to 1."""
+    per_class: tuple[ClassScore, ...]
+    """One entry per class, in the order of the labels."""
+    confusion: tuple[tuple[int, ...], ...]
+    """(label, predicted label, count) of the pairs that occur, right ones too, in their order; of
+    more than 100,000 the most frequent."""
+    predictions: FileRecord
+    """`predictions.parquet` beside it, as it was written with this."""
+    recorded_top1: float | None
+    """What the run recorded after that epoch; None in the middle of one or without validation."""
+    recorded_nll: float | None
+    """The same of `nll`."""
+
+    def __post_init__(self) -> None:
+        if self.version != 1:
+            raise UsageError(f"`version` is {self.version}; this ci2p-cache reads 1")

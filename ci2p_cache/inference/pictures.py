@@ -1,0 +1,121 @@
+"""Pictures that a user names: found, read, decoded to the square that the encoder saw in training.
+
+::
+
+    files, folders, patterns -> one entry per picture -> bytes -> pixels -> view 0, uint8
+
+What is wrong with one picture is said of it, and the others go on. Decoding happens in this
+process, as in the loaders: a file that crashes the decoder itself ends the command.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
+from ci2p_cache.images.decode import decode_image
+from ci2p_cache.images.listing import Tally, as_key, is_image, read_file, walk
+from ci2p_cache.images.views import image_views
+from ci2p_cache.record import Record
+from ci2p_cache.specs import ImageSpec, ViewSpec
+
+__all__ = ["Guess", "Prediction", "find_pictures", "read_picture", "shown"]
+
+_ONE_VIEW = ViewSpec(kind="none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guess(Record):
+    """One class that a picture may show."""
+
+    label: int
+    """Index into the model's classes."""
+    name: str
+    """Name of the class."""
+    title: str
+    """Its name for people."""
+    probability: float
+    """Softmax of the logits, 0 to 1."""
+    logit: float
+    """What the model gave."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction(Record):
+    """What the model says of one picture, or why it says nothing."""
+
+    path: str
+    """The file as it was named or found; bytes that are not UTF-8 are shown as \\xNN."""
+    guesses: tuple[Guess, ...] = ()
+    """The likeliest classes first; of equal ones the lower label. Empty where there is an error."""
+    error: str | None = None
+    """Why the picture could not be read; None where all is well."""
+
+
+def find_pictures(names: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str | None]]:
+    """Lists the pictures that names stand for.
+
+    Args:
+        names: Files, folders (everything below them that is an image, hidden files left out), or
+            patterns with `*`, `?`, `[...]` and `**`, where no file of that very name is there.
+
+    Returns:
+        (path, None) for each picture, in the order of the names, those of a folder or pattern in
+        the order of their bytes; (name, reason) for what stands for no picture.
+    """
+    found: list[tuple[str, str | None]] = []
+    for each in names:
+        name = os.fspath(each)
+        if os.path.isdir(name):  # noqa: PTH112
+            found += _of_folder(name)
+        elif os.path.lexists(name) or not glob.has_magic(name):
+            found.append((name, None))
+        else:
+            matches = sorted(glob.glob(name, recursive=True), key=os.fsencode)  # noqa: PTH207
+            files = [match for match in matches if not os.path.isdir(match)]  # noqa: PTH112
+            found += [(file, None) for file in files] or [(name, "no file is named like that")]
+    return found
+
+
+def _of_folder(name: str) -> list[tuple[str, str | None]]:
+    root, tally = os.fsencode(name), Tally()
+    try:
+        paths = [path for path in walk(root, b"", tally) if is_image(root, path, tally)]
+    except (SourceError, ResourceError) as error:
+        return [(name, str(error))]
+    if not paths:
+        return [(name, "the folder holds no image")]
+    return [(str(Path(name) / os.fsdecode(path)), None) for path in paths]
+
+
+def read_picture(path: str, spec: ImageSpec) -> Tensor:
+    """Reads a picture as a validation image of the cache was read.
+
+    Args:
+        path: The file.
+        spec: How images are decoded, resized and cut.
+
+    Returns:
+        uint8 (3, size, size), 0-255: the centre square.
+
+    Raises:
+        ImageDecodeError: the file is missing, unreadable or no image; one line without the path.
+        ResourceError: reading failed again and again.
+    """
+    if not os.path.exists(path):  # noqa: PTH110
+        raise ImageDecodeError("there is no such file")
+    folder, name = os.path.split(os.fsencode(path))
+    decoded = decode_image(read_file(folder or b".", name), spec)
+    views, _ = image_views(decoded, spec, _ONE_VIEW, split="val", key="")
+    return views[0]
+
+
+def shown(path: str) -> str:
+    """Returns a path as text that can be written anywhere."""
+    return as_key(os.fsencode(path))

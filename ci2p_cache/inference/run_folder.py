@@ -1,0 +1,139 @@
+"""A run folder opened for use: which checkpoint, what the model is, and the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ci2p_cache.errors import CheckpointError, InputDataError, ManifestError, UsageError
+from ci2p_cache.inference.model_file import ModelFile, read_model_file
+from ci2p_cache.models.registry import AnyModelConfig, build_model
+from ci2p_cache.record import read_json
+from ci2p_cache.training.checkpoint_folder import (
+    CHECKPOINTS,
+    MODEL,
+    NAME,
+    TrainState,
+    checkpoint_path,
+    read_state,
+    weights_of,
+)
+from ci2p_cache.training.folder import RunArgs, read_run_args
+
+__all__ = ["RunFolder", "load_model", "open_run"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFolder:
+    """A run, and one of its checkpoints."""
+
+    path: Path
+    """The run folder."""
+    args: RunArgs
+    """What it is bound to, and where its cache lay."""
+    file: ModelFile
+    """Its `model.json`."""
+    config: AnyModelConfig
+    """Its model."""
+    checkpoint: Path
+    """The folder of the chosen checkpoint."""
+    state: TrainState
+    """Where training stood there."""
+
+
+def open_run(path: str | Path, *, checkpoint: str | Path = "best") -> RunFolder:
+    """Opens a run folder, or a checkpoint folder inside one.
+
+    Args:
+        path: `runs/NAME`, or `runs/NAME/checkpoints/epoch-...`, which chooses the checkpoint.
+        checkpoint: best (highest validation top-1), last, or a checkpoint folder or its name. Not
+            looked at where `path` is a checkpoint folder.
+
+    Raises:
+        InputDataError: there is no run, or it has no checkpoint yet.
+        ManifestError: `args.yaml` or `model.json` is damaged; names the file.
+        CheckpointError: the checkpoint is missing, damaged or of another run; names it.
+    """
+    path = Path(path)
+    if path.parent.name == CHECKPOINTS and not (path / "args.yaml").exists():
+        path, checkpoint = path.parent.parent, path
+    args = read_run_args(path)
+    if args is None:
+        raise InputDataError(
+            f"{path} is no run folder: it has no args.yaml",
+            hint="name a folder that `ci2p-cache train` made, for example runs/NAME",
+        )
+    file, config = read_model_file(path)
+    folder = _chosen(path, checkpoint)
+    try:
+        state = read_state(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
+    if state.run != args.settings.digest:
+        raise CheckpointError(
+            f"{folder} is a checkpoint of another run than {path}",
+            hint="name one of this run's own: --checkpoint best, or last",
+        )
+    return RunFolder(path=path, args=args, file=file, config=config, checkpoint=folder, state=state)
+
+
+def load_model(run: RunFolder, device: torch.device) -> nn.Module:
+    """Builds the model with the checkpoint's weights, in eval mode, without gradients.
+
+    torch's own random numbers stay as they were.
+
+    Raises:
+        CheckpointError: the weights are damaged or do not fit the model; names the file.
+    """
+    weights = weights_of(run.checkpoint)
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(run.config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise CheckpointError(
+            f"{run.checkpoint / MODEL} does not fit the model of {run.path / 'model.json'}: "
+            f"{'; '.join(line.strip() for line in lines[1:4])}",
+            hint="name another one: --checkpoint best, or last",
+        ) from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _chosen(run: Path, checkpoint: str | Path) -> Path:
+    """Returns the folder of the checkpoint that is asked for."""
+    if str(checkpoint) in ("best", "last"):
+        pointer = run / CHECKPOINTS / "last.json"
+        try:
+            name = read_json(pointer).get(str(checkpoint))
+        except FileNotFoundError as error:
+            raise InputDataError(
+                f"{run} has no checkpoint yet", hint="wait until `train` has saved one"
+            ) from error
+        except (ManifestError, OSError) as error:
+            raise CheckpointError(
+                f"{pointer} is damaged: {error}",
+                hint="name the folder: --checkpoint epoch-0001-step-000000; `train` repairs it",
+            ) from error
+        if name is None:
+            raise InputDataError(
+                f"{run} has no {checkpoint} checkpoint yet: its first epoch has not ended",
+                hint="--checkpoint last",
+            )
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise CheckpointError(f"{pointer} is damaged: it points to {str(name)[:80]!r}")
+        folder = checkpoint_path(run, name)
+    elif NAME.fullmatch(str(checkpoint)):
+        folder = checkpoint_path(run, str(checkpoint))
+    else:
+        folder = Path(checkpoint)
+        if not folder.exists():
+            raise UsageError(
+                f"`checkpoint` is {str(checkpoint)!r}; wanted best, last or a checkpoint folder"
+            )
+    if folder.is_symlink() or not folder.is_dir():
+        raise CheckpointError(f"{folder} is no checkpoint folder, or a link")
+    return folder

@@ -1,0 +1,299 @@
+"""Charts as inline SVG: text stays text, colours follow the page, the same figures the same bytes.
+
+matplotlib draws with placeholder colours, which are then replaced by the page's own variables, so
+that one drawing serves light and dark.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ci2p_cache.report.elements import Html, plain
+
+__all__ = [
+    "NUM_COLORS",
+    "Line",
+    "calibration_chart",
+    "energy_chart",
+    "histogram",
+    "line_chart",
+    "stacked_chart",
+]
+
+NUM_COLORS = 8
+"""Series colours of the page; further series take them again with broken lines."""
+
+_WIDTH_INCHES, _HEIGHT_INCHES = 4.6, 2.7
+"""331 units of the drawing, shown in about as many pixels: three beside each other on a wide page,
+one on a phone."""
+
+_BOX, _LEGEND_SHARE = (0.15, 0.19, 0.83, 0.77), 0.07
+"""Where the axes lie, and what a legend above takes of their height: neighbours line up."""
+
+_MAX_POINTS = 400
+"""Of one line; a chart has fewer pixels."""
+_MARKED_POINTS = 12
+"""Up to this many points every one gets a dot."""
+
+_INK, _FAINT = "#010101", "#020202"
+_SERIES = tuple(f"#0300{number:02x}" for number in range(NUM_COLORS))
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _FAINT: "var(--faint)",
+    **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES)},
+}
+"""Placeholder -> what the page's stylesheet defines, for light and for dark."""
+
+_DASHES = ("-", "--", ":", "-.")
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "text.color": _INK,
+    "text.parse_math": False,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "xtick.major.size": 3.0,
+    "ytick.major.size": 3.0,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.0,
+    "legend.frameon": False,
+    "legend.fontsize": 9.0,
+    "path.simplify": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a chart."""
+
+    label: str
+    """Its name in the legend; empty for none."""
+    x: Sequence[float]
+    """Ascending."""
+    y: Sequence[float]
+    """As long as x; nan leaves a gap."""
+    color: int
+    """Number of its colour; from `NUM_COLORS` on the line is broken."""
+
+
+def line_chart(
+    alt: str,
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    is_share: bool = False,
+) -> Html:
+    """Draws lines.
+
+    Args:
+        alt: What is to be seen, for those who cannot; also keeps charts of a page apart.
+        lines: At least one with a point.
+        x_label: Below the axis; "epoch" gives whole numbers.
+        y_label: Beside the axis.
+        is_share: Whether y is a share, shown as percent from 0.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes()
+        shown = [line for line in lines if any(map(math.isfinite, line.y))]
+        for line in shown:
+            x, y = _thinned(line.x, line.y)
+            axes.plot(
+                x,
+                y,
+                _DASHES[line.color // NUM_COLORS % len(_DASHES)],
+                color=_SERIES[line.color % NUM_COLORS],
+                marker="o" if len(x) <= _MARKED_POINTS else "",
+                label=line.label,
+            )
+        axes.set(xlabel=x_label, ylabel=y_label)
+        if x_label == "epoch":
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        if is_share:
+            axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+            axes.set_ylim(0, _share_limit([y for line in shown for y in line.y]))
+        if any(line.label for line in shown):
+            _legend(axes)
+        return _svg(figure, alt)
+
+
+def stacked_chart(
+    alt: str, x: Sequence[float], layers: Sequence[tuple[str, Sequence[float], int]]
+) -> Html:
+    """Draws layers of seconds per epoch on top of each other: (label, seconds, colour)."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes()
+        thinned = [_thinned(x, values) for _, values, _ in layers]
+        places = np.asarray(thinned[0][0])
+        below = np.zeros(len(places))
+        width = 0.8 * (float(np.min(np.diff(places))) if len(places) > 1 else 1.0)
+        for (label, _, color), (_, values) in zip(layers, thinned, strict=True):
+            height = np.nan_to_num(np.asarray(values))
+            if len(places) <= 60:
+                axes.bar(places, height, width, bottom=below, color=_SERIES[color], label=label)
+            else:
+                axes.fill_between(
+                    places, below, below + height, color=_SERIES[color], label=label, linewidth=0
+                )
+            below = below + height
+        axes.set(xlabel="epoch", ylabel="seconds")
+        axes.set_ylim(0, max(float(below.max(initial=0)) * 1.05, 1e-9))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        _legend(axes)
+        return _svg(figure, alt)
+
+
+def histogram(alt: str, values: Sequence[float], *, x_label: str, y_label: str) -> Html:
+    """Draws how often values occur, with their median as a line."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes()
+        axes.hist(values, bins=min(24, max(4, len(values) // 3)), color=_SERIES[0])
+        axes.axvline(float(np.median(values)), color=_SERIES[1], linewidth=1.4)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        return _svg(figure, alt)
+
+
+def energy_chart(alt: str, energy: npt.NDArray[np.float64], dead: npt.NDArray[np.bool_]) -> Html:
+    """Draws the mean energy of channels, the largest first, on a logarithmic axis; dead ones red.
+
+    Args:
+        alt: What is to be seen.
+        energy: Mean squares (M,), not negative.
+        dead: Which channels never change (M,).
+    """
+    order = np.argsort(-energy, kind="stable")
+    energy, dead = energy[order], dead[order]
+    positive = energy > 0
+    floor = max(float(energy[positive].min(initial=np.inf)) / 2, float(energy.max()) * 1e-7)
+    if not np.isfinite(floor) or floor <= 0:
+        floor = 1e-9
+    places = np.arange(1, len(energy) + 1)
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes()
+        axes.set_yscale("log")
+        axes.set_ylim(floor, max(float(energy.max()), floor) * 2)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        alive = positive & ~dead
+        axes.fill_between(
+            places, floor, np.where(alive, energy, floor), step="mid", color=_SERIES[0], linewidth=0
+        )
+        if dead.any():
+            axes.plot(
+                places[dead], np.full(int(dead.sum()), floor * 1.3), "x", color=_SERIES[1],
+                label="dead", clip_on=False,
+            )  # fmt: skip
+            _legend(axes)
+        axes.set_xlim(0.5, len(energy) + 0.5)
+        axes.minorticks_off()
+        axes.set(xlabel="channels, by energy", ylabel="mean square")
+        return _svg(figure, alt)
+
+
+def calibration_chart(
+    alt: str, confidence: Sequence[float], accuracy: Sequence[float], share: Sequence[float]
+) -> Html:
+    """Draws accuracy over confidence, one dot per bin, its area growing with the bin's share."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes()
+        axes.plot([0, 1], [0, 1], "--", color=_FAINT, linewidth=1.0)
+        axes.plot(confidence, accuracy, color=_SERIES[0], linewidth=1.0)
+        areas = 12 + 220 * np.asarray(share, np.float64)
+        axes.scatter(confidence, accuracy, areas.tolist(), color=_SERIES[0], linewidths=0)
+        axes.set(xlabel="confidence", ylabel="share that is right")
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.05))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(_percent))
+        return _svg(figure, alt)
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), dpi=100)
+    FigureCanvasSVG(figure)
+    return figure, figure.add_axes(_BOX)
+
+
+def _share_limit(values: Sequence[float]) -> float:
+    """Returns the top of an axis of shares: 100 % with room for a dot, less where all are small."""
+    top = max((value for value in values if math.isfinite(value)), default=1.0)
+    return 1.04 if top > 0.5 else max(1.25 * top, 0.01)
+
+
+def _legend(axes: Axes) -> None:
+    """Names what is drawn above the axes, where nothing is drawn over."""
+    left, bottom, width, height = _BOX
+    axes.set_position((left, bottom, width, height - _LEGEND_SHARE))
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.1, handlelength=1.2,
+        handletextpad=0.4, columnspacing=1.2, borderpad=0.2,
+    )  # fmt: skip
+
+
+def _percent(value: float, _: object) -> str:
+    return f"{100 * value:.3g}%"
+
+
+def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Returns at most `_MAX_POINTS` points, evenly taken, first and last among them."""
+    if len(x) <= _MAX_POINTS:
+        return list(x), list(y)
+    kept = np.linspace(0, len(x) - 1, _MAX_POINTS).round().astype(int).tolist()
+    return [x[i] for i in kept], [y[i] for i in kept]
+
+
+def _svg(figure: Figure, alt: str) -> Html:
+    """Returns the figure as an element; its ids are its own, its numbers have two decimals."""
+    sink = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": alt}):
+        figure.savefig(
+            sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
+    text = sink.getvalue().decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
+    # The style element would rule the whole page, whose stylesheet has its lines.
+    text = re.sub(r"<!--.*?-->|<style.*?</style>|<defs>\s*</defs>", "", text, flags=re.S)
+    # Groups are named alike in every chart; only what is referred to keeps its name.
+    used = set(re.findall(r'(?:href="|url\()#([\w.-]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
+    text = re.sub(r"(?<![#\w.])-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", text)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, variable)
+    for waste in (
+        r" font-family: 'DejaVu Sans';",
+        r' transform="rotate\(-0 [^"]*"',
+        "xlink:(?=href)",
+    ):
+        text = re.sub(waste, "", text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    head, _, rest = text.partition(">")
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None
+    return Html(f'<svg class="chart" {box[0]} role="img" aria-label="{plain(alt)}">{rest}'.rstrip())

@@ -1,0 +1,219 @@
+"""`write_report`: runs and caches as one HTML file that needs nothing but itself.
+
+::
+
+    run folders, caches --read--> sections --assemble--> report.html
+    illustrator --decoded pictures--^
+
+The page holds no script and loads nothing; its content policy forbids both. The same inputs give
+the same bytes: no dates, no random names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+
+from ci2p_cache import __version__
+from ci2p_cache.cache.manifest import MANIFEST
+from ci2p_cache.cache.store import Cache, open_cache
+from ci2p_cache.errors import CacheError, InputDataError, ResourceError, UsageError, command
+from ci2p_cache.record import Record
+from ci2p_cache.remote import url_of
+from ci2p_cache.report.cache_page import cache_section
+from ci2p_cache.report.comparison import comparison_section
+from ci2p_cache.report.elements import Html, element, notice, plain
+from ci2p_cache.report.pictures import Illustrator
+from ci2p_cache.report.run_data import ARGS, RunData, read_run
+from ci2p_cache.report.run_page import run_section
+
+__all__ = ["MAX_BYTES", "ReportSummary", "write_report"]
+
+MAX_BYTES = 5_000_000
+"""Of a report: it is to be mailed, attached, and opened on a phone."""
+
+_MAX_PATHS = 64
+_DETAILED_RUNS = 12
+"""So many runs have sections of their own; the others stand in the comparison."""
+_ALL_MISTAKES, _RUN_MISTAKES = 84, (4, 14)
+"""Mistakes shown of all runs together, and the least and most of one."""
+_FEW_CACHES, _SHOWN_OF_FEW, _SHOWN_OF_MANY = 2, 3, 1
+"""Up to so many caches show three reconstructions of each group, more show one."""
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportSummary(Record):
+    """What a report holds."""
+
+    path: str
+    """The file."""
+    bytes: int
+    """Its size."""
+    runs: tuple[str, ...]
+    """Names of its runs."""
+    caches: tuple[str, ...]
+    """Its caches."""
+
+
+def write_report(
+    paths: Sequence[str | Path], out: str | Path, *, illustrator: Illustrator | None = None
+) -> ReportSummary:
+    """Writes one self-contained HTML page about runs and caches.
+
+    Args:
+        paths: Run folders and caches, also behind a URL; several runs are compared, the first
+            being what the others are held against.
+        out: The file to write, replaced as a whole if it exists.
+        illustrator: Decodes latents for reconstructions, bounds and mistakes
+            (`illustrations.LatentIllustrator`); None leaves these out, and the page says so.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        UsageError: nothing is given, too much, or one thing twice; or the page would be larger than
+            5 MB.
+        InputDataError: a path is neither a run folder nor a cache, or a run has no epoch yet.
+        ManifestError, ShardError: a cache is damaged where its counts are read.
+        SourceError: the illustrator was given a source that cannot be opened.
+        ResourceError: the file cannot be written.
+    """
+    runs, caches = _read_all([Path(path) if url_of(path) is None else str(path) for path in paths])
+    sections, contents = [], []
+
+    def add(anchor: str, title: str, content: Html) -> None:
+        contents.append(element("li", element("a", title, href=f"#{anchor}")))
+        sections.append(content)
+
+    if len(runs) > 1:
+        add("compared", "Comparison", comparison_section(runs, anchor="compared"))
+    detailed = runs[:_DETAILED_RUNS]
+    fewest, most = _RUN_MISTAKES
+    for number, run in enumerate(detailed):
+        anchor = f"run-{number}"
+        content = run_section(
+            run,
+            anchor=anchor,
+            cache=_cache_of(run, caches),
+            illustrator=illustrator,
+            num_mistakes=min(max(_ALL_MISTAKES // len(detailed), fewest), most),
+        )
+        add(anchor, f"Run {run.name}", content)
+    if len(runs) > len(detailed):
+        text = (
+            f"Only the first {len(detailed)} of {len(runs)} runs have a section of their own; the "
+            "others stand in the comparison."
+        )
+        sections.append(notice(text, command("report", runs[len(detailed)].path)))
+    for number, cache in enumerate(caches):
+        anchor = f"cache-{number}"
+        content = cache_section(
+            cache,
+            anchor=anchor,
+            illustrator=illustrator,
+            num_shown=_SHOWN_OF_FEW if len(caches) <= _FEW_CACHES else _SHOWN_OF_MANY,
+        )
+        add(anchor, f"Cache {cache.path.resolve().name}", content)
+    page = _page(_title(runs, caches), contents, sections).encode("utf-8")
+    if len(page) > MAX_BYTES:
+        raise UsageError(
+            f"the report would have {len(page):,} bytes; at most {MAX_BYTES:,} are written",
+            hint="give fewer paths",
+        )
+    _write(Path(out), page)
+    return ReportSummary(
+        path=str(out),
+        bytes=len(page),
+        runs=tuple(run.name for run in runs),
+        caches=tuple(str(cache.path) for cache in caches),
+    )
+
+
+def _read_all(paths: Sequence[str | Path]) -> tuple[list[RunData], list[Cache]]:
+    if not 1 <= len(paths) <= _MAX_PATHS:
+        raise UsageError(f"{len(paths)} paths are given; 1 to {_MAX_PATHS} fit a report")
+    places = [path if isinstance(path, str) else path.resolve() for path in paths]
+    twice = next((path for i, path in enumerate(places) if path in places[:i]), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is given twice")
+    runs, caches = [], []
+    for path in paths:
+        if isinstance(path, str) or (path / MANIFEST).exists():
+            caches.append(open_cache(path, partial=True))
+        elif (path / ARGS).exists():
+            runs.append(read_run(path))
+        else:
+            raise InputDataError(
+                f"{path} is neither a run folder nor a cache: it has no {ARGS} and no {MANIFEST}",
+                hint="name the folder of one run, such as runs/NAME, or of one cache",
+            )
+    return runs, caches
+
+
+def _cache_of(run: RunData, given: Sequence[Cache]) -> Cache | None:
+    """Returns the cache that a run was trained from: one of those given, or where it lay."""
+    for cache in given:
+        if cache.fingerprint.to_dict() == run.fingerprint:
+            return cache
+    for place in (run.evaluation.cache if run.evaluation is not None else "", run.cache):
+        if not place or url_of(place) is not None:
+            # A report fetches nothing that it was not given.
+            continue
+        try:
+            cache = open_cache(place, partial=True)
+        except CacheError:
+            continue
+        if cache.fingerprint.to_dict() == run.fingerprint:
+            return cache
+    return None
+
+
+def _title(runs: Sequence[RunData], caches: Sequence[Cache]) -> str:
+    names = [run.name for run in runs] + [cache.path.resolve().name for cache in caches]
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"ci2p-cache: {', '.join(names[:3])}{rest}"
+
+
+def _page(title: str, contents: Sequence[Html], sections: Sequence[Html]) -> str:
+    style = package_files("ci2p_cache.report").joinpath("style.css").read_text("utf-8")
+    body = element(
+        "body",
+        element(
+            "header",
+            element("h1", title),
+            element("nav", element("ul", *contents), aria_label="Contents"),
+        ),
+        element("main", *sections),
+        element(
+            "footer",
+            f"Written by ci2p-cache {__version__} from run folders and caches alone; the same "
+            "ones give the same page. It loads nothing.",
+        ),
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{plain(title)}</title>\n<style>\n{style}</style>\n</head>\n{body.text}\n</html>\n"
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(data)
+        staged.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+        raise ResourceError(
+            f"cannot write the report {path}: {error.strerror or error}",
+            hint="choose another place for it with --out",
+        ) from error

@@ -1,0 +1,70 @@
+"""`summary.csv` of a run folder, read back."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+from pathlib import Path
+
+from ci2p_cache.errors import InputDataError, ManifestError
+from ci2p_cache.record import read_regular
+
+__all__ = ["best_epoch_of", "read_summary"]
+
+_COLUMNS = (
+    "epoch",
+    "loss",
+    "train_top1",
+    "val_loss",
+    "top1",
+    "top5",
+    "images",
+    "images_per_second",
+    "wait_share",
+    "epoch_seconds",
+)
+
+_MAX_BYTES = 2**24
+"""About 100,000 epochs."""
+
+
+def read_summary(run_dir: Path) -> dict[str, list[float]]:
+    """Returns the columns of a run's `summary.csv`, a value per epoch; an empty cell is nan.
+
+    Raises:
+        InputDataError: there is no `summary.csv`, it is damaged or lacks a column, or no epoch has
+            ended yet.
+    """
+    path = run_dir / "summary.csv"
+    try:
+        text = read_regular(path, max_bytes=_MAX_BYTES).decode("utf-8")
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        columns = {name: [float(row[name] or "nan") for row in rows] for name in _COLUMNS}
+    except FileNotFoundError as error:
+        raise InputDataError(f"{run_dir} is no run folder: it has no {path.name}") from error
+    except (KeyError, TypeError, ValueError, OSError, csv.Error, ManifestError) as error:
+        raise InputDataError(f"{path} is damaged: {error}") from error
+    if not rows:
+        raise InputDataError(f"{path} has no epoch yet; there is nothing to draw")
+    epochs = columns["epoch"]
+    if not all(a < b for a, b in itertools.pairwise(epochs)) or math.isnan(epochs[-1]):
+        raise InputDataError(f"{path} is damaged: its epochs do not ascend")
+    return columns
+
+
+def best_epoch_of(columns: dict[str, list[float]]) -> tuple[float, float] | None:
+    """Returns epoch and value of the highest validation top-1, the earlier on a tie.
+
+    None where the run had no validation split.
+    """
+    known = [
+        (top1, -epoch)
+        for epoch, top1 in zip(columns["epoch"], columns["top1"], strict=True)
+        if not math.isnan(top1)
+    ]
+    if not known:
+        return None
+    top1, minus_epoch = max(known)
+    return -minus_epoch, top1

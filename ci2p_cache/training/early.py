@@ -1,0 +1,54 @@
+"""What the first epochs say about a run that does not learn, before hours are spent on it."""
+
+from __future__ import annotations
+
+import math
+
+from ci2p_cache.training.records import EpochRecord
+
+__all__ = ["early_notice"]
+
+_LOSS_STEPS = 100
+"""Steps after which a mean loss above that of guessing is worth a word; before, it is warm-up."""
+_VAL_EPOCHS = 3
+_SIGMAS = 3
+"""Standard deviations of guessing within which an accuracy counts as that of guessing."""
+
+
+def early_notice(record: EpochRecord, *, steps: int, num_classes: int, num_val: int) -> str | None:
+    """Returns a sentence for the user where an early epoch has learned nothing, None otherwise.
+
+    Args:
+        record: The epoch that has ended.
+        steps: Steps of all epochs so far, this one included.
+        num_classes: K.
+        num_val: Validation images, 0 for none.
+    """
+    if num_classes < 2 or not record.images:
+        return None
+    guessing = math.log(num_classes)
+    begun = steps - steps // record.epoch
+    if begun < _LOSS_STEPS <= steps and record.loss >= guessing:
+        return (
+            f"nothing was learned in {steps} steps: the training loss of epoch {record.epoch} is "
+            f"{record.loss:.3f}, guessing among {num_classes} classes gives {guessing:.3f}. "
+            "A lower learning rate or a longer warm-up may help; so may a look at the labels."
+        )
+    if record.top1 is None or not num_val or record.epoch > _VAL_EPOCHS:
+        return None
+    # Of a few validation images nothing can be told: even what training reaches may be luck there.
+    learns = record.train_top1 > _highest_guess(num_classes, min(record.images, num_val))
+    if learns and record.top1 <= _highest_guess(num_classes, num_val):
+        return (
+            f"validation is at chance ({record.top1:.1%}) while training is not "
+            f"({record.train_top1:.1%}), after {steps} steps. In the first 50 to 100 steps that is "
+            "usual: BatchNorm validates with running averages, which lag behind weights that move "
+            "fast. If it stays, see whether both splits have the same classes and kind of images."
+        )
+    return None
+
+
+def _highest_guess(num_classes: int, images: int) -> float:
+    """Returns the share of hits that guessing stays below nearly always, 0 to 1."""
+    chance = 1 / num_classes
+    return chance + _SIGMAS * math.sqrt(chance * (1 - chance) / images)

@@ -1,0 +1,52 @@
+"""A run that does not learn is told of after its first epochs, one that does never."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ci2p_cache.training.early import early_notice
+from ci2p_cache.training.records import EpochRecord
+
+EPOCH = EpochRecord(
+    epoch=1, epochs=30, loss=1.2, train_top1=0.5, val_loss=1.3, top1=0.45, top5=1.0, lr=1e-3,
+    grad_norm=1.0, skipped_steps=0, images=880, images_per_second=50.0, wait_share=0.0,
+    epoch_seconds=20.0,
+)  # fmt: skip
+
+
+def told(*, steps: int = 14, num_classes: int = 5, num_val: int = 120, **fields: object) -> str:
+    record = dataclasses.replace(EPOCH, **fields)  # type: ignore[arg-type]  # any field
+    return early_notice(record, steps=steps, num_classes=num_classes, num_val=num_val) or ""
+
+
+def test_a_run_that_learns_is_left_alone() -> None:
+    assert told() == told(steps=200) == told(epoch=30, steps=420) == ""
+
+
+def test_a_loss_of_guessing_is_told_once_when_100_steps_are_done() -> None:
+    assert told(loss=1.62) == ""
+    notice = told(loss=1.62, epoch=8, steps=112)
+    assert "nothing was learned in 112 steps" in notice
+    assert "guessing among 5 classes gives 1.609" in notice
+    assert told(loss=1.62, epoch=9, steps=126) == ""
+    assert told(loss=1.60, epoch=8, steps=112) == ""
+    assert "nothing was learned" in told(loss=1.62, epoch=1, steps=1250)
+    assert told(loss=float("nan"), images=0, steps=1250) == ""
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_validation_at_chance_is_explained_by_lagging_statistics(epoch: int) -> None:
+    notice = told(top1=0.21, epoch=epoch, steps=14 * epoch)
+    assert "validation is at chance (21.0%) while training is not (50.0%)" in notice
+    assert "BatchNorm validates with running averages" in notice
+
+
+def test_chance_allows_for_few_images_and_ends_with_the_third_epoch() -> None:
+    assert told(top1=0.21, train_top1=0.22) == ""
+    assert told(top1=0.4) == ""
+    assert told(top1=0.4, num_val=10) == ""
+    assert told(top1=0.4, num_val=10, train_top1=0.7) != ""
+    assert told(top1=0.21, epoch=4, steps=56) == ""
+    assert told(top1=None, val_loss=None, top5=None, num_val=0) == ""
