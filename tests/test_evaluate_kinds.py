@@ -15,9 +15,6 @@ import torch
 import ci2p_cache as cc
 from tests.conftest import write_image_folder
 
-# TODO(training-tools): leave this line out once the models and training tools have joined.
-pytest.importorskip("ci2p_cache.training.folds", reason="this branch has no training tools yet")
-
 KINDS: dict[str, dict[str, Any]] = {
     "averaged weights": {"model": "vitds_tiny", "ema": 0.9},
     "a fold": {"model": "vitds_tiny", "folds": 3, "fold": 1},
