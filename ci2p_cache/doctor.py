@@ -197,7 +197,11 @@ def _weights() -> Iterator[Diagnosis]:
     except Exception:  # told of by _imports
         return
     yield _ok("bundled encoder", "whole")
-    folder = weights_folder()
+    try:
+        folder = weights_folder()
+    except CacheError as error:
+        yield _note("official encoders", str(error), error.hint or "")
+        return
     names = sorted(path.name for path in folder.glob("*.pth.tar"))
     if names:
         yield _ok("official encoders", f"{', '.join(names)} in {folder}")
