@@ -12,8 +12,6 @@ Shape suffixes: M latent channels, h w latent rows and columns, C H W of pixels.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from ci2p_cache.cache.sample_card import describe_sample, read_row
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.errors import ResourceError, UsageError
+from ci2p_cache.errors import UsageError
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.preview_figure import PreviewRow, Square, draw_png
 from ci2p_cache.reconstructions import (
@@ -41,7 +39,7 @@ from ci2p_cache.reconstructions import (
     psnr_db,
     stored_latent,
 )
-from ci2p_cache.record import Record
+from ci2p_cache.record import Record, write_whole
 
 __all__ = ["PreviewResult", "PreviewSample", "draw_preview"]
 
@@ -123,7 +121,7 @@ def draw_preview(
     encoder = load_decoder(cache)
     pairs = [_measure(part, row, images, encoder) for row in chosen]
     png = draw_png([panels for _, panels in pairs], _headings(part), _footer(cache))
-    _write(Path(path), png)
+    write_whole(Path(path), png, what="picture")
     return PreviewResult(
         path=str(path),
         rounded=part.latent.is_symbols,
@@ -230,18 +228,3 @@ def _caption(split: Split, sample: PreviewSample, view: int) -> str:
 def _pixels(view_CHW: Tensor) -> npt.NDArray[np.uint8]:
     """Returns uint8 (3, H, W) as (H, W, 3)."""
     return np.asarray(view_CHW.permute(1, 2, 0).numpy(), np.uint8)
-
-
-def _write(path: Path, data: bytes) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(data)
-        staged.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            staged.unlink()
-        raise ResourceError(
-            f"cannot write the picture {path}: {error.strerror or error}",
-            hint="choose another place for it",
-        ) from error

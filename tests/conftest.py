@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,17 @@ def write_image_folder(root: Path, counts: dict[str, int], *, quality: int = 92)
             image = picture(seed, width=80 + 7 * (i % 5), height=66 + 5 * (i % 3))
             image.save(folder / f"{i:03d}.jpg", quality=quality)
     return root
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Computes on one thread while a module runs: bits depend on the number of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

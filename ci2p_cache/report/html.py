@@ -11,8 +11,6 @@ the same bytes: no dates, no random names.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
@@ -21,8 +19,8 @@ from pathlib import Path
 from ci2p_cache import __version__
 from ci2p_cache.cache.manifest import MANIFEST
 from ci2p_cache.cache.store import Cache, open_cache
-from ci2p_cache.errors import CacheError, InputDataError, ResourceError, UsageError, command
-from ci2p_cache.record import Record
+from ci2p_cache.errors import CacheError, InputDataError, UsageError, command
+from ci2p_cache.record import Record, write_whole
 from ci2p_cache.remote import url_of
 from ci2p_cache.report.cache_page import cache_section
 from ci2p_cache.report.comparison import comparison_section
@@ -126,7 +124,7 @@ def write_report(
             f"the report would have {len(page):,} bytes; at most {MAX_BYTES:,} are written",
             hint="give fewer paths",
         )
-    _write(Path(out), page)
+    write_whole(Path(out), page, what="report")
     return ReportSummary(
         path=str(out),
         bytes=len(page),
@@ -202,18 +200,3 @@ def _page(title: str, contents: Sequence[Html], sections: Sequence[Html]) -> str
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{plain(title)}</title>\n<style>\n{style}</style>\n</head>\n{body.text}\n</html>\n"
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(data)
-        staged.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            staged.unlink()
-        raise ResourceError(
-            f"cannot write the report {path}: {error.strerror or error}",
-            hint="choose another place for it with --out",
-        ) from error
