@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ci2p_cache import __version__
 from ci2p_cache.cli import render
+from ci2p_cache.cli.advice import advice, out_of_memory
 from ci2p_cache.cli.bench import bench
 from ci2p_cache.cli.complexity import complexity
 from ci2p_cache.cli.convert import convert
@@ -27,7 +29,7 @@ from ci2p_cache.cli.run import run
 from ci2p_cache.cli.status import status
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
-from ci2p_cache.errors import CacheError, InterruptedRunError, command
+from ci2p_cache.errors import CacheError
 
 __all__ = ["app", "run_command"]
 
@@ -100,10 +102,20 @@ def run_command() -> None:
             option.show_envvar = False
     try:
         root()
-    except InterruptedRunError as error:
-        error.hint = error.hint or command(*sys.argv[1:])
+    except Exception as caught:
+        error = caught if isinstance(caught, CacheError) else out_of_memory(caught)
+        if error is None:
+            traceback.print_exc()
+            error = CacheError(f"this is a bug of ci2p-cache: {caught!r}")
+        error.hint = error.hint or advice(error, sys.argv[1:], _command_names(root))
         render.fail(error)
         sys.exit(error.exit_code)
-    except CacheError as error:
-        render.fail(error)
-        sys.exit(error.exit_code)
+
+
+def _command_names(group: Any) -> list[str]:
+    """Returns the names of all commands; those of a group with its name before them."""
+    names = []
+    for name, part in group.commands.items():
+        names.append(name)
+        names += [f"{name} {each}" for each in getattr(part, "commands", ())]
+    return names

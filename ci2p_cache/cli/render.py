@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
 from ci2p_cache.errors import CacheError
@@ -35,6 +35,9 @@ _MAX_CELL = 500
 
 _LOG_SECONDS = 30.0
 """Pause between progress lines where the output is not a terminal."""
+
+_BAR_COLUMNS = 70
+"""Width of a terminal from which on a bar fits beside what it stands for."""
 
 _out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -149,16 +152,15 @@ class ProgressLine:
         self._bar: Progress | None = None
         self._next = time.monotonic() + _LOG_SECONDS
         if _err.is_terminal:
-            self._bar = Progress(
+            columns: tuple[ProgressColumn, ...] = (
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.fields[counts]}"),
-                TextColumn("{task.fields[detail]}"),
-                TimeRemainingColumn(compact=True),
-                console=_err,
-                transient=True,
+                TextColumn("{task.fields[text]}"),
             )
-            self._task = self._bar.add_task(label, total=None, counts="", detail="")
+            if _err.width < _BAR_COLUMNS:
+                columns = (TextColumn("{task.description} {task.fields[text]}"),)
+            self._bar = Progress(*columns, console=_err, transient=True)
+            self._task = self._bar.add_task(_clean(label), total=None, text="")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -176,13 +178,12 @@ class ProgressLine:
 
     def update(self, done: int, total: int, *, detail: str = "", eta: float | None = None) -> None:
         """Shows how far it is."""
+        counts = f"{done:,}/{total:,} {self._unit}".rstrip()
+        left = f"{duration(eta)} left" if eta is not None else ""
+        # What matters most comes first: a narrow terminal cuts off the end.
+        text = _clean(", ".join(filter(None, [counts, left, detail])))
         if self._bar is not None:
-            counts = f"{done:,}/{total:,} {self._unit}".rstrip()
-            self._bar.update(
-                self._task, completed=done, total=total, counts=counts, detail=_clean(detail)
-            )
+            self._bar.update(self._task, completed=done, total=total, text=text)
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + _LOG_SECONDS
-            rest = f"; {duration(eta)} left" if eta is not None else ""
-            parts = f"{self._label}: {done:,}/{total:,} {self._unit}".rstrip()
-            _err.print(_clean(", ".join(filter(None, [parts, detail])) + rest))
+            _err.print(f"{_clean(self._label)}: {text}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import sys
@@ -25,6 +27,11 @@ def main() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
+    _take_names_as_utf8()
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal has no letter for is shown as an escape; it must not end a run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     from ci2p_cache.cli.app import run_command
 
     try:
@@ -40,6 +47,20 @@ def main() -> None:
         # All is said and done; while Python takes itself down a signal changes nothing any more.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+
+
+def _take_names_as_utf8() -> None:
+    """Starts Python again in its UTF-8 mode where the locale reads file names in another way.
+
+    pyarrow and safetensors take every path as UTF-8, so under another locale a folder whose name
+    is not ASCII would be sought under a wrong name.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name == "utf-8" or sys.flags.utf8_mode:
+        return
+    # The terminal goes on speaking its own encoding.
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _leave(number: int, _: FrameType | None) -> None:
