@@ -50,8 +50,8 @@ import torch
 from torch import Tensor
 
 import ci2p_cache
-from ci2p_cache.cache.commit import disk_errors
 from ci2p_cache.cache.lock import locked
+from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.cli import render
 from ci2p_cache.encoder.codec_spec import CodecSpec
 from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder

@@ -22,10 +22,12 @@ import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache import open_shards
 from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.commit import FileRecord, StagingArea, read_commit, read_sealed
+from ci2p_cache.cache.commit import FileRecord, read_commit
 from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_parquet, read_sums
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.manifest import read_manifest, refuse_difference
+from ci2p_cache.cache.sealed import read_sealed
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard
 from tests.conftest import write_image_folder
 from tests.seals import reseal, write_json
@@ -126,7 +128,7 @@ class TestCommit:
                 assert list(staging.scratch("x").iterdir()) == []
             assert (tmp_path / ".staging" / "one").is_dir()
             monkeypatch.setattr(
-                "ci2p_cache.cache.commit.remove_path",
+                "ci2p_cache.cache.staging.remove_path",
                 lambda path: (_ for _ in ()).throw(OSError(errno.EACCES, "no")),
             )
             with pytest.raises(errors.ResourceError, match="no"):

@@ -20,7 +20,8 @@ from collections import defaultdict
 from pathlib import Path
 from uuid import uuid4
 
-from ci2p_cache.cache.commit import FileRecord, disk_errors
+from ci2p_cache.cache.commit import FileRecord
+from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.errors import IntegrityError, NotACacheError
 from ci2p_cache.remote import RemoteFolder, mirrors_folder
 

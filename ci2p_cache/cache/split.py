@@ -15,10 +15,11 @@ import pyarrow as pa
 import torch
 
 from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.commit import CommitRecord, commit_path, read_commit
+from ci2p_cache.cache.commit import CommitRecord, read_commit
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.manifest import SplitRecord, array_path, data_paths, index_path, tar_path
+from ci2p_cache.cache.manifest import SplitRecord
 from ci2p_cache.cache.open_shards import OpenShards
+from ci2p_cache.cache.paths import array_path, commit_path, data_paths, index_path, tar_path
 from ci2p_cache.cache.raw_shards import RawShards
 from ci2p_cache.cache.shard_reader import ShardReader
 from ci2p_cache.cache.tar_shards import TarFile, open_tar

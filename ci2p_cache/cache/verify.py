@@ -20,11 +20,12 @@ from typing import Literal
 import numpy as np
 import pyarrow.compute as pc
 
-from ci2p_cache.cache.commit import CommitRecord, FileRecord, commit_path, sha256_file
+from ci2p_cache.cache.commit import CommitRecord, FileRecord, sha256_file
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.manifest import (
+from ci2p_cache.cache.paths import (
     MANIFEST,
     array_path,
+    commit_path,
     data_paths,
     index_path,
     tar_list_path,

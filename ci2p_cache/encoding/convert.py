@@ -22,27 +22,13 @@ import numpy as np
 
 from ci2p_cache import __version__
 from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.commit import (
-    CommitRecord,
-    FileRecord,
-    StagingArea,
-    disk_errors,
-    read_commit,
-    sha256_file,
-)
+from ci2p_cache.cache.commit import CommitRecord, FileRecord, read_commit, sha256_file
 from ci2p_cache.cache.lock import locked
-from ci2p_cache.cache.manifest import (
-    ENCODER,
-    MANIFEST,
-    PLAN,
-    Manifest,
-    data_paths,
-    index_path,
-    read_manifest,
-    refuse_difference,
-)
+from ci2p_cache.cache.manifest import Manifest, read_manifest, refuse_difference
+from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN, data_paths, index_path
 from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.encoding.arrays import write_arrays
 from ci2p_cache.encoding.finalise import finalise

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ci2p_cache.cache.commit import disk_errors
 from ci2p_cache.cache.lock import LOCK, live_ranges, lock_holder
+from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.encoding.budget import parse_max_errors
 from ci2p_cache.encoding.forecast import DryRunReport, Findings, Work, report
 from ci2p_cache.encoding.interrupt import interruptible

@@ -10,7 +10,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ci2p_cache.cache.commit import CommitRecord, StagingArea
+from ci2p_cache.cache.commit import CommitRecord
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.tar_shards import tar_sample_bytes
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoding.budget import ErrorBudget, parse_max_errors, refuse_more_bad

@@ -20,23 +20,12 @@ from zarr.abc.buffer import Buffer
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from ci2p_cache.cache.commit import (
-    CommitRecord,
-    FileRecord,
-    StagingArea,
-    commit_path,
-    json_bytes,
-    sha256_file,
-)
+from ci2p_cache.cache.commit import CommitRecord, FileRecord, sha256_file
 from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_sums
-from ci2p_cache.cache.manifest import (
-    MANIFEST,
-    Manifest,
-    SplitRecord,
-    index_path,
-    tar_list_path,
-    tar_path,
-)
+from ci2p_cache.cache.manifest import Manifest, SplitRecord
+from ci2p_cache.cache.paths import MANIFEST, commit_path, index_path, tar_list_path, tar_path
+from ci2p_cache.cache.sealed import json_bytes
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.plan import Plan
 from ci2p_cache.errors import ShardError, command
 

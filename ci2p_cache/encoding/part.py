@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ci2p_cache.cache.commit import StagingArea
-from ci2p_cache.cache.manifest import MANIFEST, Manifest, read_manifest
+from ci2p_cache.cache.manifest import Manifest, read_manifest
+from ci2p_cache.cache.paths import MANIFEST
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.budget import parse_max_errors, refuse_more_bad
 from ci2p_cache.encoding.claims import Claim
 from ci2p_cache.encoding.executors import Work, encode_shards

@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 
 from ci2p_cache.cache.commit import sha256_file
 from ci2p_cache.cache.index import parquet_bytes, read_parquet
-from ci2p_cache.cache.manifest import MANIFEST, PLAN, Manifest, SplitRecord, shard_rows
+from ci2p_cache.cache.manifest import Manifest, SplitRecord, shard_rows
+from ci2p_cache.cache.paths import MANIFEST, PLAN
 from ci2p_cache.errors import ManifestError, SourceError, command
 from ci2p_cache.images.source import ImageRef, ImageSource
 from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec

@@ -14,7 +14,7 @@ import torch
 
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.manifest import data_paths
+from ci2p_cache.cache.paths import data_paths
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.cache.verify import Finding

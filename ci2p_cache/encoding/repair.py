@@ -9,24 +9,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ci2p_cache.cache.commit import (
-    CommitRecord,
-    StagingArea,
-    commit_path,
-    disk_errors,
-    read_commit,
-    sha256_file,
-)
+from ci2p_cache.cache.commit import CommitRecord, read_commit, sha256_file
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.manifest import (
-    MANIFEST,
-    PLAN,
-    Manifest,
-    array_path,
-    data_paths,
-    index_path,
-    read_manifest,
-)
+from ci2p_cache.cache.manifest import Manifest, read_manifest
+from ci2p_cache.cache.paths import MANIFEST, PLAN, array_path, commit_path, data_paths, index_path
+from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.cache.verify import Finding, listed_digests, verify
 from ci2p_cache.encoder.frozen import FrozenEncoder

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ci2p_cache.cache.manifest import PLAN, Manifest
+from ci2p_cache.cache.manifest import Manifest
+from ci2p_cache.cache.paths import PLAN
 from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
 from ci2p_cache.encoder.weights import BUNDLED, official_url, weights_folder
 from ci2p_cache.encoding.plan import Plan, Sample, build_plan, plan_of_rows

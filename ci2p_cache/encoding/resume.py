@@ -7,15 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ci2p_cache import __version__
-from ci2p_cache.cache.commit import CommitRecord, StagingArea, read_commit
-from ci2p_cache.cache.manifest import (
-    ENCODER,
-    MANIFEST,
-    PLAN,
-    Manifest,
-    read_manifest,
-    refuse_difference,
-)
+from ci2p_cache.cache.commit import CommitRecord, read_commit
+from ci2p_cache.cache.manifest import Manifest, read_manifest, refuse_difference
+from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.traces import gaps, named_ranges
 from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
 from ci2p_cache.encoding.lane import Lane

@@ -30,10 +30,11 @@ import numpy.typing as npt
 import torch
 
 from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.commit import CommitRecord, StagingArea
+from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import ChannelSums, IndexRow
 from ci2p_cache.cache.manifest import SplitRecord
 from ci2p_cache.cache.shard_writer import put_shard
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.budget import ErrorBudget, SaturationProbe
 from ci2p_cache.encoding.lane import Lane, encode_views, numerics, single_threaded
 from ci2p_cache.encoding.plan import Sample, ShardPlan

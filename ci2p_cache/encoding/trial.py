@@ -20,9 +20,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ci2p_cache.cache.commit import CommitRecord, StagingArea, commit_path, remove_path
+from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import parquet_bytes, read_index, read_sums
-from ci2p_cache.cache.manifest import SplitRecord, index_path
+from ci2p_cache.cache.manifest import SplitRecord
+from ci2p_cache.cache.paths import commit_path, index_path
+from ci2p_cache.cache.staging import StagingArea, remove_path
 from ci2p_cache.encoding.budget import ErrorBudget
 from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.plan import Sample, ShardPlan

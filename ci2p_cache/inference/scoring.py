@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ci2p_cache.cache.commit import StagingArea
 from ci2p_cache.cache.index import parquet_bytes
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.errors import (
     FingerprintMismatchError,

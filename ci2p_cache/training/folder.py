@@ -25,8 +25,8 @@ from pathlib import Path
 
 import yaml
 
-from ci2p_cache.cache.commit import StagingArea, disk_errors
 from ci2p_cache.cache.lock import locked
+from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
 from ci2p_cache.record import Record, read_yaml
 from ci2p_cache.specs import Fingerprint, differing_fields
