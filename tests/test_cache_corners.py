@@ -267,13 +267,13 @@ class TestVerify:
         def fail(_: Path) -> str:
             raise OSError(errno.EIO, "the disk is ill")
 
-        monkeypatch.setattr("ci2p_cache.cache.verify.sha256_file", fail)
+        monkeypatch.setattr("ci2p_cache.cache.finding.sha256_file", fail)
         assert all("the disk is ill" in f.problem for f in cc.verify(cache, quick=True))
 
     def test_a_quick_verify_leaves_large_files_unread(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ci2p_cache.cache.verify._SMALL_BYTES", 0)
+        monkeypatch.setattr("ci2p_cache.cache.finding._SMALL_BYTES", 0)
         flip(cache / SHARD, 0.1)
         assert cc.verify(cache, quick=True) == []
 
@@ -469,7 +469,7 @@ def test_raw_shards_that_were_swapped_are_told_apart(
     second.write_bytes(content)
     found = cc.verify(tmp_path / "out", quick=True)
     assert [f.shard for f in found] == [0, 1]
-    monkeypatch.setattr("ci2p_cache.cache.verify._SMALL_BYTES", 0)
+    monkeypatch.setattr("ci2p_cache.cache.finding._SMALL_BYTES", 0)
     assert [f.shard for f in cc.verify(tmp_path / "out", quick=True)] == [0, 1]
     split = cc.open_cache(tmp_path / "out")["train"]
     with pytest.raises(errors.ShardError, match="not the shard of this index part"):

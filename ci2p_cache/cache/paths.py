@@ -5,6 +5,7 @@ from __future__ import annotations
 from ci2p_cache.specs import LayoutSpec
 
 __all__ = [
+    "CHECKSUMS",
     "ENCODER",
     "MANIFEST",
     "PLAN",
@@ -12,6 +13,7 @@ __all__ = [
     "commit_path",
     "data_paths",
     "index_path",
+    "shard_files",
     "shard_path",
     "tar_list_path",
     "tar_path",
@@ -20,6 +22,7 @@ __all__ = [
 MANIFEST = "cache.json"
 PLAN = "plan.parquet"
 ENCODER = "encoder.safetensors"
+CHECKSUMS = "checksums.sha256"
 
 
 def array_path(split: str, name: str = "latents") -> str:
@@ -56,3 +59,9 @@ def index_path(split: str, shard: int) -> str:
 def commit_path(split: str, shard: int) -> str:
     """Returns the commit record's path relative to the cache folder."""
     return f"commits/{split}-{shard:06d}.json"
+
+
+def shard_files(layout: LayoutSpec, split: str, shard: int) -> tuple[str, ...]:
+    """Returns the paths of all files of a shard, its commit record last."""
+    files = data_paths(layout, split, shard)
+    return (*files, index_path(split, shard), commit_path(split, shard))

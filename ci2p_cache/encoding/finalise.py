@@ -20,10 +20,11 @@ from zarr.abc.buffer import Buffer
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from ci2p_cache.cache.checksums import checksums_bytes
 from ci2p_cache.cache.commit import CommitRecord, FileRecord, sha256_file
 from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_sums
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
-from ci2p_cache.cache.paths import MANIFEST, commit_path, index_path, tar_list_path, tar_path
+from ci2p_cache.cache.paths import CHECKSUMS, MANIFEST, index_path, tar_list_path, tar_path
 from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.plan import Plan
@@ -96,7 +97,7 @@ def finalise(
         staging.put("stats/channels.parquet", parquet_bytes(pa.concat_tables(statistics))),
         staging.put("README.md", _readme(manifest)),
     ]
-    written.append(staging.put("checksums.sha256", _checksums(root, manifest, commits, written)))
+    written.append(staging.put(CHECKSUMS, checksums_bytes(root, manifest, commits, written)))
     complete = dataclasses.replace(manifest, state="complete", splits=splits, files=tuple(written))
     staging.put_sealed(MANIFEST, complete.to_dict())
     return complete
@@ -269,28 +270,6 @@ def _tar_list(manifest: Manifest, split: str, commits: Sequence[CommitRecord]) -
             **_dequantising(manifest),
         }
     )
-
-
-def _checksums(
-    root: Path,
-    manifest: Manifest,
-    commits: Sequence[CommitRecord],
-    written: Sequence[FileRecord],
-) -> bytes:
-    """Lists every file but `cache.json` and itself in the form that `sha256sum -c` reads."""
-    lines = {
-        file.path: file.sha256
-        for file in (
-            manifest.plan,
-            manifest.encoder,
-            *(file for commit in commits for file in commit.files),
-            *written,
-        )
-    }
-    for commit in commits:
-        path = commit_path(commit.split, commit.shard)
-        lines[path] = sha256_file(root / path)
-    return "".join(f"{digest}  {path}\n" for path, digest in sorted(lines.items())).encode()
 
 
 def _readme(manifest: Manifest) -> bytes:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from ci2p_cache.cache.checksums import listed_digests
 from ci2p_cache.cache.commit import CommitRecord, read_commit, sha256_file
+from ci2p_cache.cache.finding import Finding
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.manifest import Manifest, read_manifest
-from ci2p_cache.cache.paths import MANIFEST, PLAN, array_path, commit_path, data_paths, index_path
+from ci2p_cache.cache.paths import MANIFEST, PLAN, array_path, commit_path, index_path, shard_files
 from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cache.store import open_cache
-from ci2p_cache.cache.verify import Finding, listed_digests, verify
+from ci2p_cache.cache.verify import verify
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.encoding.claims import whole_folder
@@ -316,11 +318,7 @@ class _Repair:
 
     def _describe(self, plan: Plan, split: str, number: int) -> DamagedShard:
         commit = self._commits.get((split, number))
-        paths = (
-            *data_paths(self.manifest.layout, split, number),
-            index_path(split, number),
-            commit_path(split, number),
-        )
+        paths = shard_files(self.manifest.layout, split, number)
         digests = {path: self._digests[path] for path in paths if path in self._digests}
         if commit is not None:
             digests |= {file.path: file.sha256 for file in commit.files}
