@@ -15,12 +15,13 @@ from ci2p_cache.cache.traces import gaps, named_ranges
 from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
 from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.options import EncodeOptions
-from ci2p_cache.encoding.plan import Plan, build_plan, read_plan
+from ci2p_cache.encoding.plan import Plan, read_plan
+from ci2p_cache.encoding.planning import build_plan
 from ci2p_cache.encoding.progress import EncodeObserver
 from ci2p_cache.encoding.shard import EncodeSettings
 from ci2p_cache.errors import ManifestError, UsageError
 from ci2p_cache.images.decode import decoder_name
-from ci2p_cache.images.decoders import start_decoder_server
+from ci2p_cache.images.decoder_server import start_decoder_server
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.machine import num_cores
 from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec

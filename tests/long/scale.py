@@ -45,7 +45,8 @@ from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.verify import verify
 from ci2p_cache.encoding import finalise as finalising
 from ci2p_cache.encoding import lane
-from ci2p_cache.encoding.plan import build_plan, read_plan
+from ci2p_cache.encoding.plan import read_plan
+from ci2p_cache.encoding.planning import build_plan
 from ci2p_cache.errors import InterruptedRunError
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.specs import LatentSpec
