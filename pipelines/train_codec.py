@@ -54,9 +54,11 @@ from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.cli import render
 from ci2p_cache.encoder.codec_spec import CodecSpec
-from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
+from ci2p_cache.encoder.crops import TrainingImages
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.rate_distortion import evaluate_rate_distortion
-from ci2p_cache.encoder.train import CodecStep, TrainingImages, train_codec
+from ci2p_cache.encoder.train import CodecStep, train_codec
 from ci2p_cache.errors import (
     CacheError,
     ImageDecodeError,

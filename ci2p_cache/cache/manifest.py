@@ -20,15 +20,8 @@ from ci2p_cache.errors import (
     UsageError,
     command,
 )
-from ci2p_cache.record import MAX_JSON_BYTES, Record
-from ci2p_cache.specs import (
-    FORMAT_VERSION,
-    MAX_LATENT_BYTES,
-    Fingerprint,
-    LatentSpec,
-    LayoutSpec,
-    differing_fields,
-)
+from ci2p_cache.record import MAX_JSON_BYTES, Record, differing_fields
+from ci2p_cache.specs import FORMAT_VERSION, MAX_LATENT_BYTES, Fingerprint, LatentSpec, LayoutSpec
 
 __all__ = [
     "MAX_SHARD_BYTES",

@@ -12,7 +12,8 @@ from ci2p_cache.cache.manifest import Manifest, read_manifest, refuse_difference
 from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.traces import gaps, named_ranges
-from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import Plan, read_plan

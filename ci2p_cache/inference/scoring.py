@@ -43,7 +43,7 @@ from ci2p_cache.inference.scores import (
 from ci2p_cache.loader.batches import Batch, BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.machine import checked_device, ieee_float32, raise_open_files, tune_allocator
-from ci2p_cache.specs import differing_fields
+from ci2p_cache.record import differing_fields
 from ci2p_cache.training.inputs import data_digest, train_and_val
 from ci2p_cache.training.metrics import Validation, validate
 from ci2p_cache.training.ranks import Ranks
