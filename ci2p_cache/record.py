@@ -26,6 +26,7 @@ __all__ = [
     "MAX_JSON_BYTES",
     "Record",
     "differing_fields",
+    "json_object",
     "read_json",
     "read_regular",
     "read_yaml",
@@ -184,7 +185,15 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ManifestError: it is a link, too large, no JSON, nested too deeply, or no object.
     """
-    content = read_regular(path, max_bytes=MAX_JSON_BYTES)
+    return json_object(read_regular(path, max_bytes=MAX_JSON_BYTES), path)
+
+
+def json_object(content: bytes, path: Path) -> dict[str, Any]:
+    """Parses a JSON object that may come from a stranger; `path`, where it lay, is for messages.
+
+    Raises:
+        ManifestError: it is no JSON, nested too deeply, or no object.
+    """
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:

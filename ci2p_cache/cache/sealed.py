@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ci2p_cache.errors import ManifestError
-from ci2p_cache.record import MAX_JSON_BYTES, read_regular
+from ci2p_cache.record import MAX_JSON_BYTES, json_object, read_regular
 
 __all__ = ["json_bytes", "read_sealed", "sealed_bytes"]
 
@@ -48,12 +47,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
         ManifestError: it is a link, too large, no JSON, nested too deeply, or no object.
     """
     raw = read_regular(path, max_bytes=MAX_JSON_BYTES)
-    try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path} is damaged: not JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise ManifestError(f"{path} is damaged: wanted an object, got {type(data).__name__}")
+    data = json_object(raw, path)
     seal = data.pop(_SEAL, None)
     if not isinstance(seal, str) or not seal.isascii() or len(seal) != len(_BLANK):
         return data, False
