@@ -50,13 +50,15 @@ import torch
 from torch import Tensor
 
 import ci2p_cache
-from ci2p_cache.cache.commit import disk_errors
 from ci2p_cache.cache.lock import locked
+from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.cli import render
 from ci2p_cache.encoder.codec_spec import CodecSpec
-from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
+from ci2p_cache.encoder.crops import TrainingImages
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.rate_distortion import evaluate_rate_distortion
-from ci2p_cache.encoder.train import CodecStep, TrainingImages, train_codec
+from ci2p_cache.encoder.train import CodecStep, train_codec
 from ci2p_cache.errors import (
     CacheError,
     ImageDecodeError,
@@ -65,7 +67,11 @@ from ci2p_cache.errors import (
     UsageError,
 )
 from ci2p_cache.images.decode import decode_image, decoder_name
-from ci2p_cache.images.listing import Tally, for_display, is_image, read_file, walk
+from ci2p_cache.images.kinds import is_image
+from ci2p_cache.images.listing import walk
+from ci2p_cache.images.names import for_display
+from ci2p_cache.images.reading import read_file
+from ci2p_cache.images.tally import Tally
 from ci2p_cache.machine import checked_device, tune_allocator
 from ci2p_cache.specs import ImageSpec
 from ci2p_cache.training.signals import StopSignal

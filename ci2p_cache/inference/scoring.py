@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ci2p_cache.cache.commit import StagingArea
 from ci2p_cache.cache.index import parquet_bytes
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.errors import (
     FingerprintMismatchError,
@@ -43,7 +43,7 @@ from ci2p_cache.inference.scores import (
 from ci2p_cache.loader.batches import Batch, BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.machine import checked_device, ieee_float32, raise_open_files, tune_allocator
-from ci2p_cache.specs import differing_fields
+from ci2p_cache.record import differing_fields
 from ci2p_cache.training.inputs import data_digest, train_and_val
 from ci2p_cache.training.metrics import Validation, validate
 from ci2p_cache.training.ranks import Ranks

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import yaml
 
-from ci2p_cache.cache.commit import StagingArea, disk_errors
 from ci2p_cache.cache.lock import locked
+from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
-from ci2p_cache.record import Record, read_yaml
-from ci2p_cache.specs import Fingerprint, differing_fields
+from ci2p_cache.record import Record, differing_fields, read_yaml
+from ci2p_cache.specs import Fingerprint
 from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.spec import TrainSpec
 

@@ -17,7 +17,7 @@ from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.resident import Resident
 from ci2p_cache.machine import bf16_notice, raise_open_files, tune_allocator
 from ci2p_cache.models.registry import AnyModelConfig, build_model
-from ci2p_cache.specs import differing_fields
+from ci2p_cache.record import differing_fields
 from ci2p_cache.training.checkpoint import Checkpoint, share_checkpoint
 from ci2p_cache.training.checkpoint_folder import TrainState, checkpoint_path
 from ci2p_cache.training.ema import WeightAverage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
-from ci2p_cache.cache.commit import StagingArea
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore
 from ci2p_cache.training.checkpoint_folder import TrainState
 from ci2p_cache.training.ema import WeightAverage
