@@ -157,7 +157,7 @@ def train(
 def _checked(
     cache: Cache, spec: TrainSpec, loader: BatchLoader | None, ranks: Ranks
 ) -> tuple[AnyModelConfig, tuple[Split, Split | None], RunSettings]:
-    """Returns the model, the splits and what binds the run, all refused before they are written."""
+    """Returns model, splits and what binds the run; refuses before anything is written."""
     config = model_config_for(cache, spec)
     require_layers(config, spec)
     splits = train_and_val(cache, spec, ranks)
