@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"errors", "record", "remote", "specs", "cache"},
     "experiment": {
         *("errors", "record", "specs", "cache", "encoding", "demo_pictures", "training"),
-        *("inference", "report", "illustrations"),
+        *("inference", "report", "illustrations", "loader", "machine", "models"),
     },
     "preview_figure": {"errors", "record", "specs", "cache"},
     "reconstructions": {"errors", "record", "specs", "cache", "images", "encoder"},

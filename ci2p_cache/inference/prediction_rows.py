@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from ci2p_cache.cache.split import Split
 from ci2p_cache.loader.batches import Batch
 
-__all__ = ["PredictionRows"]
+__all__ = ["PredictionRows", "keys_of"]
 
 _TOP = 5
 
@@ -82,7 +82,7 @@ class PredictionRows:
         Raises:
             ShardError: a part of the index is damaged.
         """
-        keys = _keys(split)
+        keys = keys_of(split)
         label, predicted = self.column("label"), self.column("predicted")
         columns = {
             "row": self.column("row"),
@@ -103,8 +103,12 @@ class PredictionRows:
         )
 
 
-def _keys(split: Split) -> dict[int, str]:
-    """Returns the key of each valid row."""
+def keys_of(split: Split) -> dict[int, str]:
+    """Returns the key of each valid row of a split.
+
+    Raises:
+        ShardError: a part of the index is damaged.
+    """
     keys: dict[int, str] = {}
     wanted = set(split.valid_rows.tolist())
     for shard in np.unique(split.valid_rows // split.record.shard_rows).tolist():
