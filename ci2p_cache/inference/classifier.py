@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ci2p_cache.errors import UsageError
 from ci2p_cache.images.decode import decoder_name
+from ci2p_cache.inference.model_inputs import as_floats, as_stored, encode_by_cores
 from ci2p_cache.inference.pictures import find_pictures, read_ahead, read_picture, shown
 from ci2p_cache.inference.prediction import Guess, Prediction, likeliest
-from ci2p_cache.inference.run_encoder import encode_by_cores, load_run_encoder
+from ci2p_cache.inference.run_encoder import load_run_encoder
 from ci2p_cache.inference.run_folder import RunFolder, load_model, open_run
 from ci2p_cache.machine import checked_device, ieee_float32, num_cores
 from ci2p_cache.specs import Fingerprint
@@ -131,6 +132,10 @@ class Classifier:
 
         Returns:
             float32 (B, M, h, w) dequantised latents, or (B, 3, size, size), on `device`.
+
+        Raises:
+            UsageError: the images have another shape or dtype.
+            InputDataError, DigestError: as for `encoder`.
         """
         images = self.checked(images_B3HW)
         if self.reads == "images":
@@ -143,18 +148,7 @@ class Classifier:
         Raises:
             UsageError: they have another shape or dtype than a call takes.
         """
-        size = self.fingerprint.image.size
-        shape, dtype = tuple(images_B3HW.shape), images_B3HW.dtype
-        if shape[1:] != (3, size, size) or not shape[0]:
-            raise UsageError(
-                f"images have shape {shape}; wanted (batch, 3, {size}, {size}), the size that the "
-                "run was trained at"
-            )
-        if dtype == torch.uint8:
-            return images_B3HW.to(self.device).to(torch.float32).div_(255)
-        if not dtype.is_floating_point:
-            raise UsageError(f"images have dtype {dtype}; wanted uint8, or floats in [0, 1]")
-        return images_B3HW.to(self.device, torch.float32)
+        return as_floats(images_B3HW, size=self.fingerprint.image.size, device=self.device)
 
     def latents(self, images_B3HW: Tensor) -> Tensor:
         """Runs g_a on float32 images in [0, 1], (B, 3, H, W); gives y, float32 (B, M, h, w).
@@ -165,18 +159,26 @@ class Classifier:
         return encode_by_cores(self.encoder, images_B3HW)
 
     def stored(self, y_BMhw: Tensor) -> Tensor:
-        """Gives what the cache would store of y, of its dtype: saturated symbols, or y itself."""
-        from ci2p_cache.encoder.quantize import saturate
+        """Gives what the cache would store of y, of its dtype: saturated symbols, or y itself.
 
+        Args:
+            y_BMhw: float32 (B, M, h, w) on `device`.
+
+        Raises:
+            InputDataError, DigestError, UsageError: as for `encoder`, whose medians symbols need.
+        """
         latent = self.fingerprint.latent
-        dtype: torch.dtype = getattr(torch, latent.dtype)
-        if not latent.is_symbols:
-            return y_BMhw.to(dtype)
-        symbols = self.encoder.quantize(y_BMhw, step=latent.step)
-        return saturate(symbols, latent.symbol_limit)[0].to(dtype)
+        return as_stored(y_BMhw, latent, self.encoder if latent.is_symbols else None)
 
     def dequantise(self, stored_BMhw: Tensor) -> Tensor:
-        """Gives stored values as the loaders do, float32: symbols * step + median, or y itself."""
+        """Gives stored values as the loaders do: symbols * step + median, or y itself.
+
+        Args:
+            stored_BMhw: (B, M, h, w) of any dtype, on any device; not changed.
+
+        Returns:
+            float32 (B, M, h, w) on `device`.
+        """
         latents = stored_BMhw.to(self.device, torch.float32, copy=True)
         if self.fingerprint.latent.is_symbols:
             if self.run.file.scale != 1.0:

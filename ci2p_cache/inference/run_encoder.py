@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ci2p_cache.cache.commit import sha256_file
 from ci2p_cache.cache.store import open_cache
@@ -18,7 +16,7 @@ from ci2p_cache.specs import differing_fields
 if TYPE_CHECKING:
     from ci2p_cache.encoder.frozen import FrozenEncoder
 
-__all__ = ["encode_by_cores", "load_run_encoder"]
+__all__ = ["load_run_encoder"]
 
 
 def load_run_encoder(
@@ -50,30 +48,6 @@ def load_run_encoder(
             hint="name the run's own cache: --cache DIR",
         )
     return encoder
-
-
-def encode_by_cores(encoder: FrozenEncoder, images_B3HW: Tensor) -> Tensor:
-    """Runs g_a as the cache did: on CPU one thread per call, with a part of the batch on each core.
-
-    Args:
-        encoder: On the device of the images.
-        images_B3HW: float32 in [0, 1], B >= 1.
-
-    Returns:
-        y, float32 (B, M, h, w), on the same device.
-    """
-    if images_B3HW.device.type != "cpu":
-        return encoder(images_B3HW)
-    threads = torch.get_num_threads()
-    parts = images_B3HW.chunk(min(threads, len(images_B3HW)))
-    try:
-        with ThreadPoolExecutor(
-            len(parts), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            return torch.cat(list(pool.map(encoder, parts)))
-    finally:
-        # torch keeps the number that was set last for threads that are still to come.
-        torch.set_num_threads(threads)
 
 
 def _own_copy(run: RunFolder) -> Path:
