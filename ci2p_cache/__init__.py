@@ -11,11 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ci2p_cache.cache.finding import Finding
     from ci2p_cache.cache.split import Split
     from ci2p_cache.cache.status import CacheStatus, status
     from ci2p_cache.cache.store import Cache, open_cache
-    from ci2p_cache.cache.verify import Finding, verify
-    from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
+    from ci2p_cache.cache.verify import verify
+    from ci2p_cache.encoder.frozen import FrozenEncoder
+    from ci2p_cache.encoder.load import load_encoder
     from ci2p_cache.encoding.convert import ConvertSummary, convert
     from ci2p_cache.encoding.dry_run import dry_run
     from ci2p_cache.encoding.forecast import DryRunReport
@@ -124,7 +126,7 @@ _HOMES = {
     "Evaluation": "inference.evaluation",
     "Experiment": "experiment.spec",
     "ExperimentSummary": "experiment.run",
-    "Finding": "cache.verify",
+    "Finding": "cache.finding",
     "Fingerprint": "specs",
     "FrozenEncoder": "encoder.frozen",
     "ImageSpec": "specs",
@@ -149,7 +151,7 @@ _HOMES = {
     "export_model": "inference.export",
     "list_models": "models.registry",
     "load_classifier": "inference.classifier",
-    "load_encoder": "encoder.frozen",
+    "load_encoder": "encoder.load",
     "load_experiment": "experiment.load",
     "open_cache": "cache.store",
     "reencode": "encoding.reencode",

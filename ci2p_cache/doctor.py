@@ -187,7 +187,7 @@ def _decoder() -> Iterator[Diagnosis]:
 
 def _weights() -> Iterator[Diagnosis]:
     try:
-        from ci2p_cache.encoder.frozen import load_encoder
+        from ci2p_cache.encoder.load import load_encoder
         from ci2p_cache.encoder.weights import weights_folder
 
         load_encoder("bundled")

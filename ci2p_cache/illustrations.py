@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ci2p_cache.cache.card import stored_rows
+from ci2p_cache.cache.folder import CacheFolder
 from ci2p_cache.cache.sample_card import read_row
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
@@ -105,7 +106,7 @@ class LatentIllustrator:
             return None
         return open_images(cache, self._source)
 
-    def _decoder(self, cache: Cache) -> FrozenEncoder:
+    def _decoder(self, cache: CacheFolder) -> FrozenEncoder:
         digest = cache.manifest.encoder.sha256
         if digest not in self._decoders:
             self._decoders[digest] = load_decoder(cache)

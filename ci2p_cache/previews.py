@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ci2p_cache.cache.card import stored_rows
-from ci2p_cache.cache.sample_card import describe_sample, read_row
+from ci2p_cache.cache.sample_card import describe_row, read_row
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoder.frozen import FrozenEncoder
@@ -175,7 +175,7 @@ def _measure(
             f"row {row} of split {split.name!r} ({entry.key}) holds no latent: {entry.error}",
             hint=f"choose other rows; {split.cache.path / 'errors.parquet'} lists the bad ones",
         )
-    card = describe_sample(split.cache, split.name, row=row)
+    card = describe_row(split, row)
     num_views = min(split.num_views, _SHOWN_VIEWS)
     originals, state = original_views(split, entry, images)
     y_VMhw = torch.stack([stored_latent(split, row, view) for view in range(num_views)])

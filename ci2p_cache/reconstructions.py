@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ci2p_cache.cache.folder import CacheFolder
 from ci2p_cache.cache.index import IndexRow
 from ci2p_cache.cache.split import Split
-from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
@@ -51,7 +51,7 @@ JPEG_QUALITY = 90
 SourceState = Literal["unchanged", "changed", "missing"]
 
 
-def load_decoder(cache: Cache) -> FrozenEncoder:
+def load_decoder(cache: CacheFolder) -> FrozenEncoder:
     """Loads the cache's own encoder for decoding alone, on the CPU.
 
     Raises:
@@ -63,7 +63,7 @@ def load_decoder(cache: Cache) -> FrozenEncoder:
     return load_recorded_encoder(cache.encoder_path, spec)
 
 
-def open_images(cache: Cache, source: str | Path | None = None) -> ImageSource | None:
+def open_images(cache: CacheFolder, source: str | Path | None = None) -> ImageSource | None:
     """Opens the images that a cache was made from; None where they are no longer there.
 
     Args:

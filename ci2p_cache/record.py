@@ -25,10 +25,13 @@ from ci2p_cache.errors import ManifestError, ResourceError, UsageError
 __all__ = [
     "MAX_JSON_BYTES",
     "Record",
+    "differing_fields",
+    "json_object",
     "read_json",
     "read_regular",
     "read_yaml",
     "regular_file",
+    "write_synced",
     "write_whole",
 ]
 
@@ -74,6 +77,24 @@ class Record:
             return cls(**values)
         except UsageError as error:
             raise ManifestError(f"{cls.__name__} is not valid: {error}") from error
+
+
+def differing_fields(ours: Record, theirs: Record) -> list[tuple[str, Any, Any]]:
+    """Compares two records of one type field by field.
+
+    Returns:
+        (dotted field name, our value, their value) for each field that differs, in field order.
+    """
+    found: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(ours):  # type: ignore[arg-type]  # records are dataclasses
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if isinstance(mine, Record) and isinstance(other, Record):
+            found += [
+                (f"{field.name}.{name}", a, b) for name, a, b in differing_fields(mine, other)
+            ]
+        elif mine != other:
+            found.append((field.name, mine, other))
+    return found
 
 
 _hints = cache(typing.get_type_hints)
@@ -164,7 +185,15 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ManifestError: it is a link, too large, no JSON, nested too deeply, or no object.
     """
-    content = read_regular(path, max_bytes=MAX_JSON_BYTES)
+    return json_object(read_regular(path, max_bytes=MAX_JSON_BYTES), path)
+
+
+def json_object(content: bytes, path: Path) -> dict[str, Any]:
+    """Parses a JSON object that may come from a stranger; `path`, where it lay, is for messages.
+
+    Raises:
+        ManifestError: it is no JSON, nested too deeply, or no object.
+    """
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -229,3 +258,15 @@ def write_whole(path: Path, data: bytes, *, what: str) -> None:
             f"cannot write the {what} {path}: {error.strerror or error}",
             hint="choose another place for it",
         ) from error
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file through to the disk; renaming it into place is the caller's business.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -7,12 +7,11 @@ field. Batch size, workers, devices, host and paths stand in neither.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 
@@ -33,7 +32,6 @@ __all__ = [
     "LayoutSpec",
     "Precision",
     "ViewSpec",
-    "differing_fields",
 ]
 
 FORMAT_VERSION = 1
@@ -300,21 +298,3 @@ class LayoutSpec(Record):
     def has_tar(self) -> bool:
         """Whether the latents lie in tars."""
         return self.format != "zarr"
-
-
-def differing_fields(ours: Record, theirs: Record) -> list[tuple[str, Any, Any]]:
-    """Compares two records of one type field by field.
-
-    Returns:
-        (dotted field name, our value, their value) for each field that differs, in field order.
-    """
-    found: list[tuple[str, Any, Any]] = []
-    for field in dataclasses.fields(ours):  # type: ignore[arg-type]  # records are dataclasses
-        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
-        if isinstance(mine, Record) and isinstance(other, Record):
-            found += [
-                (f"{field.name}.{name}", a, b) for name, a, b in differing_fields(mine, other)
-            ]
-        elif mine != other:
-            found.append((field.name, mine, other))
-    return found

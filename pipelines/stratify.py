@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from ci2p_cache.cache.commit import disk_errors
+from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.cli import render
 from ci2p_cache.errors import CacheError, SourceError, UsageError
 from ci2p_cache.images.folder import FolderSource

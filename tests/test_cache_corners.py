@@ -22,10 +22,12 @@ import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache import open_shards
 from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.commit import FileRecord, StagingArea, read_commit, read_sealed
+from ci2p_cache.cache.commit import FileRecord, read_commit
 from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_parquet, read_sums
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.manifest import read_manifest, refuse_difference
+from ci2p_cache.cache.sealed import read_sealed
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard
 from tests.conftest import write_image_folder
 from tests.seals import reseal, write_json
@@ -126,7 +128,7 @@ class TestCommit:
                 assert list(staging.scratch("x").iterdir()) == []
             assert (tmp_path / ".staging" / "one").is_dir()
             monkeypatch.setattr(
-                "ci2p_cache.cache.commit.remove_path",
+                "ci2p_cache.cache.staging.remove_path",
                 lambda path: (_ for _ in ()).throw(OSError(errno.EACCES, "no")),
             )
             with pytest.raises(errors.ResourceError, match="no"):
@@ -265,13 +267,13 @@ class TestVerify:
         def fail(_: Path) -> str:
             raise OSError(errno.EIO, "the disk is ill")
 
-        monkeypatch.setattr("ci2p_cache.cache.verify.sha256_file", fail)
+        monkeypatch.setattr("ci2p_cache.cache.finding.sha256_file", fail)
         assert all("the disk is ill" in f.problem for f in cc.verify(cache, quick=True))
 
     def test_a_quick_verify_leaves_large_files_unread(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ci2p_cache.cache.verify._SMALL_BYTES", 0)
+        monkeypatch.setattr("ci2p_cache.cache.finding._SMALL_BYTES", 0)
         flip(cache / SHARD, 0.1)
         assert cc.verify(cache, quick=True) == []
 
@@ -467,7 +469,7 @@ def test_raw_shards_that_were_swapped_are_told_apart(
     second.write_bytes(content)
     found = cc.verify(tmp_path / "out", quick=True)
     assert [f.shard for f in found] == [0, 1]
-    monkeypatch.setattr("ci2p_cache.cache.verify._SMALL_BYTES", 0)
+    monkeypatch.setattr("ci2p_cache.cache.finding._SMALL_BYTES", 0)
     assert [f.shard for f in cc.verify(tmp_path / "out", quick=True)] == [0, 1]
     split = cc.open_cache(tmp_path / "out")["train"]
     with pytest.raises(errors.ShardError, match="not the shard of this index part"):

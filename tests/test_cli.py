@@ -19,7 +19,7 @@ import torch
 from compressai.models import FactorizedPrior
 
 import ci2p_cache as cc
-from ci2p_cache.cache.commit import sealed_bytes
+from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.cli.encode import encode as encode_command
 from ci2p_cache.cli.train import train as train_command
 from tests.conftest import Ran, write_image_folder

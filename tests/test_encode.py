@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.cache.commit import sealed_bytes
+from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.encoding.progress import EncodeObserver
 from tests.conftest import picture, write_image_folder
 

@@ -24,7 +24,8 @@ from PIL import Image
 
 import ci2p_cache as cc
 from ci2p_cache.encoder.arithmetic import fixed_arithmetic
-from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder, load_saved_encoder, save_half
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.load import load_encoder, load_saved_encoder, save_half
 from ci2p_cache.encoder.quantize import dequantize, quantize, saturate
 from ci2p_cache.errors import UsageError, WeightsError
 from tests.conftest import picture

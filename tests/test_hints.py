@@ -19,7 +19,7 @@ from ci2p_cache.cache.card import describe
 from ci2p_cache.cache.commit import read_commit
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.sample_card import describe_sample
-from ci2p_cache.encoder.frozen import load_encoder
+from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.weights import WeightsCard, tensor_digest, weights_bytes
 from ci2p_cache.errors import command
 from ci2p_cache.previews import draw_preview

@@ -18,9 +18,9 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 import ci2p_cache as cc
 from ci2p_cache.cache.card import CacheCard, describe, folder_tree
-from ci2p_cache.cache.commit import sealed_bytes
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.sample_card import SampleCard, describe_sample
+from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.errors import IncompleteCacheError, ResourceError, SourceError, UsageError
 from ci2p_cache.previews import draw_preview
 from tests.conftest import picture, write_image_folder

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.commit import CommitRecord, FileRecord, read_sealed, sealed_bytes
+from ci2p_cache.cache.commit import CommitRecord, FileRecord
 from ci2p_cache.cache.manifest import Manifest, SplitRecord, read_manifest, shard_rows
+from ci2p_cache.cache.sealed import read_sealed, sealed_bytes
 from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard
 from ci2p_cache.encoder.quantize import dequantize, quantize, saturate
-from ci2p_cache.encoding.plan import Plan, build_plan, read_plan
+from ci2p_cache.encoding.plan import Plan, read_plan
+from ci2p_cache.encoding.planning import build_plan
 from ci2p_cache.errors import ManifestError, ShardError, SourceError
 from ci2p_cache.images.source import ImageRef
 from ci2p_cache.loader.order import epoch_order, epoch_views

@@ -15,8 +15,8 @@ import pytest
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.commit import sealed_bytes
 from ci2p_cache.cache.lock import locked
+from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.cli.app import run_command
 from tests.conftest import picture, write_image_folder
 from tests.long.bitflips import run as run_bitflips

@@ -21,7 +21,7 @@ import torch
 from compressai.models import FactorizedPrior, ScaleHyperprior
 from compressai.zoo.image import model_urls
 
-from ci2p_cache.encoder.frozen import load_encoder
+from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.weights import fetch_weights, official_url, weights_folder
 from ci2p_cache.errors import (
     DigestError,

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from ci2p_cache.bench.machine import synchronise
+from ci2p_cache.bench.machine import ready_device, synchronise
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.loader.resident import ResidentLoader, choose_resident
-from ci2p_cache.machine import checked_device, num_cores, raise_open_files, tune_allocator
+from ci2p_cache.machine import num_cores
 from ci2p_cache.record import Record
 
 __all__ = ["LoaderReport", "LoaderRow", "bench_loading"]
@@ -77,10 +77,7 @@ def bench_loading(
         InputDataError: there is nothing to read.
         ShardError: the cache is damaged.
     """
-    cache, place = open_cache(cache_dir), checked_device(device)
-    raise_open_files()
-    if place.type == "cpu":
-        tune_allocator()
+    cache, place = open_cache(cache_dir), ready_device(device)
     name = "train" if "train" in cache else cache.splits[0]
     split = cache[name]
     most = threads or num_cores()

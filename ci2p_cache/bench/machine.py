@@ -1,4 +1,4 @@
-"""What a device can do at best: its rate of matrix products; utilisation is a share of that."""
+"""The device that is measured on: made ready, waited for, and what it can do at best."""
 
 from __future__ import annotations
 
@@ -6,10 +6,28 @@ import time
 
 import torch
 
-__all__ = ["matmul_flops", "synchronise"]
+from ci2p_cache.machine import checked_device, raise_open_files, tune_allocator
+
+__all__ = ["matmul_flops", "ready_device", "synchronise"]
 
 _SIDE_CPU, _SIDE_CUDA = 1024, 8192
 _SECONDS = 1.0
+
+
+def ready_device(name: str) -> torch.device:
+    """Gives a device, with this process set up as training sets itself up.
+
+    Args:
+        name: auto (CUDA where there is one), cpu, cuda or cuda:1.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    device = checked_device(name)
+    raise_open_files()
+    if device.type == "cpu":
+        tune_allocator()
+    return device
 
 
 def synchronise(device: torch.device) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ci2p_cache.bench.machine import matmul_flops, synchronise
+from ci2p_cache.bench.machine import matmul_flops, ready_device, synchronise
 from ci2p_cache.cache.split import Split
-from ci2p_cache.cache.store import open_cache
+from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.errors import CacheError, UsageError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
@@ -30,7 +30,6 @@ from ci2p_cache.loader.online import OnlineLoader
 from ci2p_cache.loader.order import Rows
 from ci2p_cache.loader.pixels import PixelLoader
 from ci2p_cache.loader.resident import ResidentLoader, choose_resident
-from ci2p_cache.machine import checked_device, raise_open_files, tune_allocator
 from ci2p_cache.models.complexity import BASELINE, complexity
 from ci2p_cache.models.registry import build_model, model_config
 from ci2p_cache.record import Record
@@ -145,10 +144,7 @@ def bench_training(
         InputDataError: there is nothing to train from.
         ShardError: the cache is damaged.
     """
-    cache, place = open_cache(cache_dir), checked_device(device)
-    raise_open_files()
-    if place.type == "cpu":
-        tune_allocator()
+    cache, place = open_cache(cache_dir), ready_device(device)
     train, _ = train_and_val(cache, spec, Ranks())
     config, latent = model_config_for(cache, spec), cache.fingerprint.latent
     if config.reads != "latents":
@@ -161,20 +157,9 @@ def bench_training(
         latent_size=latent.height,
         drop_path_rate=spec.drop_path,
     )
-    cost = complexity(
-        spec.model,
-        size=cache.fingerprint.image.size,
-        latent_channels=latent.channels,
-        num_classes=config.num_classes,
-    )
     tell("matrix products")
     peak = matmul_flops(place, spec.precision)
-    model_flops = {
-        "cached": 6 * cost.model_macs,
-        "compute alone": 6 * cost.model_macs,
-        "in the loop": 6 * cost.model_macs + 2 * cost.encoder_macs,
-        BASELINE: 6 * cost.baseline_macs,
-    }
+    flops = _flops_per_image(spec.model, cache, num_classes=config.num_classes)
     rows, missing = [], []
     for name in ways:
         tell(name)
@@ -192,7 +177,7 @@ def bench_training(
                 name=name,
                 images_per_second=rate,
                 wait_share=wait_share,
-                utilisation=rate * model_flops[name] / peak,
+                utilisation=rate * flops[name] / peak,
                 epoch_seconds=len(train.valid_rows) / rate,
                 steps=steps,
             )
@@ -207,6 +192,25 @@ def bench_training(
         rows=tuple(rows),
         missing=tuple(missing),
     )
+
+
+def _flops_per_image(model: str, cache: Cache, *, num_classes: int) -> dict[str, int]:
+    """Returns what a training step computes by each way: forward, and backward twice as much.
+
+    The frozen encoder is run forward only.
+    """
+    cost = complexity(
+        model,
+        size=cache.fingerprint.image.size,
+        latent_channels=cache.fingerprint.latent.channels,
+        num_classes=num_classes,
+    )
+    return {
+        "cached": 6 * cost.model_macs,
+        "compute alone": 6 * cost.model_macs,
+        "in the loop": 6 * cost.model_macs + 2 * cost.encoder_macs,
+        BASELINE: 6 * cost.baseline_macs,
+    }
 
 
 class _OneBatchLoader(BatchLoader):

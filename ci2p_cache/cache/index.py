@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ci2p_cache.cache.manifest import index_path
+from ci2p_cache.cache.paths import index_path
 from ci2p_cache.errors import ShardError, command
 from ci2p_cache.parquet_pages import require_small_pages
 

@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ci2p_cache.cache.commit import disk_errors
 from ci2p_cache.cache.ranges import ShardRange
+from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.errors import LockedError, ManifestError
 from ci2p_cache.record import Record
 

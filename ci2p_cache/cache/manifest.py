@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ci2p_cache.cache.commit import FileRecord, commit_path, read_sealed, refuse_link
+from ci2p_cache.cache.commit import FileRecord
+from ci2p_cache.cache.paths import MANIFEST, commit_path, data_paths, index_path
+from ci2p_cache.cache.sealed import read_sealed
+from ci2p_cache.cache.staging import refuse_link
 from ci2p_cache.errors import (
     FingerprintMismatchError,
     ManifestError,
@@ -17,35 +20,18 @@ from ci2p_cache.errors import (
     UsageError,
     command,
 )
-from ci2p_cache.record import MAX_JSON_BYTES, Record
-from ci2p_cache.specs import (
-    FORMAT_VERSION,
-    MAX_LATENT_BYTES,
-    Fingerprint,
-    LatentSpec,
-    LayoutSpec,
-    differing_fields,
-)
+from ci2p_cache.record import MAX_JSON_BYTES, Record, differing_fields
+from ci2p_cache.specs import FORMAT_VERSION, MAX_LATENT_BYTES, Fingerprint, LatentSpec, LayoutSpec
 
 __all__ = [
-    "ENCODER",
-    "MANIFEST",
     "MAX_SHARD_BYTES",
-    "PLAN",
     "Manifest",
     "SplitRecord",
-    "array_path",
-    "data_paths",
-    "index_path",
     "read_manifest",
     "refuse_difference",
-    "shard_path",
     "shard_rows",
-    "tar_list_path",
-    "tar_path",
 ]
 
-MANIFEST, PLAN, ENCODER = "cache.json", "plan.parquet", "encoder.safetensors"
 
 MAX_SHARD_BYTES = MAX_LATENT_BYTES
 """Raw latents of one shard at most: it is built in memory, and lost whole when a run is killed."""
@@ -284,34 +270,3 @@ def refuse_difference(
 def shard_rows(layout: LayoutSpec, latent: LatentSpec, views: int) -> int:
     """Returns S: `shard_samples`, or what fits MAX_SHARD_BYTES raw, whichever is less."""
     return max(1, min(layout.shard_samples, MAX_SHARD_BYTES // (views * latent.num_bytes)))
-
-
-def array_path(split: str, name: str = "latents") -> str:
-    """Returns an array's folder relative to the cache folder."""
-    return f"latents.zarr/{split}/{name}"
-
-
-def shard_path(split: str, shard: int) -> str:
-    """Returns a shard's path relative to the cache folder: zarr's chunk key with "." between."""
-    return f"{array_path(split)}/c.{shard}.0.0.0.0"
-
-
-def tar_path(split: str, shard: int) -> str:
-    """Returns the path of a shard's tar relative to the cache folder."""
-    return f"tar/{split}-{shard:06d}.tar"
-
-
-def tar_list_path(split: str) -> str:
-    """Returns the path of the list of a split's tars relative to the cache folder."""
-    return f"tar/{split}.json"
-
-
-def data_paths(layout: LayoutSpec, split: str, shard: int) -> tuple[str, ...]:
-    """Returns the paths of a shard's latents, the one that is read first."""
-    zarr = (shard_path(split, shard),) if layout.has_zarr else ()
-    return (*zarr, tar_path(split, shard)) if layout.has_tar else zarr
-
-
-def index_path(split: str, shard: int) -> str:
-    """Returns an index part's path relative to the cache folder."""
-    return f"index/{split}-{shard:06d}.parquet"

@@ -20,13 +20,13 @@ from collections import defaultdict
 from pathlib import Path
 from uuid import uuid4
 
-from ci2p_cache.cache.commit import FileRecord, disk_errors
+from ci2p_cache.cache.commit import FileRecord
+from ci2p_cache.cache.paths import MANIFEST
+from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.errors import IntegrityError, NotACacheError
 from ci2p_cache.remote import RemoteFolder, mirrors_folder
 
 __all__ = ["Mirror"]
-
-_MANIFEST = "cache.json"
 
 
 class Mirror:
@@ -48,13 +48,13 @@ class Mirror:
         self.path = _folder(self.remote.url)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         try:
-            manifest = self.remote.read(_MANIFEST)
+            manifest = self.remote.read(MANIFEST)
         except FileNotFoundError as error:
-            raise NotACacheError(f"{self.remote} is no latent cache: it has no {_MANIFEST}") from (
+            raise NotACacheError(f"{self.remote} is no latent cache: it has no {MANIFEST}") from (
                 error
             )
         with disk_errors(self.path):
-            mine = self.path / _MANIFEST
+            mine = self.path / MANIFEST
             if not mine.is_file() or mine.read_bytes() != manifest:
                 # Another cache lies there now: nothing that was fetched of the old one counts.
                 shutil.rmtree(self.path, ignore_errors=True)

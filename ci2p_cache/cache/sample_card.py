@@ -18,7 +18,7 @@ from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import IncompleteCacheError, ShardError, UsageError, command
 from ci2p_cache.record import Record
 
-__all__ = ["BoxCard", "LatentCard", "SampleCard", "describe_sample", "read_row"]
+__all__ = ["BoxCard", "LatentCard", "SampleCard", "describe_row", "describe_sample", "read_row"]
 
 _MAX_COMPARED_KEYS = 20_000
 """A missing key is held against that many others at most: about half a second of difflib."""
@@ -120,17 +120,27 @@ def describe_sample(
         raise UsageError(f"one of `row` and `key` is wanted, got row {row} and key {key!r}")
     if row is None:
         row = _find_key(part, str(key))
-    entry = read_row(part, row)
-    title = cache.class_titles[entry.label] if entry.label >= 0 else ""
+    return describe_row(part, row)
+
+
+def describe_row(split: Split, row: int) -> SampleCard:
+    """Describes the sample in a row.
+
+    Raises:
+        UsageError: there is no such row.
+        IncompleteCacheError: its shard is not committed yet.
+        ShardError: its shard or index part is missing or damaged.
+    """
+    entry = read_row(split, row)
     return SampleCard(
-        split=split,
+        split=split.name,
         row=row,
-        shard=row // part.record.shard_rows,
+        shard=row // split.record.shard_rows,
         key=entry.key,
         label=entry.label,
         class_name=entry.class_name,
-        class_title=title,
-        source_file=_source_file(cache.manifest.source, entry.path),
+        class_title=split.cache.class_titles[entry.label] if entry.label >= 0 else "",
+        source_file=_source_file(split.cache.manifest.source, entry.path),
         source_bytes=entry.source_bytes,
         source_sha256=entry.source_sha256,
         width=entry.width,
@@ -142,7 +152,7 @@ def describe_sample(
         status=entry.status,
         error=entry.error,
         clipped=entry.clipped,
-        latents=_latent_cards(part, row) if entry.status == "ok" else (),
+        latents=_latent_cards(split, row) if entry.status == "ok" else (),
     )
 
 

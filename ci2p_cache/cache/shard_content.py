@@ -10,7 +10,7 @@ import numpy as np
 
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import index_rows
-from ci2p_cache.cache.manifest import data_paths, tar_path
+from ci2p_cache.cache.paths import data_paths, tar_path
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.tar_shards import pack_tar
 from ci2p_cache.errors import IntegrityError

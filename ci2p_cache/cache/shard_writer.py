@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ci2p_cache.cache.commit import CommitRecord, StagingArea
+from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import ChannelSums, IndexRow, index_bytes
-from ci2p_cache.cache.manifest import SplitRecord, index_path, shard_path, tar_path
+from ci2p_cache.cache.manifest import SplitRecord
+from ci2p_cache.cache.paths import index_path, shard_path, tar_path
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.tar_shards import pack_tar, tar_index_crc32c, tar_offsets
 from ci2p_cache.cache.zarr_shards import index_crc32c, pack_shard
 from ci2p_cache.specs import LatentSpec, LayoutSpec

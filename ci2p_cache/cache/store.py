@@ -1,20 +1,15 @@
-"""Opening a cache: `open_cache`, and `Cache`, its manifest and its splits."""
+"""Opening a cache: `open_cache`, and `Cache`, its folder and its splits."""
 
 from __future__ import annotations
 
-import hashlib
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ci2p_cache.cache.commit import FileRecord
-from ci2p_cache.cache.manifest import Manifest, read_manifest
+from ci2p_cache.cache.folder import CacheFolder
 from ci2p_cache.cache.mirror import Mirror
 from ci2p_cache.cache.split import Split
-from ci2p_cache.errors import IncompleteCacheError, ManifestError, UsageError, command
-from ci2p_cache.record import read_regular
+from ci2p_cache.errors import IncompleteCacheError, UsageError, command
 from ci2p_cache.remote import url_of
-from ci2p_cache.specs import Fingerprint
 
 __all__ = ["Cache", "open_cache"]
 
@@ -66,7 +61,7 @@ def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
     return cache
 
 
-class Cache(Mapping[str, "Split"]):
+class Cache(CacheFolder, Mapping[str, "Split"]):
     """A cache folder: a mapping from split names to `Split`, with the manifest beside it.
 
     Args:
@@ -75,9 +70,7 @@ class Cache(Mapping[str, "Split"]):
     """
 
     def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
-        self.path = path
-        self.mirror = mirror
-        self.manifest: Manifest = read_manifest(path)
+        super().__init__(path, mirror)
         self._splits = {name: Split(self, name) for name in self.manifest.splits}
 
     def __getitem__(self, name: str) -> Split:
@@ -98,79 +91,6 @@ class Cache(Mapping[str, "Split"]):
     def splits(self) -> tuple[str, ...]:
         """Names of the splits."""
         return tuple(self._splits)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names; a label is an index into them."""
-        return self.manifest.classes
-
-    @property
-    def class_titles(self) -> tuple[str, ...]:
-        """Names for humans, in the order of `classes`."""
-        return self.manifest.class_titles
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """Every field that changes a stored value."""
-        return self.manifest.fingerprint
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether encoding has finished."""
-        return self.manifest.is_complete
-
-    @property
-    def encoder_path(self) -> Path:
-        """The frozen encoder that made the latents, as safetensors."""
-        self.need(self.manifest.encoder.path, self.manifest.encoder)
-        return self.path / self.manifest.encoder.path
-
-    @property
-    def repair_hint(self) -> str:
-        """What to do where a file is not what was committed."""
-        if self.mirror is None:
-            return command("verify", self.path, "--repair")
-        copied = shlex.quote(str(self.path))
-        return f"remove the local copy and run the same command again: rm -r {copied}"
-
-    def need(self, path: str, record: FileRecord | None = None) -> None:
-        """Sees to it that a file of the cache lies in its folder; of a local one nothing is done.
-
-        Args:
-            path: Its path relative to the cache folder.
-            record: What was committed there, where that is known.
-
-        Raises:
-            IntegrityError: the remote file is not what was committed.
-            ResourceError: the server does not answer, or the local copy cannot be written.
-        """
-        if self.mirror is not None:
-            self.mirror.need(path, record)
-
-    def read_committed(self, path: str, *, max_bytes: int) -> bytes:
-        """Reads one of the small files that finalising wrote, held against its digest.
-
-        Args:
-            path: Its path relative to the cache folder, as `Manifest.files` lists it.
-            max_bytes: The most that is plausible.
-
-        Raises:
-            ManifestError: it is not listed, missing, larger, or not what was committed.
-        """
-        file = next((file for file in self.manifest.files if file.path == path), None)
-        if file is None:
-            raise ManifestError(f"cache.json does not list {path}")
-        self.need(path, file)
-        try:
-            content = read_regular(self.path / path, max_bytes=max_bytes)
-        except OSError as error:
-            raise ManifestError(f"{path}: {error.strerror}") from error
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != file.sha256:
-            raise ManifestError(
-                f"{path} has sha256 {digest[:12]}..., {file.sha256[:12]}... was committed"
-            )
-        return content
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, splits={self.splits}, classes={len(self.classes)})"

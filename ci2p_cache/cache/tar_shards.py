@@ -30,7 +30,8 @@ import pyarrow.compute as pc
 
 from ci2p_cache.cache.commit import CommitRecord, sha256_file
 from ci2p_cache.cache.index import IndexRow, read_index
-from ci2p_cache.cache.manifest import SplitRecord, index_path, tar_path
+from ci2p_cache.cache.manifest import SplitRecord
+from ci2p_cache.cache.paths import index_path, tar_path
 from ci2p_cache.cache.shard_reader import MISSING, ShardIndex, ShardReader
 from ci2p_cache.errors import ManifestError, ShardError
 from ci2p_cache.specs import LatentSpec

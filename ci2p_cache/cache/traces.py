@@ -11,8 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ci2p_cache.cache.commit import commit_path
-from ci2p_cache.cache.manifest import index_path, shard_path, tar_path
+from ci2p_cache.cache.paths import commit_path, index_path, shard_path, tar_path
 
 __all__ = ["gaps", "named_ranges", "own_files", "shard_of"]
 

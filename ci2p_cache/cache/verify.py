@@ -11,65 +11,33 @@ Findings are values: a damaged cache is an answer here, not an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow.compute as pc
 
-from ci2p_cache.cache.commit import CommitRecord, FileRecord, commit_path, sha256_file
+from ci2p_cache.cache.checksums import listed_digests
+from ci2p_cache.cache.finding import Finding, file_problem
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.manifest import (
+from ci2p_cache.cache.paths import (
+    CHECKSUMS,
     MANIFEST,
     array_path,
-    data_paths,
-    index_path,
+    commit_path,
+    shard_files,
     tar_list_path,
 )
-from ci2p_cache.cache.shard_content import shard_problems
+from ci2p_cache.cache.shard_check import check_shard
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.cache.traces import gaps, named_ranges, own_files, shard_of
 from ci2p_cache.errors import IntegrityError, UsageError
-from ci2p_cache.record import Record
 
-__all__ = ["CHECKSUMS", "Finding", "FindingKind", "listed_digests", "verify"]
-
-CHECKSUMS = "checksums.sha256"
+__all__ = ["verify"]
 
 _ARRAYS = ("labels", "valid")
-
-_SMALL_BYTES = 4 * 2**20
-"""Files up to this size have their digest checked even by a quick verify."""
-
-FindingKind = Literal["missing", "damaged", "foreign", "unfinished", "differs"]
-"""missing, damaged: a file that was committed. foreign: a file that no record lists. unfinished:
-encoding has not ended. differs: encoding again gives other values than those stored."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding(Record):
-    """One thing that is wrong."""
-
-    path: str
-    """The file it is about, relative to the cache folder."""
-    kind: FindingKind
-    """What sort of thing."""
-    problem: str
-    """What is wrong with it."""
-    split: str | None = None
-    """The split that loses rows by it, if one does."""
-    shard: int | None = None
-    """The shard."""
-    last_shard: int | None = None
-    """The last one of a range of shards of which nothing is there; None where it is one."""
-    first_row: int | None = None
-    """First row that is lost."""
-    last_row: int | None = None
-    """Last row that is lost."""
 
 
 def verify(
@@ -118,7 +86,7 @@ def verify(
     for split in cache.values():
         for shards in _visits(split, traces):
             if len(shards) == 1:
-                findings += _check_shard(split, shards[0], digests, quick=quick)
+                findings += check_shard(split, shards[0], digests, quick=quick)
             elif cache.is_complete:
                 findings.append(_nothing_there(split, shards))
             done += len(shards)
@@ -128,18 +96,6 @@ def verify(
             named = {finding.path for finding in findings}
             findings += [found for found in _check_arrays(split) if found.path not in named]
     return findings
-
-
-def listed_digests(cache: Cache) -> dict[str, str]:
-    """Returns path -> sha256 from `checksums.sha256`; empty where it is damaged or not there yet.
-
-    It is the second witness: it knows a shard's files where the commit record is lost.
-    """
-    record = next((file for file in cache.manifest.files if file.path == CHECKSUMS), None)
-    if record is None or _file_problem(cache.path, record, quick=False) is not None:
-        return {}
-    lines = (cache.path / CHECKSUMS).read_text("utf-8").splitlines()
-    return {path: digest for digest, _, path in (line.partition("  ") for line in lines)}
 
 
 def _check_files(cache: Cache) -> Iterator[Finding]:
@@ -156,7 +112,7 @@ def _check_files(cache: Cache) -> Iterator[Finding]:
         for path in sorted(_finalised_paths(cache) - listed):
             yield Finding(path=path, kind="missing", problem=f"{MANIFEST} does not list it")
     for file in (manifest.plan, manifest.encoder, *manifest.files):
-        found = _file_problem(cache.path, file, quick=False)
+        found = file_problem(cache.path, file, quick=False)
         if found is not None:
             yield Finding(path=file.path, kind=found[0], problem=found[1])
 
@@ -185,17 +141,11 @@ def _foreign_files(cache: Cache, files: Collection[str]) -> Iterator[Finding]:
         planned = (
             split in cache
             and shard < cache[split].record.num_shards
-            and path in _paths(cache[split], shard)
+            and path in shard_files(cache[split].layout, split, shard)
         )
         if not planned and path not in known:
             shown = os.fsencode(path).decode("utf-8", "backslashreplace")
             yield Finding(path=shown, kind="foreign", problem="no record lists this file")
-
-
-def _paths(split: Split, shard: int) -> tuple[str, ...]:
-    """Returns the paths of all files of a shard, its commit record last."""
-    files = data_paths(split.layout, split.name, shard)
-    return (*files, index_path(split.name, shard), commit_path(split.name, shard))
 
 
 def _visits(split: Split, traces: Collection[tuple[str, int]]) -> Iterator[range]:
@@ -218,98 +168,6 @@ def _nothing_there(split: Split, shards: range) -> Finding:
         first_row=split.record.rows_of(shards[0]).start,
         last_row=split.record.rows_of(shards[-1]).stop - 1,
     )
-
-
-def _file_problem(root: Path, file: FileRecord, *, quick: bool) -> tuple[FindingKind, str] | None:
-    """Says what is wrong with one file, None where nothing is."""
-    path = root / file.path
-    try:
-        if path.is_symlink() or not path.is_file():
-            if not path.exists() and not path.is_symlink():
-                return "missing", "it is missing"
-            return "damaged", "it is no regular file"
-        size = path.stat().st_size
-        if size != file.bytes:
-            return "damaged", f"it has {size} bytes, {file.bytes} were committed"
-        if quick and size > _SMALL_BYTES:
-            return None
-        digest = sha256_file(path)
-    except (OSError, IntegrityError) as error:
-        return "damaged", f"it cannot be read: {error}"
-    if digest != file.sha256:
-        return "damaged", f"its sha256 is {digest[:12]}..., {file.sha256[:12]}... was committed"
-    return None
-
-
-def _check_shard(
-    split: Split, shard: int, digests: Mapping[str, str], *, quick: bool
-) -> list[Finding]:
-    rows = split.record.rows_of(shard)
-    record_path = commit_path(split.name, shard)
-
-    def finding(path: str, kind: FindingKind, problem: str) -> Finding:
-        return Finding(
-            path=path,
-            kind=kind,
-            problem=problem,
-            split=split.name,
-            shard=shard,
-            first_row=rows.start,
-            last_row=rows.stop - 1,
-        )
-
-    try:
-        commit = split.read_commit(shard)
-    except IntegrityError as error:
-        others = _unvouched(split, shard, digests, quick=quick)
-        return [finding(record_path, "damaged", str(error)), *(finding(*each) for each in others)]
-    if commit is None:
-        if not split.cache.is_complete:
-            return []
-        others = _unvouched(split, shard, digests, quick=quick)
-        lost = finding(record_path, "missing", "the shard has no commit record")
-        return [lost, *(finding(*each) for each in others)]
-    problem = _record_problem(split, commit, digests)
-    if problem is not None:
-        return [finding(record_path, "damaged", problem)]
-    problems = [
-        finding(file.path, *found)
-        for file in commit.files
-        if (found := _file_problem(split.cache.path, file, quick=quick)) is not None
-    ]
-    if problems:
-        return problems
-    inside = shard_problems(split, commit, quick=quick)
-    return [finding(path, "damaged", text) for path, text in inside]
-
-
-def _record_problem(split: Split, commit: CommitRecord, digests: Mapping[str, str]) -> str | None:
-    """Says why an intact commit record does not belong here, None where it does."""
-    rows = split.record.rows_of(commit.shard)
-    path = commit_path(split.name, commit.shard)
-    if (commit.first_row, commit.rows) != (rows.start, len(rows)):
-        return f"it speaks of {commit.rows} rows from {commit.first_row}"
-    if commit.fingerprint != split.cache.fingerprint.digest:
-        return f"it has another fingerprint than {MANIFEST}"
-    wanted = set(_paths(split, commit.shard)) - {path}
-    if {file.path for file in commit.files} != wanted:
-        return f"it lists other files than {sorted(wanted)}"
-    if path in digests and sha256_file(split.cache.path / path) != digests[path]:
-        return f"it is intact, but not the one that {CHECKSUMS} lists"
-    return None
-
-
-def _unvouched(
-    split: Split, shard: int, digests: Mapping[str, str], *, quick: bool
-) -> Iterator[tuple[str, FindingKind, str]]:
-    """Checks the files of a shard whose commit record is lost, as far as another witness goes."""
-    for path in _paths(split, shard)[:-1]:
-        file = split.cache.path / path
-        size = file.stat().st_size if file.is_file() else 0
-        record = FileRecord(path=path, bytes=size, sha256=digests.get(path, ""))
-        found = _file_problem(split.cache.path, record, quick=quick)
-        if found is not None and (found[0] == "missing" or path in digests):
-            yield path, *found
 
 
 def _check_arrays(split: Split) -> Iterator[Finding]:

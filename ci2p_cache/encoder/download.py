@@ -29,7 +29,7 @@ from ci2p_cache.errors import (
     UsageError,
     WeightsUnavailableError,
 )
-from ci2p_cache.record import Record, read_json
+from ci2p_cache.record import Record, read_json, write_synced
 
 __all__ = ["MAX_WEIGHTS_BYTES", "Progress", "fetch_weights", "official_url", "weights_folder"]
 
@@ -153,7 +153,7 @@ def fetch_weights(
     if held is None:
         entry = _DownloadRecord(url=url, bytes=target.stat().st_size, sha256=digest)
         with _staged(record) as staging:
-            _write_synced(staging, (json.dumps(entry.to_dict(), indent=1) + "\n").encode())
+            write_synced(staging, (json.dumps(entry.to_dict(), indent=1) + "\n").encode())
     return target
 
 
@@ -287,10 +287,3 @@ def _disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(f"no space is left for {path}", hint=hint) from error
         raise WeightsUnavailableError(f"cannot use {path}: {error.strerror}", hint=hint) from error
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ci2p_cache.encoder.frozen import FrozenEncoder, load_saved_encoder
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.load import load_saved_encoder
 from ci2p_cache.errors import DigestError, command
-from ci2p_cache.record import regular_file
-from ci2p_cache.specs import EncoderSpec, differing_fields
+from ci2p_cache.record import differing_fields, regular_file
+from ci2p_cache.specs import EncoderSpec
 
 __all__ = ["load_recorded_encoder"]
 

@@ -17,45 +17,31 @@ Shape suffixes: B batch, H W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from compressai.losses import RateDistortionLoss
 from compressai.models import FactorizedPrior
 from compressai.zoo.image import cfgs
-from torch import Tensor, nn
-from torch.nn.functional import interpolate
-from torch.optim import Optimizer
+from torch import Tensor
 
 from ci2p_cache.encoder.architecture import value_tensors
 from ci2p_cache.encoder.codec_checkpoint import CodecPlace, CodecState, CodecStore
+from ci2p_cache.encoder.codec_optimizers import CodecOptimizers
 from ci2p_cache.encoder.codec_spec import CODEC_ARCH, CodecSpec
+from ci2p_cache.encoder.crops import Crops, TrainingImages
 from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.muon import Muon
 from ci2p_cache.encoder.weights import tensor_digest
 from ci2p_cache.errors import CheckpointError, RunMismatchError, TrainingDivergedError, UsageError
 from ci2p_cache.machine import checked_device
-from ci2p_cache.specs import EncoderSpec, differing_fields
+from ci2p_cache.record import differing_fields
+from ci2p_cache.specs import EncoderSpec
 
-__all__ = ["CodecSpec", "CodecStep", "CodecSummary", "TrainingImages", "train_codec"]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingImages:
-    """What is trained on."""
-
-    images: Sequence[Tensor]
-    """uint8 (3, H, W), 0-255, RGB, each side at least `crop_px`; items may be made when asked for,
-    as long as they are the same every time."""
-    draws: Sequence[float]
-    """How often each image is drawn, in proportion; positive, as many as images."""
-    digest: str
-    """What images these are, in the caller's words; a run is resumed with the same ones only."""
+__all__ = ["CodecSpec", "CodecStep", "CodecSummary", "train_codec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +106,7 @@ def train_codec(
         TrainingDivergedError: the loss is not finite; the last checkpoint is kept.
         ResourceError: a checkpoint cannot be written.
     """
-    if len(data.images) == 0 or len(data.draws) != len(data.images) or min(data.draws) <= 0:
-        raise UsageError(
-            f"{len(data.images)} images and {len(data.draws)} draws; wanted at least one image and "
-            "a positive number for each"
-        )
+    crops = Crops(data, spec)
     run = _Run(spec, start, checked_device(device))
     store = CodecStore(out)
     state = store.load()
@@ -132,9 +114,8 @@ def train_codec(
         _check_same_run(out, state.place, run.state(data.digest).place)
         run.load(state)
     resumed_at = saved_at = run.step
-    cumulative = np.cumsum(np.asarray(data.draws, dtype=np.float64))
     while run.step < spec.steps:
-        done = run.advance(_crops(data.images, cumulative, spec, run.step))
+        done = run.advance(crops.batch(run.step))
         wish = control(done)
         if wish != "go" or run.step == spec.steps:
             store.save(run.state(data.digest))
@@ -165,9 +146,7 @@ class _Run:
         self._model: Any = model.to(device, memory_format=torch.channels_last).train()
         self._parameters: dict[str, Tensor] = dict(model.named_parameters())
         self._mean = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self._optimizers = self._make_optimizers(dict(model.named_parameters()))
-        self._peaks = [g["lr"] for o in self._optimizers for g in o.param_groups]
-        self._trained = [p for name, p in model.named_parameters() if not _is_quantile(name)]
+        self._optimizers = CodecOptimizers(dict(model.named_parameters()), spec)
         self._loss = RateDistortionLoss(lmbda=spec.lmbda, metric="mse")
 
     def advance(self, x_B3HW: Tensor) -> CodecStep:
@@ -175,9 +154,7 @@ class _Run:
         spec, model = self.spec, self._model
         x = x_B3HW.to(self._device).contiguous(memory_format=torch.channels_last)
         share = _schedule(self.step, spec)
-        groups = [group for o in self._optimizers for group in o.param_groups]
-        for group, peak in zip(groups, self._peaks, strict=True):
-            group["lr"] = peak * share
+        self._optimizers.scale_lr(share)
         bf16 = spec.precision == "bfloat16"
         cuda = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
@@ -191,18 +168,17 @@ class _Run:
         out = self._loss({"x_hat": x_hat.float(), "likelihoods": {"y": likelihoods}}, x)
         model.zero_grad(set_to_none=True)
         out["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self._trained, spec.clip_norm)
+        norm = self._optimizers.clip_gradients()
         if not math.isfinite(out["loss"].item()) or not math.isfinite(norm.item()):
             raise TrainingDivergedError(
                 f"step {self.step + 1}: the loss is {out['loss'].item()}, its gradient's norm "
                 f"{norm.item()}; the last checkpoint is as it was",
                 hint="start again in a new folder with half the learning rate",
             )
-        for optimizer in self._optimizers:
-            optimizer.step()
+        self._optimizers.step()
         # CompressAI's second loss: it reaches the quantiles only, which the first one does not.
         model.aux_loss().backward()
-        self._aux.step()
+        self._optimizers.step_quantiles()
         decay = min(spec.ema_decay, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
             for name, mean in self._mean.items():
@@ -217,7 +193,7 @@ class _Run:
         for name, parameter in self._parameters.items():
             tensors[f"model/{name}"] = parameter
             tensors[f"mean/{name}"] = self._mean[name]
-            for key, value in self._moments(parameter).items():
+            for key, value in self._optimizers.moments(parameter).items():
                 tensors[f"{key}/{name}"] = value
         place = CodecPlace(step=self.step, spec=self.spec, images=images, start=self._start)
         return CodecState(place, tensors)
@@ -240,40 +216,6 @@ class _Run:
             tensor.copy_(found)
         self.step = state.place.step
 
-    def _make_optimizers(self, parameters: dict[str, nn.Parameter]) -> list[Optimizer]:
-        """Gives the optimisers of the loss, and sets the quantiles' own one."""
-        spec = self.spec
-        # Kernels with a side of 3 colours are no mixing of features; Adam suits them better.
-        kernels = {n for n, p in parameters.items() if p.ndim == 4 and 3 not in p.shape[:2]}
-        by_muon = sorted(kernels) if spec.optimizer == "muon" else []
-        rest = sorted(n for n in parameters if n not in by_muon and not _is_quantile(n))
-        entropy = [parameters[n] for n in rest if n.startswith("entropy_bottleneck.")]
-        others = [parameters[n] for n in rest if not n.startswith("entropy_bottleneck.")]
-        groups: list[dict[str, Any]] = [
-            {"params": others, "lr": spec.lr},
-            {"params": entropy, "lr": spec.entropy_lr},
-        ]
-        quantiles = [p for name, p in parameters.items() if _is_quantile(name)]
-        self._aux = torch.optim.Adam(quantiles, lr=spec.aux_lr)
-        made: list[Optimizer] = [torch.optim.Adam(groups)]
-        if by_muon:
-            dtype = getattr(torch, spec.precision)
-            made.append(Muon([parameters[n] for n in by_muon], lr=spec.lr, dtype=dtype))
-        return made
-
-    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Gives an optimiser's state of a parameter, made as its first step would if missing."""
-        for optimizer in (*self._optimizers, self._aux):
-            if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
-                moments: dict[str, Tensor] = optimizer.state[parameter]
-                if not moments:
-                    moments["exp_avg"] = torch.zeros_like(parameter)
-                    if isinstance(optimizer, torch.optim.Adam):
-                        moments["step"] = torch.tensor(0.0)
-                        moments["exp_avg_sq"] = torch.zeros_like(parameter)
-                return moments
-        raise AssertionError("every parameter has an optimiser")
-
     def encoder(self) -> FrozenEncoder:
         """Gives the averaged weights as an encoder of their own."""
         with torch.random.fork_rng(devices=[]):
@@ -288,49 +230,6 @@ class _Run:
             precision="float32",
         )
         return FrozenEncoder(model, spec, device="cpu")
-
-
-def _is_quantile(name: str) -> bool:
-    return name.endswith(".quantiles")
-
-
-def _crops(
-    images: Sequence[Tensor], cumulative: npt.NDArray[np.float64], spec: CodecSpec, step: int
-) -> Tensor:
-    """Gives the batch of a step: float32 (B, 3, crop_px, crop_px) in [0, 1]."""
-    rng = np.random.default_rng([spec.seed, step])
-    crops = []
-    for _ in range(spec.batch_size):
-        # A draw that rounds up to the whole sum would lie behind the last image.
-        place = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
-        index = min(int(place), len(images) - 1)
-        crops.append(_crop(images[index], rng, spec, index))
-    return torch.stack(crops).float().div_(255)
-
-
-def _crop(image: Tensor, rng: np.random.Generator, spec: CodecSpec, index: int) -> Tensor:
-    """Cuts out a random square, shrinks it in half of the cases, and mirrors half of them."""
-    size = spec.crop_px
-    if (
-        image.ndim != 3
-        or image.shape[0] != 3
-        or image.dtype != torch.uint8
-        or min(image.shape[1:]) < size
-    ):
-        raise UsageError(
-            f"image {index} is {tuple(image.shape)} {image.dtype}; wanted (3, H, W) uint8 with "
-            f"sides of at least `crop_px` {size}"
-        )
-    height, width = image.shape[1:]
-    scale, shrinks, mirrors, down, right = rng.random(5)
-    side = size
-    if shrinks < 0.5:
-        side = min(round(size / (spec.min_scale + (1 - spec.min_scale) * scale)), height, width)
-    top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
-    crop = image[:, top : top + side, left : left + side]
-    if side != size:
-        crop = interpolate(crop[None], size=(size, size), mode="bilinear", antialias=True)[0]
-    return crop.flip(2) if mirrors < 0.5 else crop
 
 
 def _schedule(step: int, spec: CodecSpec) -> float:

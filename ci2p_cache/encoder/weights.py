@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import safetensors
 import safetensors.torch
@@ -36,6 +36,7 @@ from ci2p_cache.encoder.download import (
 )
 from ci2p_cache.errors import ManifestError, UsageError, WeightsError
 from ci2p_cache.record import Record
+from ci2p_cache.specs import EncoderSpec
 
 __all__ = [
     "BUNDLED",
@@ -78,6 +79,21 @@ class WeightsCard(Record):
     def __post_init__(self) -> None:
         if self.format_version != 1:
             raise UsageError(f"weights format {self.format_version} is not 1, the one known here")
+
+    @classmethod
+    def of(cls, spec: EncoderSpec) -> Self:
+        """Returns what a file says that holds this encoder."""
+        return cls(
+            arch=spec.arch,
+            quality=spec.quality,
+            metric=spec.metric,
+            weights_sha256=spec.weights_sha256,
+        )
+
+    @property
+    def choice(self) -> tuple[str, int, Metric]:
+        """Arch, quality and metric."""
+        return self.arch, self.quality, self.metric
 
 
 @dataclass(frozen=True, slots=True)

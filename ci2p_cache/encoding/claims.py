@@ -18,9 +18,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ci2p_cache.cache.commit import remove_path
 from ci2p_cache.cache.lock import LOCK, LockHolder, live_ranges, locked, range_lock
 from ci2p_cache.cache.ranges import ShardRange
+from ci2p_cache.cache.staging import remove_path
 from ci2p_cache.errors import LockedError, command
 
 __all__ = ["Claim", "claimed", "whole_folder"]

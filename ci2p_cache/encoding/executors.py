@@ -7,63 +7,20 @@ record alone: that each is encoded exactly once is a property of the commit, not
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
-from ci2p_cache.cache.commit import CommitRecord, StagingArea
+from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.tar_shards import tar_sample_bytes
-from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoding.budget import ErrorBudget, parse_max_errors, refuse_more_bad
+from ci2p_cache.encoding.budget import ErrorBudget
 from ci2p_cache.encoding.lane import make_lanes
-from ci2p_cache.encoding.options import EncodeOptions
-from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
-from ci2p_cache.encoding.resume import Intent, encode_settings
+from ci2p_cache.encoding.resume import encode_settings
 from ci2p_cache.encoding.shard import ShardEncoder
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.encoding.work import Place, Work
 from ci2p_cache.machine import bf16_notice, chosen_devices
 
-__all__ = ["Work", "encode_shards"]
+__all__ = ["encode_shards"]
 
 _EXPECTED_SHARE = {"int8": 0.22, "int16": 0.12, "float16": 0.95, "float32": 0.92}
 """Compressed over raw bytes: measured for int8 and float16, a guess on the safe side otherwise."""
-
-Place = tuple[str, int]
-"""(split, shard)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A cache folder that is begun, and what its missing shards are to be encoded with."""
-
-    root: Path
-    images: ImageSource
-    options: EncodeOptions
-    encoder: FrozenEncoder
-    staging: StagingArea
-    intent: Intent
-    meter: ProgressMeter
-    observer: EncodeObserver
-
-    @property
-    def bad_allowed(self) -> int:
-        """Bad images that the whole cache may hold."""
-        return parse_max_errors(self.options.max_errors, self.intent.plan.num_samples)
-
-    def count(self, good: int, bad: int, busy_seconds: float) -> None:
-        """Counts images that workers told of.
-
-        Args:
-            good: Images with latents.
-            bad: Images that could not be decoded.
-            busy_seconds: How long g_a has run so far, averaged over the workers.
-
-        Raises:
-            TooManyBadImagesError: all workers together found too many.
-        """
-        for number in range(good + bad):
-            self.meter.count(number < good, busy_seconds)
-        if bad:
-            refuse_more_bad(self.meter.bad, self.bad_allowed, "several workers found them")
 
 
 def encode_shards(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:

@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import zarr
-from zarr.abc.buffer import Buffer
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
 
-from ci2p_cache.cache.commit import (
-    CommitRecord,
-    FileRecord,
-    StagingArea,
-    commit_path,
-    json_bytes,
-    sha256_file,
-)
+from ci2p_cache.cache.checksums import checksums_bytes
+from ci2p_cache.cache.commit import CommitRecord, sha256_file
 from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_sums
-from ci2p_cache.cache.manifest import (
-    MANIFEST,
-    Manifest,
-    SplitRecord,
-    index_path,
-    tar_list_path,
-    tar_path,
-)
+from ci2p_cache.cache.manifest import Manifest, SplitRecord
+from ci2p_cache.cache.paths import CHECKSUMS, MANIFEST, index_path, tar_list_path, tar_path
+from ci2p_cache.cache.sealed import json_bytes
+from ci2p_cache.cache.staging import StagingArea
+from ci2p_cache.encoding.cache_readme import readme_bytes
 from ci2p_cache.encoding.plan import Plan
+from ci2p_cache.encoding.zarr_group import dequantising, put_zarr_group
 from ci2p_cache.errors import ShardError, command
 
 __all__ = ["finalise", "require_intact"]
@@ -97,7 +81,7 @@ def finalise(
             clipped=int(found.sums.clipped.sum()),
             exif_turned=found.exif_turned,
         )
-    written = _put_zarr(manifest, plan, valid, staging)
+    written = put_zarr_group(manifest, plan, valid, staging)
     if manifest.layout.has_tar:
         written += [
             staging.put(tar_list_path(name), _tar_list(manifest, name, commits)) for name in splits
@@ -105,9 +89,9 @@ def finalise(
     written += [
         staging.put("errors.parquet", parquet_bytes(pa.concat_tables(errors))),
         staging.put("stats/channels.parquet", parquet_bytes(pa.concat_tables(statistics))),
-        staging.put("README.md", _readme(manifest)),
+        staging.put("README.md", readme_bytes(manifest)),
     ]
-    written.append(staging.put("checksums.sha256", _checksums(root, manifest, commits, written)))
+    written.append(staging.put(CHECKSUMS, checksums_bytes(root, manifest, commits, written)))
     complete = dataclasses.replace(manifest, state="complete", splits=splits, files=tuple(written))
     staging.put_sealed(MANIFEST, complete.to_dict())
     return complete
@@ -194,71 +178,6 @@ def _statistics(split: str, sums: ChannelSums) -> pa.Table:
     )
 
 
-def _put_zarr(
-    manifest: Manifest, plan: Plan, valid: dict[str, npt.NDArray[np.bool_]], staging: StagingArea
-) -> list[FileRecord]:
-    """Lets zarr-python make small arrays and all metadata in memory, and puts them.
-
-    The latents' own array is created empty: its shards are in place already. Where they lie in
-    tars only there is none.
-    """
-    fingerprint, layout = manifest.fingerprint, manifest.layout
-    latent = fingerprint.latent
-    made: dict[str, Buffer] = {}
-    group = zarr.create_group(
-        MemoryStore(made), attributes={"ci2p_cache_format": manifest.format_version}
-    )
-    if layout.codec == "zstd":
-        compressor: ZstdCodec | Crc32cCodec = ZstdCodec(level=layout.level, checksum=True)
-    else:
-        compressor = Crc32cCodec()
-    for name, record in plan.splits.items():
-        split = group.create_group(name)
-        if layout.has_zarr:
-            split.create_array(
-                "latents",
-                shape=(record.rows, record.views, *latent.shape),
-                dtype=latent.dtype,
-                chunks=(1, 1, *latent.shape),
-                shards=(record.shard_rows, record.views, *latent.shape),
-                compressors=compressor,
-                fill_value=latent.fill_value,
-                chunk_key_encoding={"name": "default", "separator": "."},
-                dimension_names=("sample", "view", "channel", "y", "x"),
-                attributes=_dequantising(manifest),
-            )
-        for array, values, fill in (
-            ("labels", plan.labels(name), -1),
-            ("valid", valid[name], False),
-        ):
-            small = split.create_array(
-                array,
-                shape=values.shape,
-                dtype=values.dtype,
-                chunks=(max(1, len(values)),),
-                compressors=ZstdCodec(level=1, checksum=True),
-                fill_value=fill,
-                chunk_key_encoding={"name": "default", "separator": "."},
-                dimension_names=("sample",),
-                # Else an array of nothing but fill values has no chunk, and looks damaged.
-                config={"write_empty_chunks": True},
-            )
-            small[:] = values
-    return [
-        staging.put(f"latents.zarr/{key}", content.to_bytes())
-        for key, content in sorted(made.items())
-    ]
-
-
-def _dequantising(manifest: Manifest) -> dict[str, Any]:
-    """Returns what turns stored values into y, for readers that are not ours."""
-    return {
-        "scale": manifest.scale,
-        "offset": list(manifest.offset),
-        "dequantise": "y = stored.astype('float32') * scale + offset[:, None, None]",
-    }
-
-
 def _tar_list(manifest: Manifest, split: str, commits: Sequence[CommitRecord]) -> bytes:
     """Lists a split's tars in the form of `wids`, and says what turns stored values into y."""
     own = [commit for commit in commits if commit.split == split]
@@ -277,51 +196,6 @@ def _tar_list(manifest: Manifest, split: str, commits: Sequence[CommitRecord]) -
                 for file in commit.files
                 if file.path == tar_path(split, commit.shard)
             ],
-            **_dequantising(manifest),
+            **dequantising(manifest),
         }
     )
-
-
-def _checksums(
-    root: Path,
-    manifest: Manifest,
-    commits: Sequence[CommitRecord],
-    written: Sequence[FileRecord],
-) -> bytes:
-    """Lists every file but `cache.json` and itself in the form that `sha256sum -c` reads."""
-    lines = {
-        file.path: file.sha256
-        for file in (
-            manifest.plan,
-            manifest.encoder,
-            *(file for commit in commits for file in commit.files),
-            *written,
-        )
-    }
-    for commit in commits:
-        path = commit_path(commit.split, commit.shard)
-        lines[path] = sha256_file(root / path)
-    return "".join(f"{digest}  {path}\n" for path, digest in sorted(lines.items())).encode()
-
-
-def _readme(manifest: Manifest) -> bytes:
-    template = package_files("ci2p_cache.encoding").joinpath("cache_readme.md").read_text("utf-8")
-    fingerprint, layout = manifest.fingerprint, manifest.layout
-    head, zarr_part, tar_part, rest = re.split(r"@(?:IF zarr|IF tar|END)@\n", template)
-    if layout.format == "both":
-        # Each part ends in the paragraph on the index; once is enough.
-        zarr_part = zarr_part[: zarr_part.rindex("What each row")].rstrip() + "\n\n"
-    parts = zarr_part * layout.has_zarr + tar_part * layout.has_tar
-    text = (
-        (head + parts + rest)
-        .replace(
-            "@ENCODER@",
-            f"{fingerprint.encoder.arch}, quality "
-            f"{fingerprint.encoder.quality}, {fingerprint.encoder.metric}",
-        )
-        .replace("@DTYPE@", fingerprint.latent.dtype)
-        .replace("@SHAPE@", "x".join(map(str, fingerprint.latent.shape)))
-        .replace("@SPLIT@", next(iter(manifest.splits)))
-        .replace("@FINGERPRINT@", json.dumps(fingerprint.to_dict(), indent=1))
-    )
-    return text.encode()

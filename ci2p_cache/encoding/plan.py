@@ -1,18 +1,13 @@
-"""The plan: which sample lies in which row of which shard, fixed before the first image is encoded.
+"""The plan: which sample lies in which row of which shard, fixed before the first is encoded.
 
-A row is the rank of hash(seed, split, key), so rows are not sorted by class and any window of the
-cache is mixed; nothing that goes wrong with one image moves another. Sources that are best read in
-sequence (tars, parquet) say so by `ImageRef.order`: their rows follow it, and are as mixed as they
-were written. Shards may cross archives.
+How an image came by its row is not known here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +17,15 @@ import pyarrow.compute as pc
 
 from ci2p_cache.cache.commit import sha256_file
 from ci2p_cache.cache.index import parquet_bytes, read_parquet
-from ci2p_cache.cache.manifest import MANIFEST, PLAN, Manifest, SplitRecord, shard_rows
-from ci2p_cache.errors import ManifestError, SourceError, command
-from ci2p_cache.images.source import ImageRef, ImageSource
-from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec
+from ci2p_cache.cache.manifest import Manifest, SplitRecord
+from ci2p_cache.cache.paths import MANIFEST, PLAN
+from ci2p_cache.errors import ManifestError, command
 
-__all__ = ["Plan", "Sample", "ShardPlan", "build_plan", "plan_of_rows", "read_plan"]
-
-_SPLIT_ORDER = ("train", "val", "test")
+__all__ = ["PLAN_SCHEMA", "Plan", "Sample", "ShardPlan", "read_plan"]
 
 _LEADS_OUT = r"^$|^/|(^|/)\.\.(/|$)"
 
-_SCHEMA = pa.schema(
+PLAN_SCHEMA = pa.schema(
     [
         pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
@@ -44,15 +36,8 @@ _SCHEMA = pa.schema(
     ]
 )
 
-
-_LISTED_SCHEMA = pa.schema(
-    [("rank", pa.uint64()), ("key", pa.string()), ("label", pa.int32()), ("path", pa.binary())]
-)
-_BLOCK_ROWS = 2**16
-
 _FEWEST_SORTED = 64
 """Fewer rows may come sorted by chance."""
-"""Listed samples that are Python objects at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +70,12 @@ class Plan:
     """All samples of all splits, kept as columns.
 
     Args:
-        tables: One table per split, rows ascending from 0.
+        tables: One table per split, of `PLAN_SCHEMA`, rows ascending from 0.
         records: The shape of each split.
     """
 
     def __init__(self, tables: dict[str, pa.Table], records: dict[str, SplitRecord]) -> None:
-        self._tables = tables
+        self.tables = tables
         self.splits = records
 
     @property
@@ -112,7 +97,7 @@ class Plan:
     def shard(self, split: str, shard: int) -> ShardPlan:
         """Returns the samples of one shard."""
         rows = self.splits[split].rows_of(shard)
-        part = self._tables[split].slice(rows.start, len(rows))
+        part = self.tables[split].slice(rows.start, len(rows))
         samples = zip(
             rows,
             part["key"].to_pylist(),
@@ -130,7 +115,7 @@ class Plan:
         a resumed run asks for all shards before it does anything else.
         """
         rows = self.splits[split].rows_of(shard)
-        part = self._tables[split].slice(rows.start, len(rows))
+        part = self.tables[split].slice(rows.start, len(rows))
         numbers = np.arange(rows.start, rows.start + part.num_rows)
         columns = [pa.array(numbers), part["label"], part["key"]]
         texts = [column.cast(pa.string()).cast(pa.binary()) for column in columns]
@@ -142,7 +127,7 @@ class Plan:
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:
         """Returns the label of every row of a split, int32 (N,)."""
-        return np.asarray(self._tables[split]["label"].to_numpy(), np.int32)
+        return np.asarray(self.tables[split]["label"].to_numpy(), np.int32)
 
     def is_sorted_by_class(self, split: str) -> bool:
         """Whether neighbouring rows share their class far more often than mixed ones would.
@@ -159,70 +144,7 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """Serialises to parquet."""
-        return parquet_bytes(pa.concat_tables(self._tables.values(), promote_options="permissive"))
-
-
-def build_plan(
-    source: ImageSource,
-    layout: LayoutSpec,
-    views: ViewSpec,
-    latent: LatentSpec,
-    *,
-    earlier: Plan | None = None,
-) -> Plan:
-    """Lists a source and gives every image its split and row.
-
-    Args:
-        source: Where the images are.
-        layout: Validation share, seed, limit and shard size.
-        views: How many views a training sample has; with `latent` it bounds the shard size.
-        latent: The shape and dtype of one latent.
-        earlier: A plan of the same folder; its samples keep their rows and new ones follow.
-
-    Raises:
-        SourceError: there is no image, or two of a split have the same key.
-    """
-    listed: dict[str, _Listed] = {}
-    known = _known_keys(earlier) if earlier is not None else {}
-    for ref in _limited(source.scan(), layout):
-        split = ref.split or _drawn_split(ref, layout)
-        if ref.key in known.get(split, ()):
-            continue
-        rank = ref.order
-        if rank is None:
-            rank = _hash64(ref.key, f"row:{split}", layout.seed)
-        if split not in listed:
-            listed[split] = _Listed()
-        listed[split].add(rank, ref)
-    names = {*listed, *(earlier.splits if earlier else ())}
-    if not names:
-        raise SourceError(f"{source.location()} holds no image")
-    tables, records = {}, {}
-    for name in sorted(names, key=lambda n: (_SPLIT_ORDER.index(n), n)):
-        old = earlier._tables.get(name) if earlier else None
-        found = listed.pop(name, _Listed()).ranked()
-        _refuse_doubles(source, name, found)
-        table = _table(name, found, old)
-        num_views = views.num_views(name)
-        size = shard_rows(layout, latent, num_views)
-        tables[name] = _with_shards(table, name, size)
-        records[name] = SplitRecord(rows=table.num_rows, views=num_views, shard_rows=size)
-    return Plan(tables, records)
-
-
-def plan_of_rows(rows: Mapping[str, Iterable[Sample]], records: Mapping[str, SplitRecord]) -> Plan:
-    """Puts a plan together again from all its samples, each split's in row order.
-
-    Args:
-        rows: The samples of each split.
-        records: The shape of each split.
-    """
-    tables = {}
-    for name, samples in rows.items():
-        columns = [(0, sample.key, sample.label, sample.path) for sample in samples]
-        table = _table(name, _listed_table(columns), None)
-        tables[name] = _with_shards(table, name, records[name].shard_rows)
-    return Plan(tables, dict(records))
+        return parquet_bytes(pa.concat_tables(self.tables.values(), promote_options="permissive"))
 
 
 def read_plan(root: Path, manifest: Manifest) -> Plan:
@@ -234,7 +156,7 @@ def read_plan(root: Path, manifest: Manifest) -> Plan:
     path = root / PLAN
     hint = command("verify", root, "--repair")
     try:
-        digest, table = sha256_file(path), read_parquet(path, schema=_SCHEMA)
+        digest, table = sha256_file(path), read_parquet(path, schema=PLAN_SCHEMA)
     except (OSError, ManifestError) as error:
         raise ManifestError(f"{path} is damaged: {error}", hint=hint) from error
     if digest != manifest.plan.sha256:
@@ -270,105 +192,3 @@ def _impossible(table: pa.Table, record: SplitRecord, num_classes: int) -> str |
     if len(pc.unique(table["key"])) != record.rows:
         return "has a key twice"
     return None
-
-
-class _Listed:
-    """The samples of one split while they are listed.
-
-    Kept in arrow's columns, about 80 bytes each; as Python objects they would take some 270.
-    """
-
-    def __init__(self) -> None:
-        self._tables: list[pa.Table] = []
-        self._rows: list[tuple[int, str, int, bytes]] = []
-
-    def add(self, rank: int, ref: ImageRef) -> None:
-        """Adds one sample; `rank` decides its place."""
-        self._rows.append((rank, ref.key, ref.label, ref.path))
-        if len(self._rows) == _BLOCK_ROWS:
-            self._tables.append(_listed_table(self._rows))
-            self._rows = []
-
-    def ranked(self) -> pa.Table:
-        """Returns all samples by rank; should two have the same one, by key."""
-        table = pa.concat_tables([*self._tables, _listed_table(self._rows)])
-        return table.sort_by([(name, "ascending") for name in _LISTED_SCHEMA.names])
-
-
-def _listed_table(rows: list[tuple[int, str, int, bytes]]) -> pa.Table:
-    columns = zip(*rows, strict=True) if rows else [()] * len(_LISTED_SCHEMA)
-    arrays = [pa.array(c, t) for c, t in zip(columns, _LISTED_SCHEMA.types, strict=True)]
-    return pa.table(arrays, schema=_LISTED_SCHEMA)
-
-
-def _table(split: str, listed: pa.Table, earlier: pa.Table | None) -> pa.Table:
-    first = earlier.num_rows if earlier is not None else 0
-    count = listed.num_rows
-    names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count), pa.int8()), [split])
-    new = pa.table(
-        [
-            names,
-            pa.array(np.arange(first, first + count), pa.int64()),
-            pa.array(np.zeros(count), pa.int32()),
-            listed["key"],
-            listed["label"],
-            listed["path"],
-        ],
-        schema=_SCHEMA,
-    )
-    return new if earlier is None else pa.concat_tables([earlier, new]).unify_dictionaries()
-
-
-def _with_shards(table: pa.Table, split: str, size: int) -> pa.Table:
-    """Fills in the shard numbers; the same samples give the same bytes, however listed."""
-    count = table.num_rows
-    names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count), pa.int8()), [split])
-    shards = pa.array(np.arange(count) // size, pa.int32())
-    columns = [names, table["row"], shards, table["key"], table["label"], table["path"]]
-    return pa.table(columns, schema=_SCHEMA).combine_chunks()
-
-
-def _refuse_doubles(source: ImageSource, split: str, listed: pa.Table) -> None:
-    """Refuses two images of one key: a batch could not say which of them it holds."""
-    keys = listed["key"]
-    if len(pc.unique(keys)) == len(keys):
-        return
-    counts = pc.value_counts(keys).to_pylist()
-    double = next(item["values"] for item in counts if item["counts"] > 1)
-    raise SourceError(
-        f"{source.location()} lists {double!r} twice in split {split}; keys are unique in a split",
-        hint="rename one of them, or leave one out",
-    )
-
-
-def _limited(refs: Iterable[ImageRef], layout: LayoutSpec) -> Iterable[ImageRef]:
-    """Keeps the `limit` images of smallest hash: the same ones each time, spread over classes."""
-    if layout.limit is None:
-        return refs
-    return heapq.nsmallest(
-        layout.limit, refs, key=lambda ref: (_hash64(ref.key, "limit", layout.seed), ref.path)
-    )
-
-
-def _drawn_split(ref: ImageRef, layout: LayoutSpec) -> str:
-    """Draws train or val by the hash of the key alone, so added files move no other file."""
-    if not layout.val_fraction:
-        return "train"
-    share = _hash64(ref.key, "val", layout.seed) / 2**64
-    return "val" if share < layout.val_fraction else "train"
-
-
-def _hash64(key: str, purpose: str, seed: int) -> int:
-    digest = _keyed(purpose, seed).copy()
-    digest.update(key.encode())
-    return int.from_bytes(digest.digest(), "little")
-
-
-@cache
-def _keyed(purpose: str, seed: int) -> hashlib.blake2b:
-    """Returns the hash before the key: a copy of it costs half as much as a new one."""
-    return hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little"), person=purpose.encode())
-
-
-def _known_keys(plan: Plan) -> dict[str, set[str]]:
-    return {name: set(plan._tables[name]["key"].to_pylist()) for name in plan.splits}

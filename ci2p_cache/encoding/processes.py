@@ -19,8 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ci2p_cache.cache.commit import CommitRecord, remove_path
-from ci2p_cache.encoding.executors import Place, Work
+from ci2p_cache.cache.commit import CommitRecord
+from ci2p_cache.cache.staging import remove_path
+from ci2p_cache.encoding.work import Place, Work
 from ci2p_cache.encoding.worker import Job, error_of
 from ci2p_cache.errors import CacheError, ResourceError
 from ci2p_cache.machine import chosen_devices, num_cores

@@ -19,9 +19,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ci2p_cache.cache.commit import CommitRecord, remove_path
-from ci2p_cache.encoding.executors import Place, Work
+from ci2p_cache.cache.commit import CommitRecord
+from ci2p_cache.cache.staging import remove_path
 from ci2p_cache.encoding.resume import committed_shards
+from ci2p_cache.encoding.work import Place, Work
 from ci2p_cache.encoding.worker import Job, Worker, error_of, told
 from ci2p_cache.errors import CacheError, MissingDependencyError, ResourceError, UsageError
 

@@ -7,28 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-
-from ci2p_cache.cache.commit import (
-    CommitRecord,
-    StagingArea,
-    commit_path,
-    disk_errors,
-    read_commit,
-    sha256_file,
-)
-from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.manifest import (
-    MANIFEST,
-    PLAN,
-    Manifest,
-    array_path,
-    data_paths,
-    index_path,
-    read_manifest,
-)
+from ci2p_cache.cache.commit import CommitRecord
+from ci2p_cache.cache.finding import Finding
+from ci2p_cache.cache.manifest import Manifest, read_manifest
+from ci2p_cache.cache.paths import MANIFEST, PLAN, commit_path, index_path
+from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cache.store import open_cache
-from ci2p_cache.cache.verify import Finding, listed_digests, verify
+from ci2p_cache.cache.verify import verify
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.encoding.claims import whole_folder
@@ -37,14 +22,13 @@ from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.plan import Plan, read_plan
 from ci2p_cache.encoding.progress import EncodeObserver
 from ci2p_cache.encoding.replay import (
-    DamagedShard,
     Replay,
     changed_sources,
     refuse_other_decoder,
-    source_digests,
 )
-from ci2p_cache.encoding.restore import index_samples, restored_encoder, restored_plan
-from ci2p_cache.errors import IntegrityError, ManifestError, SourceError, command
+from ci2p_cache.encoding.restore import restored_encoder, restored_plan
+from ci2p_cache.encoding.witnesses import Witnesses
+from ci2p_cache.errors import SourceError, command
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.record import Record
@@ -151,15 +135,13 @@ class _Repair:
         self.found = found
         self.wanted = [item for item in found if item.kind not in ("foreign", "unfinished")]
         self.manifest: Manifest = read_manifest(root)
-        self._cache = open_cache(root, partial=True)
-        self._digests = listed_digests(self._cache)
         self._paths = {item.path for item in self.wanted}
+        self._witnesses = Witnesses(open_cache(root, partial=True), self.wanted)
         self._damaged: list[tuple[str, int]] = []
         self._source = source
         self._weights = weights
         self._observer = observer
         self._images: ImageSource | None = None
-        self._commits: dict[tuple[str, int], CommitRecord] = {}
         self._encoder: FrozenEncoder | None = None
         self._repaired: set[str] = set()
         self._reasons: dict[str, str] = {}
@@ -168,18 +150,11 @@ class _Repair:
 
     def run(self, staging: StagingArea) -> None:
         """Repairs encoder, plan, shards and whole-cache files, in this order."""
-        for place in ((name, shard) for name in self._cache for shard in self._committed(name)):
-            try:
-                commit = read_commit(self.root, *place)
-            except ManifestError:
-                continue
-            if commit is not None:
-                self._commits[place] = commit
         self._mend_encoder(staging)
         if self._paths <= {self.manifest.encoder.path}:
             return
         plan = self._mend_plan(staging)
-        self._damaged = self._find_damaged(plan)
+        self._damaged = self._witnesses.damaged_shards(plan)
         changed = self._mend_shards(plan, staging) if self._damaged else []
         alone = {PLAN, self.manifest.encoder.path}
         whole = {item.path for item in self.wanted if item.shard is None} - alone
@@ -215,30 +190,6 @@ class _Repair:
             identical=self._identical,
             remaining=tuple(remaining),
         )
-
-    def _committed(self, split: str) -> list[int]:
-        """Returns the shards that have a commit record which was not found damaged."""
-        found = self._cache[split].committed()
-        return [shard for shard in found if commit_path(split, shard) not in self._paths]
-
-    def _find_damaged(self, plan: Plan) -> list[tuple[str, int]]:
-        """Returns the shards to encode again, in the plan's order."""
-        lost = [item for item in self.wanted if item.split is not None and item.shard is not None]
-        found = {
-            (str(item.split), shard)
-            for item in lost
-            for shard in range(item.shard or 0, (item.last_shard or item.shard or 0) + 1)
-        }
-        for name in plan.splits:
-            if f"{array_path(name, 'labels')}/c.0" in self._paths:
-                # Either of them may be wrong; the plan tells if it is the index.
-                found |= {(name, n) for n in self._committed(name) if self._differs(plan, name, n)}
-        return [place for place in plan.shard_numbers() if place in found]
-
-    def _differs(self, plan: Plan, split: str, shard: int) -> bool:
-        """Whether an intact index part speaks of other samples than the plan."""
-        table = self._intact_index(split, shard)
-        return table is not None and tuple(index_samples(table)) != plan.shard(split, shard).samples
 
     def _open_images(self) -> ImageSource:
         if self._images is None:
@@ -277,24 +228,10 @@ class _Repair:
     def _mend_plan(self, staging: StagingArea) -> Plan:
         if self.manifest.plan.path not in self._paths:
             return read_plan(self.root, self.manifest)
-        plan = restored_plan(self.manifest, self._intact_index, self._open_images)
+        plan = restored_plan(self.manifest, self._witnesses.intact_index, self._open_images)
         staging.put(self.manifest.plan.path, plan.to_bytes())
         self._repaired.add(self.manifest.plan.path)
         return plan
-
-    def _intact_index(self, split: str, shard: int) -> pa.Table | None:
-        """Reads an index part if a witness vouches for its bytes."""
-        path = index_path(split, shard)
-        commit = self._commits.get((split, shard))
-        listed = {file.path: file.sha256 for file in commit.files} if commit else self._digests
-        if path in self._paths or path not in listed:
-            return None
-        try:
-            if sha256_file(self.root / path) == listed[path]:
-                return read_index(self.root, split, shard)
-        except (OSError, IntegrityError):
-            pass
-        return None
 
     def _mend_shards(self, plan: Plan, staging: StagingArea) -> list[str]:
         """Encodes damaged shards again; returns the names of source images that have changed."""
@@ -311,7 +248,7 @@ class _Repair:
         images = self._open_images()
         shards, changed = [], []
         for split, number in self._damaged:
-            shard = self._describe(plan, split, number)
+            shard = self._witnesses.describe(plan, split, number)
             names = changed_sources(images, shard)
             changed += names
             if not names:
@@ -319,59 +256,27 @@ class _Repair:
         # Those first whose source is known to be as it was.
         shards.sort(key=lambda shard: not shard.sources)
         replay = Replay(self.root, self.manifest, images, self._encoder, staging, self._observer)
-        for record, identical in replay.encode(shards, allowed_bad=self._allowed_bad(shards)):
-            self._commits[record.split, record.shard] = record
+        allowed_bad = self._witnesses.allowed_bad(shards)
+        for record, identical in replay.encode(shards, allowed_bad=allowed_bad):
+            self._witnesses.commits[record.split, record.shard] = record
             self._encoded.append(record)
             self._identical &= identical
             self._repaired |= {file.path for file in record.files}
             self._repaired.add(commit_path(record.split, record.shard))
         return changed
 
-    def _describe(self, plan: Plan, split: str, number: int) -> DamagedShard:
-        commit = self._commits.get((split, number))
-        paths = (
-            *data_paths(self.manifest.layout, split, number),
-            index_path(split, number),
-            commit_path(split, number),
-        )
-        digests = {path: self._digests[path] for path in paths if path in self._digests}
-        if commit is not None:
-            digests |= {file.path: file.sha256 for file in commit.files}
-        # A neighbour was most likely encoded in the same way; the digests tell if it was not.
-        known = commit or next(iter(self._commits.values()), None)
-        return DamagedShard(
-            plan=plan.shard(split, number),
-            numerics={} if known is None else known.numerics,
-            digests=digests,
-            sources=source_digests(self._intact_index(split, number)),
-        )
-
-    def _allowed_bad(self, shards: list[DamagedShard]) -> int:
-        """Counts the bad images that the shards held when they were first committed, at most."""
-        bad = {place: commit.rows - commit.valid_rows for place, commit in self._commits.items()}
-        if not self.manifest.is_complete:
-            return sum(
-                bad.get((shard.plan.split, shard.plan.shard), len(shard.plan.samples))
-                for shard in shards
-            )
-        total = sum(
-            record.rows - (record.valid_rows or 0) for record in self.manifest.splits.values()
-        )
-        others = set(bad) - {(shard.plan.split, shard.plan.shard) for shard in shards}
-        return total - sum(bad[place] for place in others)
-
     def _finalise(self, plan: Plan, whole: set[str], staging: StagingArea) -> None:
         """Writes the whole-cache files anew; needs every commit record and index part."""
         lost = [
             place
             for place in plan.shard_numbers()
-            if place not in self._commits or self._intact_index_path(place) is None
+            if place not in self._witnesses.commits or self._intact_index_path(place) is None
         ]
         if lost:
             for path in whole:
                 self._reasons[path] = "it is written anew once every shard is repaired"
             return
-        ordered = [self._commits[place] for place in plan.shard_numbers()]
+        ordered = [self._witnesses.commits[place] for place in plan.shard_numbers()]
         complete = finalise(self.root, self.manifest, plan, ordered, staging)
         self._identical &= complete == self.manifest
         self._repaired |= whole

@@ -17,14 +17,10 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from ci2p_cache.cache.commit import (
-    CommitRecord,
-    StagingArea,
-    commit_path,
-    remove_path,
-    sha256_file,
-)
-from ci2p_cache.cache.manifest import Manifest, data_paths
+from ci2p_cache.cache.commit import CommitRecord, sha256_file
+from ci2p_cache.cache.manifest import Manifest
+from ci2p_cache.cache.paths import commit_path, data_paths
+from ci2p_cache.cache.staging import StagingArea, remove_path
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoding.budget import ErrorBudget
 from ci2p_cache.encoding.lane import make_lanes, numerics

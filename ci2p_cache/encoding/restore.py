@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ci2p_cache.cache.manifest import PLAN, Manifest
-from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
+from ci2p_cache.cache.manifest import Manifest
+from ci2p_cache.cache.paths import PLAN
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.weights import BUNDLED, official_url, weights_folder
-from ci2p_cache.encoding.plan import Plan, Sample, build_plan, plan_of_rows
+from ci2p_cache.encoding.plan import Plan, Sample
+from ci2p_cache.encoding.planning import build_plan, plan_of_rows
 from ci2p_cache.errors import CacheError, ManifestError, SourceError, WeightsError
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.specs import EncoderSpec

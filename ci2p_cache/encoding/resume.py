@@ -7,25 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ci2p_cache import __version__
-from ci2p_cache.cache.commit import CommitRecord, StagingArea, read_commit
-from ci2p_cache.cache.manifest import (
-    ENCODER,
-    MANIFEST,
-    PLAN,
-    Manifest,
-    read_manifest,
-    refuse_difference,
-)
+from ci2p_cache.cache.commit import CommitRecord, read_commit
+from ci2p_cache.cache.manifest import Manifest, read_manifest, refuse_difference
+from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.traces import gaps, named_ranges
-from ci2p_cache.encoder.frozen import FrozenEncoder, load_encoder
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.options import EncodeOptions
-from ci2p_cache.encoding.plan import Plan, build_plan, read_plan
+from ci2p_cache.encoding.plan import Plan, read_plan
+from ci2p_cache.encoding.planning import build_plan
 from ci2p_cache.encoding.progress import EncodeObserver
 from ci2p_cache.encoding.shard import EncodeSettings
 from ci2p_cache.errors import ManifestError, UsageError
 from ci2p_cache.images.decode import decoder_name
-from ci2p_cache.images.decoders import start_decoder_server
+from ci2p_cache.images.decoder_server import start_decoder_server
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.machine import num_cores
 from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec

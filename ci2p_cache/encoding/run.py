@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ci2p_cache.cache.commit import StagingArea, disk_errors, remove_path
 from ci2p_cache.cache.lock import LOCK
-from ci2p_cache.cache.manifest import ENCODER, MANIFEST, PLAN
+from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
 from ci2p_cache.cache.ranges import ShardRange
+from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path
 from ci2p_cache.encoding.claims import claimed, whole_folder
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.options import EncodeOptions

@@ -1,16 +1,20 @@
-"""Samples: images drawn from the shards that are missing, and small shards made of them."""
+"""Samples: images drawn from the shards that are missing, and small shards made of them.
+
+What is measured with them is not known here.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
 from ci2p_cache.cache.manifest import SplitRecord
 from ci2p_cache.encoding.plan import Plan, Sample, ShardPlan
 
-__all__ = ["Drawn", "draw", "small_shards"]
+__all__ = ["BadFile", "Drawn", "draw", "small_shards"]
 
 Drawn = dict[str, list[Sample]]
 """Samples of each split."""
@@ -78,3 +82,13 @@ def small_shards(
             place = (first + len(own) / 2) / len(samples)
             placed.append((place, ShardPlan(split, number, own, "")))
     return [shard for _, shard in sorted(placed, key=lambda item: item[0])], records
+
+
+@dataclass(frozen=True, slots=True)
+class BadFile:
+    """An image that cannot be decoded."""
+
+    path: str
+    """Where it is, below the source."""
+    error: str
+    """Why."""

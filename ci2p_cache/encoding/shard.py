@@ -13,13 +13,12 @@ cross a shard and are filled in row order whatever the timing: the same plan giv
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -30,14 +29,15 @@ import numpy.typing as npt
 import torch
 
 from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.commit import CommitRecord, StagingArea
+from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import ChannelSums, IndexRow
 from ci2p_cache.cache.manifest import SplitRecord
 from ci2p_cache.cache.shard_writer import put_shard
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.budget import ErrorBudget, SaturationProbe
 from ci2p_cache.encoding.lane import Lane, encode_views, numerics, single_threaded
-from ci2p_cache.encoding.plan import Sample, ShardPlan
-from ci2p_cache.errors import ImageDecodeError
+from ci2p_cache.encoding.plan import ShardPlan
+from ci2p_cache.encoding.read_ahead import Awaited, ReadAhead
 from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.specs import Fingerprint, LatentSpec, LayoutSpec
@@ -60,14 +60,6 @@ class EncodeSettings:
 
 
 @dataclass(slots=True)
-class _Loaded:
-    """One image read and decoded, or the reason why not."""
-
-    row: IndexRow
-    views: torch.Tensor | None = None
-
-
-@dataclass(slots=True)
 class _Shard:
     """One shard while it is being built."""
 
@@ -85,7 +77,7 @@ class ShardEncoder:
 
     Host memory is bounded by two shards of encoded chunks or raw latents (at most 128 MiB each,
     uncompressed; with format `both`, chunks and raw latents),
-    `lookahead` decoded images (their views), two batches per lane, and one full-size image per
+    the images decoded ahead (their views), two batches per lane, and one full-size image per
     decoder process (at most 24 bytes times `max_pixels`, where it ends as a bad image).
 
     Args:
@@ -107,7 +99,6 @@ class ShardEncoder:
         budget: ErrorBudget,
         on_image: Callable[[bool], None],
     ) -> None:
-        self._source = source
         self._settings = settings
         self._staging = staging
         self._budget = budget
@@ -120,13 +111,19 @@ class ShardEncoder:
         self._free_lanes: deque[Lane] = deque(lanes)
         self._num_lanes = len(lanes)
         self._numerics = numerics(lanes[0], settings.batch_size)
-        self.lookahead = max(32, 2 * settings.batch_size * len(lanes))
         self._slots = threading.Semaphore(2 * len(lanes) + settings.decode_threads)
         self._num_threads = torch.get_num_threads()
         self._busy_lock = threading.Lock()
         self._busy_seconds = 0.0
         self._decoders = Decoders(settings.fingerprint.image, settings.fingerprint.views)
         self._readers = ThreadPoolExecutor(settings.decode_threads, "read", single_threaded)
+        self._ahead = ReadAhead(
+            source,
+            self._decoders,
+            self._readers,
+            classes=settings.classes,
+            most=max(32, 2 * settings.batch_size * len(lanes)),
+        )
         self._lanes = ThreadPoolExecutor(len(lanes), "lane", single_threaded)
         self._committer = ThreadPoolExecutor(1, "commit")
 
@@ -158,7 +155,7 @@ class ShardEncoder:
         """
         committing: Future[CommitRecord] | None = None
         for _, loads in groupby(
-            self._read_ahead(shards), key=lambda item: (item[0].split, item[0].shard)
+            self._ahead.read(shards), key=lambda item: (item[0].split, item[0].shard)
         ):
             built = self._encode_shard(loads)
             if committing is not None:
@@ -167,43 +164,7 @@ class ShardEncoder:
         if committing is not None:
             yield committing.result()
 
-    def _read_ahead(
-        self, shards: Iterable[ShardPlan]
-    ) -> Iterator[tuple[ShardPlan, Sample, Future[_Loaded]]]:
-        waiting: deque[tuple[ShardPlan, Sample, Future[_Loaded]]] = deque()
-        for shard in shards:
-            for sample in shard.samples:
-                future = self._readers.submit(self._load, sample, shard.split)
-                waiting.append((shard, sample, future))
-                if len(waiting) >= self.lookahead:
-                    yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-
-    def _load(self, sample: Sample, split: str) -> _Loaded:
-        row = IndexRow(
-            row=sample.row,
-            key=sample.key,
-            label=sample.label,
-            class_name=self._settings.classes[sample.label] if sample.label >= 0 else "",
-            path=sample.path.decode("utf-8", "backslashreplace"),
-            path_bytes=sample.path,
-        )
-        try:
-            data = self._source.read(sample.path)
-            row.source_bytes = len(data)
-            row.source_sha256 = hashlib.sha256(data).hexdigest()
-            image = self._decoders.decode(data, split=split, key=sample.key)
-        except ImageDecodeError as error:
-            row.status, row.error = "invalid", str(error)
-            return _Loaded(row)
-        row.width, row.height = image.width, image.height
-        row.mode, row.format = image.mode, image.format
-        row.exif_orientation = image.orientation
-        row.boxes = [asdict(box) for box in image.boxes]
-        return _Loaded(row, image.views)
-
-    def _encode_shard(self, loads: Iterator[tuple[ShardPlan, Sample, Future[_Loaded]]]) -> _Shard:
+    def _encode_shard(self, loads: Iterator[Awaited]) -> _Shard:
         shard: _Shard | None = None
         views: list[torch.Tensor] = []
         places: list[tuple[int, int]] = []

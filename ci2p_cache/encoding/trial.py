@@ -1,9 +1,8 @@
-r"""A trial: a sample of the images really encoded, timed and weighed, and thrown away.
+"""A trial: a sample of the images really encoded, timed and weighed, and thrown away.
 
 ::
 
     missing shards --draw--> small shards --ShardEncoder--> scratch folder: files, rates, bad files
-                       \---> other images --Decoders-----> decoding alone, more bad files
 
 A sample that is not the whole source is timed between two marks: when the warm-up has passed and
 the pipeline is full, and when the last small shard was handed in and it still is.
@@ -13,44 +12,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from ci2p_cache.cache.commit import CommitRecord, StagingArea, commit_path, remove_path
+from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import parquet_bytes, read_index, read_sums
-from ci2p_cache.cache.manifest import SplitRecord, index_path
+from ci2p_cache.cache.manifest import SplitRecord
+from ci2p_cache.cache.paths import commit_path, index_path
+from ci2p_cache.cache.staging import StagingArea, remove_path
 from ci2p_cache.encoding.budget import ErrorBudget
 from ci2p_cache.encoding.lane import Lane
-from ci2p_cache.encoding.plan import Sample, ShardPlan
-from ci2p_cache.encoding.sample import Drawn
+from ci2p_cache.encoding.plan import ShardPlan
+from ci2p_cache.encoding.sample import BadFile
 from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
-from ci2p_cache.errors import ImageDecodeError
-from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.specs import LayoutSpec
 
-__all__ = [
-    "BadFile",
-    "DecodeTrial",
-    "EncodeTrial",
-    "shard_index_bytes",
-    "try_decoding",
-    "try_encoding",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class BadFile:
-    """An image that cannot be decoded."""
-
-    path: str
-    """Where it is, below the source."""
-    error: str
-    """Why."""
+__all__ = ["EncodeTrial", "shard_index_bytes", "try_encoding"]
 
 
 @dataclass(slots=True)
@@ -87,18 +68,6 @@ class EncodeTrial:
     """Stored values."""
     bad: list[BadFile] = field(default_factory=list)
     """Images of the sample that cannot be decoded."""
-
-
-@dataclass(slots=True)
-class DecodeTrial:
-    """What reading and decoding a sample, with g_a at rest, showed."""
-
-    images: int = 0
-    """Images read and decoded, bad ones included."""
-    images_per_second: float = 0.0
-    """Without the first few, in which decoders start; 0 where there were no others."""
-    bad: list[BadFile] = field(default_factory=list)
-    """Those that cannot be decoded."""
 
 
 def shard_index_bytes(record: SplitRecord, layout: LayoutSpec) -> int:
@@ -154,58 +123,6 @@ def try_encoding(
             scale.weigh(record)
         clock.finish(found)
     scale.finish()
-    return found
-
-
-def try_decoding(
-    images: ImageSource, settings: EncodeSettings, drawn: Drawn, *, seconds: float
-) -> DecodeTrial:
-    """Reads, decodes and resizes samples on all decode threads until the time is up.
-
-    Args:
-        images: The source.
-        settings: What a run would take.
-        drawn: What to decode, by split.
-        seconds: After that time no other image is begun.
-
-    Raises:
-        ResourceError: reading failed.
-    """
-    started = time.perf_counter()
-    decoders = Decoders(settings.fingerprint.image, settings.fingerprint.views)
-    pool = ThreadPoolExecutor(settings.decode_threads, "trial")
-    found, ends = DecodeTrial(), []
-
-    def decode(split: str, sample: Sample) -> tuple[float, BadFile | None] | None:
-        if time.perf_counter() - started > seconds:
-            return None
-        try:
-            decoders.decode(images.read(sample.path), split=split, key=sample.key)
-        except ImageDecodeError as error:
-            path = sample.path.decode("utf-8", "backslashreplace")
-            return time.perf_counter(), BadFile(path, str(error))
-        return time.perf_counter(), None
-
-    try:
-        mixed = sorted(
-            ((place + 0.5) / len(own), split, place)
-            for split, own in drawn.items()
-            for place in range(len(own))
-        )
-        futures = [pool.submit(decode, split, drawn[split][place]) for _, split, place in mixed]
-        for future in futures:
-            result = future.result()
-            if result is not None:
-                ends.append(result[0])
-                found.bad += [result[1]] if result[1] is not None else []
-    finally:
-        decoders.close()
-        pool.shutdown(wait=True, cancel_futures=True)
-    found.images = len(ends)
-    ends.sort()
-    first = 2 * settings.decode_threads
-    if len(ends) > 2 * first:
-        found.images_per_second = (len(ends) - 1 - first) / (ends[-1] - ends[first])
     return found
 
 

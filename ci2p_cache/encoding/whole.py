@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from ci2p_cache.cache.commit import CommitRecord, StagingArea
-from ci2p_cache.cache.manifest import MANIFEST, Manifest
-from ci2p_cache.encoding.executors import Work, encode_shards
+from ci2p_cache.cache.commit import CommitRecord
+from ci2p_cache.cache.manifest import Manifest
+from ci2p_cache.cache.paths import MANIFEST
+from ci2p_cache.cache.staging import StagingArea
+from ci2p_cache.encoding.executors import encode_shards
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import (
@@ -26,6 +28,7 @@ from ci2p_cache.encoding.resume import (
     missing_text,
     survey,
 )
+from ci2p_cache.encoding.work import Work
 from ci2p_cache.errors import IncompleteCacheError, command
 from ci2p_cache.images.source import ImageSource
 

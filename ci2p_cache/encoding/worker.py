@@ -26,8 +26,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from ci2p_cache import errors
-from ci2p_cache.cache.commit import CommitRecord, StagingArea
+from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.manifest import read_manifest
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.encoding.budget import ErrorBudget
 from ci2p_cache.encoding.lane import make_lanes

@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ci2p_cache.cache.commit import json_bytes
+from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
-from ci2p_cache.record import Record, read_json, write_whole
-from ci2p_cache.specs import differing_fields
+from ci2p_cache.record import Record, differing_fields, read_json, write_whole
 
 __all__ = [
     "Configuration",

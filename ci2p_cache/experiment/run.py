@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ci2p_cache.cache.commit import StagingArea, disk_errors, remove_path
 from ci2p_cache.cache.lock import locked
-from ci2p_cache.cache.manifest import MANIFEST
+from ci2p_cache.cache.paths import MANIFEST
+from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path
 from ci2p_cache.demo_pictures import write_pictures
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.encoding.run import encode

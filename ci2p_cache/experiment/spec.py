@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
-from ci2p_cache.record import Record, read_json
-from ci2p_cache.specs import differing_fields
+from ci2p_cache.record import Record, differing_fields, read_json
 from ci2p_cache.training.spec import TrainSpec
 
 __all__ = ["EXPERIMENT", "FREE_FIELDS", "Experiment", "read_experiment", "refuse_other"]

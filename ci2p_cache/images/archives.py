@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ci2p_cache.errors import ResourceError, SourceError
-from ci2p_cache.images.listing import Tally, as_key, for_display, join, list_folder, persistently
+from ci2p_cache.images.listing import list_folder
+from ci2p_cache.images.names import as_key, for_display, join
+from ci2p_cache.images.reading import persistently
+from ci2p_cache.images.tally import Tally
 
 __all__ = [
     "PARQUET_SUFFIXES",

@@ -7,27 +7,24 @@ and is then a bad image like any other.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
 import signal
 import socket
-import sys
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ci2p_cache.errors import CacheError, ImageDecodeError, ResourceError
-from ci2p_cache.images import decoder_process
 from ci2p_cache.images.decoder_process import MAX_MESSAGE_BYTES, RAISED
+from ci2p_cache.images.decoder_server import fork_decoder, server_gone, start_decoder_server
 from ci2p_cache.images.views import CropBox
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
-__all__ = ["Decoders", "ViewedImage", "start_decoder_server"]
+__all__ = ["Decoders", "ViewedImage"]
 
 _ATTEMPTS = 2
 """A second death on the same file, in a worker that decoded nothing before it, is the file's."""
@@ -35,8 +32,6 @@ _ATTEMPTS = 2
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Signals that no decoder raises itself: the machine or a person did."""
 
-_SERVER_GONE = "the process that starts decoders has ended, twice"
-_SERVER_HINT = f"{sys.executable} -m {decoder_process.__name__} < /dev/null   (says why)"
 
 _KEPT_BYTES = 2**23
 """Shared memory that a worker keeps between images; more is given back after a large one."""
@@ -130,7 +125,7 @@ class Decoders:
             else:
                 losses += 1
                 if losses == _ATTEMPTS:
-                    raise ResourceError(_SERVER_GONE, hint=_SERVER_HINT)
+                    raise server_gone()
 
     def _take(self, *, fresh: bool) -> _Worker:
         with self._lock:
@@ -178,7 +173,7 @@ class _Worker:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._memory = os.memfd_create("ci2p-cache decoder")
         with theirs:
-            _SERVER.fork(theirs.fileno(), self._memory)
+            fork_decoder(theirs.fileno(), self._memory)
         self._tell({"image": image_spec.to_dict(), "views": view_spec.to_dict()})
 
     def ask(self, data: bytes, *, split: str, key: str) -> dict[str, Any]:
@@ -224,82 +219,6 @@ class _Worker:
         """Ends the worker and gives back what it shared."""
         self._channel.close()
         os.close(self._memory)
-
-
-class _Server:
-    """The process that forks workers: one for this process and whatever is forked from it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._control: socket.socket | None = None
-
-    def start(self) -> None:
-        """Starts it unless it runs; it imports torch meanwhile and ends with this process."""
-        with self._lock:
-            self._started()
-
-    def fork(self, channel: int, memory: int) -> None:
-        """Hands a channel and shared memory to a new worker."""
-        with self._lock:
-            for _ in range(2):
-                control = self._started()
-                try:
-                    socket.send_fds(control, [b"fork"], [channel, memory])
-                except (BrokenPipeError, ConnectionResetError):
-                    control.close()
-                    self._control = None
-                else:
-                    return
-        raise ResourceError(_SERVER_GONE, hint=_SERVER_HINT)
-
-    def _started(self) -> socket.socket:
-        if self._control is None:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                _spawn(theirs.fileno())
-            self._control = ours
-            atexit.register(ours.close)
-        return self._control
-
-
-_SERVER = _Server()
-
-
-def start_decoder_server() -> None:
-    """Starts the process that decoder workers are forked from, if it does not run yet.
-
-    Raises:
-        ResourceError: it cannot be started.
-    """
-    _SERVER.start()
-
-
-def _spawn(control: int) -> None:
-    """Starts a fresh interpreter, because a fork of one with threads is not safe."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
-        # More threads would be lost in its forks, and none of them is wanted.
-        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
-    }
-    command = [sys.executable, "-P", "-W", "ignore", "-m", decoder_process.__name__]
-    try:
-        os.posix_spawn(
-            sys.executable,
-            command,
-            environment,
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, control, 0),
-                # Who reads our output waits for all that hold it, and this one may still be
-                # importing when we have gone. libjpeg's and libtiff's complaints go there too;
-                # what counts of them comes as an error.
-                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_DUP2, 1, 2),
-            ],
-            # Ctrl-C goes to all processes of a terminal; this one ends with its owner.
-            setsigmask=[signal.SIGINT],
-        )
-    except OSError as error:
-        raise ResourceError(f"no process for decoding can be started: {error}") from error
 
 
 def _write(memory: int, data: bytes) -> None:

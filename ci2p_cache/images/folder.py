@@ -19,17 +19,12 @@ from ci2p_cache.images.imagenet import (
     label_folders,
     read_titles,
 )
-from ci2p_cache.images.listing import (
-    Tally,
-    as_key,
-    for_display,
-    is_image,
-    join,
-    list_folder,
-    read_file,
-    walk,
-)
+from ci2p_cache.images.kinds import is_image
+from ci2p_cache.images.listing import list_folder, walk
+from ci2p_cache.images.names import as_key, for_display, join
+from ci2p_cache.images.reading import read_file
 from ci2p_cache.images.source import ImageRef
+from ci2p_cache.images.tally import Tally
 
 __all__ = ["FolderSource"]
 

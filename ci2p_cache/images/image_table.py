@@ -24,7 +24,9 @@ import pyarrow.parquet as pq
 from ci2p_cache.errors import ImageDecodeError, SourceError
 from ci2p_cache.images.archives import read_archive
 from ci2p_cache.images.labels import LabelTable
-from ci2p_cache.images.listing import MAX_FILE_BYTES, Tally, for_display
+from ci2p_cache.images.names import for_display
+from ci2p_cache.images.reading import MAX_FILE_BYTES
+from ci2p_cache.images.tally import Tally
 from ci2p_cache.parquet_pages import RowGroup, require_small_pages
 
 __all__ = ["ImageTable", "guarded", "open_parquet"]

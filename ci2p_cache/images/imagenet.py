@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from ci2p_cache.errors import MissingDependencyError, SourceError
-from ci2p_cache.images.listing import as_key, for_display, join
+from ci2p_cache.images.names import as_key, for_display, join
 
 __all__ = ["DEVKIT", "data_folder", "flat_val_labels", "label_folders", "read_titles", "text_lines"]
 

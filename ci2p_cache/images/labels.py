@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ci2p_cache.errors import SourceError
 from ci2p_cache.images.imagenet import read_titles, text_lines
-from ci2p_cache.images.listing import for_display, join
+from ci2p_cache.images.names import for_display, join
 
 __all__ = ["Classes", "LabelTable"]
 

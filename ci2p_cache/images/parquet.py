@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,22 +22,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ci2p_cache.errors import SourceError
-from ci2p_cache.images.archives import PARQUET_SUFFIXES, Archive, find_archives, read_archive
+from ci2p_cache.images.archive_source import ArchiveSource
+from ci2p_cache.images.archives import PARQUET_SUFFIXES, Archive, read_archive
 from ci2p_cache.images.image_table import ImageTable
-from ci2p_cache.images.labels import Classes, LabelTable
-from ci2p_cache.images.listing import Tally, for_display, join
+from ci2p_cache.images.kept import Kept
+from ci2p_cache.images.labels import LabelTable
+from ci2p_cache.images.names import for_display, join
 from ci2p_cache.images.source import ImageRef
+from ci2p_cache.images.tally import Tally
 
 __all__ = ["ParquetSource"]
 
 _KEPT_FILES = 4
 _NAME_BYTES = 4096
-_PATH = re.compile(rb"(.+)#(\d{1,18})", re.DOTALL)
 _LEADS_OUT = r"^$|^/|\\|\x00|(^|/)\.{1,2}(/|$)|//|^[A-Za-z][A-Za-z0-9+.-]*:"
 """Paths that cannot be keys: absolute ones and URLs, "." and ".." among their parts."""
 
 
-class ParquetSource:
+class ParquetSource(ArchiveSource):
     """An `ImageSource` over parquet files with the images in them.
 
     The image column is the only struct of `bytes` and `path`, the label column `label`, or else
@@ -59,36 +59,16 @@ class ParquetSource:
         ResourceError: the file system failed again and again.
     """
 
+    suffixes = PARQUET_SUFFIXES
+    place = re.compile(rb"(.+)#(\d{1,18})", re.DOTALL)
+    words = ("row of a file", "parquet file", "files")
+
     def __init__(self, location: str | os.PathLike[str]) -> None:
-        self._archives = find_archives(os.fsencode(location), PARQUET_SUFFIXES)
-        self._tally = Tally()
+        super().__init__(location)
         self._listing: list[tuple[Archive, pa.Table]] | None = None
         self._has_paths = False
-        self._classes = Classes((), ())
         self._labels: npt.NDArray[np.int32] = np.zeros(0, np.int32)
-        self._files: OrderedDict[bytes, ImageTable] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names by label: the metadata's, or as `LabelTable` has them."""
-        self._list()
-        return self._classes.names
-
-    @property
-    def class_titles(self) -> tuple[str, ...]:
-        """Names for people from `classes.json` or `classes.txt` beside the files."""
-        self._list()
-        return self._classes.titles
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What the user should know, one sentence each; complete once `scan` has ended."""
-        return (*self._archives.notices, *self._classes.notices, *self._tally.notices())
-
-    def location(self) -> str:
-        """Returns the absolute path or pattern; bytes that are not UTF-8 are surrogates."""
-        return os.fsdecode(self._archives.location)
+        self._files: Kept[ImageTable] = Kept(_KEPT_FILES)
 
     def scan(self) -> Iterator[ImageRef]:
         """Yields every image: files by split and name, rows as they lie in them.
@@ -118,22 +98,9 @@ class ParquetSource:
             SourceError: `path` is none below the source, or the file is damaged or was changed.
             ResourceError: reading failed again and again, or the file has gone.
         """
-        match = _PATH.fullmatch(path)
-        shown = for_display(path)
-        if match is None or path.startswith(b"/") or b".." in path.split(b"/") or b"\0" in path:
-            raise SourceError(f"{shown} is no row of a file below {self.location()}")
-        if not match[1].lower().endswith(PARQUET_SUFFIXES):
-            raise SourceError(f"{shown} names no parquet file below {self.location()}")
-        full = join(self._archives.root, match[1])
-        return self._file(full).image(int(match[2]))
-
-    def _file(self, full: bytes) -> ImageTable:
-        with self._lock:
-            file = self._files.pop(full, None) or read_archive(lambda: ImageTable(full), full)
-            self._files[full] = file
-            if len(self._files) > _KEPT_FILES:
-                self._files.popitem(last=False)
-            return file
+        full, (row,) = self._found(path)
+        file = self._files.get(full, lambda: read_archive(lambda: ImageTable(full), full))
+        return file.image(row)
 
     def _list(self) -> list[tuple[Archive, pa.Table]]:
         """Reads paths and labels of all files; once."""
@@ -151,18 +118,15 @@ class ParquetSource:
                 )
             names = file.class_names
             listing.append((archive, file.listing(labels, archive.split, tally)))
-        shown = self.location()
-        if not any(table.num_rows for _, table in listing):
-            raise SourceError(
-                f"{shown} has {len(listing)} files and no labelled image in them; "
-                f"{'; '.join(tally.notices()) or 'they are empty'}"
-            )
         folder = self._archives.files[0].path.rpartition(b"/")[0]
         folders = dict.fromkeys([self._archives.root, join(self._archives.root, folder)])
-        try:
-            self._classes, self._labels = labels.settle(tuple(folders), names or ())
-        except SourceError as error:
-            raise SourceError(f"{shown}: {error}", hint=error.hint) from error
+        self._labels = self._settle(
+            labels,
+            tuple(folders),
+            names or (),
+            num_images=sum(table.num_rows for _, table in listing),
+            tally=tally,
+        )
         self._has_paths = _paths_are_keys(listing)
         self._tally = tally
         self._listing = listing

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from ci2p_cache.errors import ImageDecodeError, SourceError
 from ci2p_cache.images.decode import decode_image, decoder_name
-from ci2p_cache.images.listing import Tally, for_display, is_image, read_file, walk
+from ci2p_cache.images.kinds import is_image
+from ci2p_cache.images.listing import walk
+from ci2p_cache.images.names import for_display
+from ci2p_cache.images.reading import read_file
+from ci2p_cache.images.tally import Tally
 from ci2p_cache.specs import ImageSpec
 
 __all__ = ["PictureFolders"]

@@ -15,8 +15,10 @@ from ci2p_cache.errors import SourceError
 from ci2p_cache.images.archives import PARQUET_SUFFIXES, SPLIT_NAMES, read_archive
 from ci2p_cache.images.image_table import guarded, open_parquet
 from ci2p_cache.images.labels import Classes, LabelTable
-from ci2p_cache.images.listing import Tally, as_key, for_display, read_file
+from ci2p_cache.images.names import as_key, for_display
+from ci2p_cache.images.reading import read_file
 from ci2p_cache.images.source import ImageRef
+from ci2p_cache.images.tally import Tally
 
 __all__ = ["TableSource", "is_table"]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ci2p_cache.errors import SourceError
-from ci2p_cache.images.listing import for_display
+from ci2p_cache.images.names import for_display
 from ci2p_cache.images.tar_streams import TarStream
 
 __all__ = ["BLOCK_BYTES", "Member", "members", "require_header"]

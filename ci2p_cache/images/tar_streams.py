@@ -21,7 +21,7 @@ from typing import Protocol
 import zstandard
 
 from ci2p_cache.errors import SourceError
-from ci2p_cache.images.listing import for_display
+from ci2p_cache.images.names import for_display
 
 __all__ = ["TarStream", "Window", "is_packed", "open_stream", "read_at"]
 

@@ -13,7 +13,7 @@ from ci2p_cache.errors import (
     UsageError,
 )
 from ci2p_cache.inference.run_folder import RunFolder
-from ci2p_cache.specs import differing_fields
+from ci2p_cache.record import differing_fields
 from ci2p_cache.training.inputs import data_digest, train_and_val
 from ci2p_cache.training.ranks import Ranks
 

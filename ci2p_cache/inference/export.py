@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ci2p_cache import __version__
-from ci2p_cache.cache.commit import disk_errors, sync_folder
+from ci2p_cache.cache.staging import disk_errors, sync_folder
 from ci2p_cache.errors import ImageDecodeError, InputDataError, UsageError
 from ci2p_cache.inference.classifier import Classifier, load_classifier
 from ci2p_cache.inference.export_check import ExportCheck, check_export

@@ -21,7 +21,11 @@ from torch import Tensor
 
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.decode import decode_image
-from ci2p_cache.images.listing import Tally, as_key, is_image, read_file, walk
+from ci2p_cache.images.kinds import is_image
+from ci2p_cache.images.listing import walk
+from ci2p_cache.images.names import as_key
+from ci2p_cache.images.reading import read_file
+from ci2p_cache.images.tally import Tally
 from ci2p_cache.images.views import image_views
 from ci2p_cache.specs import ImageSpec, ViewSpec
 

@@ -11,7 +11,7 @@ from ci2p_cache.cache.commit import sha256_file
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.errors import DigestError, InputDataError, ManifestError
 from ci2p_cache.inference.run_folder import RunFolder
-from ci2p_cache.specs import differing_fields
+from ci2p_cache.record import differing_fields
 
 if TYPE_CHECKING:
     from ci2p_cache.encoder.frozen import FrozenEncoder
@@ -35,7 +35,7 @@ def load_run_encoder(
         NotACacheError, IncompleteCacheError: the cache cannot be opened.
     """
     # Only here: evaluating from a cache must run where compressai is not installed.
-    from ci2p_cache.encoder.frozen import load_saved_encoder
+    from ci2p_cache.encoder.load import load_saved_encoder
 
     wanted = run.file.fingerprint.encoder
     path = _own_copy(run) if cache is None else open_cache(cache, partial=True).encoder_path

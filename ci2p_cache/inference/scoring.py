@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from ci2p_cache.cache.commit import StagingArea
 from ci2p_cache.cache.index import parquet_bytes
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.errors import UsageError
 from ci2p_cache.inference.evaluation import EVALUATION, PREDICTIONS, Evaluation
 from ci2p_cache.inference.evaluation_data import chosen_split, open_data

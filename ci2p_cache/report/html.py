@@ -17,7 +17,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 
 from ci2p_cache import __version__
-from ci2p_cache.cache.manifest import MANIFEST
+from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.errors import CacheError, InputDataError, UsageError, command
 from ci2p_cache.record import Record, write_whole

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from ci2p_cache.cache.commit import FileRecord, StagingArea
+from ci2p_cache.cache.commit import FileRecord
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import DigestError, ManifestError
 from ci2p_cache.models.registry import AnyModelConfig

@@ -22,11 +22,10 @@ from pathlib import Path
 
 import yaml
 
-from ci2p_cache.cache.commit import StagingArea, disk_errors
 from ci2p_cache.cache.lock import locked
+from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
-from ci2p_cache.record import read_yaml
-from ci2p_cache.specs import differing_fields
+from ci2p_cache.record import differing_fields, read_yaml
 from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.settings import RunArgs, RunSettings
 

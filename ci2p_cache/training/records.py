@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ci2p_cache.cache.commit import disk_errors
+from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.record import Record
 
 __all__ = [

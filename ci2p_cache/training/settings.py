@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass
 
 from ci2p_cache.errors import UsageError
-from ci2p_cache.record import Record
-from ci2p_cache.specs import Fingerprint, differing_fields
+from ci2p_cache.record import Record, differing_fields
+from ci2p_cache.specs import Fingerprint
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.spec import TrainSpec
 

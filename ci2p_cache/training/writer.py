@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ci2p_cache.cache.commit import StagingArea
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore

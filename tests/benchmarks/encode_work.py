@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 import ci2p_cache as cc
-from ci2p_cache.encoder.frozen import load_encoder
+from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoding import shard as shard_module
 from ci2p_cache.encoding.lane import single_threaded
 from ci2p_cache.images.decode import decode_image, decoder_name

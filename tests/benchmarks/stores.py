@@ -16,22 +16,16 @@ import numpy.typing as npt
 
 import ci2p_cache as cc
 from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.commit import CommitRecord, StagingArea
+from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import ChannelSums, IndexRow, index_bytes
-from ci2p_cache.cache.manifest import (
-    ENCODER,
-    MANIFEST,
-    PLAN,
-    Manifest,
-    SplitRecord,
-    index_path,
-    shard_path,
-    shard_rows,
-)
+from ci2p_cache.cache.manifest import Manifest, SplitRecord, shard_rows
+from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN, index_path, shard_path
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.zarr_shards import index_crc32c, pack_shard
 from ci2p_cache.demo_pictures import write_pictures
 from ci2p_cache.encoding.finalise import finalise
-from ci2p_cache.encoding.plan import Sample, plan_of_rows
+from ci2p_cache.encoding.plan import Sample
+from ci2p_cache.encoding.planning import plan_of_rows
 from ci2p_cache.specs import CodecName, LayoutSpec, ViewSpec
 
 __all__ = ["Data", "encoded", "generated", "read_data", "write_cache"]

@@ -178,7 +178,7 @@ def _main() -> None:
     import ci2p_cache.cli.watch
     import ci2p_cache.encoding.whole
     import ci2p_cache.training.run  # noqa: F401
-    from ci2p_cache.images.decoders import start_decoder_server
+    from ci2p_cache.images.decoder_server import start_decoder_server
 
     start_decoder_server()
     for line in sys.stdin:

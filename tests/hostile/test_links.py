@@ -9,7 +9,7 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.cache.commit import StagingArea
+from ci2p_cache.cache.staging import StagingArea
 from tests.conftest import write_image_folder
 from tests.hostile.attacks import snapshot
 from tests.test_encode import data_digests

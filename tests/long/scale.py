@@ -37,13 +37,16 @@ import pyarrow as pa
 
 import ci2p_cache as cc
 import ci2p_cache.loader.batches  # so that it is not counted where it is first used
-from ci2p_cache.cache.commit import CommitRecord, StagingArea, read_commit
+from ci2p_cache.cache.commit import CommitRecord, read_commit
 from ci2p_cache.cache.index import INDEX_SCHEMA, parquet_bytes, read_index
-from ci2p_cache.cache.manifest import index_path, read_manifest, shard_path
+from ci2p_cache.cache.manifest import read_manifest
+from ci2p_cache.cache.paths import index_path, shard_path
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.verify import verify
 from ci2p_cache.encoding import finalise as finalising
 from ci2p_cache.encoding import lane
-from ci2p_cache.encoding.plan import build_plan, read_plan
+from ci2p_cache.encoding.plan import read_plan
+from ci2p_cache.encoding.planning import build_plan
 from ci2p_cache.errors import InterruptedRunError
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.specs import LatentSpec

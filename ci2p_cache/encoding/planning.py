@@ -1,0 +1,199 @@
+"""Planning: gives every image of a source its split and its row; what a plan is for lies elsewhere.
+
+A row is the rank of hash(seed, split, key), so rows are not sorted by class and any window of the
+cache is mixed; nothing that goes wrong with one image moves another. Sources that are best read in
+sequence (tars, parquet) say so by `ImageRef.order`: their rows follow it, and are as mixed as they
+were written. Shards may cross archives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ci2p_cache.cache.manifest import SplitRecord, shard_rows
+from ci2p_cache.encoding.plan import PLAN_SCHEMA, Plan, Sample
+from ci2p_cache.errors import SourceError
+from ci2p_cache.images.archives import SPLIT_ORDER
+from ci2p_cache.images.source import ImageRef, ImageSource
+from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec
+
+__all__ = ["build_plan", "plan_of_rows"]
+
+_LISTED_SCHEMA = pa.schema(
+    [("rank", pa.uint64()), ("key", pa.string()), ("label", pa.int32()), ("path", pa.binary())]
+)
+
+_BLOCK_ROWS = 2**16
+"""Listed samples that are Python objects at a time."""
+
+
+def build_plan(
+    source: ImageSource,
+    layout: LayoutSpec,
+    views: ViewSpec,
+    latent: LatentSpec,
+    *,
+    earlier: Plan | None = None,
+) -> Plan:
+    """Lists a source and gives every image its split and row.
+
+    Args:
+        source: Where the images are.
+        layout: Validation share, seed, limit and shard size.
+        views: How many views a training sample has; with `latent` it bounds the shard size.
+        latent: The shape and dtype of one latent.
+        earlier: A plan of the same folder; its samples keep their rows and new ones follow.
+
+    Raises:
+        SourceError: there is no image, or two of a split have the same key.
+    """
+    listed: dict[str, _Listed] = {}
+    known = _known_keys(earlier) if earlier is not None else {}
+    for ref in _limited(source.scan(), layout):
+        split = ref.split or _drawn_split(ref, layout)
+        if ref.key in known.get(split, ()):
+            continue
+        rank = ref.order
+        if rank is None:
+            rank = _hash64(ref.key, f"row:{split}", layout.seed)
+        if split not in listed:
+            listed[split] = _Listed()
+        listed[split].add(rank, ref)
+    names = {*listed, *(earlier.splits if earlier else ())}
+    if not names:
+        raise SourceError(f"{source.location()} holds no image")
+    tables, records = {}, {}
+    for name in sorted(names, key=lambda n: (SPLIT_ORDER.index(n), n)):
+        old = earlier.tables.get(name) if earlier else None
+        found = listed.pop(name, _Listed()).ranked()
+        _refuse_doubles(source, name, found)
+        table = _table(name, found, old)
+        num_views = views.num_views(name)
+        size = shard_rows(layout, latent, num_views)
+        tables[name] = _with_shards(table, name, size)
+        records[name] = SplitRecord(rows=table.num_rows, views=num_views, shard_rows=size)
+    return Plan(tables, records)
+
+
+def plan_of_rows(rows: Mapping[str, Iterable[Sample]], records: Mapping[str, SplitRecord]) -> Plan:
+    """Puts a plan together again from all its samples, each split's in row order.
+
+    Args:
+        rows: The samples of each split.
+        records: The shape of each split.
+    """
+    tables = {}
+    for name, samples in rows.items():
+        columns = [(0, sample.key, sample.label, sample.path) for sample in samples]
+        table = _table(name, _listed_table(columns), None)
+        tables[name] = _with_shards(table, name, records[name].shard_rows)
+    return Plan(tables, dict(records))
+
+
+class _Listed:
+    """The samples of one split while they are listed.
+
+    Kept in arrow's columns, about 80 bytes each; as Python objects they would take some 270.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[pa.Table] = []
+        self._rows: list[tuple[int, str, int, bytes]] = []
+
+    def add(self, rank: int, ref: ImageRef) -> None:
+        """Adds one sample; `rank` decides its place."""
+        self._rows.append((rank, ref.key, ref.label, ref.path))
+        if len(self._rows) == _BLOCK_ROWS:
+            self._tables.append(_listed_table(self._rows))
+            self._rows = []
+
+    def ranked(self) -> pa.Table:
+        """Returns all samples by rank; should two have the same one, by key."""
+        table = pa.concat_tables([*self._tables, _listed_table(self._rows)])
+        return table.sort_by([(name, "ascending") for name in _LISTED_SCHEMA.names])
+
+
+def _listed_table(rows: list[tuple[int, str, int, bytes]]) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [()] * len(_LISTED_SCHEMA)
+    arrays = [pa.array(c, t) for c, t in zip(columns, _LISTED_SCHEMA.types, strict=True)]
+    return pa.table(arrays, schema=_LISTED_SCHEMA)
+
+
+def _table(split: str, listed: pa.Table, earlier: pa.Table | None) -> pa.Table:
+    first = earlier.num_rows if earlier is not None else 0
+    count = listed.num_rows
+    names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count), pa.int8()), [split])
+    new = pa.table(
+        [
+            names,
+            pa.array(np.arange(first, first + count), pa.int64()),
+            pa.array(np.zeros(count), pa.int32()),
+            listed["key"],
+            listed["label"],
+            listed["path"],
+        ],
+        schema=PLAN_SCHEMA,
+    )
+    return new if earlier is None else pa.concat_tables([earlier, new]).unify_dictionaries()
+
+
+def _with_shards(table: pa.Table, split: str, size: int) -> pa.Table:
+    """Fills in the shard numbers; the same samples give the same bytes, however listed."""
+    count = table.num_rows
+    names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count), pa.int8()), [split])
+    shards = pa.array(np.arange(count) // size, pa.int32())
+    columns = [names, table["row"], shards, table["key"], table["label"], table["path"]]
+    return pa.table(columns, schema=PLAN_SCHEMA).combine_chunks()
+
+
+def _refuse_doubles(source: ImageSource, split: str, listed: pa.Table) -> None:
+    """Refuses two images of one key: a batch could not say which of them it holds."""
+    keys = listed["key"]
+    if len(pc.unique(keys)) == len(keys):
+        return
+    counts = pc.value_counts(keys).to_pylist()
+    double = next(item["values"] for item in counts if item["counts"] > 1)
+    raise SourceError(
+        f"{source.location()} lists {double!r} twice in split {split}; keys are unique in a split",
+        hint="rename one of them, or leave one out",
+    )
+
+
+def _limited(refs: Iterable[ImageRef], layout: LayoutSpec) -> Iterable[ImageRef]:
+    """Keeps the `limit` images of smallest hash: the same ones each time, spread over classes."""
+    if layout.limit is None:
+        return refs
+    return heapq.nsmallest(
+        layout.limit, refs, key=lambda ref: (_hash64(ref.key, "limit", layout.seed), ref.path)
+    )
+
+
+def _drawn_split(ref: ImageRef, layout: LayoutSpec) -> str:
+    """Draws train or val by the hash of the key alone, so added files move no other file."""
+    if not layout.val_fraction:
+        return "train"
+    share = _hash64(ref.key, "val", layout.seed) / 2**64
+    return "val" if share < layout.val_fraction else "train"
+
+
+def _hash64(key: str, purpose: str, seed: int) -> int:
+    digest = _keyed(purpose, seed).copy()
+    digest.update(key.encode())
+    return int.from_bytes(digest.digest(), "little")
+
+
+@cache
+def _keyed(purpose: str, seed: int) -> hashlib.blake2b:
+    """Returns the hash before the key: a copy of it costs half as much as a new one."""
+    return hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little"), person=purpose.encode())
+
+
+def _known_keys(plan: Plan) -> dict[str, set[str]]:
+    return {name: set(plan.tables[name]["key"].to_pylist()) for name in plan.splits}
