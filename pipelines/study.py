@@ -41,8 +41,9 @@ from pathlib import Path
 import torch
 
 from ci2p_cache.cli import render
+from ci2p_cache.cli.ending import told_errors
 from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
-from ci2p_cache.errors import CacheError, InterruptedRunError, UsageError
+from ci2p_cache.errors import InterruptedRunError, UsageError
 from ci2p_cache.experiment.comparison import (
     StudySettings,
     read_study,
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = _asked(parser, given)
     # Two threads that wait for each other lose tenfold when another job takes a core.
     torch.set_num_threads(1)
-    try:
+    with told_errors(go_on="run the same command again to go on"):
         study = read_study(asked.record)
         if study is not None:
             refuse_other_settings(study, asked.settings)
@@ -218,14 +219,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not given.table:
             run_all(asked)
             study = read_study(asked.record)
-    except KeyboardInterrupt:
-        render.status("stopped; what was trained is saved: run the same command again to go on")
-        sys.exit(130)
-    except CacheError as error:
-        if isinstance(error, InterruptedRunError):
-            error.hint = "run the same command again to go on"
-        render.fail(error)
-        sys.exit(error.exit_code)
     head = study_head(REFERENCE)
     render.line("| " + " | ".join(head) + " |")
     render.line("|---" * len(head) + "|")

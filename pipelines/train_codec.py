@@ -48,13 +48,14 @@ import ci2p_cache
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cli import render
+from ci2p_cache.cli.ending import told_errors
 from ci2p_cache.encoder.codec_spec import CodecSpec
 from ci2p_cache.encoder.crops import TrainingImages
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.rate_distortion import evaluate_rate_distortion
 from ci2p_cache.encoder.train import CodecStep, train_codec
-from ci2p_cache.errors import CacheError, InterruptedRunError, UsageError
+from ci2p_cache.errors import InterruptedRunError, UsageError
 from ci2p_cache.images.picture_folders import PictureFolders
 from ci2p_cache.machine import checked_device, tune_allocator
 from ci2p_cache.training.signals import StopSignal
@@ -130,19 +131,8 @@ class Progress:
 
 def main() -> None:
     """Runs the command line; the exit code is the error's own, as in `ci2p-cache`."""
-    try:
-        try:
-            _run(_parsed(sys.argv[1:]))
-        except KeyboardInterrupt:
-            # Outside the steps, so nothing is half done.
-            raise InterruptedRunError(
-                "interrupted; what was saved is safe", signal_number=signal.SIGINT
-            ) from None
-    except CacheError as error:
-        if isinstance(error, InterruptedRunError):
-            error.hint = shlex.join(["python", *sys.argv])
-        render.fail(error)
-        sys.exit(error.exit_code)
+    with told_errors(go_on=shlex.join(["python", *sys.argv])):
+        _run(_parsed(sys.argv[1:]))
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:

@@ -17,6 +17,7 @@ from ci2p_cache.cli.convert import convert
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.doctor import doctor
 from ci2p_cache.cli.encode import encode
+from ci2p_cache.cli.ending import told_errors
 from ci2p_cache.cli.evaluate import evaluate
 from ci2p_cache.cli.export import export
 from ci2p_cache.cli.look import inspect
@@ -27,7 +28,7 @@ from ci2p_cache.cli.run import run
 from ci2p_cache.cli.status import status
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
-from ci2p_cache.errors import CacheError, InterruptedRunError, command
+from ci2p_cache.errors import command
 
 __all__ = ["app", "run_command"]
 
@@ -98,12 +99,5 @@ def run_command() -> None:
         for option in part.params:
             # Named once in the root's help; on every option it would drown the rest.
             option.show_envvar = False
-    try:
+    with told_errors(go_on=command(*sys.argv[1:])):
         root()
-    except InterruptedRunError as error:
-        error.hint = error.hint or command(*sys.argv[1:])
-        render.fail(error)
-        sys.exit(error.exit_code)
-    except CacheError as error:
-        render.fail(error)
-        sys.exit(error.exit_code)
