@@ -116,6 +116,10 @@ class ViewSpec(Record):
     def parse(cls, text: str, *, seed: int = 0) -> Self:
         """Reads `none`, `flip` or `crops:K`.
 
+        Args:
+            text: One of these; K is the number of crops, 1 to 1024.
+            seed: Seed of the boxes of crops; not looked at for the others.
+
         Raises:
             UsageError: the text is none of these.
         """

@@ -32,11 +32,32 @@ and not in the authors' code: ours has the encoder's topology, at random and tra
 
 from __future__ import annotations
 
+import dataclasses
+
 import ci2p_cache as cc
 
 _PAPER_ENCODE = cc.EncodeOptions(dtype="float16", size=256, views="flip")
 _AUTHORS_ENCODE = cc.EncodeOptions(
     dtype="float16", size=256, resize_side=292, interpolation="bicubic", views="crops:8"
+)
+
+_PAPER_TRAIN = cc.TrainSpec(
+    epochs=300,
+    batch_size=128,
+    optimizer="adam",
+    lr=1e-4,
+    min_lr=1.25e-6,
+    warmup_epochs=20,
+    clip_grad_norm=0,
+    label_smoothing=0,
+    drop_path=0.1,
+)
+_AUTHORS_TRAIN = dataclasses.replace(
+    _PAPER_TRAIN,
+    optimizer="adamw",
+    weight_decay=0.05,
+    decay_norm_and_bias=True,
+    label_smoothing=0.1,
 )
 
 
@@ -85,18 +106,7 @@ def _paper(model: str, published: str) -> cc.Experiment:
         name=f"animals10_paper_{model}",
         claim=f"{model} from scratch by the paper's recipe; {published}, on another split",
         encode=_PAPER_ENCODE,
-        train=cc.TrainSpec(
-            model=model,
-            epochs=300,
-            batch_size=128,
-            optimizer="adam",
-            lr=1e-4,
-            min_lr=1.25e-6,
-            warmup_epochs=20,
-            clip_grad_norm=0,
-            label_smoothing=0,
-            drop_path=0.1,
-        ),
+        train=dataclasses.replace(_PAPER_TRAIN, model=model),
     )
 
 
@@ -105,18 +115,5 @@ def _authors(model: str) -> cc.Experiment:
         name=f"animals10_authors_{model}",
         claim=f"{model} from scratch by the authors' code, without what a cache cannot carry",
         encode=_AUTHORS_ENCODE,
-        train=cc.TrainSpec(
-            model=model,
-            epochs=300,
-            batch_size=128,
-            optimizer="adamw",
-            lr=1e-4,
-            min_lr=1.25e-6,
-            warmup_epochs=20,
-            weight_decay=0.05,
-            decay_norm_and_bias=True,
-            clip_grad_norm=0,
-            label_smoothing=0.1,
-            drop_path=0.1,
-        ),
+        train=dataclasses.replace(_AUTHORS_TRAIN, model=model),
     )

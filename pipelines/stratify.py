@@ -16,15 +16,15 @@ import argparse
 import csv
 import hashlib
 import io
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.cli import render
-from ci2p_cache.errors import CacheError, SourceError, UsageError
+from ci2p_cache.cli.ending import told_errors
+from ci2p_cache.errors import SourceError, UsageError
 from ci2p_cache.images.folder import FolderSource
+from ci2p_cache.record import write_whole
 
 
 def stratified(
@@ -84,19 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--val-fraction", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
-    try:
+    with told_errors(go_on="run the same command again"):
         rows = stratified(asked.images, asked.out, val_fraction=asked.val_fraction, seed=asked.seed)
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("path", "label", "split"))
         writer.writerows(rows)
-        with disk_errors(asked.out):
-            partial = asked.out.with_name(f".{asked.out.name}.partial")
-            partial.write_bytes(text.getvalue().encode())
-            partial.replace(asked.out)
-    except CacheError as error:
-        render.fail(error)
-        sys.exit(error.exit_code)
+        write_whole(asked.out, text.getvalue().encode(), what="list")
     held_out = sum(split == "val" for _, _, split in rows)
     render.line(f"{asked.out}: {len(rows) - held_out:,} train, {held_out:,} val")
 

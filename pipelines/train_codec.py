@@ -29,51 +29,35 @@ same number of threads.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
 import platform
 import shlex
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 # CompressAI still compiles a function with torch.jit when it is imported.
 warnings.filterwarnings("ignore", message=r"`torch\.jit")
 
 import compressai
 import torch
-from torch import Tensor
 
 import ci2p_cache
 from ci2p_cache.cache.lock import locked
-from ci2p_cache.cache.staging import disk_errors
+from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cli import render
+from ci2p_cache.cli.ending import told_errors
 from ci2p_cache.encoder.codec_spec import CodecSpec
 from ci2p_cache.encoder.crops import TrainingImages
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.rate_distortion import evaluate_rate_distortion
 from ci2p_cache.encoder.train import CodecStep, train_codec
-from ci2p_cache.errors import (
-    CacheError,
-    ImageDecodeError,
-    InterruptedRunError,
-    SourceError,
-    UsageError,
-)
-from ci2p_cache.images.decode import decode_image, decoder_name
-from ci2p_cache.images.kinds import is_image
-from ci2p_cache.images.listing import walk
-from ci2p_cache.images.names import for_display
-from ci2p_cache.images.reading import read_file
-from ci2p_cache.images.tally import Tally
+from ci2p_cache.errors import InterruptedRunError, UsageError
+from ci2p_cache.images.picture_folders import PictureFolders
 from ci2p_cache.machine import checked_device, tune_allocator
-from ci2p_cache.specs import ImageSpec
 from ci2p_cache.training.signals import StopSignal
 
 _EXAMPLES = """\
@@ -91,87 +75,23 @@ examples:
 the same command again goes on where it stopped; Ctrl-C saves first
 """
 
+_SETTINGS = (
+    ("quality", "quality", ""),
+    ("steps", "steps", ""),
+    ("batch-size", "batch_size", ""),
+    ("crop", "crop_px", "pixels"),
+    ("lmbda", "lmbda", "weight of the distortion"),
+    ("lr", "lr", "peak learning rate"),
+    ("optimizer", "optimizer", "muon or adam"),
+    ("precision", "precision", "or float32"),
+    ("seed", "seed", ""),
+)
+"""Flag, field of `CodecSpec`, help."""
+
 _SAVE_SECONDS = 300.0
 """Between checkpoints: 48 MB each, written in well under a second."""
 _TELL_SECONDS = 30.0
 """Between progress lines."""
-_KEPT_BYTES = 4 * 2**30
-"""Of decoded pictures held in memory."""
-
-
-class Pictures(Sequence[Tensor]):
-    """Pictures of some folders, decoded once to find out which can be used.
-
-    Args:
-        folders: Folder and how often its pictures are drawn, as (path, times).
-        shortest_px: Pictures with a shorter side are left out.
-    """
-
-    def __init__(self, folders: Sequence[tuple[Path, float]], *, shortest_px: int) -> None:
-        # Only the decoder's own fields matter here: nothing is resized.
-        self._spec = ImageSpec(exif="apply", decoder=decoder_name())
-        self._places: list[tuple[bytes, bytes]] = []
-        self._kept: list[Tensor | None] = []
-        self.draws: list[float] = []
-        self.left_out: list[str] = []
-        self.notices: list[str] = []
-        self.counts: list[int] = []
-        digest = hashlib.sha256()
-        room = _KEPT_BYTES
-        for folder, times in folders:
-            before = len(self._places)
-            for root, path in self._listed(folder):
-                content = read_file(root, path)
-                try:
-                    pixels = decode_image(content, self._spec).pixels
-                except ImageDecodeError as error:
-                    self.left_out.append(f"{for_display(path)}: {error}")
-                    continue
-                height, width = pixels.shape[1:]
-                if min(height, width) < shortest_px:
-                    self.left_out.append(
-                        f"{for_display(path)}: {width}x{height}, smaller than {shortest_px}"
-                    )
-                    continue
-                digest.update(hashlib.sha256(content).digest())
-                room -= pixels.nbytes
-                self._places.append((root, path))
-                self._kept.append(pixels if room >= 0 else None)
-                self.draws.append(times)
-            self.counts.append(len(self._places) - before)
-            digest.update(f"/{times}/".encode())
-        self.digest = digest.hexdigest()
-        if not self._places:
-            names = ", ".join(str(folder) for folder, _ in folders)
-            why = f"; the first left out is {self.left_out[0]}" if self.left_out else ""
-            raise SourceError(
-                f"{names}: no picture that can be used, {len(self.left_out)} left out{why}. Wanted "
-                f"JPEG, PNG, WebP, BMP, GIF or TIFF with sides of at least {shortest_px} pixels"
-            )
-
-    def _listed(self, folder: Path) -> Iterator[tuple[bytes, bytes]]:
-        if not folder.is_dir():
-            raise SourceError(f"{folder} is no folder; wanted a folder with pictures in it")
-        root, tally = os.fsencode(folder.absolute()), Tally()
-        for path in walk(root, b"", tally):
-            if is_image(root, path, tally):
-                yield root, path
-        self.notices += tally.notices()
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        kept = self._kept[index]
-        if kept is not None:
-            return kept
-        return decode_image(read_file(*self._places[index]), self._spec).pixels
 
 
 class Progress:
@@ -211,19 +131,8 @@ class Progress:
 
 def main() -> None:
     """Runs the command line; the exit code is the error's own, as in `ci2p-cache`."""
-    try:
-        try:
-            _run(_parsed(sys.argv[1:]))
-        except KeyboardInterrupt:
-            # Outside the steps, so nothing is half done.
-            raise InterruptedRunError(
-                "interrupted; what was saved is safe", signal_number=signal.SIGINT
-            ) from None
-    except CacheError as error:
-        if isinstance(error, InterruptedRunError):
-            error.hint = shlex.join(["python", *sys.argv])
-        render.fail(error)
-        sys.exit(error.exit_code)
+    with told_errors(go_on=shlex.join(["python", *sys.argv])):
+        _run(_parsed(sys.argv[1:]))
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:
@@ -242,50 +151,37 @@ def _parsed(words: list[str]) -> argparse.Namespace:
         "--start", default="bundled", help="bundled, random, or a weights file (%(default)s)"
     )
     parser.add_argument("--evaluate", type=Path, help="folder of pictures to measure at the end")
-    parser.add_argument("--quality", type=int, default=spec.quality, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=spec.steps, help="(%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=spec.batch_size, help="(%(default)s)")
-    parser.add_argument("--crop", type=int, default=spec.crop_px, help="pixels (%(default)s)")
-    parser.add_argument(
-        "--lmbda", type=float, default=spec.lmbda, help="weight of the distortion (%(default)s)"
-    )
-    parser.add_argument(
-        "--lr", type=float, default=spec.lr, help="peak learning rate (%(default)s)"
-    )
-    parser.add_argument("--optimizer", default=spec.optimizer, help="muon or adam (%(default)s)")
-    parser.add_argument("--precision", default=spec.precision, help="or float32 (%(default)s)")
-    parser.add_argument("--seed", type=int, default=spec.seed, help="(%(default)s)")
+    for flag, name, text in _SETTINGS:
+        default = getattr(spec, name)
+        parser.add_argument(
+            f"--{flag}", dest=name, type=type(default), default=default,
+            metavar=flag.upper().replace("-", "_"), help=f"{text} (%(default)s)".strip(),
+        )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     return parser.parse_args(words)
 
 
 def _run(options: argparse.Namespace) -> None:
-    spec = CodecSpec(
-        quality=options.quality,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        crop_px=options.crop,
-        lmbda=options.lmbda,
-        lr=options.lr,
-        optimizer=options.optimizer,
-        precision=options.precision,
-        seed=options.seed,
-    )
+    spec = CodecSpec(**{name: getattr(options, name) for _, name, _ in _SETTINGS})
     device = checked_device(options.device)
     if device.type == "cpu":
         tune_allocator()
     out: Path = options.out
     start = _start(options.start, spec.quality)
     folders = [_folder(words) for words in options.images]
-    held_out = (
-        None if options.evaluate is None else Pictures([(options.evaluate, 1.0)], shortest_px=16)
-    )
-    pictures = Pictures(folders, shortest_px=spec.crop_px)
+    held_out = None
+    if options.evaluate is not None:
+        held_out = PictureFolders([(options.evaluate, 1.0)], shortest_px=16)
+    pictures = PictureFolders(folders, shortest_px=spec.crop_px)
     _tell_of(pictures, spec)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with locked(out / ".lock", what="train_codec"), StopSignal() as stop:
+    with (
+        locked(out / ".lock", what="train_codec"),
+        StagingArea(out, name="train_codec") as staging,
+        StopSignal() as stop,
+    ):
         summary = train_codec(
             TrainingImages(pictures, pictures.draws, pictures.digest),
             spec,
@@ -295,50 +191,69 @@ def _run(options: argparse.Namespace) -> None:
             control=Progress(out / "progress.csv", spec.steps, stop),
         )
         seconds = time.monotonic() - began
-        _put(out / "weights.safetensors", summary.encoder.to_bytes())
+        staging.put("weights.safetensors", summary.encoder.to_bytes())
         if summary.steps_done < spec.steps:
             raise InterruptedRunError(
                 f"stopped after step {summary.steps_done} of {spec.steps}; {out} holds all of it",
                 signal_number=stop.number or signal.SIGINT,
             )
-        results: dict[str, Any] = {}
-        if held_out is not None:
-            for name, encoder in (("start", start), ("end", summary.encoder)):
-                if encoder is not None:
-                    point = evaluate_rate_distortion(encoder, held_out, lmbda=spec.lmbda)
-                    results[name] = point.to_dict()
-                    render.line(
-                        f"{name}: {point.bpp:.4f} bpp, {point.psnr_db:.2f} dB, cost "
-                        f"{point.cost:.4f} on {point.num_images} pictures"
-                    )
+        images = [
+            {"folder": str(folder), "times": times, "pictures": count}
+            for (folder, times), count in zip(folders, pictures.counts, strict=True)
+        ]
         record = {
             "version": 1,
             "spec": spec.to_dict(),
-            "images": [
-                {"folder": str(folder), "times": times, "pictures": count}
-                for (folder, times), count in zip(folders, pictures.counts, strict=True)
-            ],
+            "images": images,
             "images_sha256": pictures.digest,
             "left_out": len(pictures.left_out),
-            "start": {
-                "from": options.start,
-                "weights_sha256": None if start is None else start.spec.weights_sha256,
-            },
-            "weights_sha256": summary.encoder.spec.weights_sha256,
+            "start": {"from": options.start, "weights_sha256": _digest(start)},
+            "weights_sha256": _digest(summary.encoder),
             "seconds_since_step": {"step": summary.resumed_at, "seconds": round(seconds, 1)},
-            "device": device.type,
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "ci2p_cache": ci2p_cache.__version__,
-                "compressai": compressai.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            **_machine(device),
             "evaluated_on": None if options.evaluate is None else str(options.evaluate),
-            "results": results,
+            "results": _results(start, summary.encoder, held_out, spec.lmbda),
         }
-        _put(out / "record.json", (json.dumps(record, indent=2) + "\n").encode())
+        staging.put_json("record.json", record)
     render.line(f"{out / 'weights.safetensors'}: ready for ci2p-cache encode --weights")
+
+
+def _results(
+    start: FrozenEncoder | None,
+    end: FrozenEncoder,
+    held_out: PictureFolders | None,
+    lmbda: float,
+) -> dict[str, Any]:
+    """Measures both encoders on pictures that were not trained on, and tells of it."""
+    results: dict[str, Any] = {}
+    for name, encoder in (("start", start), ("end", end)):
+        if held_out is None or encoder is None:
+            continue
+        point = evaluate_rate_distortion(encoder, held_out, lmbda=lmbda)
+        results[name] = point.to_dict()
+        render.line(
+            f"{name}: {point.bpp:.4f} bpp, {point.psnr_db:.2f} dB, cost {point.cost:.4f} on "
+            f"{point.num_images} pictures"
+        )
+    return results
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Returns what may change the last bits, for the record."""
+    return {
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "ci2p_cache": ci2p_cache.__version__,
+            "compressai": compressai.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _digest(encoder: FrozenEncoder | None) -> str | None:
+    return None if encoder is None else encoder.spec.weights_sha256
 
 
 def _start(source: str, quality: int) -> FrozenEncoder | None:
@@ -363,7 +278,7 @@ def _folder(words: list[str]) -> tuple[Path, float]:
     return Path(words[0]), times
 
 
-def _tell_of(pictures: Pictures, spec: CodecSpec) -> None:
+def _tell_of(pictures: PictureFolders, spec: CodecSpec) -> None:
     for notice in pictures.notices:
         render.notice(notice)
     if pictures.left_out:
@@ -371,17 +286,6 @@ def _tell_of(pictures: Pictures, spec: CodecSpec) -> None:
             f"{len(pictures.left_out)} pictures are left out, for example {pictures.left_out[0]}"
         )
     render.status(f"{len(pictures)} pictures, {spec.steps} steps of {spec.batch_size} crops")
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    staged = path.with_name(f"{path.name}.partial")
-    with disk_errors(path):
-        with staged.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,10 @@ class ShardFiles:
     def read_index(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Reads the index part of a shard, or some of its columns.
 
+        Args:
+            shard: Its number, from 0.
+            columns: Names of columns; None: all of them, as cache/README.md lists them.
+
         Raises:
             ShardError: it is missing or damaged.
         """
@@ -155,7 +159,12 @@ class ShardFiles:
                 raise ShardError(f"{file.path} is intact but is not the shard of this index part")
 
     def damage(self, shard: int, reason: str) -> ShardError:
-        """Returns the error that names a shard, its rows and the command that repairs it."""
+        """Returns the error that names a shard, its rows and the command that repairs it.
+
+        Args:
+            shard: Its number, from 0.
+            reason: What is wrong with it.
+        """
         rows = self.record.rows_of(shard)
         return ShardError(
             f"split {self.name!r} shard {shard} (rows {rows.start} to {rows.stop - 1}): {reason}",

@@ -8,7 +8,6 @@ from pathlib import Path
 from ci2p_cache.errors import (
     CacheError,
     IntegrityError,
-    InterruptedRunError,
     ResourceError,
     SourceError,
     WeightsError,
@@ -28,8 +27,6 @@ def advice(error: CacheError, words: Sequence[str], commands: Iterable[str]) -> 
         words: The command line behind `ci2p-cache`.
         commands: The names of all commands; those of a group as "bench encode".
     """
-    if isinstance(error, InterruptedRunError):
-        return command(*words)
     if type(error) is CacheError:
         return command("doctor", "--json", note="please report this, with what that prints")
     if isinstance(error, SourceError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 import warnings
 from typing import Annotated, Any
 
@@ -12,13 +11,14 @@ import typer
 
 from ci2p_cache import __version__
 from ci2p_cache.cli import render
-from ci2p_cache.cli.advice import advice, out_of_memory
+from ci2p_cache.cli.advice import advice
 from ci2p_cache.cli.bench import bench
 from ci2p_cache.cli.complexity import complexity
 from ci2p_cache.cli.convert import convert
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.doctor import doctor
 from ci2p_cache.cli.encode import encode
+from ci2p_cache.cli.ending import told_errors
 from ci2p_cache.cli.evaluate import evaluate
 from ci2p_cache.cli.export import export
 from ci2p_cache.cli.look import inspect
@@ -29,7 +29,7 @@ from ci2p_cache.cli.run import run
 from ci2p_cache.cli.status import status
 from ci2p_cache.cli.train import train
 from ci2p_cache.cli.verify import verify
-from ci2p_cache.errors import CacheError
+from ci2p_cache.errors import command
 
 __all__ = ["app", "run_command"]
 
@@ -100,16 +100,10 @@ def run_command() -> None:
         for option in part.params:
             # Named once in the root's help; on every option it would drown the rest.
             option.show_envvar = False
-    try:
+    words = sys.argv[1:]
+    names = _command_names(root)
+    with told_errors(go_on=command(*words), advise=lambda error: advice(error, words, names)):
         root()
-    except Exception as caught:
-        error = caught if isinstance(caught, CacheError) else out_of_memory(caught)
-        if error is None:
-            traceback.print_exc()
-            error = CacheError(f"this is a bug of ci2p-cache: {caught!r}")
-        error.hint = error.hint or advice(error, sys.argv[1:], _command_names(root))
-        render.fail(error)
-        sys.exit(error.exit_code)
 
 
 def _command_names(group: Any) -> list[str]:

@@ -12,7 +12,7 @@ from ci2p_cache.cli import render
 from ci2p_cache.errors import InputDataError
 
 if TYPE_CHECKING:
-    from ci2p_cache.inference.pictures import Prediction
+    from ci2p_cache.inference.prediction import Prediction
 
 __all__ = ["predict"]
 

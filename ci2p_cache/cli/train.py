@@ -15,8 +15,10 @@ from ci2p_cache.cli import augmentation, render
 from ci2p_cache.errors import CacheError, UsageError
 
 if TYPE_CHECKING:
+    from ci2p_cache.loader.batches import BatchLoader
     from ci2p_cache.training.ranks import Ranks
     from ci2p_cache.training.records import TrainSummary
+    from ci2p_cache.training.spec import TrainSpec
 
 __all__ = ["joined_ranks", "train"]
 
@@ -114,12 +116,7 @@ def train(
     from ci2p_cache.training.spec import TrainSpec
 
     with joined_ranks(device) as ranks, ExitStack() as stack:
-        if overwrite is not None and overwrite != name:
-            quoted = shlex.quote(overwrite)
-            raise UsageError(
-                f"--overwrite names {overwrite!r}, --name is {name!r}",
-                hint=f"--name {quoted} --overwrite {quoted} trains that run from the start",
-            )
+        _require_named(overwrite, name)
         spec = TrainSpec(
             model=model, epochs=epochs, batch_size=batch_size, accumulate=accumulate,
             optimizer=optimizer, lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs,
@@ -135,21 +132,7 @@ def train(
             observer = TrainWatch(line)
         loader = None
         if online:
-            from ci2p_cache.cache.store import open_cache
-            from ci2p_cache.loader.online import OnlineLoader
-            from ci2p_cache.training.folds import splits_of
-
-            loader = stack.enter_context(
-                OnlineLoader(
-                    splits_of(open_cache(cache), spec)[0],
-                    batch_size=batch_size,
-                    seed=seed,
-                    device=ranks.device(device),
-                    threads=workers or ranks.num_threads,
-                    rank=ranks.rank,
-                    world_size=ranks.world_size,
-                )
-            )
+            loader = stack.enter_context(_online_loader(cache, spec, ranks, device, workers))
         summary = run(
             cache,
             spec=spec,
@@ -172,6 +155,36 @@ def train(
         render.print_json(summary.to_dict())
     else:
         _print_summary(summary, curves)
+
+
+def _require_named(overwrite: str | None, name: str | None) -> None:
+    """Refuses to remove a run whose name was not typed twice."""
+    if overwrite is not None and overwrite != name:
+        quoted = shlex.quote(overwrite)
+        raise UsageError(
+            f"--overwrite names {overwrite!r}, --name is {name!r}",
+            hint=f"--name {quoted} --overwrite {quoted} trains that run from the start",
+        )
+
+
+def _online_loader(
+    cache: Path, spec: TrainSpec, ranks: Ranks, device: str, workers: int | None
+) -> BatchLoader:
+    """Returns the loader with the encoder in the loop, for this rank."""
+    from ci2p_cache.cache.store import open_cache
+    from ci2p_cache.loader.online import OnlineLoader
+    from ci2p_cache.training.folds import splits_of
+
+    split, _ = splits_of(open_cache(cache), spec)
+    return OnlineLoader(
+        split,
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+        device=ranks.device(device),
+        threads=workers or ranks.num_threads,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
 
 
 @contextmanager

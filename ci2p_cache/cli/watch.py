@@ -9,8 +9,8 @@ from ci2p_cache.training.records import EpochRecord, TrainObserver, TrainProgres
 __all__ = ["EncodeWatch", "TrainWatch"]
 
 
-class EncodeWatch(EncodeObserver):
-    """Shows stage one.
+class _Watch:
+    """What both have: notices are printed.
 
     Args:
         line: Where progress goes.
@@ -22,6 +22,10 @@ class EncodeWatch(EncodeObserver):
     def notice(self, text: str) -> None:
         """Prints the notice."""
         render.notice(text)
+
+
+class EncodeWatch(_Watch, EncodeObserver):
+    """Shows stage one on a progress line."""
 
     def progress(self, progress: EncodeProgress) -> None:
         """Moves the line."""
@@ -38,19 +42,8 @@ class EncodeWatch(EncodeObserver):
         self._line.update(done_bytes, total_bytes, detail="bytes of official weights")
 
 
-class TrainWatch(TrainObserver):
-    """Shows stage two: a progress line within an epoch, and one printed line per epoch.
-
-    Args:
-        line: Where progress goes.
-    """
-
-    def __init__(self, line: render.ProgressLine) -> None:
-        self._line = line
-
-    def notice(self, text: str) -> None:
-        """Prints the notice."""
-        render.notice(text)
+class TrainWatch(_Watch, TrainObserver):
+    """Shows stage two: a progress line within an epoch, and one printed line per epoch."""
 
     def progress(self, progress: TrainProgress) -> None:
         """Moves the line."""

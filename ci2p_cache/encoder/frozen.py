@@ -135,6 +135,10 @@ class FrozenEncoder:
 
         At step 1 they equal CompressAI's `entropy_bottleneck.quantize(y, "symbols", medians)`.
 
+        Args:
+            y_BMhw: float32 latents as this encoder gives them, on any device; taken to its own.
+            step: Width of a symbol, positive; 1 is the codec's.
+
         Raises:
             UsageError: the encoder has no symbols, or `step` is not positive.
         """
@@ -142,6 +146,10 @@ class FrozenEncoder:
 
     def dequantize(self, symbols_BMhw: Tensor, *, step: float = 1.0) -> Tensor:
         """Gives y_hat = symbols * step + median, float32, of the shape of the symbols.
+
+        Args:
+            symbols_BMhw: Whole numbers of any dtype, on any device; taken to the encoder's.
+            step: The step that `quantize` was given.
 
         Raises:
             UsageError: the encoder has no symbols, or `step` is not positive.

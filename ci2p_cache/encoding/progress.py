@@ -52,7 +52,12 @@ class EncodeObserver:
         """Takes the state of the run, at most ten times a second."""
 
     def download(self, done_bytes: int, total_bytes: int) -> None:
-        """Takes the state of the one-time download of official weights."""
+        """Takes the state of the one-time download of official weights.
+
+        Args:
+            done_bytes: Fetched so far.
+            total_bytes: Of the whole file.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

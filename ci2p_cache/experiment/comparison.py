@@ -19,9 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ci2p_cache.cache.sealed import json_bytes
-from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
-from ci2p_cache.record import Record, differing_fields, read_json
+from ci2p_cache.record import Record, differing_fields, read_json, write_whole
 
 __all__ = [
     "Configuration",
@@ -222,13 +221,9 @@ def refuse_other_settings(study: Study, settings: StudySettings) -> None:
 
 
 def write_study(path: Path, study: Study) -> None:
-    """Writes the file of a study: beside it, then renamed into place.
+    """Writes the file of a study whole or not at all.
 
     Raises:
         ResourceError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(json_bytes(study.to_dict()))
-        partial.replace(path)
+    write_whole(path, json_bytes(study.to_dict()), what="study")

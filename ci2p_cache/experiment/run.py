@@ -15,7 +15,6 @@ Each stage goes on where it stopped, so this keeps no state of its own: what is 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from ci2p_cache.demo_pictures import write_pictures
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.encoding.run import encode
 from ci2p_cache.errors import RunMismatchError, UsageError, command
+from ci2p_cache.experiment.clock import StageClock
 from ci2p_cache.experiment.spec import EXPERIMENT, Experiment, read_experiment, refuse_other
 from ci2p_cache.experiment.stages import Scores, evaluate_run, report_path, write_report
 from ci2p_cache.record import Record
@@ -39,6 +39,8 @@ from ci2p_cache.training.run import train
 __all__ = ["STAGES", "ExperimentSummary", "Stage", "StageEvent", "run_experiment"]
 
 Stage = Literal["pictures", "encode", "train", "evaluate", "report"]
+
+_Clock = StageClock[Stage]
 
 STAGES: tuple[Stage, ...] = ("encode", "train", "evaluate", "report")
 """What `until` may name, in order."""
@@ -125,7 +127,8 @@ def run_experiment(
     with ExitStack() as stack:
         if ranks is None:
             ranks = stack.enter_context(Ranks.from_environment().joined(device))
-        clock = _Clock(on_event if on_event is not None and ranks.is_writer else lambda _: None)
+        tell = on_event if on_event is not None and ranks.is_writer else lambda _: None
+        clock = _Clock(lambda stage, text, s: tell(StageEvent(stage=stage, text=text, seconds=s)))
         encoded: EncodeSummary | None = None
         if ranks.world_size > 1:
             _require_cache(experiment, root)
@@ -163,25 +166,6 @@ def run_experiment(
         report=report,
         seconds=clock.seconds,
     )
-
-
-class _Clock:
-    """Times the stages and tells of them."""
-
-    def __init__(self, tell: Callable[[StageEvent], None]) -> None:
-        self._tell = tell
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: Stage, plan: str) -> Iterator[list[str]]:
-        """Tells of a stage that starts and, if it succeeds, what the caller put into the list."""
-        self._tell(StageEvent(stage=name, text=plan, seconds=None))
-        started = time.perf_counter()
-        outcome: list[str] = []
-        yield outcome
-        self.seconds[name] = time.perf_counter() - started
-        text = "; ".join(outcome)
-        self._tell(StageEvent(stage=name, text=text, seconds=self.seconds[name]))
 
 
 def _require_cache(experiment: Experiment, root: Path) -> None:

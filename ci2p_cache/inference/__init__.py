@@ -3,7 +3,7 @@
 from ci2p_cache.inference.classifier import Classifier, load_classifier
 from ci2p_cache.inference.evaluation import Evaluation
 from ci2p_cache.inference.export import ExportSummary, export_model
-from ci2p_cache.inference.pictures import Prediction
+from ci2p_cache.inference.prediction import Prediction
 from ci2p_cache.inference.scoring import evaluate
 
 __all__ = [

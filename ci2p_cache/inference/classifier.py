@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ci2p_cache.errors import ImageDecodeError, ResourceError, UsageError
+from ci2p_cache.errors import UsageError
 from ci2p_cache.images.decode import decoder_name
-from ci2p_cache.inference.pictures import Guess, Prediction, find_pictures, read_picture, shown
+from ci2p_cache.inference.model_inputs import as_floats, as_stored, encode_by_cores
+from ci2p_cache.inference.pictures import find_pictures, read_ahead, read_picture, shown
+from ci2p_cache.inference.prediction import Guess, Prediction, likeliest
 from ci2p_cache.inference.run_encoder import load_run_encoder
 from ci2p_cache.inference.run_folder import RunFolder, load_model, open_run
 from ci2p_cache.machine import checked_device, ieee_float32, num_cores
@@ -125,14 +125,17 @@ class Classifier:
     def inputs(self, images_B3HW: Tensor) -> Tensor:
         """Gives what the model reads of images: latents, or the images themselves in [0, 1].
 
-        On CPU the encoder runs in the cache's own setting, one thread per call, with a part of the
-        batch on each core: so that the symbols are the cache's to the last one.
+        The symbols are the cache's to the last one, see `encode_by_cores`.
 
         Args:
             images_B3HW: As for a call.
 
         Returns:
             float32 (B, M, h, w) dequantised latents, or (B, 3, size, size), on `device`.
+
+        Raises:
+            UsageError: the images have another shape or dtype.
+            InputDataError, DigestError: as for `encoder`.
         """
         images = self.checked(images_B3HW)
         if self.reads == "images":
@@ -145,48 +148,37 @@ class Classifier:
         Raises:
             UsageError: they have another shape or dtype than a call takes.
         """
-        size = self.fingerprint.image.size
-        shape, dtype = tuple(images_B3HW.shape), images_B3HW.dtype
-        if shape[1:] != (3, size, size) or not shape[0]:
-            raise UsageError(
-                f"images have shape {shape}; wanted (batch, 3, {size}, {size}), the size that the "
-                "run was trained at"
-            )
-        if dtype == torch.uint8:
-            return images_B3HW.to(self.device).to(torch.float32).div_(255)
-        if not dtype.is_floating_point:
-            raise UsageError(f"images have dtype {dtype}; wanted uint8, or floats in [0, 1]")
-        return images_B3HW.to(self.device, torch.float32)
+        return as_floats(images_B3HW, size=self.fingerprint.image.size, device=self.device)
 
     def latents(self, images_B3HW: Tensor) -> Tensor:
-        """Runs g_a on float32 images in [0, 1]; gives y, float32 (B, M, h, w)."""
-        encoder = self.encoder
-        if self.device.type != "cpu":
-            return encoder(images_B3HW)
-        threads = torch.get_num_threads()
-        parts = images_B3HW.chunk(min(threads, len(images_B3HW)))
-        try:
-            with ThreadPoolExecutor(
-                len(parts), initializer=torch.set_num_threads, initargs=(1,)
-            ) as (pool):
-                return torch.cat(list(pool.map(encoder, parts)))
-        finally:
-            # torch keeps the number that was set last for threads that are still to come.
-            torch.set_num_threads(threads)
+        """Runs g_a on float32 images in [0, 1], (B, 3, H, W); gives y, float32 (B, M, h, w).
+
+        Raises:
+            InputDataError, DigestError, UsageError: as for `encoder`.
+        """
+        return encode_by_cores(self.encoder, images_B3HW)
 
     def stored(self, y_BMhw: Tensor) -> Tensor:
-        """Gives what the cache would store of y, of its dtype: saturated symbols, or y itself."""
-        from ci2p_cache.encoder.quantize import saturate
+        """Gives what the cache would store of y, of its dtype: saturated symbols, or y itself.
 
+        Args:
+            y_BMhw: float32 (B, M, h, w) on `device`.
+
+        Raises:
+            InputDataError, DigestError, UsageError: as for `encoder`, whose medians symbols need.
+        """
         latent = self.fingerprint.latent
-        dtype: torch.dtype = getattr(torch, latent.dtype)
-        if not latent.is_symbols:
-            return y_BMhw.to(dtype)
-        symbols = self.encoder.quantize(y_BMhw, step=latent.step)
-        return saturate(symbols, latent.symbol_limit)[0].to(dtype)
+        return as_stored(y_BMhw, latent, self.encoder if latent.is_symbols else None)
 
     def dequantise(self, stored_BMhw: Tensor) -> Tensor:
-        """Gives stored values as the loaders do, float32: symbols * step + median, or y itself."""
+        """Gives stored values as the loaders do: symbols * step + median, or y itself.
+
+        Args:
+            stored_BMhw: (B, M, h, w) of any dtype, on any device; not changed.
+
+        Returns:
+            float32 (B, M, h, w) on `device`.
+        """
         latents = stored_BMhw.to(self.device, torch.float32, copy=True)
         if self.fingerprint.latent.is_symbols:
             if self.run.file.scale != 1.0:
@@ -248,65 +240,29 @@ class Classifier:
         if self.reads == "latents":
             # Its errors come before any picture is read.
             _ = self.encoder
-        entries = iter(listed := find_pictures(paths))
+        listed = find_pictures(paths)
         done: list[Prediction] = []
-        with ThreadPoolExecutor(threads or num_cores(), thread_name_prefix="read") as pool:
-            ahead = self._start(pool, list(islice(entries, batch_size)))
-            while ahead:
-                batch, ahead = ahead, self._start(pool, list(islice(entries, batch_size)))
-                done += self._finish(batch, top)
-                if on_progress is not None:
-                    on_progress(len(done), len(listed))
+        for batch in read_ahead(
+            listed, self.read, batch_size=batch_size, threads=threads or num_cores()
+        ):
+            done += self._predictions(batch, top)
+            if on_progress is not None:
+                on_progress(len(done), len(listed))
         return done
 
-    def _start(
-        self, pool: ThreadPoolExecutor, entries: Sequence[tuple[str, str | None]]
-    ) -> list[tuple[str, str | Future[Tensor]]]:
-        """Starts reading pictures; gives each path with its reason or its picture to come."""
-        return [
-            (path, reason if reason is not None else pool.submit(self.read, path))
-            for path, reason in entries
-        ]
-
-    def _finish(
-        self, batch: Sequence[tuple[str, str | Future[Tensor]]], top: int
+    def _predictions(
+        self, batch: Sequence[tuple[str, Tensor | str]], top: int
     ) -> Iterator[Prediction]:
         """Yields the predictions of a batch, in order."""
-        views: dict[int, Tensor] = {}
-        errors: dict[int, str] = {}
-        for number, (_, coming) in enumerate(batch):
-            try:
-                if isinstance(coming, str):
-                    errors[number] = coming
-                else:
-                    views[number] = coming.result()
-            except (ImageDecodeError, ResourceError) as error:
-                errors[number] = str(error)
-        guesses: dict[int, tuple[Guess, ...]] = {}
+        views = [view for _, view in batch if isinstance(view, Tensor)]
+        guesses: Iterator[tuple[Guess, ...]] = iter(())
         if views:
-            logits_BK = self(torch.stack(list(views.values())))
-            guesses = dict(zip(views, self._guesses(logits_BK, top), strict=True))
-        for number, (path, _) in enumerate(batch):
-            yield Prediction(
-                path=shown(path), guesses=guesses.get(number, ()), error=errors.get(number)
-            )
-
-    def _guesses(self, logits_BK: Tensor, top: int) -> Iterator[tuple[Guess, ...]]:
-        logits_BK = logits_BK.cpu()
-        shares_BK = logits_BK.softmax(dim=1)
-        # Stable: of equal logits the lower label comes first.
-        order_BK = logits_BK.argsort(dim=1, descending=True, stable=True)[:, :top]
-        for logits, shares, order in zip(logits_BK, shares_BK, order_BK, strict=True):
-            yield tuple(
-                Guess(
-                    label=label,
-                    name=self.classes[label],
-                    title=self.class_titles[label],
-                    probability=float(shares[label]),
-                    logit=float(logits[label]),
-                )
-                for label in order.tolist()
-            )
+            guesses = likeliest(self(torch.stack(views)), self.classes, self.class_titles, top=top)
+        for path, view in batch:
+            if isinstance(view, Tensor):
+                yield Prediction(path=shown(path), guesses=next(guesses))
+            else:
+                yield Prediction(path=shown(path), error=view)
 
 
 def load_classifier(

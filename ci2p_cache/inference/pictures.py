@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -26,40 +27,11 @@ from ci2p_cache.images.names import as_key
 from ci2p_cache.images.reading import read_file
 from ci2p_cache.images.tally import Tally
 from ci2p_cache.images.views import image_views
-from ci2p_cache.record import Record
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
-__all__ = ["Guess", "Prediction", "find_pictures", "read_picture", "shown"]
+__all__ = ["find_pictures", "read_ahead", "read_picture", "shown"]
 
 _ONE_VIEW = ViewSpec(kind="none")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Guess(Record):
-    """One class that a picture may show."""
-
-    label: int
-    """Index into the model's classes."""
-    name: str
-    """Name of the class."""
-    title: str
-    """Its name for people."""
-    probability: float
-    """Softmax of the logits, 0 to 1."""
-    logit: float
-    """What the model gave."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction(Record):
-    """What the model says of one picture, or why it says nothing."""
-
-    path: str
-    """The file as it was named or found; bytes that are not UTF-8 are shown as \\xNN."""
-    guesses: tuple[Guess, ...] = ()
-    """The likeliest classes first; of equal ones the lower label. Empty where there is an error."""
-    error: str | None = None
-    """Why the picture could not be read; None where all is well."""
 
 
 def find_pictures(names: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str | None]]:
@@ -118,6 +90,51 @@ def read_picture(path: str, spec: ImageSpec) -> Tensor:
     decoded = decode_image(read_file(folder or b".", name), spec)
     views, _ = image_views(decoded, spec, _ONE_VIEW, split="val", key="")
     return views[0]
+
+
+def read_ahead(
+    entries: Iterable[tuple[str, str | None]],
+    read: Callable[[str], Tensor],
+    *,
+    batch_size: int,
+    threads: int,
+) -> Iterator[list[tuple[str, Tensor | str]]]:
+    """Reads pictures in threads, always a batch ahead of the one that is worked on.
+
+    Args:
+        entries: As `find_pictures` gives them.
+        read: Reads one picture; called in the threads.
+        batch_size: Pictures per batch.
+        threads: How many read.
+
+    Yields:
+        Batches in the order of the entries: each path with its picture, or with the reason why
+        there is none.
+    """
+    coming = iter(entries)
+    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+
+        def started() -> list[tuple[str, str | Future[Tensor]]]:
+            return [
+                (path, reason if reason is not None else pool.submit(read, path))
+                for path, reason in islice(coming, batch_size)
+            ]
+
+        ahead = started()
+        while ahead:
+            batch, ahead = ahead, started()
+            yield _read(batch)
+
+
+def _read(batch: Sequence[tuple[str, str | Future[Tensor]]]) -> list[tuple[str, Tensor | str]]:
+    """Waits for the pictures of a batch; what could not be read becomes its reason."""
+    done: list[tuple[str, Tensor | str]] = []
+    for path, coming in batch:
+        try:
+            done.append((path, coming if isinstance(coming, str) else coming.result()))
+        except (ImageDecodeError, ResourceError) as error:
+            done.append((path, str(error)))
+    return done
 
 
 def shown(path: str) -> str:

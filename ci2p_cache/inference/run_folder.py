@@ -21,7 +21,8 @@ from ci2p_cache.training.checkpoint_folder import (
     read_state,
     weights_of,
 )
-from ci2p_cache.training.folder import RunArgs, read_run_args
+from ci2p_cache.training.folder import read_run_args
+from ci2p_cache.training.settings import RunArgs
 
 __all__ = ["RunFolder", "load_model", "open_run"]
 

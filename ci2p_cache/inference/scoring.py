@@ -13,25 +13,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ci2p_cache.cache.index import parquet_bytes
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.cache.store import Cache, open_cache
-from ci2p_cache.errors import (
-    FingerprintMismatchError,
-    InputDataError,
-    NotACacheError,
-    UsageError,
-)
+from ci2p_cache.errors import UsageError
 from ci2p_cache.inference.evaluation import EVALUATION, PREDICTIONS, Evaluation
+from ci2p_cache.inference.evaluation_data import chosen_split, open_data
+from ci2p_cache.inference.prediction_rows import PredictionRows
 from ci2p_cache.inference.run_folder import RunFolder, load_model, open_run
 from ci2p_cache.inference.scores import (
     bootstrap_interval,
@@ -40,30 +31,12 @@ from ci2p_cache.inference.scores import (
     confusion_triples,
     expected_calibration_error,
 )
-from ci2p_cache.loader.batches import Batch, BatchLoader
+from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.machine import checked_device, ieee_float32, raise_open_files, tune_allocator
-from ci2p_cache.record import differing_fields
-from ci2p_cache.training.inputs import data_digest, train_and_val
 from ci2p_cache.training.metrics import Validation, validate
-from ci2p_cache.training.ranks import Ranks
 
 __all__ = ["evaluate"]
-
-_TOP = 5
-
-_SCHEMA = pa.schema(
-    [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("label", pa.int32(), nullable=False),
-        pa.field("predicted", pa.int32(), nullable=False),
-        pa.field("confidence", pa.float32(), nullable=False),
-        pa.field("correct", pa.bool_(), nullable=False),
-        pa.field("loss", pa.float32(), nullable=False),
-        pa.field("top5", pa.list_(pa.int32()), nullable=False),
-    ]
-)
 
 
 def evaluate(
@@ -115,9 +88,9 @@ def evaluate(
     """
     opened = open_run(run, checkpoint=checkpoint)
     spec = opened.args.settings.spec
-    data, is_own = _open_data(opened, cache)
+    data, is_own = open_data(opened, cache)
     place = checked_device(device)
-    chosen = _chosen_split(data, opened, split, is_own=is_own)
+    chosen = chosen_split(data, opened, split, is_own=is_own)
     raise_open_files()
     if place.type == "cpu":
         tune_allocator()
@@ -128,7 +101,7 @@ def evaluate(
         )  # fmt: skip
         stack.enter_context(loader)
         stack.enter_context(ieee_float32(place))
-        rows = _Rows(len(chosen.valid_rows), on_progress)
+        rows = PredictionRows(len(chosen.valid_rows), on_progress)
         validation = validate(
             load_model(opened, place),
             loader,
@@ -142,7 +115,7 @@ def evaluate(
         locked(opened.path / ".evaluate.lock", what="evaluate"),
         StagingArea(opened.path, name="evaluate") as staging,
     ):
-        written = staging.put(PREDICTIONS, parquet_bytes(rows.table(_keys(chosen))))
+        written = staging.put(PREDICTIONS, parquet_bytes(rows.table(chosen)))
         result = _evaluation(opened, rows, validation) | {
             "cache": str(cache or opened.args.cache),
             "split": split,
@@ -157,75 +130,6 @@ def evaluate(
         evaluation = Evaluation(**result)
         staging.put_json(EVALUATION, evaluation.to_dict())
     return evaluation
-
-
-def _open_data(run: RunFolder, cache: str | Path | None) -> tuple[Cache, bool]:
-    """Opens the cache, and says whether it holds the run's own samples.
-
-    Raises:
-        FingerprintMismatchError: its fingerprint or classes are others.
-    """
-    settings = run.args.settings
-    try:
-        data = open_cache(cache or run.args.cache)
-    except NotACacheError as error:
-        if cache is not None:
-            raise
-        raise NotACacheError(
-            f"the run's cache is not where it was: {error}", hint="say where it is: --cache DIR"
-        ) from error
-    lines = [
-        f"  {name}: {ours!r} in the run, {theirs!r} in the cache"
-        for name, ours, theirs in differing_fields(settings.fingerprint, data.fingerprint)
-    ]
-    if data.classes != run.file.classes:
-        ours, theirs = set(run.file.classes), set(data.classes)
-        lines.append(
-            f"  classes: {len(run.file.classes)} in the run, {len(data.classes)} in the cache; "
-            f"only in the run: {_few(ours - theirs)}; only in the cache: {_few(theirs - ours)}"
-            + ("; in another order" if ours == theirs else "")
-        )
-    if lines:
-        raise FingerprintMismatchError(
-            f"{data.path} does not fit the run {run.path}:\n" + "\n".join(lines),
-            hint="name a cache that was encoded with the run's options: --cache DIR",
-        )
-    return data, data_digest(data) == settings.data_sha256
-
-
-def _few(names: set[str]) -> str:
-    shown = sorted(names)[:5]
-    return (", ".join(shown) + (", ..." if len(names) > len(shown) else "")) or "none"
-
-
-def _chosen_split(cache: Cache, run: RunFolder, name: str, *, is_own: bool) -> Split:
-    """Returns the split, or the part of it that the run's fold is.
-
-    Raises:
-        UsageError: there is no such split.
-        InputDataError: it holds no image, or one has no label.
-    """
-    spec = run.args.settings.spec
-    found: Split | None = None
-    if is_own and name in ("train", "val"):
-        train, val = train_and_val(cache, spec, Ranks())
-        found = train if name == "train" else val
-    elif name in cache:
-        found = cache[name]
-    if found is None or not len(found.valid_rows):
-        raise UsageError(
-            f"{cache.path} has no image in split {name!r}; its splits are {list(cache.splits)}",
-            hint="choose another: --split train",
-        )
-    labels = found.labels[found.valid_rows]
-    unknown = int(((labels < 0) | (labels >= len(cache.classes))).sum())
-    if unknown:
-        raise InputDataError(
-            f"{unknown} of {len(labels)} images of split {name!r} of {cache.path} have no label; "
-            "evaluation needs them all",
-            hint="`predict` takes pictures without labels",
-        )
-    return found
 
 
 def _loader(
@@ -260,78 +164,7 @@ def _loader(
     )  # fmt: skip
 
 
-class _Rows:
-    """One row per image, collected batch by batch.
-
-    Args:
-        total: Images that will come.
-        on_progress: Told after each batch.
-    """
-
-    def __init__(self, total: int, on_progress: Callable[[int, int], None] | None) -> None:
-        self._total = total
-        self._on_progress = on_progress
-        self._done = 0
-        self._parts: dict[str, list[npt.NDArray[Any]]] = {}
-
-    def add(self, batch: Batch, logits_BK: Tensor) -> None:
-        """Takes a batch and its logits."""
-        labels_B = batch.labels
-        # As training counts: the first of topk, not argmax, which may differ where two are equal.
-        top_Bk = logits_BK.topk(min(_TOP, logits_BK.shape[1]), dim=1).indices
-        shares_BK = logits_BK.softmax(dim=1)
-        columns = {
-            "row": batch.rows,
-            "label": labels_B,
-            "predicted": top_Bk[:, 0],
-            "confidence": shares_BK.gather(1, top_Bk[:, :1])[:, 0],
-            "loss": cross_entropy(logits_BK, labels_B, reduction="none"),
-            "top5": top_Bk,
-        }
-        for name, values in columns.items():
-            self._parts.setdefault(name, []).append(values.cpu().numpy().copy())
-        self._done += len(labels_B)
-        if self._on_progress is not None:
-            self._on_progress(self._done, self._total)
-
-    def column(self, name: str) -> npt.NDArray[Any]:
-        """Returns one column of all rows so far."""
-        return np.concatenate(self._parts[name])
-
-    def table(self, keys: dict[int, str]) -> pa.Table:
-        """Returns the content of predictions.parquet."""
-        label, predicted = self.column("label"), self.column("predicted")
-        columns = {
-            "row": self.column("row"),
-            "key": [keys[row] for row in self.column("row").tolist()],
-            "label": label,
-            "predicted": predicted,
-            "confidence": self.column("confidence"),
-            "correct": label == predicted,
-            "loss": self.column("loss"),
-            "top5": list(self.column("top5")),
-        }
-        return pa.table(
-            {
-                name: pa.array(columns[name], type=_SCHEMA.field(name).type)
-                for name in _SCHEMA.names
-            },
-            schema=_SCHEMA,
-        )
-
-
-def _keys(split: Split) -> dict[int, str]:
-    """Returns the key of each valid row."""
-    keys: dict[int, str] = {}
-    wanted = set(split.valid_rows.tolist())
-    for shard in np.unique(split.valid_rows // split.record.shard_rows).tolist():
-        table = split.read_index(shard, ["row", "key"])
-        pairs = zip(table["row"].to_pylist(), table["key"].to_pylist(), strict=True)
-        keys |= {row: key for row, key in pairs if row in wanted}
-    return keys
-
-
-def _evaluation(run: RunFolder, rows: _Rows, validation: Validation) -> dict[str, Any]:
+def _evaluation(run: RunFolder, rows: PredictionRows, validation: Validation) -> dict[str, Any]:
     """Returns the fields of an evaluation that follow from the run and its predictions."""
     spec, state = run.args.settings.spec, run.state
     label, predicted = rows.column("label"), rows.column("predicted")

@@ -121,7 +121,11 @@ class CI2PPatchEmbed(nn.Module):
         init_convolutions(self.reshape)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Returns the side of a token in pixels, or its rows and columns."""
+        """Returns the side of a token in pixels, or its rows and columns.
+
+        Args:
+            as_scalar: Whether to give one number.
+        """
         return SIZE_MULTIPLE_PX if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -130,6 +134,9 @@ class CI2PPatchEmbed(nn.Module):
 
     def forward(self, latents_BMHW: Tensor) -> Tensor:
         """Returns the tokens, (B, N, D) unless another order was asked for.
+
+        Args:
+            latents_BMHW: y, dequantised, (B, M, H, W) of the dtype of the weights.
 
         Raises:
             UsageError: there are not four dimensions and M channels, H or W is odd or 0, or the

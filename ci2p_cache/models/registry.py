@@ -31,14 +31,12 @@ from torch import nn
 from ci2p_cache.errors import ManifestError, UnknownModelError, UsageError
 from ci2p_cache.models.baselines import CnnViT, CnnViTConfig, PixelViT, PixelViTConfig
 from ci2p_cache.models.ci2p_vit import CI2PViT, ModelConfig
-from ci2p_cache.models.timm_models import (
+from ci2p_cache.models.timm_models import TimmClassifier, build_ci2p_timm, check_builds
+from ci2p_cache.models.timm_records import (
     CI2P_TIMM_PREFIX,
     TIMM_PREFIX,
     CI2PTimmConfig,
-    TimmClassifier,
     TimmConfig,
-    build_ci2p_timm,
-    check_builds,
     timm_config,
 )
 from ci2p_cache.specs import DOWNSAMPLING
@@ -106,14 +104,11 @@ def model_config(
 
     Args:
         name: One of `list_models()`, or `timm:` or `ci2p+timm:` and a name of timm's.
-        num_classes: Number of classes; 0 gives pooled features instead of logits.
-        latent_channels: M, the channels of the latents; 192 for CompressAI quality 1-5. Models on
-            images do not look at it.
-        pos_embed: Whether to add a learned positional embedding; the paper has none. ViTs on images
-            and timm's models have their own ways, and refuse it.
-        latent_size: Rows and columns of the latents, image size / 16; fixes positional embeddings,
-            and the image size of models on images.
-        drop_path_rate: Stochastic depth of the last block, 0 <= rate < 1; 0.1 is the paper's.
+        num_classes: As for `create_model`.
+        latent_channels: As for `create_model`.
+        pos_embed: As for `create_model`.
+        latent_size: As for `create_model`.
+        drop_path_rate: As for `create_model`.
 
     Raises:
         UnknownModelError: no model has that name.
@@ -219,7 +214,11 @@ def create_model(
     latent_size: int = 16,
     drop_path_rate: float = 0.1,
 ) -> nn.Module:
-    """Builds a model: latents (B, M, h, w), or images (B, 3, H, W) in [0, 1], to logits.
+    """Builds a model: latents (B, M, h, w), or images (B, 3, H, W) in [0, 1], to logits (B, K).
+
+    All are float32. CI2P-ViT and CI2P-ViTds are those of Zhao and Sun, arXiv 2502.10120; ViTs on
+    images those of Dosovitskiy et al. 2021, arXiv 2010.11929, and Touvron et al. 2021, arXiv
+    2012.12877.
 
     ::
 
@@ -230,10 +229,13 @@ def create_model(
     Args:
         name: One of `list_models()`, or `timm:` or `ci2p+timm:` and a name of timm's.
         num_classes: Number of classes; 0 gives pooled features (B, D) instead of logits.
-        latent_channels: As for `model_config`.
-        pos_embed: As for `model_config`.
-        latent_size: As for `model_config`.
-        drop_path_rate: As for `model_config`.
+        latent_channels: M, the channels of the latents; 192 for CompressAI quality 1-5, 320 for
+            6-8. Models on images do not look at it.
+        pos_embed: Whether to add a learned positional embedding; the paper has none. ViTs on images
+            and timm's models have their own ways, and refuse it.
+        latent_size: Rows and columns of the latents, image size / 16; fixes positional embeddings,
+            and the image size of models on images.
+        drop_path_rate: Stochastic depth of the last block, 0 <= rate < 1; 0.1 is the paper's.
 
     Returns:
         A module in training mode on the default device, its weights a pure function of torch's

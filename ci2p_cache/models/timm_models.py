@@ -1,15 +1,13 @@
-"""timm's classifiers under our names: `timm:<name>` on images, `ci2p+timm:<name>` on latents.
+"""timm's models built from their records: `timm:<name>` on images, `ci2p+timm:<name>` on latents.
 
-None is pretrained. Which names there are, and what they build, depends on the installed timm
-(Wightman, https://github.com/huggingface/pytorch-image-models); `timm.list_models()` lists them.
+None is pretrained. What timm cannot build (Wightman, "PyTorch image models",
+https://github.com/huggingface/pytorch-image-models) is refused before anything is trained.
 """
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -17,31 +15,19 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ci2p_cache.errors import UnknownModelError, UsageError
+from ci2p_cache.errors import UsageError
 from ci2p_cache.models.baselines import Normalise, check_images
-from ci2p_cache.models.fields import (
-    require_integer,
-    require_name,
-    require_rate,
-    require_version,
-)
 from ci2p_cache.models.patch_embed import CI2PPatchEmbed
-from ci2p_cache.record import Record
-from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
+from ci2p_cache.models.timm_records import (
+    CI2P_TIMM_PREFIX,
+    TIMM_PREFIX,
+    CI2PTimmConfig,
+    TimmConfig,
+    made_for,
+)
+from ci2p_cache.specs import DOWNSAMPLING
 
-__all__ = [
-    "CI2P_TIMM_PREFIX",
-    "TIMM_PREFIX",
-    "CI2PTimmConfig",
-    "TimmClassifier",
-    "TimmConfig",
-    "build_ci2p_timm",
-    "check_builds",
-    "timm_config",
-]
-
-TIMM_PREFIX = "timm:"
-CI2P_TIMM_PREFIX = "ci2p+timm:"
+__all__ = ["TimmClassifier", "build_ci2p_timm", "check_builds"]
 
 _BUILD_ERRORS = (
     AssertionError,
@@ -53,78 +39,6 @@ _BUILD_ERRORS = (
     ValueError,
 )
 """What timm's models raise for a size or an option that they cannot have."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TimmConfig(Record):
-    """What fixes the tensors of a timm classifier on images, for one version of timm."""
-
-    kind: Literal["timm"] = "timm"
-    """What `config_from_dict` tells records apart by."""
-    version: int = 1
-    """Version of this record."""
-    name: str
-    """`timm:` and timm's name of the model, without a tag of pretrained weights."""
-    num_classes: int = 1000
-    """K; 0 leaves the classification head out, and the model gives pooled features."""
-    image_size: int = 256
-    """Side of the square image in pixels."""
-    drop_path_rate: float = 0.1
-    """Stochastic depth as the model takes it; 0 where it takes none."""
-    mean: tuple[float, ...]
-    """Of the three channels, subtracted from images in [0, 1]; timm's for this model."""
-    std: tuple[float, ...]
-    """Deviation of the three channels, which they are divided by; timm's for this model."""
-
-    def __post_init__(self) -> None:
-        require_version(self.version, 1)
-        _require_known(self.name, TIMM_PREFIX)
-        require_integer(self, "num_classes", 0)
-        require_integer(self, "image_size", SIZE_MULTIPLE_PX, multiple_of=SIZE_MULTIPLE_PX)
-        require_rate(self, "drop_path_rate")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UsageError(
-                f"`mean` is {self.mean} and `std` {self.std}; three numbers each are wanted, those "
-                "of `std` positive"
-            )
-
-    @property
-    def reads(self) -> Literal["images"]:
-        """What the model takes: images in [0, 1]."""
-        return "images"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CI2PTimmConfig(Record):
-    """What fixes the tensors of a timm Vision Transformer on latents, for one version of timm."""
-
-    kind: Literal["ci2p_timm"] = "ci2p_timm"
-    """What `config_from_dict` tells records apart by."""
-    version: int = 1
-    """Version of this record."""
-    name: str
-    """`ci2p+timm:` and timm's name of the model, without a tag of pretrained weights."""
-    num_classes: int = 1000
-    """K; 0 leaves the classification head out, and the model gives pooled features."""
-    latent_channels: int = 192
-    """M; 192 is the paper's (CompressAI quality 1-5), 320 that of quality 6-8."""
-    latent_size: int = 16
-    """Rows and columns of the latents (16 at 256 px), even; fixes the positional embedding."""
-    drop_path_rate: float = 0.1
-    """Stochastic depth of the last block, growing linearly from 0 at the first."""
-
-    def __post_init__(self) -> None:
-        require_version(self.version, 1)
-        _require_known(self.name, CI2P_TIMM_PREFIX)
-        require_integer(self, "num_classes", 0)
-        require_integer(self, "latent_channels", 1)
-        require_integer(self, "latent_size", 2, multiple_of=2)
-        require_rate(self, "drop_path_rate")
-
-    @property
-    def reads(self) -> Literal["latents"]:
-        """What the model takes: dequantised latents."""
-        return "latents"
 
 
 class TimmClassifier(nn.Module):
@@ -143,7 +57,7 @@ class TimmClassifier(nn.Module):
         self.normalise = Normalise(config.mean, config.std)
         options: dict[str, Any] = {}
         name = config.name.removeprefix(TIMM_PREFIX)
-        if _pretrained_cfg(name).fixed_input_size:
+        if made_for(config.name).fixed_input_size:
             # timm's word for models that take `img_size`; the others take images as they come.
             options["img_size"] = config.image_size
         self.model = _create(config, name, options)
@@ -159,40 +73,6 @@ class TimmClassifier(nn.Module):
         """
         check_images(images_B3HW, name=self.config.name, size=self.config.image_size)
         return self.model(self.normalise(images_B3HW))  # type: ignore[no-any-return]  # modules' calls are untyped
-
-
-def timm_config(
-    name: str,
-    *,
-    num_classes: int,
-    latent_channels: int,
-    latent_size: int,
-    drop_path_rate: float,
-) -> TimmConfig | CI2PTimmConfig:
-    """Returns the record of a timm model; arguments as for `registry.model_config`.
-
-    Raises:
-        UnknownModelError: timm has no model of that name.
-        UsageError: an argument is of another type or out of range.
-    """
-    if name.startswith(CI2P_TIMM_PREFIX):
-        return CI2PTimmConfig(
-            name=name,
-            num_classes=num_classes,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            drop_path_rate=drop_path_rate,
-        )
-    _require_known(name, TIMM_PREFIX)
-    made_for = _pretrained_cfg(name.removeprefix(TIMM_PREFIX))
-    return TimmConfig(
-        name=name,
-        num_classes=num_classes,
-        image_size=latent_size * DOWNSAMPLING,
-        drop_path_rate=drop_path_rate,
-        mean=tuple(made_for.mean),
-        std=tuple(made_for.std),
-    )
 
 
 def build_ci2p_timm(config: CI2PTimmConfig) -> VisionTransformer:
@@ -291,30 +171,6 @@ def _require_replaceable_stem(name: str, timm_name: str) -> None:
         "windowed or convolutional model",
         hint=f"{TIMM_PREFIX}{timm_name} trains it on the images",
     )
-
-
-def _require_known(name: object, prefix: str) -> None:
-    """Raises UnknownModelError unless timm lists the name behind the prefix.
-
-    Only listed names reach timm, which takes others for addresses of models to fetch.
-    """
-    require_name(name)
-    known, timm_name = timm.list_models(), str(name).removeprefix(prefix)
-    if str(name).startswith(prefix) and timm_name in known:
-        return
-    # Names are long: the beginning of one is nearer to short others than to itself.
-    begun = [each for each in known if timm_name and each.startswith(timm_name)]
-    close = begun[:3] or difflib.get_close_matches(timm_name.lower(), known, n=3, cutoff=0.5)
-    raise UnknownModelError(
-        f"no model is named {name!r}: timm {timm.__version__} has no {timm_name!r}"
-        + (" (give it without the tag of pretrained weights)" if "." in timm_name else ""),
-        hint=f"did you mean {', '.join(prefix + each for each in close)}?" if close else None,
-    )
-
-
-def _pretrained_cfg(name: str) -> Any:
-    """Returns what timm records of a model's input: size, mean, deviation."""
-    return timm.get_pretrained_cfg(name)
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from ci2p_cache.report.charts import NUM_COLORS, Line, line_chart
 from ci2p_cache.report.elements import (
     Cell,
     Html,
+    duration,
     element,
     figure,
     join,
@@ -20,9 +21,8 @@ from ci2p_cache.report.elements import (
     table,
 )
 from ci2p_cache.report.run_data import RunData
-from ci2p_cache.report.run_page import duration, mean_wait_share
 from ci2p_cache.report.statistics import Estimate, accuracy, paired_difference
-from ci2p_cache.report.summary import best_epoch_of
+from ci2p_cache.report.summary import best_epoch_of, mean_wait_share
 
 __all__ = ["comparison_section"]
 
@@ -57,7 +57,7 @@ def _result_table(runs: Sequence[RunData]) -> Html:
                 _evaluated(run),
                 _signed(difference) if number else "the base",
                 duration(float(np.nanmedian(columns["epoch_seconds"]))),
-                percent(mean_wait_share(run)),
+                percent(mean_wait_share(columns)),
             ]
         )
     head = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ __all__ = [
     "Html",
     "bar",
     "details",
+    "duration",
     "element",
     "figure",
     "image",
@@ -195,6 +197,17 @@ def size(num_bytes: float) -> str:
 def percent(share: float | None, digits: int = 1) -> str:
     """Formats a share; a dash where there is none."""
     return "-" if share is None or share != share else f"{share:.{digits}%}"
+
+
+def duration(seconds: float) -> str:
+    """Formats seconds; a dash where they are not known."""
+    if not math.isfinite(seconds):
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _written(value: str | int | float | None) -> str:

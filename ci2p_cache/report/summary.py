@@ -11,7 +11,7 @@ from pathlib import Path
 from ci2p_cache.errors import InputDataError, ManifestError
 from ci2p_cache.record import read_regular
 
-__all__ = ["best_epoch_of", "read_summary"]
+__all__ = ["best_epoch_of", "mean_wait_share", "read_summary", "training_seconds"]
 
 _COLUMNS = (
     "epoch",
@@ -68,3 +68,22 @@ def best_epoch_of(columns: dict[str, list[float]]) -> tuple[float, float] | None
         return None
     top1, minus_epoch = max(known)
     return -minus_epoch, top1
+
+
+def training_seconds(columns: dict[str, list[float]]) -> list[float]:
+    """Returns the seconds that each epoch trained, without validation; never more than it took."""
+    return [
+        min(images / rate, whole) if rate > 0 else math.nan
+        for images, rate, whole in zip(
+            columns["images"], columns["images_per_second"], columns["epoch_seconds"], strict=True
+        )
+    ]
+
+
+def mean_wait_share(columns: dict[str, list[float]]) -> float:
+    """Returns the share of all epochs' training time spent waiting for data; nan: not known."""
+    wait = train = 0.0
+    for seconds, share in zip(training_seconds(columns), columns["wait_share"], strict=True):
+        if math.isfinite(seconds) and math.isfinite(share):
+            wait, train = wait + seconds * share, train + seconds
+    return wait / train if train else math.nan

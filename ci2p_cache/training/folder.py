@@ -14,13 +14,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -28,57 +25,17 @@ import yaml
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
-from ci2p_cache.record import Record, differing_fields, read_yaml
-from ci2p_cache.specs import Fingerprint
+from ci2p_cache.record import differing_fields, read_yaml
 from ci2p_cache.training.records import TrainObserver
-from ci2p_cache.training.spec import TrainSpec
+from ci2p_cache.training.settings import RunArgs, RunSettings
 
-__all__ = ["RunArgs", "RunSettings", "open_run_folder", "read_run_args", "run_path"]
+__all__ = ["open_run_folder", "read_run_args", "run_path"]
 
 _ARGS = "args.yaml"
 _MAX_ARGS_BYTES = 2**16
 """Ours have a few thousand."""
 _OWN_WORK = {".lock", ".staging"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunSettings(Record):
-    """What binds a run folder: everything that the numbers of a run depend on."""
-
-    spec: TrainSpec
-    """How it trains."""
-    fingerprint: Fingerprint
-    """How the cache's latents were made."""
-    data_sha256: str
-    """Digest of which samples the cache holds, their order, labels and validity."""
-    loader: str
-    """Kind of the loader: LatentLoader reads the cache, others may give other numbers."""
-
-    @property
-    def digest(self) -> str:
-        """sha256 over the canonical JSON of all that binds, 64 hex digits."""
-        fields = self.to_dict() | {"spec": self.spec.binding()}
-        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunArgs(Record):
-    """The content of `args.yaml`."""
-
-    version: int = 1
-    """Version of this record."""
-    cache: str
-    """Where the cache lay; information only."""
-    numerics: dict[str, str]
-    """Device, threads and versions at the start; others may change the last bits."""
-    settings: RunSettings
-    """What binds the folder."""
-
-    def __post_init__(self) -> None:
-        if self.version != 1:
-            raise UsageError(f"`version` is {self.version}; this ci2p-cache reads 1")
 
 
 def run_path(runs_dir: Path, name: str | None, settings: RunSettings) -> Path:

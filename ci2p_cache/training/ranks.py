@@ -11,73 +11,32 @@
 Each step's sums go through one collective of a fixed layout, not through
 `torch.nn.parallel.DistributedDataParallel`: that lays its buckets out anew after the first step, so
 that a resumed run of three or more ranks would add in another order and lose its last bits, and it
-hangs where a rank has no images. Rank 0 alone writes, prints and holds locks.
-
-A rank that ends early closes its connections, which ends the collective that the others are in;
-they then read from torchrun's store what it died of. So an error on any rank is raised on all of
-them, and rank 0 prints it. No timeout is involved, so rank 0 may take its time to save.
+hangs where a rank has no images. Rank 0 alone writes, prints and holds locks. `rank_errors.py`
+says what becomes of an error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import json
-import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ci2p_cache import errors
-from ci2p_cache.errors import CacheError, InterruptedRunError, ResourceError, UsageError
+from ci2p_cache.errors import UsageError
 from ci2p_cache.machine import checked_device, num_cores
+from ci2p_cache.training.rank_errors import collective, first_error, wait_until_told
+from ci2p_cache.training.rank_link import Link, connect
 from ci2p_cache.training.signals import StopSignal
-
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import ProcessGroup, Store
 
 __all__ = ["Ranks"]
 
-_TIMEOUT = timedelta(minutes=30)
-"""Longest that a rank waits for one that lives, for example while rank 0 saves a checkpoint."""
-_CONNECT_TIMEOUT = timedelta(seconds=10)
-"""Longest that a rank looks for the store of a torchrun that keeps it itself, and so was there
-before its ranks: where it is not, torchrun was killed."""
-_TOLD_TIMEOUT = timedelta(seconds=20)
-"""Longest that a failed rank waits for rank 0 to take up its error; torchrun needs 30 s more."""
-_ERROR, _TOLD = "error", "told"
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-
-_groups = itertools.count()
-"""Numbers the groups that this process has joined; all ranks join the same ones in turn."""
-
-_log = logging.getLogger(__name__)
-
-
-class _LostRankError(Exception):
-    """A collective ended without a result, because a process that takes part in it has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """What a joined rank has."""
-
-    store: Store
-    """This group's part of torchrun's store, which outlives every rank."""
-    words: ProcessGroup
-    """gloo, between the hosts; the default group sums, on the devices."""
-    stop: StopSignal
-    """Notes signals as long as the ranks are joined."""
-    parent: int
-    """torchrun's process id."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +51,7 @@ class Ranks:
     """This process among those of its machine; its CUDA device."""
     local_world_size: int = 1
     """Number of processes on this machine."""
-    _link: _Link | None = dataclasses.field(default=None, repr=False)
+    _link: Link | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -183,22 +142,26 @@ class Ranks:
             yield self
             return
         with StopSignal() as stop:
-            # Before connecting: were torchrun killed in between, nobody would ever know.
-            parent = os.getppid()
-            store, words = self._connect(device)
-            ranks = dataclasses.replace(self, _link=_Link(store, words, stop, parent))
+            link = connect(
+                device,
+                rank=self.rank,
+                world_size=self.world_size,
+                local_rank=self.local_rank,
+                stop=stop,
+            )
+            ranks = dataclasses.replace(self, _link=link)
             try:
                 yield ranks
                 ranks.wait()
             except Exception as error:
-                first = ranks._first_error(error)
-                ranks._hang_up()
-                ranks._wait_until_told(error)
+                first = first_error(link.store, error, rank=self.rank)
+                link.hang_up()
+                wait_until_told(link.store, error, rank=self.rank)
                 if first is error:
                     raise
                 raise first from error
             except BaseException:
-                ranks._hang_up()
+                link.hang_up()
                 raise
             dist.destroy_process_group()
 
@@ -214,7 +177,7 @@ class Ranks:
         if self.world_size == 1:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with _collective():
+        with collective():
             dist.all_reduce(flat)
         sums = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, total in zip(tensors, sums, strict=True):
@@ -225,7 +188,7 @@ class Ranks:
         if self._link is None:
             return content
         words, size = self._link.words, torch.tensor([len(content)])
-        with _collective():
+        with collective():
             dist.broadcast(size, src=0, group=words)
             data = torch.empty(int(size), dtype=torch.uint8)
             if self.is_writer and content:
@@ -239,7 +202,7 @@ class Ranks:
         if self.world_size == 1:
             return
         for tensor in tensors:
-            with _collective():
+            with collective():
                 dist.broadcast(tensor, src=0)
 
     def agreed_signal(self, stop: StopSignal) -> int:
@@ -254,7 +217,7 @@ class Ranks:
         if os.getppid() != self._link.parent:
             number = signal.SIGTERM
         word = torch.tensor([int(number)])
-        with _collective():
+        with collective():
             dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._link.words)
         return int(word)
 
@@ -265,116 +228,5 @@ class Ranks:
     def wait(self) -> None:
         """Waits until all ranks have come here."""
         if self._link is not None:
-            with _collective():
+            with collective():
                 dist.all_reduce(torch.zeros(1), group=self._link.words)
-
-    def _connect(self, device: str) -> tuple[Store, ProcessGroup]:
-        """Joins the process group; returns a store of this group's own, and the hosts' group."""
-        # Not every build of torch has them; alone nobody needs them.
-        from torch.distributed.distributed_c10d import PrefixStore
-        from torch.distributed.rendezvous import rendezvous
-
-        if dist.is_initialized():
-            raise UsageError(
-                "this process belongs to a process group already; training makes its own",
-                hint="call torch.distributed.destroy_process_group() first",
-            )
-        backend = "gloo"
-        if device != "cpu" and torch.cuda.is_available():
-            backend = "nccl"
-            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
-        is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-        try:
-            wait = _CONNECT_TIMEOUT if is_kept else _TIMEOUT
-            store, _, _ = next(rendezvous("env://", timeout=wait))
-            store.set_timeout(_TIMEOUT)
-            store = PrefixStore(f"ci2p-cache-{next(_groups)}", store)
-            dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=self.world_size, timeout=_TIMEOUT
-            )
-            words = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        except ValueError as error:
-            raise UsageError(f"torchrun's variables are not complete: {error}") from error
-        except RuntimeError as error:
-            raise ResourceError(
-                "torchrun or another rank cannot be reached, was it killed? "
-                f"({str(error).splitlines()[0]})",
-                hint="start torchrun again: the run goes on",
-            ) from error
-        assert not isinstance(words, int)
-        return store, words
-
-    def _hang_up(self) -> None:
-        """Closes the connections, which tells the others that this rank has failed."""
-        assert self._link is not None
-        if dist.get_backend() == "gloo":
-            dist.destroy_process_group()
-        else:
-            # nccl would wait for kernels that never end; it goes with the process, or torchrun.
-            dist.destroy_process_group(self._link.words)
-
-    def _first_error(self, error: Exception) -> Exception:
-        """Returns what all ranks raise, given what this one met: the first error of any of them."""
-        assert self._link is not None
-        store = self._link.store
-        own = error
-        if isinstance(error, _LostRankError):
-            own = ResourceError(
-                "another rank of this run was killed or cannot be reached (out of memory?); what "
-                "was trained since the last checkpoint is lost, nothing else",
-                hint="run the same command again to go on",
-            )
-        try:
-            record = _pack(own, self.rank)
-            first = store.compare_set(_ERROR, "", record).decode()
-            if self.is_writer:
-                store.set(_TOLD, "")
-        except RuntimeError as unreachable:
-            _log.debug("torchrun's store is gone: %s", unreachable)
-            return own
-        return own if isinstance(error, CacheError) or first == record else _unpack(first)
-
-    def _wait_until_told(self, error: Exception) -> None:
-        """Gives rank 0 the time to take up an error: torchrun ends all once one rank has left."""
-        assert self._link is not None
-        if self.is_writer or isinstance(error, _LostRankError):
-            return
-        try:
-            self._link.store.wait([_TOLD], _TOLD_TIMEOUT)
-        except RuntimeError as unreachable:
-            _log.debug("rank 0 or torchrun's store is gone: %s", unreachable)
-
-
-@contextlib.contextmanager
-def _collective() -> Iterator[None]:
-    """Tells a broken connection from our own errors."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise _LostRankError(str(error)) from error
-
-
-def _pack(error: Exception, rank: int) -> str:
-    """Returns an error as one line of JSON for the store."""
-    is_ours = isinstance(error, CacheError)
-    return json.dumps(
-        {
-            "rank": rank,
-            "type": type(error).__name__,
-            "message": str(error) if is_ours else f"{type(error).__name__}: {error}",
-            "hint": error.hint if isinstance(error, CacheError) else None,
-            "exit_code": error.exit_code if isinstance(error, CacheError) else 1,
-        }
-    )
-
-
-def _unpack(record: str) -> CacheError:
-    """Returns the error that `_pack` was given on another rank; CacheError for a bug."""
-    told = json.loads(record)
-    message = f"on rank {told['rank']}: {told['message']}"
-    if told["type"] == InterruptedRunError.__name__:
-        return InterruptedRunError(
-            message, signal_number=told["exit_code"] - 128, hint=told["hint"]
-        )
-    kind: type[CacheError] = getattr(errors, told["type"], CacheError)
-    return kind(message, hint=told["hint"])

@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
-
-from ci2p_cache.cache.store import open_cache
-from ci2p_cache.errors import CheckpointError, InterruptedRunError, UsageError
+from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.store import Cache, open_cache
+from ci2p_cache.errors import UsageError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.resident import Resident
-from ci2p_cache.machine import bf16_notice, raise_open_files, tune_allocator
-from ci2p_cache.models.registry import AnyModelConfig, build_model
-from ci2p_cache.record import differing_fields
-from ci2p_cache.training.checkpoint import Checkpoint, share_checkpoint
-from ci2p_cache.training.checkpoint_folder import TrainState, checkpoint_path
-from ci2p_cache.training.ema import WeightAverage
-from ci2p_cache.training.encoder_copy import copy_encoder
-from ci2p_cache.training.folder import RunArgs, RunSettings, open_run_folder, run_path
+from ci2p_cache.machine import raise_open_files, tune_allocator
+from ci2p_cache.models.registry import AnyModelConfig
+from ci2p_cache.training.checkpoint import share_checkpoint
+from ci2p_cache.training.checkpoint_folder import TrainState
+from ci2p_cache.training.folder import run_path
 from ci2p_cache.training.inputs import (
     data_digest,
-    loader_name,
-    make_loaders,
     model_config_for,
-    model_record,
     numerics,
     require_layers,
     train_and_val,
 )
-from ci2p_cache.training.optim import load_optimizer_tensors, make_optimizer
+from ci2p_cache.training.loaders import loader_name, make_loaders
 from ci2p_cache.training.ranks import Ranks
-from ci2p_cache.training.records import (
-    EpochRecord,
-    TrainObserver,
-    TrainProgress,
-    TrainSummary,
-    best_epoch,
-)
-from ci2p_cache.training.signals import StopSignal
+from ci2p_cache.training.records import EpochRecord, TrainObserver, TrainProgress, TrainSummary
+from ci2p_cache.training.session import Session
+from ci2p_cache.training.settings import RunArgs, RunSettings, require_same_settings
 from ci2p_cache.training.spec import TrainSpec
-from ci2p_cache.training.trainer import Trainer
-from ci2p_cache.training.writer import RunWriter
+from ci2p_cache.training.writer import open_writer
 
 __all__ = ["EpochRecord", "TrainObserver", "TrainProgress", "TrainSpec", "TrainSummary", "train"]
 
@@ -127,205 +110,65 @@ def train(
         raise_open_files()
         if place.type == "cpu":
             tune_allocator()
-        config = model_config_for(cache, spec)
-        require_layers(config, spec)
-        splits = train_and_val(cache, spec, ranks)
-        settings = RunSettings(
-            spec=spec,
-            fingerprint=cache.fingerprint,
-            data_sha256=data_digest(cache),
-            loader=loader_name(config, loader),
-        )
-        _require_same_settings(settings, ranks)
-        how = numerics(place, ranks, is_compiled=compile_model)
-        args = RunArgs(cache=str(cache_dir), numerics=how, settings=settings)
+        config, splits, settings = _checked(cache, spec, loader, ranks)
         path = run_path(Path(runs_dir), name, settings)
         stop = stack.enter_context(ranks.stop_signal())
+        run = Session(
+            path=path, spec=spec, config=config, device=place, ranks=ranks, stop=stop,
+            observer=observer,
+        )  # fmt: skip
+        how = numerics(place, ranks, is_compiled=compile_model)
+        args = RunArgs(cache=str(cache_dir), numerics=how, settings=settings)
         writer = None
         if ranks.is_writer:
-            folder = open_run_folder(path, args, overwrite=overwrite, observer=observer)
-            staging = stack.enter_context(folder)
-            if not (path / "model.json").exists():
-                encoder = copy_encoder(cache, config, staging)
-                staging.put_json("model.json", model_record(cache, config, encoder))
-            writer = RunWriter(
-                staging, run=settings.digest, has_average=spec.ema > 0, observer=observer
+            opened = open_writer(
+                path, args, cache=cache, config=config, overwrite=overwrite, observer=observer
             )
+            writer = stack.enter_context(opened)
         checkpoint = share_checkpoint(writer.load() if writer is not None else None, ranks)
-        run = _Run(path, spec, ranks, writer, observer)
         begun = checkpoint.state if checkpoint else TrainState(run=settings.digest, sums={})
-        state = begun
         if begun.epoch == spec.epochs:
             observer.notice(
                 f"{path} is a finished run; nothing was trained. Use --overwrite to train it "
                 "again, or another --name."
             )
-        else:
-            loaders = make_loaders(
-                splits,
-                spec,
-                place,
-                reads=config.reads,
-                threads=threads,
-                resident=resident,
-                given=loader,
-                ranks=ranks,
-                observer=observer,
-            )
-            stack.callback(_close, [each for each in loaders if each not in (None, loader)])
-            if spec.precision == "bf16" and (text := bf16_notice(place)):
-                observer.notice(text)
-            model, optimizer, average = run.start(config, place, checkpoint)
-            # Its tensors are copied; nothing of the size of the model is kept twice.
-            del checkpoint
-            if compile_model:
-                # In place: the names of the weights stay. Compiled at the first step.
-                model.compile()
-                if average is not None:
-                    average.module.compile()
-            state = run.train(
-                begun, model, optimizer, average, loaders, stop, save_every_steps=save_every_steps
-            )
-    return run.summary(begun, state, place)
-
-
-def _require_same_settings(settings: RunSettings, ranks: Ranks) -> None:
-    """Raises UsageError on a rank that was asked for something else, or reads another cache."""
-    if ranks.world_size == 1:
-        return
-    wanted = ranks.share(json.dumps(settings.to_dict()).encode())
-    lines = [
-        f"  {name}: {ours!r} on rank 0, {theirs!r} on rank {ranks.rank}"
-        for name, ours, theirs in differing_fields(
-            RunSettings.from_dict(json.loads(wanted)), settings
+            return run.summary(begun, begun)
+        loaders = make_loaders(
+            splits,
+            spec,
+            place,
+            reads=config.reads,
+            threads=threads,
+            resident=resident,
+            given=loader,
+            ranks=ranks,
+            observer=observer,
         )
-    ]
-    if lines:
-        raise UsageError("the ranks were started with other settings:\n" + "\n".join(lines))
-    # Nothing is written before all agree.
-    ranks.wait()
+        stack.callback(_close, [each for each in loaders if each not in (None, loader)])
+        learner = run.learner(checkpoint)
+        # Its tensors are copied; nothing of the size of the model is kept twice.
+        del checkpoint
+        if compile_model:
+            learner.compile()
+        ended = run.train(begun, learner, loaders, writer, save_every_steps=save_every_steps)
+    return run.summary(begun, ended)
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """One run, as one of its ranks sees it."""
-
-    path: Path
-    spec: TrainSpec
-    ranks: Ranks
-    writer: RunWriter | None
-    observer: TrainObserver
-
-    def start(
-        self, config: AnyModelConfig, device: torch.device, checkpoint: Checkpoint | None
-    ) -> tuple[nn.Module, Optimizer, WeightAverage | None]:
-        """Returns model, optimiser and averages, as they were saved or as the seed makes them.
-
-        Raises:
-            CheckpointError: the checkpoint does not fit the model.
-        """
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.spec.seed)
-            model = build_model(config).to(device)
-        optimizer = make_optimizer(model, self.spec)
-        average = WeightAverage(model, self.spec.ema) if self.spec.ema else None
-        if checkpoint is not None:
-            self._restore(checkpoint, model, optimizer, average)
-        for module in [model] if average is None else [model, average.module]:
-            self.ranks.share_tensors(list(module.state_dict().values()))
-        return model, optimizer, average
-
-    def _restore(
-        self,
-        checkpoint: Checkpoint,
-        model: nn.Module,
-        optimizer: Optimizer,
-        average: WeightAverage | None,
-    ) -> None:
-        state = checkpoint.state
-        path = checkpoint_path(self.path, state.name)
-        try:
-            model.load_state_dict(checkpoint.model)
-            if average is not None:
-                average.load(checkpoint.average)
-        except RuntimeError as error:
-            raise CheckpointError(f"{path} does not fit the model: {error}") from error
-        load_optimizer_tensors(model, optimizer, checkpoint.optimizer)
-        self.observer.notice(
-            f"going on from {path}: {state.epoch} of {self.spec.epochs} epochs and "
-            f"{state.step} steps are done."
-        )
-
-    def train(
-        self,
-        state: TrainState,
-        model: nn.Module,
-        optimizer: Optimizer,
-        average: WeightAverage | None,
-        loaders: tuple[BatchLoader, BatchLoader | None],
-        stop: StopSignal,
-        *,
-        save_every_steps: int | None,
-    ) -> TrainState:
-        """Trains from `state` to the end, and returns the state there.
-
-        Raises:
-            InterruptedRunError: a signal came to any rank; everything is saved.
-        """
-        signal_number = 0
-
-        def should_stop() -> bool:
-            nonlocal signal_number
-            signal_number = self.ranks.agreed_signal(stop)
-            return signal_number > 0
-
-        def save(state: TrainState) -> None:
-            if self.writer is not None:
-                self.writer.save(state, model, optimizer, average)
-
-        try:
-            if self.writer is not None:
-                self.writer.open_board(state)
-            state = Trainer(
-                spec=self.spec,
-                model=model,
-                optimizer=optimizer,
-                average=average,
-                train_loader=loaders[0],
-                val_loader=loaders[1],
-                save=save,
-                should_stop=should_stop,
-                ranks=self.ranks,
-                observer=self.observer,
-                save_every_steps=save_every_steps,
-            ).run(state)
-        finally:
-            if self.writer is not None:
-                self.writer.close()
-        if state.epoch < self.spec.epochs:
-            raise InterruptedRunError(
-                f"training stopped after {state.epoch} of {self.spec.epochs} epochs and "
-                f"{state.step} steps of the next; all of it is saved in {self.path}",
-                signal_number=signal_number,
-                hint="run the same command again to go on",
-            )
-        return state
-
-    def summary(self, begun: TrainState, state: TrainState, device: torch.device) -> TrainSummary:
-        """Returns what the run that went from one state to the other ended with."""
-        history, best_name = state.history, state.best_name
-        assert best_name is not None
-        return TrainSummary(
-            name=self.path.name,
-            path=str(self.path),
-            model=self.spec.model,
-            device=str(device),
-            trained_epochs=len(history) - len(begun.history),
-            last=history[-1],
-            best=best_epoch(history),
-            last_checkpoint=str(checkpoint_path(self.path, state.name)),
-            best_checkpoint=str(checkpoint_path(self.path, best_name)),
-        )
+def _checked(
+    cache: Cache, spec: TrainSpec, loader: BatchLoader | None, ranks: Ranks
+) -> tuple[AnyModelConfig, tuple[Split, Split | None], RunSettings]:
+    """Returns model, splits and what binds the run; refuses before anything is written."""
+    config = model_config_for(cache, spec)
+    require_layers(config, spec)
+    splits = train_and_val(cache, spec, ranks)
+    settings = RunSettings(
+        spec=spec,
+        fingerprint=cache.fingerprint,
+        data_sha256=data_digest(cache),
+        loader=loader_name(config, loader),
+    )
+    require_same_settings(settings, ranks)
+    return config, splits, settings
 
 
 def _close(loaders: list[BatchLoader]) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from torch import nn
-from torch.optim import Optimizer
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from ci2p_cache.cache.staging import StagingArea
+from ci2p_cache.cache.store import Cache
+from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore
 from ci2p_cache.training.checkpoint_folder import TrainState
-from ci2p_cache.training.ema import WeightAverage
-from ci2p_cache.training.optim import optimizer_tensors
+from ci2p_cache.training.encoder_copy import copy_encoder
+from ci2p_cache.training.folder import open_run_folder
+from ci2p_cache.training.inputs import model_record
+from ci2p_cache.training.learner import Learner
 from ci2p_cache.training.records import TensorBoard, TrainObserver, summary_csv
+from ci2p_cache.training.settings import RunArgs
 
-__all__ = ["RunWriter"]
+__all__ = ["RunWriter", "open_writer"]
 
 
 class RunWriter:
@@ -63,21 +69,13 @@ class RunWriter:
             # A process killed between its checkpoint and this may not have written it.
             self._board.write(state.history[-1])
 
-    def save(
-        self,
-        state: TrainState,
-        model: nn.Module,
-        optimizer: Optimizer,
-        average: WeightAverage | None,
-    ) -> None:
+    def save(self, state: TrainState, learner: Learner) -> None:
         """Writes a checkpoint, and the epoch that has ended with it, if one has.
 
         Raises:
             ResourceError: it cannot be written; earlier checkpoints are safe.
         """
-        tensors = (dict(model.state_dict()), optimizer_tensors(model, optimizer))
-        averages = average.tensors() if average is not None else {}
-        self._store.save(Checkpoint(state, *tensors, averages))
+        self._store.save(learner.checkpoint(state))
         new = state.history[self._num_epochs :]
         if new:
             assert self._board is not None
@@ -94,3 +92,42 @@ class RunWriter:
         """
         if self._board is not None:
             self._board.close()
+
+
+@contextmanager
+def open_writer(
+    path: Path,
+    args: RunArgs,
+    *,
+    cache: Cache,
+    config: AnyModelConfig,
+    overwrite: bool,
+    observer: TrainObserver,
+) -> Iterator[RunWriter]:
+    """Makes or takes up a run folder and holds its lock while the block runs.
+
+    Args:
+        path: The folder.
+        args: What is asked for.
+        cache: The cache that is trained from.
+        config: The model.
+        overwrite: Whether to remove the run that lies there first.
+        observer: Told of what has changed since the start, and of epochs.
+
+    Yields:
+        What writes there; `args.yaml`, `model.json` and the encoder's copy stand.
+
+    Raises:
+        RunMismatchError: a run with other settings lies there, or something else than a run.
+        LockedError: another process trains there.
+        DigestError: the cache's encoder is missing or is not the one that was committed.
+        ResourceError: the folder cannot be written.
+    """
+    with open_run_folder(path, args, overwrite=overwrite, observer=observer) as staging:
+        if not (path / "model.json").exists():
+            encoder = copy_encoder(cache, config, staging)
+            staging.put_json("model.json", model_record(cache, config, encoder))
+        settings = args.settings
+        yield RunWriter(
+            staging, run=settings.digest, has_average=settings.spec.ema > 0, observer=observer
+        )

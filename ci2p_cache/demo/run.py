@@ -12,30 +12,28 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.cache.verify import verify
+from ci2p_cache.demo.records import DemoEvent, DemoOptions, DemoResult, DemoStep
 from ci2p_cache.demo_pictures import CLASSES, write_pictures
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.encoding.run import encode
 from ci2p_cache.errors import CacheError, IntegrityError, ResourceError, UsageError
+from ci2p_cache.experiment.clock import StageClock
 from ci2p_cache.previews import PreviewResult, draw_preview
-from ci2p_cache.record import Record
 from ci2p_cache.report.plots import draw_curves
 from ci2p_cache.training.run import TrainObserver, TrainSpec, TrainSummary, train
 
-__all__ = ["DemoEvent", "DemoOptions", "DemoResult", "DemoStep", "run_demo"]
+__all__ = ["run_demo"]
 
-DemoStep = Literal["pictures", "encode", "verify", "train", "draw"]
+_Clock = StageClock[DemoStep]
 
 _MODEL = "vitds_tiny"
 
@@ -54,85 +52,6 @@ _COMMANDS = (
     f"ci2p-cache train shards/ --model {_MODEL} --epochs 30",
     "ci2p-cache inspect shards/ --picture preview.png",
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoOptions:
-    """How large the demo is; the defaults take about 90 seconds on two cores.
-
-    Raises:
-        UsageError: a number is too small, on construction.
-    """
-
-    per_class: int = 120
-    """Pictures of each of the five classes."""
-    size: int = 128
-    """Side of the encoded square in pixels, a multiple of 32."""
-    epochs: int = 12
-    """Epochs of training."""
-    batch_size: int = 32
-    """Images per step; small, so that few pictures make enough steps."""
-    seed: int = 0
-    """Seed of everything."""
-
-    def __post_init__(self) -> None:
-        for name, low in (("per_class", 2), ("epochs", 1), ("batch_size", 2), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise UsageError(f"demo `{name}` is {getattr(self, name)}; wanted {low} or more")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoEvent:
-    """A step that starts or has ended."""
-
-    step: DemoStep
-    """Which one."""
-    text: str
-    """One line: what it will do, or what came of it."""
-    seconds: float | None
-    """How long it took; None when it starts."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoResult(Record):
-    """What the demo made and measured."""
-
-    note: str
-    """That the pictures are generated."""
-    folder: str
-    """Where everything lies; it is kept."""
-    pictures: str
-    """Folder of the generated pictures."""
-    cache: str
-    """The cache."""
-    run: str
-    """The run folder."""
-    curves: str
-    """Picture of the training curves."""
-    preview: str
-    """Picture of originals and reconstructions."""
-    images: int
-    """Pictures encoded."""
-    classes: tuple[str, ...]
-    """Their classes."""
-    splits: dict[str, int]
-    """Pictures per split."""
-    bytes_per_image: float
-    """Cache bytes per picture, all its views together."""
-    encode_images_per_second: float
-    """Speed of stage one."""
-    train_images_per_second: float
-    """Speed of stage two in its last epoch."""
-    psnr_db: float
-    """Mean PSNR of the reconstructions in the preview, in dB."""
-    top1: float
-    """Validation top-1 after the last epoch, 0 to 1."""
-    chance: float
-    """Top-1 of guessing."""
-    seconds: dict[str, float]
-    """Wall time of each step."""
-    commands: tuple[str, ...]
-    """The commands that do the same on one's own IMAGES."""
 
 
 def run_demo(
@@ -162,32 +81,14 @@ def run_demo(
     """
     options = options or DemoOptions()
     root = _empty_folder(folder)
-    clock = _Clock(on_event or (lambda _: None))
+    tell = on_event or (lambda _: None)
+    clock = _Clock(lambda step, text, s: tell(DemoEvent(step=step, text=text, seconds=s)))
     _generate(root / "pictures", options, clock)
     encoded = _encode(root, options, clock, encode_observer)
     _verify(root, clock)
     trained = _train(root, options, clock, train_observer)
     preview = _draw(root, trained, clock)
     return _result(root, encoded, trained, preview, clock)
-
-
-class _Clock:
-    """Times the steps and tells of them."""
-
-    def __init__(self, tell: Callable[[DemoEvent], None]) -> None:
-        self._tell = tell
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def step(self, name: DemoStep, plan: str) -> Iterator[list[str]]:
-        """Tells of a step that starts and, if it succeeds, what the caller put into the list."""
-        self._tell(DemoEvent(step=name, text=plan, seconds=None))
-        started = time.perf_counter()
-        outcome: list[str] = []
-        yield outcome
-        self.seconds[name] = time.perf_counter() - started
-        text = "; ".join(outcome)
-        self._tell(DemoEvent(step=name, text=text, seconds=self.seconds[name]))
 
 
 def _empty_folder(folder: str | Path | None) -> Path:
@@ -213,7 +114,7 @@ def _empty_folder(folder: str | Path | None) -> Path:
 def _generate(pictures: Path, options: DemoOptions, clock: _Clock) -> None:
     total = options.per_class * len(CLASSES)
     plan = f"generating {total} pictures of {len(CLASSES)} kinds: {', '.join(CLASSES)}"
-    with clock.step("pictures", plan) as outcome:
+    with clock.stage("pictures", plan) as outcome:
         try:
             paths = list(write_pictures(pictures, per_class=options.per_class, seed=options.seed))
         except OSError as error:
@@ -228,7 +129,7 @@ def _encode(
     root: Path, options: DemoOptions, clock: _Clock, observer: EncodeObserver | None
 ) -> EncodeSummary:
     plan = f"encoding them with the bundled encoder at {options.size} x {options.size} pixels"
-    with clock.step("encode", plan) as outcome:
+    with clock.stage("encode", plan) as outcome:
         settings = EncodeOptions(
             encoder="bundled", size=options.size, val_fraction=0.2, seed=options.seed
         )
@@ -242,7 +143,7 @@ def _encode(
 
 
 def _verify(root: Path, clock: _Clock) -> None:
-    with clock.step("verify", "checking every byte of the cache") as outcome:
+    with clock.stage("verify", "checking every byte of the cache") as outcome:
         findings = verify(root / "shards")
         if findings:
             first = findings[0]
@@ -258,7 +159,7 @@ def _train(
 ) -> TrainSummary:
     chance = 1 / len(CLASSES)
     plan = f"training {_MODEL} for {options.epochs} epochs, from the latents alone"
-    with clock.step("train", plan) as outcome:
+    with clock.stage("train", plan) as outcome:
         spec = TrainSpec(
             model=_MODEL,
             epochs=options.epochs,
@@ -299,7 +200,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _draw(root: Path, trained: TrainSummary, clock: _Clock) -> PreviewResult:
-    with clock.step("draw", "drawing the curves and a preview") as outcome:
+    with clock.stage("draw", "drawing the curves and a preview") as outcome:
         draw_curves(trained.path, root / "curves.png")
         preview = draw_preview(open_cache(root / "shards"), root / "preview.png")
         outcome += [str(root / "curves.png"), preview.path]

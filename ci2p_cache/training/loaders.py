@@ -1,0 +1,137 @@
+"""Which loaders give a run its batches, and whether a loader that was given fits the run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ci2p_cache.cache.split import Split
+from ci2p_cache.errors import UsageError
+from ci2p_cache.loader.batches import BatchLoader
+from ci2p_cache.loader.latents import LatentLoader
+from ci2p_cache.loader.pixels import PixelLoader
+from ci2p_cache.loader.resident import Resident, ResidentLoader, choose_resident
+from ci2p_cache.models.registry import AnyModelConfig
+from ci2p_cache.training.ranks import Ranks
+from ci2p_cache.training.records import TrainObserver
+from ci2p_cache.training.spec import TrainSpec
+
+__all__ = ["loader_name", "make_loaders"]
+
+
+def loader_name(config: AnyModelConfig, given: BatchLoader | None) -> str:
+    """Returns the kind of the loader that a run is bound to.
+
+    Args:
+        config: The model.
+        given: The caller's loader of training batches; None: the run makes its own.
+
+    Raises:
+        UsageError: the given loader hands out latents and the model reads images, or the reverse.
+    """
+    if given is None:
+        return (LatentLoader if config.reads == "latents" else PixelLoader).__name__
+    if isinstance(given, PixelLoader) != (config.reads == "images"):
+        raise UsageError(
+            f"{config.name} reads {config.reads}, which {type(given).__name__} does not hand out",
+            hint="leave the loader (train: --online) out; models on images always read the images "
+            "that the cache was made of",
+        )
+    return type(given).__name__
+
+
+def make_loaders(
+    splits: tuple[Split, Split | None],
+    spec: TrainSpec,
+    device: torch.device,
+    *,
+    reads: Literal["latents", "images"],
+    threads: int | None,
+    resident: Resident,
+    given: BatchLoader | None,
+    ranks: Ranks,
+    observer: TrainObserver,
+) -> tuple[BatchLoader, BatchLoader | None]:
+    """Returns the loaders of the train and the val split; the caller closes those not `given`.
+
+    Where the model reads images, both decode those that the cache was made of.
+
+    Raises:
+        UsageError: the given loader has another seed, batch size, split, device or rank, or images
+            are to be kept in memory.
+        ResourceError: the split is to be kept in memory, where it does not fit.
+        SourceError: the images are not there any more.
+    """
+    train, val = splits
+    threads = threads or ranks.num_threads
+    if given is None:
+        given = _train_kind(train, device, reads, resident, observer)(
+            train,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            device=device,
+            shuffle=True if spec.order == "random" else spec.order,
+            threads=threads,
+            recycle=True,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+    has = (given.seed, given.batch_size, given.split.name, given.split.cache.path)
+    wanted = (spec.seed, spec.batch_size, train.name, train.cache.path)
+    if has != wanted or given.device.type != device.type:
+        raise UsageError(
+            f"the given loader has (seed, batch size, split, cache) {has} on {given.device}; "
+            f"the run wants {wanted} on {device}"
+        )
+    if not np.array_equal(given.split.valid_rows, train.valid_rows):
+        raise UsageError(
+            f"the given loader reads {len(given.split.valid_rows)} rows, which are not the "
+            f"{len(train.valid_rows)} that the run trains from (`folds` {spec.folds}, `fold` "
+            f"{spec.fold})"
+        )
+    if (given.rank, given.world_size) != (ranks.rank, ranks.world_size):
+        raise UsageError(
+            f"the given loader is for rank {given.rank} of {given.world_size}; this is rank "
+            f"{ranks.rank} of {ranks.world_size}"
+        )
+    if val is None:
+        return given, None
+    if spec.folds and val.cache.fingerprint.views.kind == "crops":
+        observer.notice(
+            "the folds validate on the first crop of each image, not on the image itself: the "
+            "cache holds nothing else of the train split. Compare such runs only with each other."
+        )
+    return given, (LatentLoader if reads == "latents" else PixelLoader)(
+        val,
+        batch_size=spec.batch_size,
+        device=device,
+        shuffle=False,
+        views=0,
+        threads=threads,
+        recycle=True,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+def _train_kind(
+    train: Split,
+    device: torch.device,
+    reads: Literal["latents", "images"],
+    resident: Resident,
+    observer: TrainObserver,
+) -> type[BatchLoader]:
+    """Returns the kind of the loader of training batches, and tells why it is that."""
+    if reads == "images":
+        if resident == "yes":
+            raise UsageError(
+                "`resident` is yes, which keeps latents in memory; the model reads images",
+                hint="leave it out (train: without --resident)",
+            )
+        return PixelLoader
+    stays, reason = choose_resident(train, device, resident)
+    if reason:
+        observer.notice(reason)
+    return ResidentLoader if stays else LatentLoader
