@@ -6,15 +6,17 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from functools import cache
 from types import TracebackType
-from typing import Any, Self
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, Self
 
 from ci2p_cache.errors import CacheError
+
+# rich takes a third of what `--help` and a completion take, and neither needs it: it is imported
+# where something is shown.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 __all__ = [
     "ProgressLine",
@@ -36,8 +38,20 @@ _MAX_CELL = 500
 _LOG_SECONDS = 30.0
 """Pause between progress lines where the output is not a terminal."""
 
-_out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+@cache
+def _out() -> Console:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 120
+    return Console(highlight=False, emoji=False, soft_wrap=True, width=width)
+
+
+@cache
+def _err() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def size(num_bytes: float) -> str:
@@ -71,6 +85,8 @@ def _clean(text: str, *, longest: int = _MAX_TEXT, keep: str = "") -> str:
         longest: Characters shown at most.
         keep: Characters that stay although they do not print.
     """
+    from rich.markup import escape
+
     if len(text) > longest:
         text = f"{text[:longest]}... ({len(text):,} characters)"
     if not text.isprintable():
@@ -85,22 +101,22 @@ def _clean(text: str, *, longest: int = _MAX_TEXT, keep: str = "") -> str:
 
 def line(text: str = "") -> None:
     """Prints a line of the result, on stdout."""
-    _out.print(_clean(text))
+    _out().print(_clean(text))
 
 
 def heading(text: str) -> None:
     """Prints a heading of the result, on stdout."""
-    _out.print(f"[bold]{_clean(text)}[/bold]")
+    _out().print(f"[bold]{_clean(text)}[/bold]")
 
 
 def notice(text: str) -> None:
     """Prints something the user should know, on stderr."""
-    _err.print(f"[yellow]note:[/yellow] {_clean(text)}")
+    _err().print(f"[yellow]note:[/yellow] {_clean(text)}")
 
 
 def status(text: str) -> None:
     """Prints a line about what is going on, on stderr."""
-    _err.print(_clean(text))
+    _err().print(_clean(text))
 
 
 def print_json(data: Any) -> None:
@@ -110,6 +126,8 @@ def print_json(data: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> None:
     """Prints a table on stdout; numbers are set flush right."""
+    from rich.table import Table
+
     table = Table(title=_clean(title) or None, title_justify="left", box=None, pad_edge=False)
     rows = [list(row) for row in rows]
     for number, column in enumerate(columns):
@@ -123,14 +141,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
                 for cell in row
             )
         )
-    _out.print(table)
+    _out().print(table)
 
 
 def fail(error: CacheError) -> None:
     """Prints an error and how to go on, on stderr."""
-    _err.print(f"[bold red]error:[/bold red] {_clean(str(error), keep=chr(10))}")
+    _err().print(f"[bold red]error:[/bold red] {_clean(str(error), keep=chr(10))}")
     if error.hint:
-        _err.print(f"[bold]try:[/bold]   {_clean(error.hint, keep=chr(10))}")
+        _err().print(f"[bold]try:[/bold]   {_clean(error.hint, keep=chr(10))}")
 
 
 class ProgressLine:
@@ -148,14 +166,16 @@ class ProgressLine:
         self._unit = unit
         self._bar: Progress | None = None
         self._next = time.monotonic() + _LOG_SECONDS
-        if _err.is_terminal:
+        if _err().is_terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.fields[counts]}"),
                 TextColumn("{task.fields[detail]}"),
                 TimeRemainingColumn(compact=True),
-                console=_err,
+                console=_err(),
                 transient=True,
             )
             self._task = self._bar.add_task(label, total=None, counts="", detail="")
@@ -185,4 +205,4 @@ class ProgressLine:
             self._next = time.monotonic() + _LOG_SECONDS
             rest = f"; {duration(eta)} left" if eta is not None else ""
             parts = f"{self._label}: {done:,}/{total:,} {self._unit}".rstrip()
-            _err.print(_clean(", ".join(filter(None, [parts, detail])) + rest))
+            _err().print(_clean(", ".join(filter(None, [parts, detail])) + rest))
