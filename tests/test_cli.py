@@ -274,6 +274,10 @@ class TestBadInput:
         for command in ("train", "inspect", "verify"):
             self.refused(run(command, tmp_path), 4, "is no latent cache")
 
+    def test_a_name_is_shown_as_it_is(self, run: Callable[..., Ran], tmp_path: Path) -> None:
+        ran = run("verify", tmp_path / ":dog:[bold]")
+        assert ":dog:[bold]" in ran.err.replace("\n", "")
+
     def test_too_many_bad_images(self, run: Callable[..., Ran], tmp_path: Path) -> None:
         source = write_image_folder(tmp_path / "src", {"ant": 5})
         (source / "ant" / "bad.jpg").write_bytes(b"\xff\xd8 nothing")

@@ -86,6 +86,21 @@ for each in (
 app.add_typer(bench)
 
 
+def _hide_variables(part: Any) -> None:
+    """Takes the environment variables out of a command's help, and out of all below it.
+
+    They are named once in the root's text; on every option they would drown the rest.
+
+    Args:
+        part: A command or group of click's; typer brings a click of its own or takes the
+            installed one.
+    """
+    for option in part.params:
+        option.show_envvar = False
+    for inner in getattr(part, "commands", {}).values():
+        _hide_variables(inner)
+
+
 def run_command() -> None:
     """Runs the command line; the exit code is the error's own."""
     # OpenMP threads that wait for each other spin, and lose tenfold when the reading threads or
@@ -96,10 +111,7 @@ def run_command() -> None:
     # on torch's warning about that.
     warnings.filterwarnings("ignore", message=r"`torch\.jit")
     root = typer.main.get_command(app)
-    for part in getattr(root, "commands", {}).values():
-        for option in part.params:
-            # Named once in the root's help; on every option it would drown the rest.
-            option.show_envvar = False
+    _hide_variables(root)
     words = sys.argv[1:]
     names = _command_names(root)
     with told_errors(go_on=command(*words), advise=lambda error: advice(error, words, names)):

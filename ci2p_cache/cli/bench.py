@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 
 if TYPE_CHECKING:
     from ci2p_cache.bench.encoding import EncodeReport
@@ -43,7 +43,9 @@ def encode(
         Path | None, typer.Option(help="As for `ci2p-cache encode`.", readable=False)
     ] = None,
     size: Annotated[int, typer.Option(help="Side of the square in pixels.")] = 256,
-    views: Annotated[str, typer.Option(help="none, flip or crops:K.")] = "flip",
+    views: Annotated[
+        str, typer.Option(help="none, flip or crops:K.", autocompletion=choices.views)
+    ] = "flip",
     precision: Annotated[
         Literal["float32", "tf32", "bf16"], typer.Option(help="Arithmetic of the encoder.")
     ] = "float32",
@@ -54,7 +56,10 @@ def encode(
         int | None, typer.Option(help="Threads that read and decode [default: one per core].")
     ] = None,
     devices: Annotated[
-        str, typer.Option(help="auto, cpu, cpu:N (lanes), cuda, cuda:0,1.")
+        str,
+        typer.Option(
+            help="auto, cpu, cpu:N (lanes), cuda, cuda:0,1.", autocompletion=choices.devices
+        ),
     ] = "auto",
     seconds: Annotated[float, typer.Option(help="That g_a alone is timed.")] = 5.0,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -121,7 +126,9 @@ def loader(
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core].")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
+    ] = "auto",
     seconds: Annotated[float, typer.Option(help="Of each repeat of each way.")] = 3.0,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -163,7 +170,9 @@ def loader(
 @bench.command()
 def train(
     cache: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)],
-    model: Annotated[str, typer.Option(help="As for `ci2p-cache train`.")] = "vitds",
+    model: Annotated[
+        str, typer.Option(help="As for `ci2p-cache train`.", autocompletion=choices.models)
+    ] = "vitds",
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
     precision: Annotated[
         Literal["float32", "bf16"], typer.Option(help="As for `ci2p-cache train`.")
@@ -171,7 +180,9 @@ def train(
     workers: Annotated[
         int | None, typer.Option(help="Threads that read and decode [default: one per core].")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
+    ] = "auto",
     seconds: Annotated[float, typer.Option(help="Of each way, after two steps.")] = 20.0,
     encode_rate: Annotated[
         float | None,

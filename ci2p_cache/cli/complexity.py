@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ def complexity(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Count this model, of ours or of timm (repeat it), and ViT-B/16."),
+        typer.Option(
+            help="Count this model, of ours or of timm (repeat it), and ViT-B/16.",
+            autocompletion=choices.models,
+        ),
     ] = None,
     latent_channels: Annotated[
         int, typer.Option(help="M: 192 for CompressAI quality 1-5, 320 for 6-8.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import UsageError, command
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def encode(
         Path | None,
         typer.Option(help="A weights file instead: .pth.tar or .safetensors.", readable=False),
     ] = None,
-    arch: Annotated[str, typer.Option(help="CompressAI zoo name.")] = "bmshj2018-factorized",
+    arch: Annotated[
+        str, typer.Option(help="CompressAI zoo name.", autocompletion=choices.archs)
+    ] = "bmshj2018-factorized",
     quality: Annotated[int, typer.Option(help="CompressAI quality, 1 to 8.")] = 5,
     metric: Annotated[
         Literal["mse", "ms-ssim"], typer.Option(help="What the encoder was trained for.")
@@ -55,7 +57,10 @@ def encode(
         Literal["bilinear", "bicubic"], typer.Option(help="Resize filter, antialiased.")
     ] = "bilinear",
     views: Annotated[
-        str, typer.Option(help="Views of a training image: none, flip or crops:K.")
+        str,
+        typer.Option(
+            help="Views of a training image: none, flip or crops:K.", autocompletion=choices.views
+        ),
     ] = "flip",
     dtype: Annotated[
         Literal["int8", "int16", "float16", "float32"],
@@ -92,7 +97,10 @@ def encode(
         int | None, typer.Option(help="Threads that read and decode [default: one per core].")
     ] = None,
     devices: Annotated[
-        str, typer.Option(help="auto, cpu, cpu:N (lanes), cuda, cuda:0,1.")
+        str,
+        typer.Option(
+            help="auto, cpu, cpu:N (lanes), cuda, cuda:0,1.", autocompletion=choices.devices
+        ),
     ] = "auto",
     max_errors: Annotated[
         str, typer.Option(help="Images that may fail before the run stops: share or count.")

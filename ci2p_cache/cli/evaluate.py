@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 
 if TYPE_CHECKING:
     from ci2p_cache.inference.evaluation import Evaluation
@@ -21,7 +21,12 @@ _SHOWN_CONFUSIONS = 10
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint in it.", metavar="RUN")],
-    checkpoint: Annotated[str, typer.Option(help="best, last, or a checkpoint folder.")] = "best",
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            help="best, last, or a checkpoint folder.", autocompletion=choices.checkpoints
+        ),
+    ] = "best",
     cache: Annotated[
         str | None, typer.Option(help="Cache folder or URL [default: the run's].", metavar="DIR")
     ] = None,
@@ -31,14 +36,18 @@ def evaluate(
     source: Annotated[
         str | None, typer.Option(help="Where the images are now, if they were moved.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the cache.")] = "val",
+    split: Annotated[
+        str, typer.Option(help="Split of the cache.", autocompletion=choices.splits)
+    ] = "val",
     batch_size: Annotated[
         int | None, typer.Option(help="Images per batch [default: the run's].")
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core].")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print evaluation.json.")] = False,
 ) -> None:
     """Evaluate a trained run: accuracy with its interval, calibration, classes, confusions.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 
 if TYPE_CHECKING:
     from ci2p_cache.inference.export import ExportSummary
@@ -25,7 +25,12 @@ def export(
         Literal["full", "model"],
         typer.Option(help="full: images to logits. model: latents to logits."),
     ] = "full",
-    checkpoint: Annotated[str, typer.Option(help="best, last, or a checkpoint folder.")] = "best",
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            help="best, last, or a checkpoint folder.", autocompletion=choices.checkpoints
+        ),
+    ] = "best",
     cache: Annotated[
         str | None,
         typer.Option(help="Take the encoder from this cache, not from the run.", metavar="DIR"),

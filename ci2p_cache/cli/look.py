@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 
 if TYPE_CHECKING:
     from ci2p_cache.cache.card import CacheCard
@@ -23,7 +23,11 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 def inspect(
     path: _CacheFolder,
     split: Annotated[
-        str | None, typer.Option(help="Split of the sample or picture [default: the first].")
+        str | None,
+        typer.Option(
+            help="Split of the sample or picture [default: the first].",
+            autocompletion=choices.splits,
+        ),
     ] = None,
     row: Annotated[int | None, typer.Option(help="Show the sample in this row.")] = None,
     key: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import InputDataError
 
 if TYPE_CHECKING:
@@ -25,7 +25,12 @@ def predict(
         list[str], typer.Argument(help="Files, folders, patterns.", metavar="IMAGES...")
     ],
     top: Annotated[int, typer.Option(help="Classes shown for each image.")] = 5,
-    checkpoint: Annotated[str, typer.Option(help="best, last, or a checkpoint folder.")] = "best",
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            help="best, last, or a checkpoint folder.", autocompletion=choices.checkpoints
+        ),
+    ] = "best",
     cache: Annotated[
         str | None,
         typer.Option(help="Take the encoder from this cache, not from the run.", metavar="DIR"),
@@ -34,7 +39,9 @@ def predict(
     workers: Annotated[
         int | None, typer.Option(help="Threads that decode [default: one per core].")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the predictions as JSON.")] = False,
 ) -> None:
     """Say what pictures show, with nothing but a run folder; the cache may be gone.

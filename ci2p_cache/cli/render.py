@@ -6,14 +6,16 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
-from rich.table import Table
+from functools import cache
+from typing import TYPE_CHECKING, Any, Self
 
 from ci2p_cache.errors import CacheError
+
+# rich takes a third of what `--help` and a completion take, and neither needs it: it is imported
+# where something is shown.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 __all__ = [
     "ProgressLine",
@@ -38,8 +40,20 @@ _LOG_SECONDS = 30.0
 _BAR_COLUMNS = 70
 """Width of a terminal from which on a bar fits beside what it stands for."""
 
-_out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+@cache
+def _out() -> Console:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 120
+    return Console(highlight=False, emoji=False, soft_wrap=True, width=width)
+
+
+@cache
+def _err() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def size(num_bytes: float) -> str:
@@ -73,6 +87,8 @@ def _clean(text: str, *, longest: int = _MAX_TEXT, keep: str = "") -> str:
         longest: Characters shown at most.
         keep: Characters that stay although they do not print.
     """
+    from rich.markup import escape
+
     if len(text) > longest:
         text = f"{text[:longest]}... ({len(text):,} characters)"
     if not text.isprintable():
@@ -87,22 +103,22 @@ def _clean(text: str, *, longest: int = _MAX_TEXT, keep: str = "") -> str:
 
 def line(text: str = "") -> None:
     """Prints a line of the result, on stdout."""
-    _out.print(_clean(text))
+    _out().print(_clean(text))
 
 
 def heading(text: str) -> None:
     """Prints a heading of the result, on stdout."""
-    _out.print(f"[bold]{_clean(text)}[/bold]")
+    _out().print(f"[bold]{_clean(text)}[/bold]")
 
 
 def notice(text: str) -> None:
     """Prints something the user should know, on stderr."""
-    _err.print(f"[yellow]note:[/yellow] {_clean(text)}")
+    _err().print(f"[yellow]note:[/yellow] {_clean(text)}")
 
 
 def status(text: str) -> None:
     """Prints a line about what is going on, on stderr."""
-    _err.print(_clean(text))
+    _err().print(_clean(text))
 
 
 def print_json(data: Any) -> None:
@@ -112,6 +128,8 @@ def print_json(data: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> None:
     """Prints a table on stdout; numbers are set flush right."""
+    from rich.table import Table
+
     table = Table(title=_clean(title) or None, title_justify="left", box=None, pad_edge=False)
     rows = [list(row) for row in rows]
     for number, column in enumerate(columns):
@@ -125,14 +143,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
                 for cell in row
             )
         )
-    _out.print(table)
+    _out().print(table)
 
 
 def fail(error: CacheError) -> None:
     """Prints an error and how to go on, on stderr."""
-    _err.print(f"[bold red]error:[/bold red] {_clean(str(error), keep=chr(10))}")
+    _err().print(f"[bold red]error:[/bold red] {_clean(str(error), keep=chr(10))}")
     if error.hint:
-        _err.print(f"[bold]try:[/bold]   {_clean(error.hint, keep=chr(10))}")
+        _err().print(f"[bold]try:[/bold]   {_clean(error.hint, keep=chr(10))}")
 
 
 class ProgressLine:
@@ -150,15 +168,17 @@ class ProgressLine:
         self._unit = unit
         self._bar: Progress | None = None
         self._next = time.monotonic() + _LOG_SECONDS
-        if _err.is_terminal:
+        if _err().is_terminal:
+            from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+
             columns: tuple[ProgressColumn, ...] = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.fields[text]}"),
             )
-            if _err.width < _BAR_COLUMNS:
+            if _err().width < _BAR_COLUMNS:
                 columns = (TextColumn("{task.description} {task.fields[text]}"),)
-            self._bar = Progress(*columns, console=_err, transient=True)
+            self._bar = Progress(*columns, console=_err(), transient=True)
             self._task = self._bar.add_task(_clean(label), total=None, text="")
 
     def __enter__(self) -> Self:
@@ -180,4 +200,4 @@ class ProgressLine:
             self._bar.update(self._task, completed=done, total=total, text=text)
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + _LOG_SECONDS
-            _err.print(f"{_clean(self._label)}: {text}")
+            _err().print(f"{_clean(self._label)}: {text}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import InterruptedRunError, UsageError, command
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def run(
     until: Annotated[
         Literal["encode", "train", "evaluate", "report"], typer.Option(help="The last stage.")
     ] = "report",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
+    ] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run; write nothing.")
     ] = False,

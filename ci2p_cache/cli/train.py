@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ci2p_cache.cli import augmentation, render
+from ci2p_cache.cli import augmentation, choices, render
 from ci2p_cache.errors import CacheError, UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def train(
         str,
         typer.Option(
             help="On latents: vit, vitds, these with _small or _tiny, ci2p+timm:NAME. On the "
-            "images: vit_b16, vit_s16, vit_ti16, cnn_vit (_small, _tiny), timm:NAME."
+            "images: vit_b16, vit_s16, vit_ti16, cnn_vit (_small, _tiny), timm:NAME.",
+            autocompletion=choices.models,
         ),
     ] = "vitds",
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
@@ -70,7 +71,9 @@ def train(
     name: Annotated[
         str | None, typer.Option(help="Run folder [default: model and a digest of settings].")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
+    ] = "auto",
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core, shared by ranks].")
     ] = None,

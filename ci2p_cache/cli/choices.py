@@ -1,0 +1,38 @@
+"""What a shell completes: values of options that are no closed list, by name.
+
+Options that are a `Literal` complete by themselves, paths are left to the shell. A completion must
+not import torch, timm or compressai; so their names stand here, and a test holds them against
+`list_models()` and CompressAI's zoo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["archs", "checkpoints", "devices", "models", "splits", "views"]
+
+
+def _of(*values: str) -> Callable[[str], list[str]]:
+    def beginning(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return beginning
+
+
+models = _of(
+    *("vit", "vit_small", "vit_tiny", "vitds", "vitds_small", "vitds_tiny"),
+    *("cnn_vit", "cnn_vit_small", "cnn_vit_tiny", "vit_b16", "vit_s16", "vit_ti16"),
+    *("timm:", "ci2p+timm:"),
+)
+"""Our own models, then the two ways to one of timm's."""
+
+archs = _of(
+    *("bmshj2018-factorized", "bmshj2018-hyperprior", "mbt2018-mean", "mbt2018"),
+    *("cheng2020-anchor", "cheng2020-attn"),
+)
+"""CompressAI's zoo."""
+
+devices = _of("auto", "cpu", "cuda")
+views = _of("none", "flip", "crops:")
+checkpoints = _of("best", "last")
+splits = _of("train", "val", "test")
