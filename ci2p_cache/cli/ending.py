@@ -32,8 +32,8 @@ def told_errors(*, go_on: str, advise: Callable[[CacheError], str] | None = None
             InterruptedRunError("interrupted; what was saved is safe", signal_number=signal.SIGINT),
             go_on,
         )
-    except InterruptedRunError as error:
-        _end(error, go_on)
+    except InterruptedRunError as stopped:
+        _end(stopped, go_on)
     except Exception as caught:
         error = caught if isinstance(caught, CacheError) else out_of_memory(caught)
         if error is None:
