@@ -155,10 +155,6 @@ class TestEveryErrorSaysHowToGoOn:
         assert self.hint(run(*words, "--weights", tmp_path / "w.safetensors"), 3)
 
     def test_damaged_caches(self, run: Callable[..., Ran], cache: Path) -> None:
-        manifest = (cache / "cache.json").read_bytes()
-        (cache / "cache.json").write_bytes(manifest.replace(b"train", b"brain"))
-        assert self.hint(run("inspect", cache), 5)[1] in ("encode", "verify")
-        (cache / "cache.json").write_bytes(manifest)
         (cache / "index/train-000000.parquet").write_bytes(b"x")
         assert self.hint(run("inspect", cache, "--row", "0"), 5)[:2] == ["ci2p-cache", "verify"]
 
