@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ci2p_cache.errors import CacheError
 
-# rich takes a third of what `--help` and a completion take, and neither needs it: it is imported
+# rich takes a fifth of what `--help` and a completion take, and neither needs it: it is imported
 # where something is shown.
 if TYPE_CHECKING:
     from rich.console import Console

@@ -173,7 +173,7 @@ def walk(folder: Path) -> int:
         except SystemExit as ended:
             if ended.code:
                 return int(ended.code)
-    latents = zarr.open_group(folder / "shards" / "latents.zarr", mode="r")["train/latents"]
+    latents = zarr.open_array(folder / "shards/latents.zarr/train/latents", mode="r")
     tars = sorted(map(str, (folder / "shards" / "tar").glob("train-*.tar")))
     samples = list(webdataset.WebDataset(tars, shardshuffle=False))
     print(f"zarr reads {latents.shape}, webdataset {len(samples)} samples")
