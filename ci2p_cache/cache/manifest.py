@@ -210,7 +210,10 @@ def read_manifest(root: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotACacheError(
             f"{root} is no latent cache: it has no {MANIFEST}",
-            hint=command("encode", "IMAGES", "--out", root),
+            # What lies in a folder that is there is most likely the images.
+            hint=command("encode", root, "--out", "shards/", note="if these are your images")
+            if root.is_dir() and any(root.iterdir())
+            else command("encode", "IMAGES", "--out", root),
         ) from error
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error}") from error

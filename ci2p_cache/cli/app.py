@@ -78,11 +78,24 @@ def _root(
     """
 
 
-for each in (
-    *(encode, status, verify, inspect, convert, train, evaluate, predict, export),
-    *(report, run, complexity, demo, doctor),
+# In the list of commands a docstring's first sentence would be cut off.
+for each, summary in (
+    (encode, "Stage one: run the encoder over images, once."),
+    (status, "How far encoding is, and who works on it."),
+    (verify, "Check every byte of a cache; repair it."),
+    (inspect, "Show a cache, a sample, or reconstructions."),
+    (convert, "Write a cache in another format."),
+    (train, "Stage two: train a model from the latents."),
+    (evaluate, "Accuracy, calibration and confusions of a run."),
+    (predict, "Classify pictures with a run folder alone."),
+    (export, "Write encoder and model as ONNX or torch."),
+    (report, "One HTML page about runs and caches."),
+    (run, "A whole recipe: encode, train, evaluate, report."),
+    (complexity, "Count parameters and MACs of the models."),
+    (demo, "Try both stages on generated pictures."),
+    (doctor, "Look whether this machine is fit for it."),
 ):
-    app.command(cls=PanelCommand)(each)
+    app.command(cls=PanelCommand, short_help=summary)(each)
 app.add_typer(bench)
 
 

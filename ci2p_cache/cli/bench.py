@@ -19,6 +19,7 @@ bench = typer.Typer(
     name="bench",
     no_args_is_help=True,
     rich_markup_mode=None,
+    short_help="Measure this machine with your own data.",
     help="""Measure this machine with your own data: encoding, loading and training.
 
     \b

@@ -126,13 +126,16 @@ def _print_card(card: CacheCard) -> None:
     )
     render.line()
     shown = 20
+    # Titles are told where they say more: n01440764 is a tench.
+    names = (
+        [card.classes] if card.classes == card.class_titles else [card.classes, card.class_titles]
+    )
+    counts = [split.class_counts for split in card.splits]
     render.print_table(
-        ("label", "class", "title", *(split.name for split in card.splits)),
+        ("label", *("class", "title")[: len(names)], *(split.name for split in card.splits)),
         [
-            (label, name, title, *(split.class_counts[label] for split in card.splits))
-            for label, (name, title) in enumerate(
-                zip(card.classes[:shown], card.class_titles[:shown], strict=True)
-            )
+            (label, *(each[label] for each in (*names, *counts)))
+            for label in range(min(shown, len(card.classes)))
         ],
     )
     if len(card.classes) > shown:

@@ -47,5 +47,6 @@ def report(
     if json:
         render.print_json(summary.to_dict())
     else:
-        held = f"{len(summary.runs)} runs, {len(summary.caches)} caches"
-        render.line(f"written: {summary.path} ({held}, {render.size(summary.bytes)})")
+        held = f"runs: {len(summary.runs)}, caches: {len(summary.caches)}"
+        render.line(f"written: {summary.path} ({held}; {render.size(summary.bytes)})")
+        render.line("next: open it in a browser")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ci2p_cache.cli import augmentation, choices, render
-from ci2p_cache.errors import CacheError, UsageError
+from ci2p_cache.errors import CacheError, UsageError, command
 
 if TYPE_CHECKING:
     from ci2p_cache.loader.batches import BatchLoader
@@ -226,4 +226,5 @@ def _print_summary(summary: TrainSummary, curves: Path) -> None:
     render.line(f"  numbers     {summary.path}/summary.csv")
     render.line(f"  best        {summary.best_checkpoint}")
     render.line(f"  last        {summary.last_checkpoint}")
-    render.line(f"next: tensorboard --logdir {Path(summary.path).parent}")
+    render.line(f"  live        tensorboard --logdir {Path(summary.path).parent}")
+    render.line(f"next: {command('evaluate', summary.path)}")

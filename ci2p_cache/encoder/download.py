@@ -204,7 +204,7 @@ def _unavailable(url: str, target: Path, reason: object) -> WeightsUnavailableEr
         f"cannot fetch {url}: {reason}. Three ways to get an encoder: (1) download that file on a "
         f"machine with network and copy it to {target}; (2) --weights FILE with weights of your "
         "own; (3) --encoder bundled, the encoder that ships with this package",
-        hint="use --encoder bundled where the official weights are not a must",
+        hint="the same command with --encoder bundled, where the official weights are not a must",
     )
 
 

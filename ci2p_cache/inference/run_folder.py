@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def open_run(path: str | Path, *, checkpoint: str | Path = "best") -> RunFolder:
     if args is None:
         raise InputDataError(
             f"{path} is no run folder: it has no args.yaml",
-            hint="name a folder that `ci2p-cache train` made, for example runs/NAME",
+            hint=_hint(path),
         )
     file, config = read_model_file(path)
     folder = _chosen(path, checkpoint)
@@ -102,6 +103,15 @@ def load_model(run: RunFolder, device: torch.device) -> nn.Module:
             hint="name another one: --checkpoint best, or last",
         ) from error
     return model.to(device).eval().requires_grad_(False)
+
+
+def _hint(path: Path) -> str:
+    """Returns what to name instead: the newest run in that folder or in `runs`, if there is one."""
+    found = [args.parent for place in (path, Path("runs")) for args in place.glob("*/args.yaml")]
+    if not found:
+        return "name a folder that `ci2p-cache train` made, for example runs/NAME"
+    newest = max(found, key=lambda run: run.stat().st_mtime)
+    return f"did you mean {shlex.quote(str(newest))}?"
 
 
 def _chosen(run: Path, checkpoint: str | Path) -> Path:

@@ -40,10 +40,11 @@ def early_notice(record: EpochRecord, *, steps: int, num_classes: int, num_val: 
     learns = record.train_top1 > _highest_guess(num_classes, min(record.images, num_val))
     if learns and record.top1 <= _highest_guess(num_classes, num_val):
         return (
-            f"validation is at chance ({record.top1:.1%}) while training is not "
-            f"({record.train_top1:.1%}), after {steps} steps. In the first 50 to 100 steps that is "
-            "usual: BatchNorm validates with running averages, which lag behind weights that move "
-            "fast. If it stays, see whether both splits have the same classes and kind of images."
+            f"validation ({record.top1:.1%} of {num_val:,}) cannot be told from guessing while "
+            f"training is ahead of it ({record.train_top1:.1%}), after {steps} steps. In the "
+            "first 50 to 100 steps that is usual: BatchNorm validates with running averages, which "
+            "lag behind weights that move fast. If it stays, see whether both splits have the same "
+            "classes and kind of images."
         )
     return None
 
