@@ -201,6 +201,24 @@ class TestLabels:
         pack(tmp_path / "x.tar", tar_bytes(members))
         assert scanned(tmp_path / "x.tar") == {(None, "1.jpg", "b"), (None, "2.jpg", "a")}
 
+    def test_archives_that_number_their_samples_anew_get_their_name_into_the_keys(
+        self, tmp_path: Path
+    ) -> None:
+        images = [("0.jpg", PICTURE, "a"), ("1.jpg", PICTURE, "b")]
+        for name in ("train-0", "train-1", "val-0"):
+            pack(tmp_path / f"{name}.tar", tar_bytes(samples(images)))
+        keys = {(split, key) for split, key, _ in scanned(tmp_path)}
+        assert keys == {
+            (name.split("-")[0], f"{name}.tar/{n}.jpg")
+            for name in ("train-0", "train-1", "val-0")
+            for n in (0, 1)
+        }
+        assert "keys are ARCHIVE/NAME" in notices(tmp_path)
+        # In two splits a name may be the same.
+        (tmp_path / "train-1.tar").unlink()
+        assert ("val", "0.jpg") in {(split, key) for split, key, _ in scanned(tmp_path)}
+        assert "ARCHIVE" not in notices(tmp_path)
+
 
 class TestParquet:
     def test_keys_are_paths_only_where_all_are_fit(self, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ci2p_cache.images.names import as_key, for_display, join
 from ci2p_cache.images.reading import MAX_FILE_BYTES
 from ci2p_cache.images.source import ImageRef
 from ci2p_cache.images.tally import Tally
-from ci2p_cache.images.tar_listing import ListedImages, TarLister, refusal
+from ci2p_cache.images.tar_listing import ListedImages, TarLister, names_recur, refusal
 from ci2p_cache.images.tar_members import BLOCK_BYTES, Member, require_header
 from ci2p_cache.images.tar_streams import Window, is_packed, read_at
 
@@ -40,8 +40,9 @@ class TarSource(ArchiveSource):
     each archive in sequence, once per split that is drawn from it. In random order a plain tar is
     as good as a folder; a packed one begins again for each image that lies behind.
 
-    Keys are the names of the image members, so that a folder and a tar of it have the same. A label
-    is the text of `.cls`, or `label`, `cls` or `class_name` of `.json`; see `LabelTable`.
+    Keys are the names of the image members, so that a folder and a tar of it have the same. Where
+    an archive of a split has a name that another one has too, they are ARCHIVE/NAME. A label is the
+    text of `.cls`, or `label`, `cls` or `class_name` of `.json`; see `LabelTable`.
 
     Args:
         location: A tar, a folder that holds only tars, a wildcard or a brace pattern; see
@@ -60,6 +61,7 @@ class TarSource(ArchiveSource):
         super().__init__(location)
         self._listing: list[tuple[Archive, ListedImages]] | None = None
         self._labels: list[int] = []
+        self._names_recur = False
         self._windows: Kept[Window] = Kept(_MAX_WINDOWS)
 
     def scan(self) -> Iterator[ImageRef]:
@@ -74,8 +76,15 @@ class TarSource(ArchiveSource):
         for archive, listed in self._list():
             for name, offset, size, label in listed:
                 path = b"%b#%d+%d" % (archive.path, offset, size)
-                yield ImageRef(as_key(name), archive.split, self._labels[label], path, order=place)
+                key = as_key(join(archive.path, name) if self._names_recur else name)
+                yield ImageRef(key, archive.split, self._labels[label], path, order=place)
                 place += 1
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know, one sentence each; complete once `scan` has ended."""
+        told = "archives have images of the same name, so keys are ARCHIVE/NAME"
+        return (*super().notices, *((told,) if self._names_recur else ()))
 
     def read(self, path: bytes) -> bytes:
         """Returns the content of one image; any number of threads may call it.
@@ -121,6 +130,11 @@ class TarSource(ArchiveSource):
             )
             self._labels = labels.tolist()
             self._listing = self._with_labels(listing)
+            splits = {archive.split for archive, _ in listing}
+            self._names_recur = any(
+                names_recur(listed for archive, listed in self._listing if archive.split == split)
+                for split in splits
+            )
         return self._listing
 
     def _label_folders(self) -> tuple[bytes, ...]:

@@ -6,10 +6,13 @@ A sample is a run of members whose paths are the same up to the first dot of the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from ci2p_cache.errors import SourceError
 from ci2p_cache.images.archives import Archive
@@ -20,7 +23,7 @@ from ci2p_cache.images.tally import Tally
 from ci2p_cache.images.tar_members import Member, members
 from ci2p_cache.images.tar_streams import TarStream, open_stream
 
-__all__ = ["ListedImages", "TarLister", "refusal"]
+__all__ = ["ListedImages", "TarLister", "names_recur", "refusal"]
 
 _MAX_LABEL_BYTES = {b"cls": 4096, b"json": 2**24}
 
@@ -68,6 +71,21 @@ class ListedImages:
         for end, offset, size, label in columns:
             yield bytes(self.names[start:end]), offset, size, label
             start = end
+
+
+def names_recur(archives: Iterable[ListedImages]) -> bool:
+    """Whether an image of one archive has the name of an image in another.
+
+    A name is told by 64 bits of its hash; two that are taken for one would only lengthen keys.
+    """
+    found = [
+        np.unique([_hash64(name) for name, *_ in listed]).astype(np.uint64) for listed in archives
+    ]
+    return len(np.unique(np.concatenate(found))) < sum(map(len, found)) if found else False
+
+
+def _hash64(name: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
 class TarLister:
