@@ -149,6 +149,43 @@ class TestEveryErrorSaysHowToGoOn:
         empty = run("encode", tmp_path / "empty", "--out", tmp_path / "o", *ENCODE)
         assert self.hint(empty, 3) == ["ci2p-cache", "encode", "--help"]
 
+        write_image_folder(tmp_path / "src", {"ant": 2})
+        one_class = run("encode", tmp_path / "src" / "ant", "--out", tmp_path / "o", *ENCODE)
+        assert one_class.code == 3
+        assert "name the folder above it" in one_class.err
+
+    def test_images_where_a_cache_is_wanted_are_not_offered_as_its_place(
+        self, run: Callable[..., Ran], image_folder: Path, tmp_path: Path
+    ) -> None:
+        hint = self.hint(run("inspect", image_folder), 4)
+        assert hint[:3] == ["ci2p-cache", "encode", str(image_folder)]
+        (tmp_path / "begun").mkdir()
+        (tmp_path / "begun" / ".lock").touch()
+        hint = self.hint(run("status", tmp_path / "begun"), 4)
+        assert hint[-2:] == ["--out", str(tmp_path / "begun")]
+
+    def test_a_cache_where_a_run_is_wanted_has_the_newest_run_beside_it(
+        self, run: Callable[..., Ran], cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert "ci2p-cache train" in run("evaluate", cache).err
+        (tmp_path / "runs" / "mine").mkdir(parents=True)
+        (tmp_path / "runs" / "mine" / "args.yaml").write_text("a: 1")
+        assert "did you mean runs/mine?" in run("evaluate", cache).err
+
+    def test_a_complete_cache_says_that_another_source_was_not_listed(
+        self, run: Callable[..., Ran], cache: Path, image_folder: Path
+    ) -> None:
+        words = ("--out", cache, *ENCODE, "--val-fraction", "0")
+        same = run("encode", cache.parent / "nowhere", *words)
+        assert same.code == 3
+        source = cc.open_cache(cache).manifest.source
+        assert "planned from" not in run("encode", source, *words).err
+        other = run("encode", image_folder, *words)
+        assert other.code == 0
+        assert f"was planned from {source}" in other.err
+        assert "--rescan" in other.err
+
     def test_weights(self, run: Callable[..., Ran], image_folder: Path, tmp_path: Path) -> None:
         (tmp_path / "w.safetensors").write_bytes(b"x" * 100)
         words = ("encode", image_folder, "--out", tmp_path / "o")

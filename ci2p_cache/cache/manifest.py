@@ -212,7 +212,7 @@ def read_manifest(root: Path) -> Manifest:
             f"{root} is no latent cache: it has no {MANIFEST}",
             # What lies in a folder that is there is most likely the images.
             hint=command("encode", root, "--out", "shards/", note="if these are your images")
-            if root.is_dir() and any(root.iterdir())
+            if root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir())
             else command("encode", "IMAGES", "--out", root),
         ) from error
     except OSError as error:

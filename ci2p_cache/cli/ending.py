@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -21,7 +22,7 @@ def told_errors(*, go_on: str, advise: Callable[[CacheError], str] | None = None
     """Tells of the error that ends the block, and exits with its code.
 
     Args:
-        go_on: What to run or do after an interruption that does not say so itself.
+        go_on: What to run or do after an interruption.
         advise: What to run or do after any other error that does not; None says nothing then.
     """
     try:
@@ -33,6 +34,9 @@ def told_errors(*, go_on: str, advise: Callable[[CacheError], str] | None = None
             go_on,
         )
     except InterruptedRunError as stopped:
+        # Here the command itself can be told; of several ranks it is torchrun's that goes on.
+        if "RANK" not in os.environ:
+            stopped.hint = go_on
         _end(stopped, go_on)
     except Exception as caught:
         error = caught if isinstance(caught, CacheError) else out_of_memory(caught)

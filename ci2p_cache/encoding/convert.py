@@ -15,19 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.encoding.arrays import write_arrays
 from ci2p_cache.encoding.conversion import Conversion
 from ci2p_cache.encoding.interrupt import interruptible
-from ci2p_cache.errors import NotACacheError, UsageError
+from ci2p_cache.encoding.place import refuse_foreign_folder
+from ci2p_cache.errors import UsageError
 from ci2p_cache.record import Record
 from ci2p_cache.specs import CodecName, FormatName
 
 __all__ = ["ConvertSummary", "convert"]
-
-_BEFORE_MANIFEST = {".lock", ".staging", PLAN, ENCODER}
-"""What a conversion killed before it wrote the manifest may have left."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,13 +124,4 @@ def _refuse_place(root: Path, cache: Cache) -> None:
             f"`out` {root} and the cache {cache.path} lie in each other",
             hint="choose an --out folder beside the cache",
         )
-    if root.exists() and not root.is_dir():
-        raise NotACacheError(f"{root} exists and is no folder", hint="choose another --out")
-    if root.is_dir() and not (root / MANIFEST).exists():
-        foreign = sorted({path.name for path in root.iterdir()} - _BEFORE_MANIFEST)
-        if foreign:
-            raise NotACacheError(
-                f"{root} holds {foreign[0]!r} and {len(foreign) - 1} other entries but no "
-                f"{MANIFEST}, so it is no cache of ours and was not touched",
-                hint="choose a new or empty --out folder",
-            )
+    refuse_foreign_folder(root)

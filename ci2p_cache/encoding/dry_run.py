@@ -25,9 +25,9 @@ from ci2p_cache.encoding.forecast import DryRunReport, Findings, Work, report
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.lane import Lane, make_lanes
 from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.encoding.place import refuse_place
 from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
 from ci2p_cache.encoding.resume import committed_shards, encode_settings, load_chosen, survey
-from ci2p_cache.encoding.run import refuse_place
 from ci2p_cache.encoding.sample import draw, small_shards
 from ci2p_cache.encoding.shard import EncodeSettings
 from ci2p_cache.encoding.trial import EncodeTrial, try_encoding

@@ -20,6 +20,7 @@ from ci2p_cache.encoding.resume import (
     load_chosen,
     missing_text,
     survey,
+    tell_of_other_source,
 )
 from ci2p_cache.encoding.whole import meter_of, reopened
 from ci2p_cache.encoding.work import Work
@@ -60,6 +61,7 @@ def resume_range(
                 intent = survey(root, images, options, encoder)
                 begin(images, intent, encoder, staging, observer)
     intent = survey(root, images, options, encoder)
+    tell_of_other_source(root, images, intent, observer)
     manifest = intent.manifest
     assert manifest is not None, "a folder with a manifest is gone on with as it is"
     places = tuple(intent.plan.shard_numbers())

@@ -139,6 +139,23 @@ def survey(
     )
 
 
+def tell_of_other_source(
+    root: Path, images: ImageSource, intent: Intent, observer: EncodeObserver
+) -> None:
+    """Says so where a begun cache was planned from another place than the one now named."""
+    here = _location_text(images)
+    if intent.manifest is not None and intent.manifest.source != here:
+        observer.notice(
+            f"{root} was planned from {intent.manifest.source}; {here} is taken for the same "
+            "images in another place and was not listed (--rescan lists it)"
+        )
+
+
+def _location_text(images: ImageSource) -> str:
+    """Returns where a source lies as JSON can hold it."""
+    return images.location().encode("utf-8", "backslashreplace").decode()
+
+
 def begin(
     images: ImageSource,
     intent: Intent,
@@ -169,7 +186,7 @@ def begin(
         fingerprint=intent.fingerprint,
         layout=intent.layout,
         # A path that is not UTF-8 is shown with escapes; JSON could not hold it.
-        source=images.location().encode("utf-8", "backslashreplace").decode(),
+        source=_location_text(images),
         classes=intent.classes,
         class_titles=images.class_titles,
         splits=intent.plan.splits,

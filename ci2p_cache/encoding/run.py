@@ -7,22 +7,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ci2p_cache.cache.lock import LOCK
-from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
+from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path
 from ci2p_cache.encoding.claims import claimed, whole_folder
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.encoding.place import refuse_place
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
-from ci2p_cache.errors import NotACacheError, UsageError
+from ci2p_cache.errors import UsageError
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.remote import shown, url_of
 
-__all__ = ["encode", "refuse_place"]
-
-_BEFORE_MANIFEST = {LOCK, ".staging", PLAN, ENCODER}
-"""What a run killed before it wrote the manifest may have left, beside the locks of ranges."""
+__all__ = ["encode"]
 
 
 def encode(
@@ -99,31 +96,6 @@ def _encode_range(
         from ci2p_cache.encoding.part import resume_range
 
         return resume_range(root, images, options, staging, observer, claim)
-
-
-def refuse_place(root: Path, source: Path) -> None:
-    """Refuses an output inside the source, and a folder that holds something else."""
-    if url_of(root) is not None:
-        raise UsageError(
-            f"`out` is a URL, {shown(str(url_of(root)))}; caches are encoded into a local folder",
-            hint="give a local --out folder, and copy it there when it is finished",
-        )
-    if root.resolve().is_relative_to(source.resolve()):
-        raise UsageError(
-            f"`out` {root} lies inside the source {source}, where it would be listed as images",
-            hint="choose an --out folder beside the source",
-        )
-    if root.exists() and not root.is_dir():
-        raise NotACacheError(f"{root} exists and is no folder", hint="choose another --out")
-    if root.is_dir() and not (root / MANIFEST).exists():
-        names = {path.name for path in root.iterdir() if not path.name.startswith(f"{LOCK}.")}
-        foreign = sorted(names - _BEFORE_MANIFEST)
-        if foreign:
-            raise NotACacheError(
-                f"{root} holds {foreign[0]!r} and {len(foreign) - 1} other entries but no "
-                f"{MANIFEST}, so it is no cache of ours and was not touched",
-                hint="choose a new or empty --out folder",
-            )
 
 
 @contextmanager

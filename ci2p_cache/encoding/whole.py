@@ -27,6 +27,7 @@ from ci2p_cache.encoding.resume import (
     load_chosen,
     missing_text,
     survey,
+    tell_of_other_source,
 )
 from ci2p_cache.encoding.work import Work
 from ci2p_cache.errors import IncompleteCacheError, command
@@ -56,6 +57,7 @@ def resume(
     """
     encoder = load_chosen(options, observer)
     intent = survey(root, images, options, encoder)
+    tell_of_other_source(root, images, intent, observer)
     if options.finalise and intent.manifest is None:
         raise IncompleteCacheError(
             f"{root} has no plan yet, so there is nothing to finalise",

@@ -166,7 +166,10 @@ class FolderSource:
         has_train = any(name.lower() == b"train" for name in splits)
         if not folders:
             raise SourceError(
-                f"{shown} has no folders in it, {self._summary(data, files)}; {_WANTED}"
+                f"{shown} has no folders in it, {self._summary(data, files)}; {_WANTED}",
+                hint="name the folder above it, if this is the folder of a class"
+                if files
+                else None,
             )
         if not others and not has_train:
             raise SourceError(
