@@ -17,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
 import ci2p_cache as cc
+from ci2p_cache.cli.app import app
 from tests.conftest import Ran, write_image_folder
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "ci2p_cache")
@@ -119,6 +121,16 @@ def test_no_color_is_heeded(tmp_path: Path) -> None:
     code, shown = on_a_terminal(80, *words, NO_COLOR="1")
     assert code == 3
     assert not coloured.search(shown)
+
+
+def test_every_command_prints_json_for_programs() -> None:
+    root = typer.main.get_command(app)
+    parts = [*root.commands.values()]  # type: ignore[attr-defined]  # a group
+    parts += [inner for part in parts for inner in getattr(part, "commands", {}).values()]
+    commands = [part for part in parts if not hasattr(part, "commands")]
+    assert len(commands) >= 17
+    for command in commands:
+        assert any("--json" in option.opts for option in command.params), command.name
 
 
 def shell_words(hint: str) -> list[str]:
