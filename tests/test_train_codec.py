@@ -59,7 +59,9 @@ def pictures(*seeds: int) -> TrainingImages:
 
 
 def spec(**changes: Any) -> CodecSpec:
+    # Where bfloat16 is emulated a step of it takes nine times as long; one test is for it.
     small: dict[str, Any] = {
+        "precision": "float32",
         "quality": 1,
         "steps": 6,
         "batch_size": 2,
@@ -113,18 +115,22 @@ def test_the_cost_falls_on_a_few_pictures(tmp_path):
     assert 0 < told[-1].lr < 1e-5
 
 
-@pytest.mark.parametrize(("optimizer", "precision"), [("muon", "bfloat16"), ("adam", "float32")])
-def test_a_run_stopped_after_any_step_ends_with_the_same_bits(tmp_path, optimizer, precision):
-    settings = spec(steps=3, optimizer=optimizer, precision=precision)
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "steps"), [("muon", "bfloat16", 2), ("adam", "float32", 3)]
+)
+def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
+    tmp_path, optimizer, precision, steps
+):
+    settings = spec(steps=steps, optimizer=optimizer, precision=precision)
     data = pictures(1, 2, 3)
     whole = train_codec(data, settings, tmp_path / "whole")
-    for step in range(1, 3):
+    for step in range(1, steps):
         out = tmp_path / f"stopped-{step}"
         stopped = train_codec(data, settings, out, control=at(step, "stop"))
         assert stopped.steps_done == step
         torch.manual_seed(step)  # nothing of the process's own random numbers comes in
         resumed = train_codec(data, settings, out)
-        assert (resumed.steps_done, resumed.resumed_at) == (3, step)
+        assert (resumed.steps_done, resumed.resumed_at) == (steps, step)
         assert same_weights(whole, resumed)
 
 
@@ -328,7 +334,7 @@ def script_run(tmp_path_factory):
     (images / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     (images / "notes.txt").write_text("no picture")
     words = ["--images", images, "2", "--out", root / "run", "--steps", 3, "--crop", 32]
-    words += ["--batch-size", 2, "--evaluate", images / "deep"]
+    words += ["--batch-size", 2, "--precision", "float32", "--evaluate", images / "deep"]
     command = [sys.executable, str(SCRIPT), *map(str, words)]
     return root, words, subprocess.run(command, text=True, capture_output=True, cwd=REPO)
 
