@@ -324,7 +324,7 @@ class TestCommand:
         out = tmp_path / "r.html"
         ran = run("report", mine, cache.path, "--out", out, "--no-pictures")
         assert ran.code == 0, ran.err
-        assert f"written: {out} (1 runs, 1 caches" in ran.out.replace("\n", " ")
+        assert f"written: {out} (runs: 1, caches: 1; " in ran.out.replace("\n", " ")
         told = json.loads(run("report", mine, "--out", out, "--json").out)
         assert told["runs"] == ["mine"]
         assert told["bytes"] == out.stat().st_size
