@@ -177,23 +177,28 @@ class TestRay:
         size = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
         nodes = [cluster.add_node(**size) for _ in range(2)]  # type: ignore[attr-defined]
         ray.init(address=cluster.address, log_to_driver=False)  # type: ignore[attr-defined]
-        out, observer, killed = tmp_path / "out", Notices(), []
+        killed: list[int] = []
 
-        def kill_a_node() -> None:
+        def kill_a_node(out: Path, ended: threading.Event) -> None:
             # All three nodes are at work: each actor stages under its own name.
-            for _ in range(100_000):
+            while not ended.wait(0.005):
                 if len(list(out.glob(".staging/all-ray-*"))) == 3 and list(out.glob("commits/*")):
                     cluster.remove_node(nodes[0], allow_graceful=False)  # type: ignore[attr-defined]
                     killed.append(len(list(out.glob("commits/*"))))
                     return
-                time.sleep(0.005)
 
-        killer = threading.Thread(target=kill_a_node, daemon=True)
-        killer.start()
-        summary = cc.encode(
-            pictures, out, with_options(executor="ray", devices="auto"), observer=observer
-        )
-        killer.join()
+        # On a busy machine two nodes may have done it all before the third is at work.
+        for attempt in range(5):
+            out, observer, ended = tmp_path / f"out-{attempt}", Notices(), threading.Event()
+            killer = threading.Thread(target=kill_a_node, args=(out, ended), daemon=True)
+            killer.start()
+            summary = cc.encode(
+                pictures, out, with_options(executor="ray", devices="auto"), observer=observer
+            )
+            ended.set()
+            killer.join()
+            if killed:
+                break
         assert killed
         assert killed[0] < 20
         assert any("actor was lost" in text for text in observer.texts)
