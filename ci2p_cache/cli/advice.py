@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.errors import (
     CacheError,
     IntegrityError,
@@ -15,8 +16,6 @@ from ci2p_cache.errors import (
 )
 
 __all__ = ["advice", "out_of_memory"]
-
-_MANIFEST = "cache.json"
 
 
 def advice(error: CacheError, words: Sequence[str], commands: Iterable[str]) -> str:
@@ -34,7 +33,7 @@ def advice(error: CacheError, words: Sequence[str], commands: Iterable[str]) -> 
     if isinstance(error, WeightsError):
         return command("encode", "--help", note="--weights, --arch and --quality belong together")
     if isinstance(error, IntegrityError):
-        caches = (word for word in words if Path(word, _MANIFEST).is_file())
+        caches = (word for word in words if Path(word, MANIFEST).is_file())
         cache = next(caches, None)
         if cache is not None:
             return command("verify", cache)

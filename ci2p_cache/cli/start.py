@@ -60,7 +60,8 @@ def _take_names_as_utf8() -> None:
     # The terminal goes on speaking its own encoding.
     os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
     os.environ["PYTHONUTF8"] = "1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    # As an option too: with `python -I` the variable is not heeded, and this would not end.
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _leave(number: int, _: FrameType | None) -> None:

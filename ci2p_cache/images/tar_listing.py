@@ -79,7 +79,8 @@ def names_recur(archives: Iterable[ListedImages]) -> bool:
     A name is told by 64 bits of its hash; two that are taken for one would only lengthen keys.
     """
     found = [
-        np.unique([_hash64(name) for name, *_ in listed]).astype(np.uint64) for listed in archives
+        np.unique(np.array([_hash64(name) for name, *_ in listed], np.uint64))
+        for listed in archives
     ]
     return len(np.unique(np.concatenate(found))) < sum(map(len, found)) if found else False
 
