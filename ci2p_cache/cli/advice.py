@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.errors import (
     CacheError,
     IntegrityError,
@@ -33,6 +32,9 @@ def advice(error: CacheError, words: Sequence[str], commands: Iterable[str]) -> 
     if isinstance(error, WeightsError):
         return command("encode", "--help", note="--weights, --arch and --quality belong together")
     if isinstance(error, IntegrityError):
+        # Here, because `--help` needs no yaml, which the cache's names would bring.
+        from ci2p_cache.cache.paths import MANIFEST
+
         caches = (word for word in words if Path(word, MANIFEST).is_file())
         cache = next(caches, None)
         if cache is not None:
