@@ -170,4 +170,4 @@ def _share(macs: int, reduction: float) -> str:
 
 
 def _percent(reduction: float) -> str:
-    return f"{-100 * reduction:.2f} %" if reduction else ""
+    return f"{-reduction:.2%}" if reduction else ""
