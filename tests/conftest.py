@@ -16,8 +16,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.faults.nursery import Nursery
+
 REPO = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("CI2P_CACHE_TEST_DATA", REPO.parent / "shared" / "data"))
+
+
+LONGEST_FIRST = (
+    *("test_executors.py", "test_train_codec.py", "test_readme.py", "test_faults.py"),
+    *("test_distributed.py", "test_training.py", "test_terminals.py", "test_encode.py"),
+    *("test_export.py", "test_awkward_archives.py", "test_cli.py", "test_loader.py"),
+    *("test_benchmark_gpu.py", "test_awkward_folder.py", "test_decoders.py", "test_ranges.py"),
+    *("test_tar_faults.py", "test_dry_run.py", "test_demo.py", "test_cluster.py"),
+)
+"""Files of minutes: begun last, one of them would keep one of two processes alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first; the order within a file stays."""
+    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +86,13 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of 9, 7 and 5 small JPEGs; read only."""
     root = tmp_path_factory.mktemp("images")
     return write_image_folder(root, {"ant": 9, "bee": 7, "cat": 5})
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Starts commands as processes of their own, without the seconds that importing torch takes."""
+    with Nursery(tmp_path_factory.mktemp("nursery")) as made:
+        yield made
 
 
 @dataclass

@@ -23,10 +23,11 @@ from ci2p_cache import errors
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.run import TrainObserver
 
-__all__ = ["do", "job", "launch", "numbers", "processes_with", "rank_of", "run_jobs"]
+__all__ = ["IMAGE_MODEL", "do", "job", "launch", "numbers", "processes_with", "rank_of", "run_jobs"]
 
 REPO = Path(__file__).resolve().parent.parent
 CLOCK = {"images_per_second", "wait_share", "epoch_seconds"}
+IMAGE_MODEL = "vit_ti16"
 
 
 class Recording(cc.LatentLoader):
@@ -60,7 +61,7 @@ class Notes(TrainObserver):
 
 def job(label: str, spec: cc.TrainSpec, *, run: str = "", **options: Any) -> dict[str, Any]:
     """What `do` takes; options are `events`, "epoch 0 step 2 rank 1" -> what happens there, and
-    `cache`, the folder to train from.
+    `cache`, the folder to train from. Models on images take the loader that `train` makes.
     """
     return {"label": label, "name": run or label, "spec": spec.to_dict()} | options
 
@@ -71,6 +72,7 @@ def do(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     spec = cc.TrainSpec.from_dict(job["spec"])
     result: dict[str, Any] = {"notices": notes.notices}
     cache = folder / job.get("cache", "cache")
+    reads_images = spec.model == IMAGE_MODEL
     with Recording(
         cc.open_cache(cache)["train"], batch_size=spec.batch_size, seed=spec.seed,
         threads=1, recycle=True, rank=ranks.rank, world_size=ranks.world_size,
@@ -78,8 +80,8 @@ def do(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         loader.rows, loader.events = [], job.get("events", {})
         try:
             summary = cc.train(
-                cache, spec=spec, runs_dir=folder / "runs", name=job["name"],
-                device="cpu", threads=1, loader=loader, observer=notes,
+                cache, spec=spec, runs_dir=folder / "runs", name=job["name"], device="cpu",
+                threads=1, loader=None if reads_images else loader, observer=notes,
             )  # fmt: skip
             result["summary"] = summary.to_dict()
         except Exception as error:

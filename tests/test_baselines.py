@@ -513,6 +513,7 @@ class TestTraining:
         spec = cc.TrainSpec(model="vit_ti16", epochs=1, batch_size=12)
         with pytest.raises(errors.UsageError, match="`resident` is yes"):
             cc.train(cache_dir, spec=spec, runs_dir=tmp_path, device="cpu", resident="yes")
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
         ("change", "match"),

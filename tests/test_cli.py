@@ -23,6 +23,7 @@ from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.cli.encode import encode as encode_command
 from ci2p_cache.cli.train import train as train_command
 from tests.conftest import Ran, write_image_folder
+from tests.faults.nursery import Nursery
 
 ENCODE = ("--encoder", "bundled", "--size", "64", "--shard-samples", "4")
 
@@ -296,7 +297,7 @@ class TestBadInput:
 
 
 def test_on_a_terminal_there_is_a_bar_and_in_a_log_there_is_none(
-    image_folder: Path, tmp_path: Path
+    nursery: Nursery, image_folder: Path, tmp_path: Path
 ) -> None:
     command = [*(sys.executable, "-m", "ci2p_cache", "encode", str(image_folder)), *ENCODE, "--out"]
     main_end, other_end = pty.openpty()
@@ -310,8 +311,9 @@ def test_on_a_terminal_there_is_a_bar_and_in_a_log_there_is_none(
     os.close(main_end)
     assert process.wait() == 0, shown.decode()
     assert b"/21 images" in shown
-    logged = subprocess.run([*command, str(tmp_path / "b")], check=True, capture_output=True)
-    assert b"\x1b" not in logged.stdout + logged.stderr
+    logged = nursery.start("encode", image_folder, *ENCODE, "--out", tmp_path / "b")
+    assert "complete" in (told := logged.wait())
+    assert "\x1b" not in told
 
 
 def test_python_dash_m_runs_the_same_command() -> None:

@@ -6,8 +6,6 @@ import hashlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,8 @@ import torch
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache.lock import locked
-from tests.conftest import REPO, Ran, write_image_folder
+from tests.conftest import Ran, write_image_folder
+from tests.faults.nursery import Nursery
 from tests.test_encode import data_digests
 
 
@@ -100,13 +99,11 @@ class TestCaches:
                 assert all(torch.equal(a, b) for a, b in zip(own, found[split], strict=True))
 
     def test_killed_at_any_time_it_goes_on_to_the_same_bytes(
-        self, shards: Path, tmp_path: Path
+        self, nursery: Nursery, shards: Path, tmp_path: Path
     ) -> None:
         cc.convert(shards, tmp_path / "whole", format="both")
         out = tmp_path / "out"
-        command = [sys.executable, "-m", "ci2p_cache", "convert", str(shards), "--out", str(out),
-                   "--format", "both"]  # fmt: skip
-        process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL)
+        process = nursery.start("convert", shards, "--out", out, "--format", "both")
         while process.poll() is None and len(list(out.glob("commits/*.json"))) < 2:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)

@@ -38,21 +38,21 @@ def marked(path: Path, mark: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+def crashing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     folder = tmp_path_factory.mktemp("crashes")
-    with Nursery(folder, folder, shim="crash") as made:
+    with Nursery(folder, shim="crash") as made:
         if not made.has_shim:
             pytest.skip("the library needs Linux and a C compiler called cc")
         yield made
 
 
-def encode(nursery: Nursery, source: Path, out: Path) -> tuple[int, str]:
-    ended = nursery.run(["encode", str(source), "--out", str(out), *SETTINGS])
+def encode(crashing: Nursery, source: Path, out: Path) -> tuple[int, str]:
+    ended = crashing.run(["encode", str(source), "--out", str(out), *SETTINGS])
     return ended.code, ended.told
 
 
 def test_a_decoder_that_dies_is_traced_to_its_file_and_the_run_goes_on(
-    nursery: Nursery, tmp_path: Path
+    crashing: Nursery, tmp_path: Path
 ) -> None:
     source = write_image_folder(tmp_path / "src", {"ant": 9, "bee": 8})
     reasons = {
@@ -64,7 +64,7 @@ def test_a_decoder_that_dies_is_traced_to_its_file_and_the_run_goes_on(
     for mark in reasons:
         marked(source / "ant" / f"{mark}.jpg", mark)
     out = tmp_path / "out"
-    code, told = encode(nursery, source, out)
+    code, told = encode(crashing, source, out)
     assert code == 0, told
     errors = pq.read_table(out / "errors.parquet").to_pylist()
     found = {row["key"]: row["error"] for row in errors}
@@ -84,31 +84,31 @@ def test_a_decoder_that_dies_is_traced_to_its_file_and_the_run_goes_on(
 
 
 def test_a_decoder_that_takes_all_memory_makes_its_file_bad_and_no_other(
-    nursery: Nursery, tmp_path: Path
+    crashing: Nursery, tmp_path: Path
 ) -> None:
     source = write_image_folder(tmp_path / "src", {"ant": 9})
     marked(source / "ant" / "greedy.jpg", "MEMORY")
-    code, told = encode(nursery, source, tmp_path / "out")
+    code, told = encode(crashing, source, tmp_path / "out")
     assert code == 0, told
     errors = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
     assert [row["key"] for row in errors] == ["ant/greedy.jpg"]
 
 
-def test_a_decoder_that_dies_once_is_no_bad_image(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_decoder_that_dies_once_is_no_bad_image(crashing: Nursery, tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "src", {"ant": 5})
     marked(source / "ant" / "moody.jpg", f"ONCE {tmp_path / 'done'}")
-    code, told = encode(nursery, source, tmp_path / "out")
+    code, told = encode(crashing, source, tmp_path / "out")
     assert code == 0, told
     assert (tmp_path / "done").exists()
     assert cc.open_cache(tmp_path / "out")["train"].valid.all()
 
 
 def test_a_decoder_killed_from_outside_ends_the_run_resumable(
-    nursery: Nursery, tmp_path: Path
+    crashing: Nursery, tmp_path: Path
 ) -> None:
     source = write_image_folder(tmp_path / "src", {"ant": 9})
     marked(source / "ant" / "unlucky.jpg", "KILL")
-    code, told = encode(nursery, source, tmp_path / "out")
+    code, told = encode(crashing, source, tmp_path / "out")
     assert code == 6, told
     assert "SIGKILL" in told
     assert "--workers" in told

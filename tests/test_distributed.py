@@ -24,7 +24,17 @@ from ci2p_cache import errors
 from ci2p_cache.loader.order import epoch_order, rank_slice
 from ci2p_cache.training import rank_link, ranks
 from tests.conftest import write_image_folder
-from tests.rank_jobs import CLOCK, do, job, launch, numbers, processes_with, rank_of, run_jobs
+from tests.rank_jobs import (
+    CLOCK,
+    IMAGE_MODEL,
+    do,
+    job,
+    launch,
+    numbers,
+    processes_with,
+    rank_of,
+    run_jobs,
+)
 
 SPEC = cc.TrainSpec(model="vitds_tiny", epochs=2, batch_size=6)
 EXACT = dataclasses.replace(SPEC, drop_path=0.0, eps=1e-4)
@@ -34,6 +44,7 @@ TOOLS = dataclasses.replace(
     SPEC, mixup=0.8, cutmix=1.0, latent_flip=0.3, ema=0.9, layer_decay=0.8, accumulate=2
 )
 """Everything that is off by default."""
+IMAGES = dataclasses.replace(EXACT, model=IMAGE_MODEL, epochs=1)
 TRAIN, VAL = 25, 9
 """Images: batches of 6 leave a last one of a single image, and 3 of validation."""
 
@@ -63,6 +74,7 @@ def two(folder: Path) -> dict[str, list[Any]]:
         job("exact-2", EXACT),
         job("tars", EXACT, cache="tars"),
         job("one-step", ONE_STEP),
+        job("images-2", IMAGES),
         job("nan", SPEC, events={"epoch 0 step 2 rank 1": "poison"}),
         job("uninterrupted", SPEC),
         job("stopped", SPEC, events={"epoch 0 step 3 rank 1": "stop"}),
@@ -165,6 +177,17 @@ def test_ranks_give_the_numbers_of_as_many_accumulated_parts(
     ours, theirs = weights(Path(first["path"])), weights(folder / "runs" / name)
     worst = max(float((ours[name] - value).abs().max()) for name, value in theirs.items())
     assert worst < 1e-5
+
+
+def test_ranks_read_images_as_one(two: dict[str, list[Any]], folder: Path) -> None:
+    first, second = (rank["summary"]["last"] for rank in two["images-2"])
+    assert {**first, **dict.fromkeys(CLOCK)} == {**second, **dict.fromkeys(CLOCK)}
+    alone = do(job("images-alone", dataclasses.replace(IMAGES, accumulate=2)), folder)
+    wanted = alone["summary"]["last"]
+    assert first["images"] == wanted["images"] == TRAIN
+    assert first["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    assert first["val_loss"] == pytest.approx(wanted["val_loss"], abs=1e-4)
+    assert (first["train_top1"], first["top1"]) == (wanted["train_top1"], wanted["top1"])
 
 
 def test_tars_give_ranks_the_batches_and_losses_of_zarr_shards(

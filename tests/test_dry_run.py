@@ -10,8 +10,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import namedtuple
@@ -29,6 +27,7 @@ from ci2p_cache.encoding.plan import read_plan
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeProgress
 from ci2p_cache.encoding.sample import draw
 from tests.conftest import Ran, write_image_folder
+from tests.faults.nursery import Nursery
 from tests.test_encode import data_digests
 
 SMALL = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.25)
@@ -283,14 +282,13 @@ def test_errors_end_a_dry_run_with_the_exit_codes_of_a_run(
     assert not out.exists()
 
 
-def test_ctrl_c_leaves_nothing_behind(many_images: Path, tmp_path: Path) -> None:
-    arguments = (str(many_images), "--out", str(tmp_path / "out"), "--encoder", "bundled")
-    command = [sys.executable, "-m", "ci2p_cache", "encode", *arguments, "--dry-run"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_leaves_nothing_behind(nursery: Nursery, many_images: Path, tmp_path: Path) -> None:
+    arguments = (many_images, "--out", tmp_path / "out", "--encoder", "bundled")
+    process = nursery.start("encode", *arguments, "--dry-run")
     while process.poll() is None and not any(tmp_path.glob(".ci2p-cache-dry-run-*/*/*")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    told = process.wait()
     assert process.returncode == 130, told
     assert "nothing was written" in told
     assert list(tmp_path.iterdir()) == []

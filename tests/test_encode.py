@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from ci2p_cache import errors
 from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.encoding.progress import EncodeObserver
 from tests.conftest import picture, write_image_folder
+from tests.faults.nursery import Nursery
 
 SMALL = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.25)
 
@@ -241,26 +241,24 @@ def test_other_settings_are_refused_field_by_field_and_nothing_changes(
     assert data_digests(cache_dir) == before
 
 
-KILLED = """
-import sys, ci2p_cache as cc
-cc.encode(sys.argv[1], sys.argv[2], cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4,
-          val_fraction=0.25, devices="cpu:1"))
-"""
-
-
 @pytest.mark.slow
-def test_killed_at_any_time_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_at_any_time_and_run_again_gives_the_same_bytes(
+    nursery: Nursery, tmp_path: Path
+) -> None:
     source = write_image_folder(tmp_path / "src", {"ant": 40, "bee": 40, "cat": 40})
     options = with_options(devices="cpu:1")
     cc.encode(source, tmp_path / "whole", options)
     out = tmp_path / "killed"
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(source), str(out)]
+    command = [
+        *("encode", source, "--out", out, "--encoder", "bundled", "--size", 64),
+        *("--shard-samples", 4, "--val-fraction", 0.25, "--devices", "cpu:1"),
+    ]
     kills = 0
     for shards in (0, 1, 4, 9, 15):
-        process = subprocess.Popen(command)
+        process = nursery.start(*command)
         while process.poll() is None and len(list(out.glob("commits/*"))) < shards:
             time.sleep(0.002)
-        time.sleep(random.Random(shards).uniform(0, 0.05) if shards else 3.0)
+        time.sleep(random.Random(shards).uniform(0, 0.05) if shards else 0.5)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -269,19 +267,21 @@ def test_killed_at_any_time_and_run_again_gives_the_same_bytes(tmp_path: Path) -
     assert data_digests(out) == data_digests(tmp_path / "whole")
 
 
-def test_sigterm_ends_within_seconds_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_sigterm_ends_within_seconds_and_the_same_command_goes_on(
+    nursery: Nursery, tmp_path: Path
+) -> None:
     source = write_image_folder(tmp_path / "src", {"ant": 150, "bee": 150})
     out = tmp_path / "out"
     command = [
-        *(sys.executable, "-W", "ignore", "-m", "ci2p_cache", "encode", str(source)),
-        *("--out", str(out), "--encoder", "bundled", "--shard-samples", "16", "--size", "128"),
+        *("encode", source, "--out", out, "--encoder", "bundled"),
+        *("--shard-samples", 16, "--size", 128),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = nursery.start(*command)
     while process.poll() is None and not list(out.glob("commits/*")):
         time.sleep(0.01)
     sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    _, text = process.communicate(timeout=30)
+    text = process.wait(30)
     assert process.returncode == 143, text
     assert time.monotonic() - sent < 5
     assert "ci2p-cache encode" in text

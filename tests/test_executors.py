@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,8 +15,9 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from tests.conftest import REPO, write_image_folder
+from tests.conftest import write_image_folder
 from tests.faults.bench import tree
+from tests.faults.nursery import Nursery
 
 SMALL = cc.EncodeOptions(
     encoder="bundled", size=64, shard_samples=8, devices="cpu:1", workers=1, val_fraction=0.0
@@ -105,18 +104,17 @@ def test_a_killed_process_has_its_shards_taken_over(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_when_the_driver_ends_all_processes_end(
-    pictures: Path, whole: Path, tmp_path: Path, number: int
+    nursery: Nursery, pictures: Path, whole: Path, tmp_path: Path, number: int
 ) -> None:
     out = tmp_path / "out"
-    command = [
-        *(sys.executable, "-m", "ci2p_cache", "encode", str(pictures), "--out", str(out)),
-        *("--encoder", "bundled", "--size", "64", "--shard-samples", "8", "--workers", "1"),
-        *("--val-fraction", "0", "--executor", "processes", "--devices", "cpu:2"),
-    ]
-    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPO)
+    driver = nursery.start(
+        *("encode", pictures, "--out", out, "--encoder", "bundled", "--size", "64"),
+        *("--shard-samples", "8", "--workers", "1", "--val-fraction", "0"),
+        *("--executor", "processes", "--devices", "cpu:2"),
+    )
     alive = until(driver.pid, out, workers=2, commits=2)
     driver.send_signal(number)
-    _, text = driver.communicate(timeout=60)
+    text = driver.wait()
     assert driver.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), text
     for _ in range(2000):
         left = [pid for pid in alive if Path(f"/proc/{pid}/cmdline").exists()]
@@ -138,7 +136,7 @@ def test_what_a_process_cannot_do_is_the_runs_error(pictures: Path, tmp_path: Pa
     source, out = write_image_folder(tmp_path / "src", {"ant": 12}), tmp_path / "out"
     for number in range(3):
         (source / "ant" / f"{number:03d}.jpg").write_bytes(b"\xff\xd8 nothing")
-    options = with_options(executor="processes", devices="cpu:2")
+    options = with_options(executor="processes", devices="cpu:1")
     with pytest.raises(errors.TooManyBadImagesError, match="0 are allowed") as refused:
         cc.encode(source, out, options)
     assert refused.value.hint is not None
@@ -151,8 +149,10 @@ def test_what_a_process_cannot_do_is_the_runs_error(pictures: Path, tmp_path: Pa
 
 class TestRay:
     @pytest.fixture
-    def cluster(self) -> Iterator[object]:
+    def cluster(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         pytest.importorskip("ray", reason="ray is not installed: pip install 'ci2p-cache[ray]'")
+        # At 15, Ray's own, the tests beside it would leave its actors next to nothing.
+        monkeypatch.setenv("RAY_worker_niceness", "0")
         from ray.cluster_utils import Cluster
 
         made = Cluster(
@@ -204,10 +204,6 @@ class TestRay:
         assert any("actor was lost" in text for text in observer.texts)
         assert summary.complete
         assert summary.encoded_now == 160
-        assert tree(out) == tree(whole)
-        # What is missing later, a cluster encodes too.
-        shutil.rmtree(out / "commits")
-        assert cc.encode(pictures, out, with_options(executor="ray", devices="cpu")).complete
         assert tree(out) == tree(whole)
 
     def test_without_ray_the_error_names_the_extra(

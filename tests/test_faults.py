@@ -13,29 +13,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.faults.bench import KINDS, EncodeBench, spread, tree
 from tests.faults.nursery import Nursery
-
-REPO = Path(__file__).resolve().parent.parent
+from tests.long.train_kills import run_kills
 
 Bench = tuple[EncodeBench, Nursery]
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Two shards of three images at 32 px, encoded once undisturbed."""
-    folder = tmp_path_factory.mktemp("faults")
-    made = EncodeBench(folder)
-    with Nursery(folder, made.out) as nursery:
-        if not nursery.has_shim:
-            pytest.skip("the shim needs Linux and a C compiler called cc")
-        made.undisturbed(nursery)
-        yield made, nursery
+    made = EncodeBench(tmp_path_factory.mktemp("faults"))
+    if not nursery.has_shim:
+        pytest.skip("the shim needs Linux and a C compiler called cc")
+    made.undisturbed(nursery)
+    return made, nursery
 
 
 def calls_of(bench: Bench) -> list[tuple[str, str]]:
@@ -99,56 +95,47 @@ def test_a_start_that_fails_ends_with_exit_6_and_leaves_nothing(
     assert not list(encode.fault(nursery, at + 1, kind))
 
 
-def test_killed_at_any_time_no_committed_shard_is_lost(tmp_path: Path) -> None:
+def test_killed_at_any_time_no_committed_shard_is_lost(nursery: Nursery, tmp_path: Path) -> None:
     made = EncodeBench(tmp_path, images=8, shard_samples=2)
-    with Nursery(tmp_path, made.out) as nursery:
-        made.undisturbed(nursery)
-        for share in (0.4, 0.6, 0.8):
-            shutil.rmtree(made.out)
-            nursery.run(made.arguments, kill_after=share * made.seconds)
-            committed = made.commits()
-            assert not list(made.repeated(nursery))
-            assert committed <= made.commits()
+    made.undisturbed(nursery)
+    for share in (0.4, 0.6, 0.8):
+        shutil.rmtree(made.out)
+        nursery.run(made.arguments, kill_after=share * made.seconds)
+        committed = made.commits()
+        assert not list(made.repeated(nursery))
+        assert committed <= made.commits()
 
 
 def test_of_two_encoders_started_at_once_one_is_refused_and_no_row_is_lost(
-    tmp_path: Path,
+    nursery: Nursery, tmp_path: Path
 ) -> None:
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-    made = EncodeBench(tmp_path / "first", images=12, shard_samples=2)
-    with (
-        Nursery(tmp_path / "first", made.out) as one,
-        Nursery(tmp_path / "second", made.out) as two,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        made.undisturbed(one)
-        two.run(["--version"])
-        shutil.rmtree(made.out)
-        pair = [pool.submit(each.run, made.arguments) for each in (one, two)]
-        ends = [each.result() for each in pair]
-        # Where the second came only after the first had ended, it finds everything done.
-        assert sorted(ended.code for ended in ends) in ([0, 4], [0, 0])
-        assert tree(made.out) == made.whole
+    made = EncodeBench(tmp_path, images=12, shard_samples=2)
+    made.undisturbed(nursery)
+    shutil.rmtree(made.out)
+    pair = [nursery.start(*made.arguments) for _ in range(2)]
+    told = [each.wait() for each in pair]
+    # Where the second came only after the first had ended, it finds everything done.
+    assert sorted(each.returncode or 0 for each in pair) in ([0, 4], [0, 0]), told
+    assert tree(made.out) == made.whole
 
 
-def test_ctrl_c_prints_a_command_that_pasted_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_ctrl_c_prints_a_command_that_pasted_goes_on_to_the_same_bytes(
+    nursery: Nursery, tmp_path: Path
+) -> None:
     made = EncodeBench(tmp_path, images=30, shard_samples=2)
-    with Nursery(tmp_path, made.out) as nursery:
-        made.undisturbed(nursery)
-        shutil.rmtree(made.out)
-        command = [sys.executable, "-m", "ci2p_cache", *made.arguments]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPO)
-        while process.poll() is None and not made.commits():
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
-        assert process.returncode == 130, told
-        assert not {".staging", ".lock"} & tree(made.out).keys()
-        printed = next(line for line in told.splitlines() if "ci2p-cache encode " in line)
-        pasted = shlex.split(printed[printed.index("ci2p-cache encode ") :])
-        assert nursery.run(pasted[1:]).code == 0
-        assert tree(made.out) == made.whole
+    made.undisturbed(nursery)
+    shutil.rmtree(made.out)
+    process = nursery.start(*made.arguments)
+    while process.poll() is None and not made.commits():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    told = process.wait()
+    assert process.returncode == 130, told
+    assert not {".staging", ".lock"} & tree(made.out).keys()
+    printed = next(line for line in told.splitlines() if "ci2p-cache encode " in line)
+    pasted = shlex.split(printed[printed.index("ci2p-cache encode ") :])
+    assert nursery.run(pasted[1:]).code == 0
+    assert tree(made.out) == made.whole
 
 
 @pytest.fixture
@@ -173,30 +160,30 @@ def resize(disk: Path, num_bytes: int) -> None:
 
 
 def test_a_disk_that_is_really_full_ends_with_exit_6_and_goes_on_after_space_is_made(
-    small_disk: Path, tmp_path: Path
+    nursery: Nursery, small_disk: Path, tmp_path: Path
 ) -> None:
     made = EncodeBench(tmp_path, images=24, shard_samples=2, size=64)
-    with Nursery(tmp_path, made.out) as nursery:
-        made.undisturbed(nursery)
-        encoder = (made.out / "encoder.safetensors").stat().st_size
-        made.out = small_disk / "out"
-        commits: list[int] = []
-        # The encoder does not fit; some shards do; more shards do.
-        for size in (64_000, encoder + 250_000, encoder + 450_000):
-            resize(small_disk, size)
-            ended = nursery.run(made.arguments)
-            assert ended.code == 6, ended.told
-            assert "space" in ended.told
-            assert not {".staging", ".lock"} & tree(made.out).keys()
-            commits.append(len(made.commits()))
-        assert commits[0] == 0
-        assert commits == sorted(commits)
-        resize(small_disk, 4 * encoder)
-        assert not list(made.repeated(nursery))
+    made.undisturbed(nursery)
+    encoder = (made.out / "encoder.safetensors").stat().st_size
+    made.out = small_disk / "out"
+    commits: list[int] = []
+    # The encoder does not fit; some shards do; more shards do.
+    for size in (64_000, encoder + 250_000, encoder + 450_000):
+        resize(small_disk, size)
+        ended = nursery.run(made.arguments)
+        assert ended.code == 6, ended.told
+        assert "space" in ended.told
+        assert not {".staging", ".lock"} & tree(made.out).keys()
+        commits.append(len(made.commits()))
+    assert commits[0] == 0
+    assert commits == sorted(commits)
+    resize(small_disk, 4 * encoder)
+    assert not list(made.repeated(nursery))
 
 
-def test_training_killed_inside_a_save_goes_on_to_the_same_bits() -> None:
-    command = [sys.executable, "tests/long/train_kills.py", "--count", "4", "--seed", "7"]
-    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert ended.stdout.splitlines()[-1].startswith("4/4 ")
+def test_training_killed_inside_a_save_goes_on_to_the_same_bits(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    counts = run_kills(nursery, tmp_path, count=4, seed=7)
+    assert not counts.problems
+    assert counts.good == 4

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,35 @@ from ci2p_cache.loader import order, resident
 from ci2p_cache.machine import free_memory_bytes
 from tests.conftest import write_image_folder
 
+WAYS = ("int8", "int16", "float16", "float32", "int8 none", "float16 tars")
+"""How latents are stored."""
 
-@pytest.fixture(scope="module", params=["int8", "int16", "float16", "float32", "int8 none",
-                                        "float16 tars"])  # fmt: skip
-def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> cc.Cache:
-    """A cache of 21 images in shards of 4, one of them bad, for each way of storing."""
-    root = tmp_path_factory.mktemp("loader")
-    source = write_image_folder(root / "src", {"ant": 9, "bee": 7, "cat": 5})
-    (source / "bee" / "002.jpg").write_bytes(b"no image")
-    dtype, _, kind = request.param.partition(" ")
-    options = cc.EncodeOptions(
-        encoder="bundled", size=64, shard_samples=4, val_fraction=0.0, max_errors="1",
-        dtype=dtype, codec="none" if kind == "none" else "zstd",
-        format="webdataset" if kind == "tars" else "zarr",
-    )  # fmt: skip
-    cc.encode(source, root / "out", options)
-    return cc.open_cache(root / "out")
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], cc.Cache]:
+    """Returns the cache of 21 images in shards of 4, one of them bad, for a way of storing."""
+
+    @functools.cache
+    def make(way: str) -> cc.Cache:
+        root = tmp_path_factory.mktemp("loader")
+        source = write_image_folder(root / "src", {"ant": 9, "bee": 7, "cat": 5})
+        (source / "bee" / "002.jpg").write_bytes(b"no image")
+        dtype, _, kind = way.partition(" ")
+        options = cc.EncodeOptions(
+            encoder="bundled", size=64, shard_samples=4, val_fraction=0.0, max_errors="1",
+            dtype=dtype,  # type: ignore[arg-type]  # one of WAYS
+            codec="none" if kind == "none" else "zstd",
+            format="webdataset" if kind == "tars" else "zarr",
+        )  # fmt: skip
+        cc.encode(source, root / "out", options)
+        return cc.open_cache(root / "out")
+
+    return make
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def cache(request: pytest.FixtureRequest, stored: Callable[[str], cc.Cache]) -> cc.Cache:
+    return stored(request.param)
 
 
 def test_an_epoch_holds_every_good_sample_once_as_the_split_gives_it(cache: cc.Cache) -> None:
@@ -390,7 +405,7 @@ def test_the_online_loader_refuses_an_image_that_has_changed(tmp_path: Path) -> 
             list(loader)
 
 
-def test_stage_two_reads_without_compressai(cache: cc.Cache) -> None:
+def test_stage_two_reads_without_compressai(stored: Callable[[str], cc.Cache]) -> None:
     code = """
 import sys
 class Blocked:
@@ -399,12 +414,13 @@ class Blocked:
             raise ImportError("compressai is not installed")
 sys.meta_path.insert(0, Blocked())
 import ci2p_cache as cc
-cache = cc.open_cache(sys.argv[1])
-for name, kind in (("vitds_tiny", cc.LatentLoader), ("cnn_vit_tiny", cc.PixelLoader)):
-    model = cc.create_model(name, num_classes=3)
-    with kind(cache["train"], batch_size=4) as loader:
-        for batch in loader:
-            assert model(batch.latents).shape == (len(batch.rows), 3)
+for path in sys.argv[1:]:
+    train = cc.open_cache(path)["train"]
+    for name, kind in (("vitds_tiny", cc.LatentLoader), ("cnn_vit_tiny", cc.PixelLoader)):
+        model = cc.create_model(name, num_classes=3)
+        with kind(train, batch_size=4) as loader:
+            for batch in loader:
+                assert model(batch.latents).shape == (len(batch.rows), 3)
 """
-    command = [sys.executable, "-W", "ignore", "-c", code, str(cache.path)]
-    subprocess.run(command, check=True)
+    paths = [str(stored(way).path) for way in WAYS]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, *paths], check=True)

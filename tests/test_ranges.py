@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,8 +18,9 @@ import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache.lock import LOCK, live_ranges, locked, range_lock
 from ci2p_cache.cache.ranges import ShardRange, split_positions
-from tests.conftest import REPO, Ran, write_image_folder
+from tests.conftest import Ran, write_image_folder
 from tests.faults.bench import tree
+from tests.faults.nursery import Nursery
 
 SMALL = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, devices="cpu:1", workers=1)
 FLAGS = (*("--encoder", "bundled", "--size", "64", "--shard-samples", "4"),
@@ -129,19 +128,13 @@ class TestShardRange:
 
 @pytest.mark.slow
 def test_four_concurrent_ranges_give_the_bytes_of_one_process(
-    image_folder: Path, whole: Path, tmp_path: Path
+    nursery: Nursery, image_folder: Path, whole: Path, tmp_path: Path
 ) -> None:
     # Bar R4. No plan is made beforehand: the first one makes it, whichever that is.
     out = tmp_path / "out"
-    command = (sys.executable, "-m", "ci2p_cache", "encode", str(image_folder), "--out", str(out))
-    processes = [
-        subprocess.Popen(
-            [*command, *FLAGS, "--shard-range", f"{number}/4"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO,
-        )
-        for number in (1, 2, 3, 4)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=300)[0] for process in processes]
+    command = ("encode", image_folder, "--out", out, *FLAGS, "--shard-range")
+    processes = [nursery.start(*command, f"{number}/4") for number in (1, 2, 3, 4)]
+    told = [process.wait(300) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, told
     assert sum("complete\n" in text and "not complete" not in text for text in told) == 1
     # The tree has no lock and no staging of anybody.
@@ -167,19 +160,17 @@ def test_ranges_one_after_another_the_last_finalises(
 
 
 def test_a_killed_range_is_gone_on_with_and_the_others_are_not_touched(
-    image_folder: Path, whole: Path, planned: Path
+    nursery: Nursery, image_folder: Path, whole: Path, planned: Path
 ) -> None:
     cc.encode(image_folder, planned, with_options(shard_range="1/2"))
     before = tree(planned)
-    process = subprocess.Popen(
-        [*(sys.executable, "-m", "ci2p_cache", "encode", str(image_folder), "--out", str(planned)),
-         *FLAGS, "--shard-range", "2/2"],
-        cwd=REPO, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = ("encode", image_folder, "--out", planned, *FLAGS, "--shard-range", "2/2")
+    process = nursery.start(*command)
     while process.poll() is None and not list(planned.glob(".staging/2-2-of-2/*")):
         time.sleep(0.001)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
     assert cc.status(planned).working == ()
     lost = planned / ".lock.2-2-of-2"
     assert lost.exists()

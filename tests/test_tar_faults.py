@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +175,14 @@ def test_every_fault_in_every_file_is_named_and_none_is_read_silently(tars: Path
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EncodeBench, Nursery]]:
-    folder = tmp_path_factory.mktemp("tar-calls")
-    made = EncodeBench(folder, format="both")
-    with Nursery(folder, made.out) as nursery:
-        if not nursery.has_shim:
-            pytest.skip("the shim needs Linux and a C compiler called cc")
-        made.undisturbed(nursery)
-        yield made, nursery
+def bench(
+    nursery: Nursery, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[EncodeBench, Nursery]:
+    made = EncodeBench(tmp_path_factory.mktemp("tar-calls"), format="both")
+    if not nursery.has_shim:
+        pytest.skip("the shim needs Linux and a C compiler called cc")
+    made.undisturbed(nursery)
+    return made, nursery
 
 
 @pytest.mark.parametrize("kind", KINDS)

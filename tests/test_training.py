@@ -12,8 +12,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,11 +37,11 @@ from ci2p_cache.training.optim import lr_at
 from ci2p_cache.training.records import summary_csv
 from ci2p_cache.training.run import EpochRecord, TrainObserver
 from tests.conftest import write_image_folder
+from tests.faults.nursery import Child, Nursery
 from tests.seals import reseal
 
 SPEC = cc.TrainSpec(model="vitds_tiny", epochs=3, batch_size=5)
 TIMES = {"images_per_second", "wait_share", "epoch_seconds"}
-REPO = Path(__file__).resolve().parent.parent
 
 
 class Notes(TrainObserver):
@@ -192,50 +190,33 @@ def test_model_json_and_the_best_weights_give_the_recorded_accuracy(
     assert len(record["offset"]) == record["fingerprint"]["latent"]["channels"] == 192
 
 
-SCRIPT = """
-import sys
-import torch
-import ci2p_cache as cc
-from ci2p_cache.training.run import TrainObserver
-
-class Told(TrainObserver):
-    def epoch(self, record):
-        print("epoch", record.epoch, flush=True)
-
-torch.set_num_threads(1)
-spec = cc.TrainSpec(model="vitds_tiny", epochs=3, batch_size=5)
-try:
-    cc.train(sys.argv[1], spec=spec, runs_dir=sys.argv[2], device="cpu", save_every_steps=1,
-             observer=Told())
-except cc.CacheError as error:
-    print(error, flush=True)
-    sys.exit(error.exit_code)
-"""
+def start(nursery: Nursery, cache_dir: Path, runs: Path) -> Child:
+    return nursery.start(
+        *("train", cache_dir, "--model", "vitds_tiny", "--epochs", 3, "--batch-size", 5),
+        *("--runs", runs, "--device", "cpu", "--save-every", 1),
+    )
 
 
-def start(cache_dir: Path, runs: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(cache_dir), str(runs)],
-        cwd=REPO, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def until(holds: Callable[[], bool], process: Child) -> None:
+    """Waits for something that a process does."""
+    while not holds():
+        assert process.poll() is None, process.log.read_text()
+        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("attempt", range(2))
 def test_killed_at_a_random_moment_and_resumed_gives_the_same_bits(
-    cache_dir: Path, finished: Path, tmp_path: Path, attempt: int
+    nursery: Nursery, cache_dir: Path, finished: Path, tmp_path: Path, attempt: int
 ) -> None:
-    process = start(cache_dir, tmp_path)
-    assert process.stdout is not None
+    process = start(nursery, cache_dir, tmp_path)
+    first_save = tmp_path / finished.name / "checkpoints" / "last.json"
     if attempt:
-        process.stdout.readline()
+        until(lambda: "epoch 1/3" in process.log.read_text(), process)
     else:
-        while not (tmp_path / finished.name / "checkpoints" / "last.json").exists():
-            assert process.poll() is None
-    try:
-        process.wait(random.uniform(0.0, 1.0))
-    except subprocess.TimeoutExpired:
-        process.kill()
-    process.communicate()
+        until(first_save.exists, process)
+    time.sleep(random.uniform(0.0, 1.0))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     notes = Notes()
     summary = cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observer=notes)
     assert_same_run(Path(summary.path), finished)
@@ -249,13 +230,12 @@ def test_killed_at_a_random_moment_and_resumed_gives_the_same_bits(
 
 
 def test_sigterm_ends_resumably_with_its_exit_code(
-    cache_dir: Path, finished: Path, tmp_path: Path
+    nursery: Nursery, cache_dir: Path, finished: Path, tmp_path: Path
 ) -> None:
-    process = start(cache_dir, tmp_path)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "epoch 1\n"
-    process.terminate()
-    told, _ = process.communicate()
+    process = start(nursery, cache_dir, tmp_path)
+    until(lambda: "epoch 1/3" in process.log.read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    told = process.wait()
     assert process.returncode == 143
     assert "all of it is saved" in told
     summary = cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu")

@@ -21,16 +21,23 @@ from ci2p_cache.training.spec import TrainSpec
 __all__ = ["loader_name", "make_loaders"]
 
 
-def loader_name(config: AnyModelConfig, given: BatchLoader | None) -> str:
+def loader_name(config: AnyModelConfig, given: BatchLoader | None, resident: Resident) -> str:
     """Returns the kind of the loader that a run is bound to.
 
     Args:
         config: The model.
         given: The caller's loader of training batches; None: the run makes its own.
+        resident: Whether the train split is to be kept in the device's memory.
 
     Raises:
-        UsageError: the given loader hands out latents and the model reads images, or the reverse.
+        UsageError: the given loader hands out latents and the model reads images, or the reverse;
+            or images are to be kept in memory.
     """
+    if resident == "yes" and config.reads == "images":
+        raise UsageError(
+            "`resident` is yes, which keeps latents in memory; the model reads images",
+            hint="leave it out (train: without --resident)",
+        )
     if given is None:
         return (LatentLoader if config.reads == "latents" else PixelLoader).__name__
     if isinstance(given, PixelLoader) != (config.reads == "images"):
@@ -59,8 +66,7 @@ def make_loaders(
     Where the model reads images, both decode those that the cache was made of.
 
     Raises:
-        UsageError: the given loader has another seed, batch size, split, device or rank, or images
-            are to be kept in memory.
+        UsageError: the given loader has another seed, batch size, split, device or rank.
         ResourceError: the split is to be kept in memory, where it does not fit.
         SourceError: the images are not there any more.
     """
@@ -125,11 +131,6 @@ def _train_kind(
 ) -> type[BatchLoader]:
     """Returns the kind of the loader of training batches, and tells why it is that."""
     if reads == "images":
-        if resident == "yes":
-            raise UsageError(
-                "`resident` is yes, which keeps latents in memory; the model reads images",
-                hint="leave it out (train: without --resident)",
-            )
         return PixelLoader
     stays, reason = choose_resident(train, device, resident)
     if reason:

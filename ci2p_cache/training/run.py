@@ -110,7 +110,7 @@ def train(
         raise_open_files()
         if place.type == "cpu":
             tune_allocator()
-        config, splits, settings = _checked(cache, spec, loader, ranks)
+        config, splits, settings = _checked(cache, spec, loader, resident, ranks)
         path = run_path(Path(runs_dir), name, settings)
         stop = stack.enter_context(ranks.stop_signal())
         run = Session(
@@ -155,7 +155,7 @@ def train(
 
 
 def _checked(
-    cache: Cache, spec: TrainSpec, loader: BatchLoader | None, ranks: Ranks
+    cache: Cache, spec: TrainSpec, loader: BatchLoader | None, resident: Resident, ranks: Ranks
 ) -> tuple[AnyModelConfig, tuple[Split, Split | None], RunSettings]:
     """Returns model, splits and what binds the run; refuses before anything is written."""
     config = model_config_for(cache, spec)
@@ -165,7 +165,7 @@ def _checked(
         spec=spec,
         fingerprint=cache.fingerprint,
         data_sha256=data_digest(cache),
-        loader=loader_name(config, loader),
+        loader=loader_name(config, loader, resident),
     )
     require_same_settings(settings, ranks)
     return config, splits, settings

@@ -4,9 +4,10 @@
 
 Without a folder it generates JPEGs. In this order: g_a alone on images that lie on the device; the
 whole of stage one, and decoding with g_a at rest; batches out of the cache onto the device; then
-training at bf16, for each model from the cache, its compute alone, with the encoder in the loop,
-and ViT-B/16 from the JPEGs. Utilisation is held against the device's own rate of matrix products.
-Everything also runs with --device cpu, for trying it out; the figures are those of the device.
+training at bf16 (--precision), for each model from the cache, its compute alone, with the encoder
+in the loop, and ViT-B/16 from the JPEGs. Utilisation is held against the device's own rate of
+matrix products. Everything also runs with --device cpu, for trying it out; the figures are those
+of the device.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -52,6 +54,8 @@ class Settings:
     device: str = "cuda"
     models: tuple[str, ...] = ("vit", "vitds", "vitds_tiny")
     batch_size: int = 256
+    precision: Literal["float32", "bf16"] = "bf16"
+    """Of training."""
     seconds: float = 12.0
     """Of each way of training; the other parts take a third of it."""
 
@@ -67,7 +71,9 @@ def measure_gpu(settings: Settings) -> Report:
         reports = [
             bench_training(
                 folder / "bf16",
-                spec=cc.TrainSpec(model=model, batch_size=settings.batch_size, precision="bf16"),
+                spec=cc.TrainSpec(
+                    model=model, batch_size=settings.batch_size, precision=settings.precision
+                ),
                 device=settings.device,
                 seconds=settings.seconds,
                 # One ViT-B/16 for all: it is the same for each model.
@@ -228,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default=default.device)
     parser.add_argument("--models", nargs="+", default=list(default.models))
     parser.add_argument("--batch-size", type=int, default=default.batch_size)
+    parser.add_argument("--precision", choices=("float32", "bf16"), default=default.precision)
     parser.add_argument("--seconds", type=float, default=default.seconds)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", action="store_true")

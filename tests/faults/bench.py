@@ -82,7 +82,7 @@ class EncodeBench:
         # The first one of all waits for the imports of the server that decodes.
         assert nursery.run(self.arguments).code == 0
         shutil.rmtree(self.out, ignore_errors=True)
-        ended = nursery.run(self.arguments, kind="trace")
+        ended = nursery.run(self.arguments, root=self.out, kind="trace")
         assert ended.code == 0, ended.told
         self.whole, self.calls, self.seconds = tree(self.out), ended.calls, ended.seconds
         return ended
@@ -94,7 +94,7 @@ class EncodeBench:
         exit 0; it is counted in `tidied_later`.
         """
         shutil.rmtree(self.out, ignore_errors=True)
-        ended = nursery.run(self.arguments, at=at, kind=kind)
+        ended = nursery.run(self.arguments, root=self.out, at=at, kind=kind)
         hit = _HIT.search(ended.told)
         if hit is None:
             yield f"the fault was not hit; exit {ended.code}: {_last(ended)}"

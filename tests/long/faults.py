@@ -25,7 +25,7 @@ def main() -> int:
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         bench = EncodeBench(Path(folder))
-        with Nursery(Path(folder), bench.out) as nursery:
+        with Nursery(Path(folder)) as nursery:
             if not nursery.has_shim:
                 print("no C compiler `cc` here, so no shim")
                 return 1

@@ -34,7 +34,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = EncodeBench(Path(folder), images=16, shard_samples=2)
         aside = Path(folder) / "aside"
-        with Nursery(Path(folder), bench.out) as nursery:
+        with Nursery(Path(folder)) as nursery:
             bench.undisturbed(nursery)
             spots: dict[str, int] = {}
             shutil.rmtree(bench.out)

@@ -41,8 +41,8 @@ def main() -> int:
         second.mkdir()
         bench = EncodeBench(first, images=40, shard_samples=2)
         with (
-            Nursery(first, bench.out) as one,
-            Nursery(second, bench.out) as two,
+            Nursery(first) as one,
+            Nursery(second) as two,
             ThreadPoolExecutor(2) as pool,
         ):
             bench.undisturbed(one)

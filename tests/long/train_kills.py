@@ -16,7 +16,10 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -26,49 +29,70 @@ from tests.faults.nursery import Ended, Nursery
 CLOCK = {"images_per_second", "wait_share", "epoch_seconds"}
 
 
+@dataclass
+class Counts:
+    """What came of the kills."""
+
+    kills: int = 0
+    good: int = 0
+    in_save: int = 0
+    too_late: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.good}/{self.kills} ({self.in_save} of them inside a save; {self.too_late} came "
+            "after the end and do not count)"
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=50, help="number of kills")
     parser.add_argument("--seed", type=int, default=0, help="of the random times")
     arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
-    good = kills = in_save = too_late = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        runs = folder / "runs"
-        with Nursery(folder, runs) as nursery:
-            command = _prepare(folder, nursery)
-            whole = nursery.run(command)
-            assert whole.code == 0, whole.told
-            wanted = _numbers(runs / "run")
-            while kills < arguments.count:
-                shutil.rmtree(runs)
-                saves = nursery.has_shim and kills % 2 == 1
-                ended = _kill(nursery, command, rng, whole, saves=saves)
-                if ended.code != -9:
-                    too_late += 1
-                    continue
-                kills += 1
-                in_save += saves
-                resumed = nursery.run(command)
-                problems = []
-                if resumed.code != 0:
-                    problems.append(f"exit {resumed.code}: {resumed.told[-400:]}")
-                elif _numbers(runs / "run") != wanted:
-                    problems.append("other numbers than the undisturbed run")
-                if "damaged" in resumed.told:
-                    problems.append(f"a kill damaged a checkpoint: {resumed.told}")
-                left = [path.name for path in (runs / "run").rglob(".*")]
-                if left:
-                    problems.append(f"left {left}")
-                good += not problems
-                for problem in problems:
-                    print(f"  kill {kills}: {problem}", flush=True)
-    print(
-        f"{good}/{kills} ({in_save} of them inside a save; {too_late} came after the end and do "
-        "not count)"
-    )
-    return int(good < kills)
+    with tempfile.TemporaryDirectory() as name, Nursery(Path(name)) as nursery:
+        counts = run_kills(nursery, Path(name), arguments.count, arguments.seed)
+    print("\n".join([*(f"  {problem}" for problem in counts.problems), str(counts)]))
+    return int(counts.good < counts.kills)
+
+
+def run_kills(nursery: Nursery, folder: Path, count: int, seed: int) -> Counts:
+    """Kills a training run `count` times and lets it go on; every second kill is inside a save."""
+    rng, counts, runs = random.Random(seed), Counts(), folder / "runs"
+    command = _prepare(folder, nursery)
+    whole = nursery.run(command, root=runs)
+    assert whole.code == 0, whole.told
+    wanted = _numbers(runs / "run")
+    while counts.kills < count:
+        shutil.rmtree(runs)
+        saves = nursery.has_shim and counts.kills % 2 == 1
+        ended = _kill(nursery, command, runs, rng, whole, saves=saves)
+        if ended.code != -9:
+            counts.too_late += 1
+            continue
+        counts.kills += 1
+        counts.in_save += saves
+        problems = list(_gone_on(nursery, command, runs, wanted))
+        counts.good += not problems
+        counts.problems += [f"kill {counts.kills}: {problem}" for problem in problems]
+    return counts
+
+
+def _gone_on(
+    nursery: Nursery, command: list[str], runs: Path, wanted: tuple[Any, Any]
+) -> Iterator[str]:
+    """Runs the command again; yields what differs from the undisturbed run."""
+    resumed = nursery.run(command)
+    if resumed.code != 0:
+        yield f"exit {resumed.code}: {resumed.told[-400:]}"
+    elif _numbers(runs / "run") != wanted:
+        yield "other numbers than the undisturbed run"
+    if "damaged" in resumed.told:
+        yield f"a kill damaged a checkpoint: {resumed.told}"
+    left = [path.name for path in (runs / "run").rglob(".*")]
+    if left:
+        yield f"left {left}"
 
 
 def _prepare(folder: Path, nursery: Nursery) -> list[str]:
@@ -91,12 +115,18 @@ def _prepare(folder: Path, nursery: Nursery) -> list[str]:
 
 
 def _kill(
-    nursery: Nursery, command: list[str], rng: random.Random, whole: Ended, *, saves: bool
+    nursery: Nursery,
+    command: list[str],
+    runs: Path,
+    rng: random.Random,
+    whole: Ended,
+    *,
+    saves: bool,
 ) -> Ended:
     if not saves:
         return nursery.run(command, kill_after=rng.uniform(0.1, 1.0) * whole.seconds)
     at = rng.randint(1, whole.calls)
-    return nursery.run(command, at=at, kind=rng.choice(["before", "after"]))
+    return nursery.run(command, root=runs, at=at, kind=rng.choice(["before", "after"]))
 
 
 def _numbers(run: Path) -> tuple[list[dict[str, str]], dict[str, bytes]]:
