@@ -116,6 +116,20 @@ def test_imports_point_down_only(path: Path) -> None:
             assert allowed or (name, target) in EXCEPTIONS, f"{name} imports {module}"
 
 
+def test_the_rooms_within_encoding_do_not_know_each_other() -> None:
+    # What lies beside them calls the executors; dry runs, repairs and conversions stand upon it.
+    root = PACKAGE / "encoding"
+    inner = {path.name for path in root.iterdir() if (path / "__init__.py").exists()}
+    assert inner == {"convert", "dry_run", "executors", "repair"}
+    for path in root.rglob("*.py"):
+        own = path.relative_to(root).parts[0]
+        for module in imported_modules(path):
+            target = module.removeprefix("ci2p_cache.encoding.").partition(".")[0]
+            if module.startswith("ci2p_cache.encoding.") and target in inner:
+                beside = own not in inner and target == "executors"
+                assert target == own or beside, f"{from_root(path)} imports {module}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_the_encoder_imports_compressai_and_only_the_cli_prints(path: Path) -> None:
     text = path.read_text("utf-8")

@@ -21,11 +21,11 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.encoding.dry_run import dry_run
-from ci2p_cache.encoding.forecast import DryRunReport
+from ci2p_cache.encoding.dry_run.forecast import DryRunReport
+from ci2p_cache.encoding.dry_run.run import dry_run
+from ci2p_cache.encoding.dry_run.sample import draw
 from ci2p_cache.encoding.plan import read_plan
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeProgress
-from ci2p_cache.encoding.sample import draw
 from tests.conftest import Ran, write_image_folder
 from tests.faults.nursery import Nursery
 from tests.test_encode import data_digests
@@ -80,7 +80,7 @@ def test_of_a_larger_source_a_sample_foretells_the_size(
     many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On a busy machine ten seconds would end the sample early, and a small one misses the size.
-    monkeypatch.setattr("ci2p_cache.encoding.dry_run._SECONDS", math.inf)
+    monkeypatch.setattr("ci2p_cache.encoding.dry_run.run._SECONDS", math.inf)
     options = with_options(shard_samples=256, devices="cpu:1", workers=1, val_fraction=0.1)
     seen: list[EncodeProgress] = []
 

@@ -22,7 +22,7 @@ from tests.faults.nursery import Nursery
 SMALL = cc.EncodeOptions(
     encoder="bundled", size=64, shard_samples=8, devices="cpu:1", workers=1, val_fraction=0.0
 )
-WORKER = "ci2p_cache.encoding.worker"
+WORKER = "ci2p_cache.encoding.executors.worker"
 
 
 def with_options(**changes: object) -> cc.EncodeOptions:

@@ -258,7 +258,7 @@ class TestRepair:
         self, cache: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-        monkeypatch.setattr("ci2p_cache.encoding.restore.BUNDLED", ("none", 1, "mse"))
+        monkeypatch.setattr("ci2p_cache.encoding.repair.restore.BUNDLED", ("none", 1, "mse"))
         flip(cache / "encoder.safetensors", 0.9)
         flip(cache / SHARD)
         summary = cc.repair(cache)

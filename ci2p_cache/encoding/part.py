@@ -9,7 +9,8 @@ from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.budget import parse_max_errors, refuse_more_bad
 from ci2p_cache.encoding.claims import Claim
-from ci2p_cache.encoding.executors import encode_shards
+from ci2p_cache.encoding.executors.run import encode_shards
+from ci2p_cache.encoding.executors.work import Work
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary, summarise, summarise_part
@@ -23,7 +24,6 @@ from ci2p_cache.encoding.resume import (
     tell_of_other_source,
 )
 from ci2p_cache.encoding.whole import meter_of, reopened
-from ci2p_cache.encoding.work import Work
 from ci2p_cache.errors import command
 from ci2p_cache.images.source import ImageSource
 

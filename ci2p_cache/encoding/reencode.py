@@ -20,8 +20,9 @@ from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.encoding.lane import Lane, encode_views, make_lanes, numerics, single_threaded
-from ci2p_cache.errors import FingerprintMismatchError, ImageDecodeError, ShardError, UsageError
-from ci2p_cache.images.decode import decode_image, decoder_name
+from ci2p_cache.encoding.same_decoder import refuse_other_decoder
+from ci2p_cache.errors import ImageDecodeError, ShardError, UsageError
+from ci2p_cache.images.decode import decode_image
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.images.views import image_views
@@ -92,12 +93,7 @@ def reencode(
     if count < 1:
         raise UsageError(f"`reencode` is {count}; it must be at least 1")
     cache = open_cache(path)
-    made = cache.fingerprint.image.decoder
-    if made != decoder_name():
-        raise FingerprintMismatchError(
-            f"the cache was made with {made}; here is {decoder_name()}: other pixels, perhaps",
-            hint=f"install {made}, then run the same command",
-        )
+    refuse_other_decoder(cache.fingerprint)
     images = open_source(cache.manifest.source if source is None else source)
     lanes = _Lanes(cache)
     chosen = _drawn(cache, count, seed)

@@ -10,7 +10,8 @@ from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.encoding.executors import encode_shards
+from ci2p_cache.encoding.executors.run import encode_shards
+from ci2p_cache.encoding.executors.work import Work
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import (
@@ -29,7 +30,6 @@ from ci2p_cache.encoding.resume import (
     survey,
     tell_of_other_source,
 )
-from ci2p_cache.encoding.work import Work
 from ci2p_cache.errors import IncompleteCacheError, command
 from ci2p_cache.images.source import ImageSource
 

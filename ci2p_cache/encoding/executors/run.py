@@ -11,10 +11,10 @@ import shutil
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.tar_shards import tar_sample_bytes
 from ci2p_cache.encoding.budget import ErrorBudget
+from ci2p_cache.encoding.executors.work import Place, Work
 from ci2p_cache.encoding.lane import make_lanes
 from ci2p_cache.encoding.resume import encode_settings
 from ci2p_cache.encoding.shard import ShardEncoder
-from ci2p_cache.encoding.work import Place, Work
 from ci2p_cache.machine import bf16_notice, chosen_devices
 
 __all__ = ["encode_shards"]
@@ -45,9 +45,9 @@ def encode_shards(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]
             work.observer.notice(text)
     match options.executor:
         case "processes":
-            from ci2p_cache.encoding.processes import encode_in_processes as run
+            from ci2p_cache.encoding.executors.processes import encode_in_processes as run
         case "ray":
-            from ci2p_cache.encoding.ray_actors import encode_in_ray as run
+            from ci2p_cache.encoding.executors.ray_actors import encode_in_ray as run
         case _:
             run = _encode_here
     commits = run(work, missing)

@@ -21,9 +21,9 @@ from typing import Any
 
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.staging import remove_path
+from ci2p_cache.encoding.executors.work import Place, Work
+from ci2p_cache.encoding.executors.worker import Job, Worker, error_of, told
 from ci2p_cache.encoding.resume import committed_shards
-from ci2p_cache.encoding.work import Place, Work
-from ci2p_cache.encoding.worker import Job, Worker, error_of, told
 from ci2p_cache.errors import CacheError, MissingDependencyError, ResourceError, UsageError
 
 __all__ = ["encode_in_ray"]

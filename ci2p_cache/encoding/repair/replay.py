@@ -28,13 +28,11 @@ from ci2p_cache.encoding.plan import ShardPlan
 from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
 from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
 from ci2p_cache.errors import (
-    FingerprintMismatchError,
     ImageDecodeError,
     RefusedError,
     SourceError,
     TooManyBadImagesError,
 )
-from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.machine import num_cores
 
@@ -42,7 +40,6 @@ __all__ = [
     "DamagedShard",
     "Replay",
     "changed_sources",
-    "refuse_other_decoder",
     "source_digests",
 ]
 
@@ -93,21 +90,6 @@ def changed_sources(images: ImageSource, shard: DamagedShard) -> list[str]:
         if reason is not None:
             found.append(f"{path.decode('utf-8', 'backslashreplace')} ({reason})")
     return found
-
-
-def refuse_other_decoder(manifest: Manifest) -> None:
-    """Holds this machine's decoders against those that the cache was made with.
-
-    Raises:
-        FingerprintMismatchError: they differ, so images would give other pixels.
-    """
-    made, here = manifest.fingerprint.image.decoder, decoder_name()
-    if made != here:
-        raise FingerprintMismatchError(
-            f"the cache was made with {made}; here is {here}, which may give other pixels. "
-            "No shard was changed",
-            hint=f"install {made}, then run the same command",
-        )
 
 
 class Replay:

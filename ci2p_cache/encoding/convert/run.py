@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from ci2p_cache.cache.store import Cache, open_cache
-from ci2p_cache.encoding.arrays import write_arrays
-from ci2p_cache.encoding.conversion import Conversion
+from ci2p_cache.encoding.convert.arrays import write_arrays
+from ci2p_cache.encoding.convert.conversion import Conversion
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.place import refuse_foreign_folder
 from ci2p_cache.errors import UsageError

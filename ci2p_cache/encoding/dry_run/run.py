@@ -20,17 +20,17 @@ from pathlib import Path
 from ci2p_cache.cache.lock import LOCK, live_ranges, lock_holder
 from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.encoding.budget import parse_max_errors
-from ci2p_cache.encoding.decode_trial import DecodeTrial, try_decoding
-from ci2p_cache.encoding.forecast import DryRunReport, Findings, Work, report
+from ci2p_cache.encoding.dry_run.decode_trial import DecodeTrial, try_decoding
+from ci2p_cache.encoding.dry_run.forecast import DryRunReport, Findings, Work, report
+from ci2p_cache.encoding.dry_run.sample import draw, small_shards
+from ci2p_cache.encoding.dry_run.trial import EncodeTrial, try_encoding
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.lane import Lane, make_lanes
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.place import refuse_place
 from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
 from ci2p_cache.encoding.resume import committed_shards, encode_settings, load_chosen, survey
-from ci2p_cache.encoding.sample import draw, small_shards
 from ci2p_cache.encoding.shard import EncodeSettings
-from ci2p_cache.encoding.trial import EncodeTrial, try_encoding
 from ci2p_cache.errors import LockedError, UsageError
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource

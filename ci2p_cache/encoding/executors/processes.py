@@ -21,8 +21,8 @@ from typing import Any
 
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.staging import remove_path
-from ci2p_cache.encoding.work import Place, Work
-from ci2p_cache.encoding.worker import Job, error_of
+from ci2p_cache.encoding.executors.work import Place, Work
+from ci2p_cache.encoding.executors.worker import Job, error_of
 from ci2p_cache.errors import CacheError, ResourceError
 from ci2p_cache.machine import chosen_devices, num_cores
 
@@ -138,7 +138,7 @@ class _Pool:
         )
         # A session of its own: Ctrl-C reaches the driver, which ends the others.
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "ci2p_cache.encoding.worker"],
+            [sys.executable, "-W", "ignore", "-m", "ci2p_cache.encoding.executors.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

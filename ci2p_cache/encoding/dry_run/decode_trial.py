@@ -6,8 +6,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from ci2p_cache.encoding.dry_run.sample import BadFile, Drawn
 from ci2p_cache.encoding.plan import Sample
-from ci2p_cache.encoding.sample import BadFile, Drawn
 from ci2p_cache.encoding.shard import EncodeSettings
 from ci2p_cache.errors import ImageDecodeError
 from ci2p_cache.images.decoders import Decoders

@@ -6,9 +6,9 @@
     worker: opens the begun folder and the source, encodes and commits whole shards
 
 What a worker encodes with lies in the folder: plan, settings and the encoder itself. The driver
-sends little and gets commit records back. As `python -m ci2p_cache.encoding.worker` it is a process
-that speaks JSON lines: it asks for each shard when it has room for it, so its pipeline never drains
-between shards, and ends when its standard input does.
+sends little and gets commit records back. As `python -m ci2p_cache.encoding.executors.worker` it
+is a process that speaks JSON lines: it asks for each shard when it has room for it, so its pipeline
+never drains between shards, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from ci2p_cache.encoding.budget import ErrorBudget
 from ci2p_cache.encoding.lane import make_lanes
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import read_plan
-from ci2p_cache.encoding.replay import refuse_other_decoder
 from ci2p_cache.encoding.resume import Intent, encode_settings
+from ci2p_cache.encoding.same_decoder import refuse_other_decoder
 from ci2p_cache.encoding.shard import ShardEncoder
 from ci2p_cache.errors import CacheError
 from ci2p_cache.images.locate import open_source
@@ -81,7 +81,7 @@ class Worker:
     def __init__(self, job: Job, on_image: Callable[[bool, float], None]) -> None:
         root = Path(job.root)
         manifest = read_manifest(root)
-        refuse_other_decoder(manifest)
+        refuse_other_decoder(manifest.fingerprint)
         self._plan = read_plan(root, manifest)
         encoder = load_recorded_encoder(root / manifest.encoder.path, manifest.fingerprint.encoder)
         lanes = make_lanes(encoder, job.devices)

@@ -21,13 +21,13 @@ from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.plan import Plan, read_plan
 from ci2p_cache.encoding.progress import EncodeObserver
-from ci2p_cache.encoding.replay import (
+from ci2p_cache.encoding.repair.replay import (
     Replay,
     changed_sources,
-    refuse_other_decoder,
 )
-from ci2p_cache.encoding.restore import restored_encoder, restored_plan
-from ci2p_cache.encoding.witnesses import Witnesses
+from ci2p_cache.encoding.repair.restore import restored_encoder, restored_plan
+from ci2p_cache.encoding.repair.witnesses import Witnesses
+from ci2p_cache.encoding.same_decoder import refuse_other_decoder
 from ci2p_cache.errors import SourceError, command
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
@@ -244,7 +244,7 @@ class _Repair:
                 if item.shard is not None:
                     self._reasons[item.path] = "it cannot be encoded again without the encoder"
             return []
-        refuse_other_decoder(self.manifest)
+        refuse_other_decoder(self.manifest.fingerprint)
         images = self._open_images()
         shards, changed = [], []
         for split, number in self._damaged:

@@ -17,8 +17,8 @@ from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.paths import array_path, commit_path, index_path, shard_files
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoding.plan import Plan
-from ci2p_cache.encoding.replay import DamagedShard, source_digests
-from ci2p_cache.encoding.restore import index_samples
+from ci2p_cache.encoding.repair.replay import DamagedShard, source_digests
+from ci2p_cache.encoding.repair.restore import index_samples
 from ci2p_cache.errors import IntegrityError, ManifestError
 
 __all__ = ["Witnesses"]

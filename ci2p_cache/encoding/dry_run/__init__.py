@@ -1,0 +1,1 @@
+"""What encoding a source would take, found by encoding a sample of it."""

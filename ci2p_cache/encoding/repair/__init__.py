@@ -1,0 +1,1 @@
+"""What `verify` finds damaged, put back to the same bytes."""
