@@ -84,16 +84,16 @@ def test_a_killed_process_has_its_shards_taken_over(
     out, observer, seen = tmp_path / "out", Notices(), []
 
     def kill_one() -> None:
-        seen.extend(until(os.getpid(), out, workers=3, commits=2))
+        seen.extend(until(os.getpid(), out, workers=2, commits=2))
         os.kill(seen[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     summary = cc.encode(
-        pictures, out, with_options(executor="processes", devices="cpu:3"), observer=observer
+        pictures, out, with_options(executor="processes", devices="cpu:2"), observer=observer
     )
     killer.join()
-    assert len(seen) == 3
+    assert len(seen) == 2
     assert summary.complete
     assert summary.encoded_now == summary.images == 160
     assert any("SIGKILL" in text for text in observer.texts)

@@ -8,9 +8,8 @@ from ci2p_cache.training.records import EpochRecord
 
 __all__ = ["early_notice"]
 
-_LOSS_STEPS = 100
-"""Steps after which a mean loss above that of guessing is worth a word; before, it is warm-up."""
-_VAL_EPOCHS = 3
+_WARM_STEPS = 100
+"""Steps after which a run that has learned nothing is worth a word; before, it is warm-up."""
 _SIGMAS = 3
 """Standard deviations of guessing within which an accuracy counts as that of guessing."""
 
@@ -27,26 +26,29 @@ def early_notice(record: EpochRecord, *, steps: int, num_classes: int, num_val: 
     if num_classes < 2 or not record.images:
         return None
     guessing = math.log(num_classes)
-    begun = steps - steps // record.epoch
-    if begun < _LOSS_STEPS <= steps and record.loss >= guessing:
+    is_warm_now = steps - steps // record.epoch < _WARM_STEPS <= steps
+    if is_warm_now and record.loss >= guessing:
         return (
             f"nothing was learned in {steps} steps: the training loss of epoch {record.epoch} is "
             f"{record.loss:.3f}, guessing among {num_classes} classes gives {guessing:.3f}. "
             "A lower learning rate or a longer warm-up may help; so may a look at the labels."
         )
-    if record.top1 is None or not num_val or record.epoch > _VAL_EPOCHS:
+    if record.top1 is None or not num_val or not (is_warm_now or record.epoch == 1):
         return None
     # Of a few validation images nothing can be told: even what training reaches may be luck there.
     learns = record.train_top1 > _highest_guess(num_classes, min(record.images, num_val))
-    if learns and record.top1 <= _highest_guess(num_classes, num_val):
-        return (
-            f"validation ({record.top1:.1%} of {num_val:,}) cannot be told from guessing while "
-            f"training is ahead of it ({record.train_top1:.1%}), after {steps} steps. In the "
-            "first 50 to 100 steps that is usual: BatchNorm validates with running averages, which "
-            "lag behind weights that move fast. If it stays, see whether both splits have the same "
-            "classes and kind of images."
-        )
-    return None
+    if not learns or record.top1 > _highest_guess(num_classes, num_val):
+        return None
+    what = (
+        f"validation ({record.top1:.1%} of {num_val:,}) cannot be told from guessing while "
+        f"training is ahead of it ({record.train_top1:.1%}), after {steps} steps. "
+    )
+    if is_warm_now:
+        return what + "See whether both splits have the same classes and kind of images."
+    return what + (
+        f"In the first {_WARM_STEPS} steps that is usual: BatchNorm validates with running "
+        "averages, which lag behind weights that move fast."
+    )
 
 
 def _highest_guess(num_classes: int, images: int) -> float:
