@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import ci2p_cache as cc
 from ci2p_cache.experiment.comparison import paired_difference, read_study
 from ci2p_cache.experiment.load import list_recipes
+from ci2p_cache.experiment.study_table import study_csv
 from ci2p_cache.models.registry import model_config
 from tests.conftest import REPO, Ran, write_image_folder
 
@@ -153,6 +155,22 @@ def test_every_configuration_of_the_study_can_be_made() -> None:
         assert (spec.folds, spec.fold, spec.epochs) == (2, 1, 1)
         assert model_config(spec.model, num_classes=5).num_classes == 5
         assert asked.encode_options(plan).val_fraction == 0
+
+
+def test_the_tables_of_the_study_are_what_its_results_give() -> None:
+    study = script("study")
+    records = sorted((PIPELINES / "results").glob("*.json"))
+    assert records
+    for record in records:
+        found = read_study(record)
+        assert found is not None
+        table = record.with_suffix(".csv").read_bytes()
+        assert table == study_csv(found, study.PLANS, reference=study.REFERENCE)
+        page = (PIPELINES / "README.md").read_text("utf-8")
+        for row in csv.DictReader(io.StringIO(table.decode())):
+            command = row.pop("command")
+            assert f"| {' | '.join(row.values())} |\n" in page
+            assert command.endswith(f"--only {row['configuration']}")
 
 
 @pytest.mark.slow
