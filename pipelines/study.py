@@ -5,10 +5,10 @@ Paper:    Stone 1974 (cross-validation), Efron 1979 (bootstrap). The choices are
 Command:  python pipelines/study.py flowers/ --jobs 2          all configurations
           python pipelines/study.py flowers/ --only a-int8     one of them
           python pipelines/study.py flowers/ --table           print the table, run nothing
-Hours:    not measured as a whole. By arithmetic from the speed of single steps on one core (96 px):
-          62 images/s with vitds_tiny, so 14 minutes for each of nine cached configurations; 30 with
-          the encoder in the loop, 17 for vit_tiny, 20 to 35 for vit_ti16, 45 to 90 for
-          cnn_vit_tiny. Together 4 to 5 hours of one core, half of that with --jobs 2 on two.
+Hours:    on one of two AVX2 cores (96 px, --jobs 2): 12 minutes for each of nine cached
+          configurations, 17 for vit_tiny, 30 for vit_ti16 and about as long with the encoder in
+          the loop; cnn_vit_tiny, not finished, 60 to 70 at 12 images/s. About 5 hours of one
+          core, half of that with --jobs 2 on two; never run in one piece.
 Disk:     up to 16 GB of checkpoints, 230 MB for each of 65 runs; the caches take 0.2 GB.
 Hardware: two CPU cores; `--device cuda --size 256 --epochs 30` where there is a GPU (not tried).
 Expect:   pipelines/README.md has the table, or says that a row was not run.
