@@ -117,7 +117,11 @@ def test_the_sdist_holds_what_pyproject_names(unpacked: Path) -> None:
     wanted = files_below("ci2p_cache", "pipelines", "tests", "README.md", "LICENSE")
     # hatchling takes .gitignore along, so that a build from the sdist leaves out the same.
     assert names == wanted | {"pyproject.toml", "PKG-INFO", ".gitignore"}
-    strays = {name for name in wanted - {"LICENSE"} if Path(name).suffix not in IN_SDIST}
+    # The study's table and the bits behind it.
+    results = {name for name in wanted if PurePosixPath(name).match("pipelines/results/*_cv_*.*")}
+    assert {PurePosixPath(name).suffix for name in results} == {".csv", ".json"}
+    others = wanted - results - {"LICENSE"}
+    strays = {name for name in others if Path(name).suffix not in IN_SDIST}
     assert not strays
 
 
