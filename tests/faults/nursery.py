@@ -83,7 +83,7 @@ class Child:
             if time.monotonic() > end:
                 self.send_signal(signal.SIGKILL)
                 raise AssertionError(f"it ran on for {limit:g} s: {self.log.read_text()}")
-            time.sleep(0.002)
+            time.sleep(0.01)
         return self.log.read_text("utf-8", "replace")
 
 
@@ -92,14 +92,13 @@ class Nursery:
 
     Args:
         folder: Where the shim is built and children write what they say.
-        shim: What is preloaded into the parent and whatever it starts: faults or crash; None for
-            nothing.
+        shim: What is preloaded into the parent and whatever it starts: faults or crash.
     """
 
-    def __init__(self, folder: Path, *, shim: str | None = "faults") -> None:
+    def __init__(self, folder: Path, *, shim: str = "faults") -> None:
         self._folder = folder
         self._started = 0
-        library = build_shim(folder, shim) if shim is not None else None
+        library = build_shim(folder, shim)
         self.has_shim = library is not None
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if library is not None:
