@@ -312,6 +312,19 @@ class TestRepair:
                 cc.repair(cache)
 
 
+def test_other_decoders_than_the_caches_change_and_compare_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(cache / SHARD)
+    damaged = (cache / SHARD).read_bytes()
+    monkeypatch.setattr("ci2p_cache.encoding.same_decoder.decoder_name", lambda: "another 9.9")
+    for call in (lambda: cc.repair(cache), lambda: cc.reencode(cache, 1)):
+        with pytest.raises(errors.FingerprintMismatchError, match=r"here is another 9\.9") as told:
+            call()
+        assert str(told.value.hint).startswith("install ")
+    assert (cache / SHARD).read_bytes() == damaged
+
+
 class TestReencode:
     def test_an_intact_cache_gives_the_same_values(self, whole: Path) -> None:
         summary = cc.reencode(whole, 1000)
