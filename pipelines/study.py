@@ -7,11 +7,11 @@ Command:  python pipelines/study.py flowers/ --jobs 2          all configuration
           python pipelines/study.py flowers/ --table           print the table, run nothing
 Hours:    on one of two AVX2 cores (96 px, --jobs 2): 12 minutes for each of nine cached
           configurations, 17 for vit_tiny, 30 for vit_ti16 and about as long with the encoder in
-          the loop; cnn_vit_tiny, not finished, 60 to 70 at 12 images/s. Together 4 to 5 hours
-          of one core, half of that with --jobs 2 on two; never run in one piece.
+          the loop, 65 for cnn_vit_tiny. Together 4 to 5 hours of one core, half of that with
+          --jobs 2 on two; never run in one piece.
 Disk:     up to 16 GB of checkpoints, 230 MB for each of 65 runs; the caches take 0.2 GB.
 Hardware: two CPU cores; `--device cuda --size 256 --epochs 30` where there is a GPU (not tried).
-Expect:   pipelines/README.md has the table, or says that a row was not run.
+Expect:   pipelines/README.md has the table, and what follows from it.
 
 Every configuration is trained once for each of five folds, from the same seed, for the same epochs,
 and the weights of the last epoch classify the images of the fold that was left out. So each image
