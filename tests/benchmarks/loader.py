@@ -35,7 +35,7 @@ from tests.benchmarks.contestants import (
 from tests.benchmarks.limits import limits
 from tests.benchmarks.measure import Rates, Report, Table, machine, num_cores, take_turns
 from tests.benchmarks.overhead import overhead_table
-from tests.benchmarks.peers import FFCV, PEERS, Missing, Shelf, peers
+from tests.benchmarks.peers import PEERS, Missing, Shelf, peers
 from tests.benchmarks.stores import Data, encoded, generated, read_data, write_cache
 from tests.benchmarks.targets import ratio_table
 from tests.benchmarks.workers import Worker
@@ -190,8 +190,6 @@ def rate_table(rates: dict[Contestant, Rates], missing: list[Missing], settings:
         )
     for name, reason in ((lack.name, lack.reason) for lack in missing):
         table.rows.append([name, reason, *["-"] * (len(head) - 2)])
-    if "peers" in settings.groups:
-        table.notes.append(FFCV + ".")
     return table
 
 

@@ -44,6 +44,7 @@ def overhead_table(splits: dict[str, cc.Split], folder: Path, data: Data) -> Tab
         ("npy", "WebDataset tar, npy"),
         ("mds", "MosaicML MDS"),
         ("litdata", "LitData chunks"),
+        ("ffcv", "FFCV .beton"),
     ):
         if (folder / key).is_dir():
             files = tree_bytes(folder / key)

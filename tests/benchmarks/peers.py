@@ -28,15 +28,10 @@ from tests.benchmarks.stores import Data
 
 __all__ = ["PEERS", "Missing", "Shelf", "peers"]
 
-PEERS = ("tensorstore", "zarrs", "webdataset", "mosaicml-streaming", "litdata")
+PEERS = ("tensorstore", "zarrs", "webdataset", "mosaicml-streaming", "litdata", "ffcv")
 
 WINDOW = 1000
 """Samples in WebDataset's shuffle buffer."""
-
-FFCV = (
-    "FFCV is not among them: pip has to compile it, and that needs the C++ headers of OpenCV 4 and "
-    "of libturbojpeg"
-)
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,7 @@ def peers(shelf: Shelf, threads: list[int]) -> tuple[list[Contestant], list[Miss
         "webdataset": lambda: webdataset_rows(shelf),
         "mosaicml-streaming": lambda: streaming_rows(shelf),
         "litdata": lambda: litdata_rows(shelf),
+        "ffcv": lambda: ffcv_rows(shelf),
     }
     found: list[Contestant] = []
     missing: list[Missing] = []
@@ -234,6 +230,39 @@ def litdata_rows(shelf: Shelf) -> list[Contestant]:
         Contestant(
             key="litdata", name="LitData, bytes", codec="none", gives="int8",
             order="its chunk-wise shuffle", checked="never", stream=stream,
+        )
+    ]  # fmt: skip
+
+
+def ffcv_rows(shelf: Shelf) -> list[Contestant]:
+    """FFCV on one .beton of arrays, in memory maps: one thread beside the one that asks."""
+    from ffcv.fields import IntField, NDArrayField
+    from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.writer import DatasetWriter
+
+    folder = shelf.folder / "ffcv"
+    folder.mkdir()
+    path = str(folder / "latents.beton")
+    latents = shelf.data.latents
+    fields = {"row": IntField(), "latent": NDArrayField(latents.dtype, latents.shape[1:])}
+    writer = DatasetWriter(path, fields, num_workers=1)
+    writer.from_indexed_dataset(list(enumerate(latents)))
+
+    def stream() -> Iterator[Batch]:
+        loader = Loader(
+            path, batch_size=shelf.batch, num_workers=1, order=OrderOption.RANDOM, seed=0,
+            os_cache=True, drop_last=True,
+            pipelines={"row": [IntDecoder()], "latent": [NDArrayDecoder()]},
+        )  # fmt: skip
+        while True:
+            for rows, batch in loader:
+                yield rows[:, 0], batch
+
+    return [
+        Contestant(
+            key="ffcv", name="FFCV, arrays", codec="none", gives="int8", order=RANDOM,
+            checked="never", stream=stream,
         )
     ]  # fmt: skip
 

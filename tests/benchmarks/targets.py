@@ -45,6 +45,8 @@ TARGETS = (
     Target("ours none stored", "tensorstore none 1", 2.0),
     Target("ours none stored", "streaming indexed", None),
     Target("ours none stored", "litdata", None),
+    Target("ours none stored", "ffcv", None),
+    Target("ours many stored", "ffcv", None),
     Target("ours none stored", "memmap", None),
     Target("ours zstd stored 2", "ours zstd stored", 1.7),
     Target("ours zstd 2", "ours zstd", 1.7),
