@@ -24,6 +24,7 @@ from ci2p_cache import errors
 from ci2p_cache.loader.order import epoch_order, rank_slice
 from ci2p_cache.training import rank_link, ranks
 from tests.conftest import write_image_folder
+from tests.faults.nursery import Nursery
 from tests.rank_jobs import (
     CLOCK,
     IMAGE_MODEL,
@@ -388,6 +389,33 @@ def test_a_rank_whose_torchrun_was_killed_before_they_met_ends_soon(
         with pytest.raises(errors.ResourceError, match="torchrun or another rank cannot be"):
             with ranks.Ranks.from_environment().joined("cpu"):
                 pass
+
+
+def test_a_rank_that_waits_in_vain_for_another_ends_on_sigterm(
+    nursery: Nursery, folder: Path
+) -> None:
+    # torchrun sends it to those that are left, and kills them half a minute later.
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    alone = nursery.start(
+        *train_command(folder, "in-vain")[1:],
+        environment={
+            "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        },
+    )  # fmt: skip
+    for _ in range(6000):
+        with socket.socket() as caller:
+            # It keeps the store that the others would come to.
+            if caller.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        assert alone.poll() is None, alone.log.read_text()
+        time.sleep(0.01)
+    alone.send_signal(signal.SIGTERM)
+    alone.wait(10)
+    assert alone.returncode == -signal.SIGTERM
+    assert not (folder / "runs" / "in-vain").exists()
 
 
 @pytest.mark.parametrize(

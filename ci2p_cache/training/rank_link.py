@@ -38,7 +38,7 @@ class Link:
     words: ProcessGroup
     """gloo, between the hosts; the default group sums, on the devices."""
     stop: StopSignal
-    """Notes signals as long as the ranks are joined."""
+    """Notes signals from when the ranks have met until they part: a context manager."""
     parent: int
     """torchrun's process id."""
 
@@ -51,7 +51,7 @@ class Link:
             dist.destroy_process_group(self.words)
 
 
-def connect(device: str, *, rank: int, world_size: int, local_rank: int, stop: StopSignal) -> Link:
+def connect(device: str, *, rank: int, world_size: int, local_rank: int) -> Link:
     """Joins the process group that torchrun's variables name.
 
     Args:
@@ -59,7 +59,6 @@ def connect(device: str, *, rank: int, world_size: int, local_rank: int, stop: S
         rank: This process, 0 <= rank < world_size.
         world_size: Number of processes that join.
         local_rank: This process among those of its machine; its CUDA device.
-        stop: Notes signals already.
 
     Raises:
         UsageError: the process belongs to a process group already, or a variable is missing.
@@ -99,4 +98,4 @@ def connect(device: str, *, rank: int, world_size: int, local_rank: int, stop: S
             hint="start torchrun again: the run goes on",
         ) from error
     assert not isinstance(words, int)
-    return Link(store, words, stop, parent)
+    return Link(store, words, StopSignal(), parent)

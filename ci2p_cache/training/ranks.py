@@ -124,8 +124,8 @@ class Ranks:
     def joined(self, device: str) -> Iterator[Ranks]:
         """Joins the process group while the block runs; what is raised in it ends all ranks.
 
-        SIGINT and SIGTERM are noted from here to the end of the block, see `agreed_signal`. All
-        ranks leave the block together.
+        SIGINT and SIGTERM are noted while the block runs, see `agreed_signal`; until all have met
+        they do what they did before. All ranks leave the block together.
 
         Args:
             device: As for `device`; decides whether the group speaks nccl besides gloo.
@@ -141,14 +141,11 @@ class Ranks:
         if self.is_joined:
             yield self
             return
-        with StopSignal() as stop:
-            link = connect(
-                device,
-                rank=self.rank,
-                world_size=self.world_size,
-                local_rank=self.local_rank,
-                stop=stop,
-            )
+        # A signal that was only noted would be looked at when all have met: never, if one has died.
+        link = connect(
+            device, rank=self.rank, world_size=self.world_size, local_rank=self.local_rank
+        )
+        with link.stop:
             ranks = dataclasses.replace(self, _link=link)
             try:
                 yield ranks
