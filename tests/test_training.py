@@ -719,7 +719,7 @@ def test_a_compiled_model_trains_to_nearly_the_same_numbers_and_goes_on_uncompil
         def epoch(self, record: EpochRecord) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
-    spec = dataclasses.replace(SPEC, batch_size=6)
+    spec = cc.TrainSpec(model="ci2p+timm:test_vit", epochs=2, batch_size=6)
     plain = cc.train(cache_dir, spec=spec, runs_dir=tmp_path / "plain", device="cpu")
     with pytest.raises(errors.InterruptedRunError):
         cc.train(

@@ -57,10 +57,12 @@ def main() -> int:
     return int(counts.good < counts.kills)
 
 
-def run_kills(nursery: Nursery, folder: Path, count: int, seed: int) -> Counts:
+def run_kills(
+    nursery: Nursery, folder: Path, count: int, seed: int, *, epochs: int = 3, batch_size: int = 5
+) -> Counts:
     """Kills a training run `count` times and lets it go on; every second kill is inside a save."""
     rng, counts, runs = random.Random(seed), Counts(), folder / "runs"
-    command = _prepare(folder, nursery)
+    command = [*_prepare(folder, nursery), "--epochs", str(epochs), "--batch-size", str(batch_size)]
     whole = nursery.run(command, root=runs)
     assert whole.code == 0, whole.told
     wanted = _numbers(runs / "run")
@@ -96,7 +98,7 @@ def _gone_on(
 
 
 def _prepare(folder: Path, nursery: Nursery) -> list[str]:
-    """Encodes a small cache; returns the training command: 3 epochs of 5 steps, each saved."""
+    """Encodes a small cache; returns the training command, which saves after each step."""
     write_image_folder(folder / "src" / "train", {"ant": 9, "bee": 7, "cat": 8})
     write_image_folder(folder / "src" / "val", {"ant": 3, "bee": 2, "cat": 3}, quality=60)
     cache = folder / "cache"
@@ -108,9 +110,8 @@ def _prepare(folder: Path, nursery: Nursery) -> list[str]:
     )
     assert encoded.code == 0, encoded.told
     return [
-        *("train", str(cache), "--model", "vitds_tiny", "--epochs", "3", "--batch-size", "5"),
-        *("--save-every", "1", "--runs", str(folder / "runs"), "--name", "run"),
-        *("--device", "cpu", "--workers", "1"),
+        *("train", str(cache), "--model", "vitds_tiny", "--save-every", "1"),
+        *("--runs", str(folder / "runs"), "--name", "run", "--device", "cpu", "--workers", "1"),
     ]
 
 
