@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": {"errors"},
     "record": {"errors"},
     "parquet_pages": set(),
+    "intervals": set(),
     "specs": {"errors", "record"},
     "remote": {"errors"},
     "images": {"errors", "parquet_pages", "record", "remote", "specs"},
@@ -43,9 +44,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"machine", "errors", "record", "specs", "cache", "loader", "models"},
     "inference": {
         *("machine", "errors", "record", "specs", "images", "encoder", "cache", "loader", "models"),
-        "training",
+        *("training", "intervals"),
     },
-    "report": {"errors", "record", "remote", "specs", "cache"},
+    "report": {"errors", "record", "remote", "specs", "cache", "intervals"},
     "experiment": {
         *("errors", "record", "specs", "cache", "encoding", "demo_pictures", "training"),
         *("inference", "report", "illustrations", "loader", "machine", "models"),

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.inference.scores import (
-    bootstrap_interval,
     calibration_bins,
     confusion_triples,
     expected_calibration_error,
 )
+from ci2p_cache.intervals import wilson_interval
 from tests.conftest import Ran, write_image_folder
 from tests.trained import folder_of, make_run, rewrite_json, seal_checkpoint
 
@@ -213,13 +213,13 @@ def test_calibration_of_a_case_done_by_hand() -> None:
     assert expected_calibration_error(bins) == pytest.approx(wanted)
 
 
-def test_the_interval_is_the_bootstraps_and_the_same_each_time() -> None:
-    low, high = bootstrap_interval(75, 100)
-    assert (low, high) == bootstrap_interval(75, 100)
-    # Normal approximation: 0.75 +- 1.96 * sqrt(0.75 * 0.25 / 100).
-    assert low == pytest.approx(0.665, abs=0.015)
-    assert high == pytest.approx(0.835, abs=0.015)
-    assert bootstrap_interval(5, 5) == (1.0, 1.0)
+def test_the_interval_of_a_share_has_a_width_also_where_none_or_all_are_right() -> None:
+    # By hand: (p + z2 / 2n +- z sqrt(p (1 - p) / n + z2 / 4n2)) / (1 + z2 / n), z2 = 3.8415.
+    assert wilson_interval(75, 100) == pytest.approx((0.65696, 0.82455), abs=1e-5)
+    low, high = wilson_interval(0, 14)
+    assert (low, round(high, 4)) == (0, 0.2153)
+    low, high = wilson_interval(5, 5)
+    assert (round(low, 4), high) == (0.5655, 1)
 
 
 def test_confusions_are_counted_in_order() -> None:

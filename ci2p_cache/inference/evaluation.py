@@ -82,7 +82,7 @@ class Evaluation(Record):
     top1: float
     """Share of images whose class came first, 0 to 1."""
     top1_low: float
-    """Lower end of the bootstrap's 95 % interval of top-1."""
+    """Lower end of the 95 % interval of top-1 (Wilson 1927)."""
     top1_high: float
     """Upper end of it."""
     top5: float

@@ -1,4 +1,4 @@
-"""What is computed from predictions alone: calibration, interval, classes, confusion. Pure."""
+"""What is computed from predictions alone: calibration, classes, confusion. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import numpy.typing as npt
 from ci2p_cache.inference.evaluation import CalibrationBin, ClassScore
 
 __all__ = [
-    "NUM_RESAMPLES",
-    "bootstrap_interval",
     "calibration_bins",
     "class_scores",
     "confusion_triples",
@@ -20,9 +18,6 @@ __all__ = [
 
 _NUM_BINS = 15
 """As in Guo et al. 2017."""
-
-NUM_RESAMPLES = 10_000
-"""Enough for two stable digits of the ends of an interval."""
 
 _MAX_TRIPLES = 100_000
 """What keeps evaluation.json below the size that is read again."""
@@ -66,23 +61,6 @@ def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float:
         if each.accuracy is not None and each.confidence is not None
     )
     return float(sum(gaps) / total)
-
-
-def bootstrap_interval(correct: int, samples: int, *, seed: int = 0) -> tuple[float, float]:
-    """Returns the percentile bootstrap's 95 % interval of a share (Efron 1979).
-
-    Drawing `samples` images again, with replacement, of which each is right with probability
-    `correct` / `samples`, gives a binomial number of right ones: that number is drawn itself.
-
-    Args:
-        correct: Images classified right.
-        samples: All images, at least 1.
-        seed: Seed of the resamples.
-    """
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    shares = rng.binomial(samples, correct / samples, NUM_RESAMPLES) / samples
-    low, high = np.percentile(shares, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def class_scores(

@@ -25,12 +25,12 @@ from ci2p_cache.inference.evaluation_data import chosen_split, open_data
 from ci2p_cache.inference.prediction_rows import PredictionRows
 from ci2p_cache.inference.run_folder import RunFolder, load_model, open_run
 from ci2p_cache.inference.scores import (
-    bootstrap_interval,
     calibration_bins,
     class_scores,
     confusion_triples,
     expected_calibration_error,
 )
+from ci2p_cache.intervals import wilson_interval
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.machine import checked_device, ieee_float32, raise_open_files, tune_allocator
@@ -170,7 +170,7 @@ def _evaluation(run: RunFolder, rows: PredictionRows, validation: Validation) ->
     label, predicted = rows.column("label"), rows.column("predicted")
     correct = label == predicted
     bins = calibration_bins(rows.column("confidence"), correct)
-    low, high = bootstrap_interval(int(correct.sum()), len(label))
+    low, high = wilson_interval(int(correct.sum()), len(label))
     ended = state.history[-1] if state.history and state.step == 0 else None
     return {
         "run": run.path.name,

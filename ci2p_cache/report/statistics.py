@@ -1,9 +1,9 @@
-"""How far an accuracy may be off: bootstrap intervals over the images.
+"""How far an accuracy, or the difference of two, may be off: intervals over the images.
 
 B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1), 1979.
 
-Drawing n images with replacement and counting is drawing the counts: binomially for one run,
-multinomially for the pairs of two. So no image has to be drawn, and a million cost nothing.
+Of two runs, drawing n images with replacement and counting is drawing the counts of their pairs,
+multinomially. So no image has to be drawn, and a million cost nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ci2p_cache.intervals import wilson_interval
 from ci2p_cache.report.run_data import Predictions
 
 __all__ = ["Estimate", "accuracy", "paired_difference"]
@@ -28,22 +29,22 @@ class Estimate:
     value: float
     """The value on the images at hand."""
     low: float
-    """2.5 % of the bootstrap's values lie below."""
+    """Lower end of the interval."""
     high: float
-    """2.5 % lie above."""
+    """Upper end of it."""
     samples: int
     """Images."""
 
 
 def accuracy(correct: npt.NDArray[np.bool_]) -> Estimate:
-    """Returns the share of right predictions; the same predictions give the same interval.
+    """Returns the share of right predictions.
 
     Args:
         correct: Whether each prediction is right; at least one.
     """
     count, right = len(correct), int(correct.sum())
-    draws = np.random.default_rng(_SEED).binomial(count, right / count, _DRAWS) / count
-    return _estimate(right / count, draws, count)
+    low, high = wilson_interval(right, count)
+    return Estimate(value=right / count, low=low, high=high, samples=count)
 
 
 def paired_difference(ours: Predictions, base: Predictions) -> Estimate | None:
@@ -63,9 +64,5 @@ def paired_difference(ours: Predictions, base: Predictions) -> Estimate | None:
     count = len(change)
     shares = [float((change == value).mean()) for value in (-1, 0, 1)]
     drawn = np.random.default_rng(_SEED).multinomial(count, shares, _DRAWS)
-    return _estimate(float(change.mean()), (drawn[:, 2] - drawn[:, 0]) / count, count)
-
-
-def _estimate(value: float, draws: npt.NDArray[np.float64], count: int) -> Estimate:
-    low, high = np.quantile(draws, _QUANTILES).tolist()
-    return Estimate(value=value, low=low, high=high, samples=count)
+    low, high = np.quantile((drawn[:, 2] - drawn[:, 0]) / count, _QUANTILES).tolist()
+    return Estimate(value=float(change.mean()), low=low, high=high, samples=count)
