@@ -412,6 +412,8 @@ def test_a_rank_that_waits_in_vain_for_another_ends_on_sigterm(
                 break
         assert alone.poll() is None, alone.log.read_text()
         time.sleep(0.01)
+    else:
+        raise AssertionError(f"it never waited: {alone.log.read_text()}")
     alone.send_signal(signal.SIGTERM)
     alone.wait(10)
     assert alone.returncode == -signal.SIGTERM
