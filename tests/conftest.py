@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 # One OpenMP thread, here and in every process that a test starts: it is the reference setting, and
 # two threads that wait for each other lose tenfold as soon as another process takes a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from tests.faults.nursery import Nursery
+from tests.support.commands import REPO, Ran
+from tests.support.pictures import write_image_folder
+from tests.support.warm import WarmParent
 
-REPO = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("CI2P_CACHE_TEST_DATA", REPO.parent / "shared" / "data"))
 
 
@@ -46,30 +44,6 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-def picture(seed: int, width: int = 90, height: int = 70) -> Image.Image:
-    """A smooth, asymmetric RGB picture: no flip, turn or transposition leaves it as it is."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
-    phase = rng.uniform(0, 6.28, (3, 1, 1))
-    waves = np.sin(x / rng.uniform(5, 15) + y / rng.uniform(9, 30) + phase)
-    ramp = (x / width + 2 * y / height) / 3
-    pixels = np.clip((waves * 0.3 + 0.5) * 160 + ramp * 95, 0, 255)
-    pixels[:, : height // 8, : width // 6] = rng.integers(0, 255, (3, 1, 1))
-    return Image.fromarray(pixels.transpose(1, 2, 0).astype(np.uint8))
-
-
-def write_image_folder(root: Path, counts: dict[str, int], *, quality: int = 92) -> Path:
-    """Writes `counts[name]` JPEGs below `root/name`, each of its own seed and size."""
-    for class_index, (name, count) in enumerate(counts.items()):
-        folder = root / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            seed = 1000 * class_index + i
-            image = picture(seed, width=80 + 7 * (i % 5), height=66 + 5 * (i % 3))
-            image.save(folder / f"{i:03d}.jpg", quality=quality)
-    return root
-
-
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Computes on one thread while a module runs: bits depend on the number of threads."""
@@ -89,19 +63,10 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
     """Starts commands as processes of their own, without the seconds that importing torch takes."""
-    with Nursery(tmp_path_factory.mktemp("nursery")) as made:
+    with WarmParent(tmp_path_factory.mktemp("warm")) as made:
         yield made
-
-
-@dataclass
-class Ran:
-    """What a command ended with."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture

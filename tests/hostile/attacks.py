@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.arena import Ran
-from tests.seals import reseal, write_json
+from tests.support.arena import Ran
+from tests.support.seals import reseal, write_json
 
 MAX_GROWTH = 300 * 2**20
 TRAIN = ("--model", "vitds_tiny", "--epochs", "1", "--batch-size", "8", "--device", "cpu")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import ci2p_cache as cc
-from tests.arena import Arena
-from tests.conftest import write_image_folder
+from tests.support.arena import Arena
+from tests.support.pictures import write_image_folder
 
 
 @pytest.fixture(scope="session")

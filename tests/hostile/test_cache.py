@@ -19,7 +19,6 @@ import torch
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from tests.arena import Arena
 from tests.hostile.attacks import (
     COMMIT,
     INDEX,
@@ -35,7 +34,8 @@ from tests.hostile.attacks import (
     set_manifest,
     snapshot,
 )
-from tests.seals import reseal
+from tests.support.arena import Arena
+from tests.support.seals import reseal
 
 
 def rle_frame(claimed: int, actual: int) -> bytes:

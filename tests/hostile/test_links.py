@@ -10,9 +10,9 @@ import pytest
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache.staging import StagingArea
-from tests.conftest import write_image_folder
 from tests.hostile.attacks import snapshot
-from tests.test_encode import data_digests
+from tests.support.caches import data_digests
+from tests.support.pictures import write_image_folder
 
 OPTIONS = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.25)
 FOLDERS = (

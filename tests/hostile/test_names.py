@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.arena import Arena
 from tests.hostile.attacks import MAX_GROWTH, commands, set_manifest
+from tests.support.arena import Arena
 
 NAMES = {
     "html": "<script>alert(1)</script>",

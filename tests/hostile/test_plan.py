@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ci2p_cache.cache.index import parquet_bytes
-from tests.arena import Arena
 from tests.hostile.attacks import MAX_GROWTH, SHARD, refused, replace, snapshot
-from tests.seals import reseal
+from tests.support.arena import Arena
+from tests.support.seals import reseal
 
 PLAN = "plan.parquet"
 ENCODE = ("--encoder", "bundled", "--size", "64", "--shard-samples", "8")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.arena import Arena
 from tests.hostile.attacks import (
     MAX_GROWTH,
     TRAIN,
@@ -21,7 +20,8 @@ from tests.hostile.attacks import (
     replace,
     snapshot,
 )
-from tests.seals import digest
+from tests.support.arena import Arena
+from tests.support.seals import digest
 
 NEWEST = "checkpoints/epoch-0001-step-000000"
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -16,7 +16,7 @@ import zstandard
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.locate import open_source
 from tests.hostile.attacks import MAX_GROWTH
-from tests.sources import entries, pack, samples, tar_bytes
+from tests.support.sources import entries, pack, samples, tar_bytes
 
 PICTURE = b"\xff\xd8\xff\xe0 the start of a JPEG"
 

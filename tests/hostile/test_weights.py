@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.arena import Arena
 from tests.hostile.attacks import Harmful, refused
+from tests.support.arena import Arena
 
 
 def zip_of(path: Path, payload: bytes, *, compression: int = zipfile.ZIP_STORED) -> None:

@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import ci2p_cache as cc
-from tests.conftest import write_image_folder
+from tests.support.pictures import write_image_folder
 
 Epoch = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 

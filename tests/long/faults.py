@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.faults.bench import KINDS, EncodeBench, spread
-from tests.faults.nursery import Nursery
+from tests.support.encode_bench import KINDS, EncodeBench, spread
+from tests.support.warm import WarmParent
 
 
 def main() -> int:
@@ -25,17 +25,17 @@ def main() -> int:
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         bench = EncodeBench(Path(folder))
-        with Nursery(Path(folder)) as nursery:
-            if not nursery.has_shim:
+        with WarmParent(Path(folder)) as warm:
+            if not warm.has_shim:
                 print("no C compiler `cc` here, so no shim")
                 return 1
-            bench.undisturbed(nursery)
+            bench.undisturbed(warm)
             points = spread(bench.calls, wanted)
             for kind in KINDS:
                 recovered = 0
                 bench.tidied_later = 0
                 for at in points:
-                    problems = list(bench.fault(nursery, at, kind))
+                    problems = list(bench.fault(warm, at, kind))
                     recovered += not problems
                     for problem in problems[:3]:
                         print(f"  {kind} at call {at}: {problem}", flush=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.faults.bench import EncodeBench, tree
+from tests.support.encode_bench import EncodeBench, tree
 
 REPO = Path(__file__).resolve().parents[2]
 MAX_SECONDS = 5.0

@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.faults.bench import EncodeBench
-from tests.faults.nursery import Nursery
+from tests.support.encode_bench import EncodeBench
+from tests.support.warm import WarmParent
 
 
 def main() -> int:
@@ -34,13 +34,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = EncodeBench(Path(folder), images=16, shard_samples=2)
         aside = Path(folder) / "aside"
-        with Nursery(Path(folder)) as nursery:
-            bench.undisturbed(nursery)
+        with WarmParent(Path(folder)) as warm:
+            bench.undisturbed(warm)
             spots: dict[str, int] = {}
             shutil.rmtree(bench.out)
             while kills < arguments.count:
                 before = bench.commits()
-                ended = nursery.run(bench.arguments, kill_after=rng.uniform(0, bench.seconds))
+                ended = warm.run(bench.arguments, kill_after=rng.uniform(0, bench.seconds))
                 if ended.code != -9:
                     too_late += 1
                     shutil.rmtree(bench.out)
@@ -60,7 +60,7 @@ def main() -> int:
                     shutil.rmtree(aside)
                 if bench.out.exists():
                     shutil.copytree(bench.out, aside)
-                problems += bench.repeated(nursery)
+                problems += bench.repeated(warm)
                 recovered += not problems
                 for problem in problems[:3]:
                     print(f"  kill {kills} ({spot}): {problem}", flush=True)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.faults.bench import EncodeBench, tree
-from tests.faults.nursery import Ended, Nursery
+from tests.support.encode_bench import EncodeBench, tree
+from tests.support.warm import Ended, WarmParent
 
 MAX_SECONDS = 2.0
 
@@ -41,8 +41,8 @@ def main() -> int:
         second.mkdir()
         bench = EncodeBench(first, images=40, shard_samples=2)
         with (
-            Nursery(first) as one,
-            Nursery(second) as two,
+            WarmParent(first) as one,
+            WarmParent(second) as two,
             ThreadPoolExecutor(2) as pool,
         ):
             bench.undisturbed(one)
@@ -90,7 +90,7 @@ def _problems(ends: list[Ended], bench: EncodeBench) -> list[str]:
     return problems
 
 
-def _cold_loser(one: Nursery, pool: ThreadPoolExecutor, bench: EncodeBench) -> float:
+def _cold_loser(one: WarmParent, pool: ThreadPoolExecutor, bench: EncodeBench) -> float:
     """Seconds from starting `python -m ci2p_cache encode` to its exit 4."""
     from ci2p_cache.cache.lock import locked
 

@@ -25,8 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import ci2p_cache as cc
-from tests.conftest import write_image_folder
-from tests.rank_jobs import launch, numbers, processes_with, rank_of
+from tests.support.pictures import write_image_folder
+from tests.support.rank_jobs import launch, numbers, processes_with, rank_of
 
 LIMIT_SECONDS = 60
 

@@ -50,7 +50,7 @@ from ci2p_cache.encoding.planning import build_plan
 from ci2p_cache.errors import InterruptedRunError
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.specs import LatentSpec
-from tests.conftest import picture
+from tests.support.pictures import picture
 
 IMAGENET = 1_281_167
 OPTIONS = cc.EncodeOptions(

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import ci2p_cache as cc
-from tests.s3_server import KEY, SECRET, put_folder, s3_server
-from tests.sources import KINDS, entries
+from tests.support.s3_server import KEY, SECRET, put_folder, s3_server
+from tests.support.sources import KINDS, entries
 
 
 def rows(out: Path) -> dict[tuple[str, str], tuple[object, ...]]:

@@ -23,8 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.conftest import write_image_folder
-from tests.faults.nursery import Ended, Nursery
+from tests.support.pictures import write_image_folder
+from tests.support.warm import Ended, WarmParent
 
 CLOCK = {"images_per_second", "wait_share", "epoch_seconds"}
 
@@ -51,41 +51,41 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=50, help="number of kills")
     parser.add_argument("--seed", type=int, default=0, help="of the random times")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, Nursery(Path(name)) as nursery:
-        counts = run_kills(nursery, Path(name), arguments.count, arguments.seed)
+    with tempfile.TemporaryDirectory() as name, WarmParent(Path(name)) as warm:
+        counts = run_kills(warm, Path(name), arguments.count, arguments.seed)
     print("\n".join([*(f"  {problem}" for problem in counts.problems), str(counts)]))
     return int(counts.good < counts.kills)
 
 
 def run_kills(
-    nursery: Nursery, folder: Path, count: int, seed: int, *, epochs: int = 3, batch_size: int = 5
+    warm: WarmParent, folder: Path, count: int, seed: int, *, epochs: int = 3, batch_size: int = 5
 ) -> Counts:
     """Kills a training run `count` times and lets it go on; every second kill is inside a save."""
     rng, counts, runs = random.Random(seed), Counts(), folder / "runs"
-    command = [*_prepare(folder, nursery), "--epochs", str(epochs), "--batch-size", str(batch_size)]
-    whole = nursery.run(command, root=runs)
+    command = [*_prepare(folder, warm), "--epochs", str(epochs), "--batch-size", str(batch_size)]
+    whole = warm.run(command, root=runs)
     assert whole.code == 0, whole.told
     wanted = _numbers(runs / "run")
     while counts.kills < count:
         shutil.rmtree(runs)
-        saves = nursery.has_shim and counts.kills % 2 == 1
-        ended = _kill(nursery, command, runs, rng, whole, saves=saves)
+        saves = warm.has_shim and counts.kills % 2 == 1
+        ended = _kill(warm, command, runs, rng, whole, saves=saves)
         if ended.code != -9:
             counts.too_late += 1
             continue
         counts.kills += 1
         counts.in_save += saves
-        problems = list(_gone_on(nursery, command, runs, wanted))
+        problems = list(_gone_on(warm, command, runs, wanted))
         counts.good += not problems
         counts.problems += [f"kill {counts.kills}: {problem}" for problem in problems]
     return counts
 
 
 def _gone_on(
-    nursery: Nursery, command: list[str], runs: Path, wanted: tuple[Any, Any]
+    warm: WarmParent, command: list[str], runs: Path, wanted: tuple[Any, Any]
 ) -> Iterator[str]:
     """Runs the command again; yields what differs from the undisturbed run."""
-    resumed = nursery.run(command)
+    resumed = warm.run(command)
     if resumed.code != 0:
         yield f"exit {resumed.code}: {resumed.told[-400:]}"
     elif _numbers(runs / "run") != wanted:
@@ -97,12 +97,12 @@ def _gone_on(
         yield f"left {left}"
 
 
-def _prepare(folder: Path, nursery: Nursery) -> list[str]:
+def _prepare(folder: Path, warm: WarmParent) -> list[str]:
     """Encodes a small cache; returns the training command, which saves after each step."""
     write_image_folder(folder / "src" / "train", {"ant": 9, "bee": 7, "cat": 8})
     write_image_folder(folder / "src" / "val", {"ant": 3, "bee": 2, "cat": 3}, quality=60)
     cache = folder / "cache"
-    encoded = nursery.run(
+    encoded = warm.run(
         [
             *("encode", str(folder / "src"), "--out", str(cache), "--encoder", "bundled"),
             *("--size", "64", "--shard-samples", "8", "--devices", "cpu:1"),
@@ -116,7 +116,7 @@ def _prepare(folder: Path, nursery: Nursery) -> list[str]:
 
 
 def _kill(
-    nursery: Nursery,
+    warm: WarmParent,
     command: list[str],
     runs: Path,
     rng: random.Random,
@@ -125,9 +125,9 @@ def _kill(
     saves: bool,
 ) -> Ended:
     if not saves:
-        return nursery.run(command, kill_after=rng.uniform(0.1, 1.0) * whole.seconds)
+        return warm.run(command, kill_after=rng.uniform(0.1, 1.0) * whole.seconds)
     at = rng.randint(1, whole.calls)
-    return nursery.run(command, root=runs, at=at, kind=rng.choice(["before", "after"]))
+    return warm.run(command, root=runs, at=at, kind=rng.choice(["before", "after"]))
 
 
 def _numbers(run: Path) -> tuple[list[dict[str, str]], dict[str, bytes]]:

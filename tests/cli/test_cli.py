@@ -1,0 +1,338 @@
+"""The command line: what is printed where, and the documented exit code of each kind of error."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from compressai.models import FactorizedPrior
+
+import ci2p_cache as cc
+from ci2p_cache.cache.sealed import sealed_bytes
+from ci2p_cache.cli.encode import encode as encode_command
+from ci2p_cache.cli.train import train as train_command
+from tests.support.commands import Ran
+from tests.support.pictures import write_image_folder
+from tests.support.warm import WarmParent
+
+ENCODE = ("--encoder", "bundled", "--size", "64", "--shard-samples", "4")
+
+
+@pytest.fixture(scope="module")
+def cache_dir(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "shards"
+    options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4)
+    cc.encode(image_folder, out, options)
+    return out
+
+
+@pytest.fixture
+def copy(cache_dir: Path, tmp_path: Path) -> Path:
+    shutil.copytree(cache_dir, tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def test_encode_verify_inspect_train_one_after_another(
+    run: Callable[..., Ran], image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    first = run("encode", image_folder, "--out", out, *ENCODE)
+    assert first.code == 0, first.err
+    assert "21 images" in first.out
+    assert f"next: ci2p-cache train {out}" in first.out.replace("\n", "")
+    assert "nothing: everything was committed" in run(
+        "encode", image_folder, "--out", out, *ENCODE
+    ).out  # fmt: skip
+    assert run("verify", out).code == 0
+    assert "bmshj2018-factorized" in run("inspect", out).out
+    trained = run(
+        "train", out, "--model", "vitds_tiny", "--epochs", "2", "--batch-size", "8",
+        "--runs", tmp_path / "runs", "--name", "one",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    assert "epoch 2/2" in trained.err
+    assert (tmp_path / "runs" / "one" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_goes_to_stdout_alone(run: Callable[..., Ran], cache_dir: Path) -> None:
+    card = json.loads(run("inspect", cache_dir, "--json").out)
+    assert card["complete"] is True
+    sample = json.loads(run("inspect", cache_dir, "--row", "0", "--json").out)
+    assert sample["row"] == 0
+    assert json.loads(run("verify", cache_dir, "--json").out) == []
+    rows = json.loads(run("complexity", "--json").out)
+    assert {row["name"]: row["parameters"] for row in rows}["vitds"] == 49_699_424
+
+
+def test_complexity_prints_the_papers_figures(run: Callable[..., Ran]) -> None:
+    text = run("complexity").out
+    for figure in ("88,956,320", "49,699,424", "8.4687", "6.6211", "-63.34%", "-71.34%"):
+        assert figure in text
+    for figure in ("63.3 %", "71.3 %", "63.35 %", "about 72 %", "55.43", "34.81", "28.78"):
+        assert figure in text
+
+
+def test_complexity_counts_what_is_asked_for(run: Callable[..., Ran]) -> None:
+    options = ("--model", "vit_ti16", "--model", "timm:test_vit", "--json")
+    rows = json.loads(run("complexity", "--size", 64, *options).out)
+    assert [row["name"] for row in rows] == ["vit_b16", "vit_ti16", "timm:test_vit"]
+    rows = json.loads(run("complexity", "--sizes", "64,96", "--json").out)
+    assert [(row["name"], row["size"]) for row in rows] == [
+        (name, size) for size in (64, 96) for name in ("vit_b16", "vit", "vitds")
+    ]
+    assert {row["published"] for row in rows} == {None}
+    assert "64 x 64 px" not in run("complexity", "--sizes", "64").out
+    assert "Table 2" not in run("complexity", "--size", "64").out
+    refused = run("complexity", "--sizes", "64,big")
+    assert refused.code == 2
+    assert "--sizes is '64,big'; wanted image sides" in refused.err
+
+
+def test_an_environment_variable_stands_for_an_option_and_a_flag_wins(
+    run: Callable[..., Ran], image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI2P_CACHE_ENCODE_VIEWS", "none")
+    run("encode", image_folder, "--out", tmp_path / "a", *ENCODE)
+    run("encode", image_folder, "--out", tmp_path / "b", *ENCODE, "--views", "flip")
+    assert cc.open_cache(tmp_path / "a")["train"].num_views == 1
+    assert cc.open_cache(tmp_path / "b")["train"].num_views == 2
+
+
+@pytest.mark.parametrize("command", [[], ["encode"], ["status"], ["verify"], ["inspect"],
+                                     ["convert"], ["train"], ["evaluate"], ["predict"], ["export"],
+                                     ["report"], ["run"], ["complexity"], ["demo"],
+                                     ["doctor"]])  # fmt: skip
+def test_help_teaches_by_example_in_its_first_lines(
+    run: Callable[..., Ran], command: list[str]
+) -> None:
+    shown = run(*command, "--help")
+    assert shown.code == 0
+    assert "  ci2p-cache " in "\n".join(shown.out.splitlines()[2:10])
+
+
+@pytest.mark.parametrize(
+    ("command", "spec"), [(encode_command, cc.EncodeOptions), (train_command, cc.TrainSpec)]
+)
+def test_flags_and_library_have_the_same_defaults(command: Callable[..., None], spec: type) -> None:
+    flags = {name: value.default for name, value in inspect.signature(command).parameters.items()}
+    for field in dataclasses.fields(spec):
+        if field.name in flags:
+            assert flags[field.name] == field.default, field.name
+
+
+def test_the_flags_of_train_are_these(run: Callable[..., Ran]) -> None:
+    """A new flag is a new promise: add it here, and say in the commit why it is worth one."""
+    flags = [name for name in inspect.signature(train_command).parameters if name != "cache"]
+    assert flags == [
+        "model", "epochs", "batch_size", "accumulate", "optimizer", "lr", "min_lr",
+        "warmup_epochs", "weight_decay", "clip_grad_norm", "label_smoothing", "drop_path",
+        "pos_embed", "precision", "order", "seed", "mixup", "cutmix", "mix_probability",
+        "latent_flip", "ema", "layer_decay", "folds", "fold", "runs", "name", "device", "workers",
+        "resident", "compile_model", "save_every", "online", "overwrite", "json",
+    ]  # fmt: skip
+    plain, panel = run("train", "--help").out.split("\nAugmentation and averaging:\n")
+    for flag in ("mixup", "cutmix", "latent-flip", "ema", "layer-decay", "folds", "fold"):
+        assert f"  --{flag} " in panel
+        assert f"  --{flag} " not in plain
+    assert "  --online" in plain
+
+
+def test_augmentation_can_be_set_by_environment_variables(
+    run: Callable[..., Ran], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI2P_CACHE_TRAIN_LAYER_DECAY", "2")
+    ran = run("train", cache_dir, "--mixup", "0.8")
+    assert ran.code == 2
+    assert "`layer_decay` is 2.0; 0 < value <= 1 is wanted" in ran.err.replace("\n", " ")
+
+
+class TestBadInput:
+    def refused(self, ran: Ran, code: int, *texts: str) -> None:
+        assert ran.code == code, ran.err
+        assert "error:" in ran.err
+        flat = " ".join(ran.err.split())
+        for text in texts:
+            assert text in flat
+        assert "Traceback" not in ran.err
+
+    def test_an_empty_folder(self, run: Callable[..., Ran], tmp_path: Path) -> None:
+        (tmp_path / "src").mkdir()
+        self.refused(run("encode", tmp_path / "src", "--out", tmp_path / "out", *ENCODE), 3, "src")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_folder_of_text_files(self, run: Callable[..., Ran], tmp_path: Path) -> None:
+        (tmp_path / "src" / "notes").mkdir(parents=True)
+        (tmp_path / "src" / "notes" / "a.txt").write_text("no picture")
+        self.refused(
+            run("encode", tmp_path / "src", "--out", tmp_path / "out", *ENCODE), 3, "image"
+        )
+
+    def test_a_missing_and_an_unreadable_folder(
+        self, run: Callable[..., Ran], tmp_path: Path
+    ) -> None:
+        ran = run("encode", tmp_path / "nowhere", "--out", tmp_path / "out", *ENCODE)
+        self.refused(ran, 3, "nowhere")
+        (tmp_path / "file").write_text("x")
+        ran = run("encode", tmp_path / "file", "--out", tmp_path / "out", *ENCODE)
+        self.refused(ran, 3, "file")
+
+    def test_an_unreadable_folder(self, tmp_path: Path) -> None:
+        folder = write_image_folder(tmp_path / "src", {"ant": 2})
+        command = [*(sys.executable, "-m", "ci2p_cache", "encode", str(folder)),
+                   *("--out", str(tmp_path / "out"), *ENCODE)]  # fmt: skip
+        if os.geteuid() == 0:
+            # Root reads everything until it drops that capability.
+            if shutil.which("setpriv") is None:
+                pytest.skip("runs as root and there is no setpriv to drop its capabilities with")
+            command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
+        for locked in (folder / "ant", folder):
+            locked.chmod(0)
+            try:
+                shown = subprocess.run(command, capture_output=True, text=True, check=False)
+            finally:
+                locked.chmod(0o755)
+            assert shown.returncode == 3, shown.stderr
+            assert "Permission denied" in shown.stderr
+            assert not (tmp_path / "out").exists()
+
+    def test_an_existing_cache_of_other_settings(
+        self, run: Callable[..., Ran], image_folder: Path, copy: Path
+    ) -> None:
+        ran = run("encode", image_folder, "--out", copy, *ENCODE, "--views", "none", "--seed", "4")
+        self.refused(ran, 4, "views.kind: 'flip' in the folder, 'none' asked for", "seed: 0")
+
+    def test_a_size_that_is_no_multiple_of_32(
+        self, run: Callable[..., Ran], image_folder: Path, tmp_path: Path
+    ) -> None:
+        ran = run("encode", image_folder, "--out", tmp_path / "out", "--size", "100")
+        self.refused(ran, 2, "`size` is 100", "multiple of 32")
+
+    def test_weights_of_another_architecture(
+        self, run: Callable[..., Ran], image_folder: Path, tmp_path: Path
+    ) -> None:
+        torch.save(FactorizedPrior(16, 24).state_dict(), tmp_path / "small.pth.tar")
+        ran = run(
+            "encode", image_folder, "--out", tmp_path / "out", "--weights",
+            tmp_path / "small.pth.tar",
+        )  # fmt: skip
+        self.refused(ran, 3, "small.pth.tar", "g_a")
+
+    def test_no_network_and_no_weights_names_three_ways(
+        self,
+        run: Callable[..., Ran],
+        image_folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+        # Port 9 of loopback: nobody listens, so the connection is refused at once.
+        monkeypatch.setenv("CI2P_CACHE_WEIGHTS_URL", "http://127.0.0.1:9/")
+        ran = run("encode", image_folder, "--out", tmp_path / "out")
+        self.refused(ran, 6, "--weights", "--encoder bundled", str(tmp_path / "home"))
+        assert not (tmp_path / "out").exists()
+
+    def test_an_unknown_model(
+        self, run: Callable[..., Ran], cache_dir: Path, tmp_path: Path
+    ) -> None:
+        ran = run("train", cache_dir, "--model", "vitsd", "--runs", tmp_path / "runs")
+        self.refused(ran, 2, "vitsd", "vitds")
+        assert not (tmp_path / "runs").exists()
+
+    def test_a_half_encoded_cache_given_to_train(
+        self, run: Callable[..., Ran], copy: Path, tmp_path: Path
+    ) -> None:
+        manifest = json.loads((copy / "cache.json").read_text())
+        manifest["state"] = "encoding"
+        (copy / "cache.json").write_bytes(sealed_bytes(manifest))
+        next(copy.glob("commits/*")).unlink()
+        ran = run("train", copy, "--model", "vitds_tiny", "--runs", tmp_path / "runs")
+        self.refused(ran, 4, "not encoded to its end", "ci2p-cache encode")
+
+    def test_a_corrupt_shard_given_to_train(
+        self, run: Callable[..., Ran], copy: Path, tmp_path: Path
+    ) -> None:
+        for path in copy.glob("latents.zarr/train/latents/c.*"):
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        ran = run(
+            "train", copy, "--model", "vitds_tiny", "--epochs", "1", "--runs", tmp_path / "runs"
+        )
+        self.refused(ran, 5, "shard", "rows", f"ci2p-cache verify {copy}")
+        self.refused(run("verify", copy), 5, "findings", f"verify {copy} --repair")
+
+    def test_no_cache_at_all(self, run: Callable[..., Ran], tmp_path: Path) -> None:
+        for command in ("train", "inspect", "verify"):
+            self.refused(run(command, tmp_path), 4, "is no latent cache")
+
+    def test_a_name_is_shown_as_it_is(self, run: Callable[..., Ran], tmp_path: Path) -> None:
+        ran = run("verify", tmp_path / ":dog:[bold]")
+        assert ":dog:[bold]" in ran.err.replace("\n", "")
+
+    def test_too_many_bad_images(self, run: Callable[..., Ran], tmp_path: Path) -> None:
+        source = write_image_folder(tmp_path / "src", {"ant": 5})
+        (source / "ant" / "bad.jpg").write_bytes(b"\xff\xd8 nothing")
+        ran = run("encode", source, "--out", tmp_path / "out", *ENCODE)
+        self.refused(ran, 3, "ant/bad.jpg", "--max-errors")
+        assert (
+            run("encode", source, "--out", tmp_path / "out", *ENCODE, "--max-errors", "1").code == 0
+        )
+
+    def test_overwrite_wants_the_folders_name(
+        self, run: Callable[..., Ran], image_folder: Path, copy: Path
+    ) -> None:
+        again = ("encode", image_folder, "--out", copy, *ENCODE, "--views", "none")
+        self.refused(run(*again, "--overwrite", "other"), 2, "shards")
+        assert run(*again, "--overwrite", "shards").code == 0
+
+
+def test_in_a_log_there_is_no_bar(warm: WarmParent, image_folder: Path, tmp_path: Path) -> None:
+    logged = warm.start("encode", image_folder, *ENCODE, "--out", tmp_path / "out")
+    assert "complete" in (told := logged.wait())
+    assert "\x1b" not in told
+
+
+def test_python_dash_m_runs_the_same_command() -> None:
+    command = [sys.executable, "-m", "ci2p_cache", "--version"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert shown.stdout.strip() == f"ci2p-cache {cc.__version__}"
+
+
+def test_train_inspect_and_verify_run_where_compressai_is_not_installed(
+    cache_dir: Path, tmp_path: Path
+) -> None:
+    code = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "compressai":
+            raise ModuleNotFoundError("compressai is not installed")
+sys.meta_path.insert(0, Blocked())
+from ci2p_cache.cli.app import run_command
+for command in COMMANDS:
+    sys.argv = ["ci2p-cache", *command]
+    try:
+        run_command()
+    except SystemExit as ended:
+        assert not ended.code, (command, ended.code)
+"""
+    cache, runs = str(cache_dir), str(tmp_path / "runs")
+    commands = [
+        ["convert", cache, "--out", str(tmp_path / "tars"), "--format", "webdataset"],
+        ["inspect", cache],
+        ["inspect", cache, "--row", "0"],
+        ["verify", cache],
+        ["train", cache, "--model", "vitds_tiny", "--epochs", "1", "--runs", runs],
+    ]
+    text = code.replace("COMMANDS", repr(commands))
+    subprocess.run([sys.executable, "-c", text], check=True, capture_output=True)
+    assert list((tmp_path / "runs").glob("*/summary.csv"))

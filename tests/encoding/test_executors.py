@@ -1,0 +1,219 @@
+"""Who encodes: one process, one process per device, actors of a Ray cluster: the same bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ci2p_cache as cc
+from ci2p_cache import errors
+from tests.support.encode_bench import tree
+from tests.support.pictures import write_image_folder
+from tests.support.warm import WarmParent
+
+SMALL = cc.EncodeOptions(
+    encoder="bundled", size=64, shard_samples=8, devices="cpu:1", workers=1, val_fraction=0.0
+)
+WORKER = "ci2p_cache.encoding.executors.worker"
+
+
+def with_options(**changes: object) -> cc.EncodeOptions:
+    return dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]  # any field
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures") / "src"
+    return write_image_folder(root, {"ant": 60, "bee": 52, "cat": 48})
+
+
+@pytest.fixture(scope="module")
+def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert cc.encode(pictures, out, SMALL).shards == 20
+    return out
+
+
+class Notices(cc.EncodeObserver):
+    """Keeps what a run has to say."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def workers_of(pid: int) -> list[int]:
+    """Process ids of the encode workers that a process has started and that still run."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                words = (folder / "cmdline").read_bytes().decode().split("\0")
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            except OSError:
+                continue
+            if WORKER in words and int(parent) == pid:
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def until(pid: int, out: Path, *, workers: int, commits: int) -> list[int]:
+    """Waits for that many workers and commits, and returns the workers."""
+    for _ in range(60_000):
+        alive = workers_of(pid)
+        if len(alive) >= workers and len(list(out.glob("commits/*"))) >= commits:
+            return alive
+        time.sleep(0.005)
+    raise AssertionError("the workers did not get so far")
+
+
+@pytest.mark.slow
+def test_a_killed_process_has_its_shards_taken_over(
+    pictures: Path, whole: Path, tmp_path: Path
+) -> None:
+    out, observer, seen = tmp_path / "out", Notices(), []
+
+    def kill_one() -> None:
+        seen.extend(until(os.getpid(), out, workers=2, commits=2))
+        os.kill(seen[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    summary = cc.encode(
+        pictures, out, with_options(executor="processes", devices="cpu:2"), observer=observer
+    )
+    killer.join()
+    assert len(seen) == 2
+    assert summary.complete
+    assert summary.encoded_now == summary.images == 160
+    assert any("SIGKILL" in text for text in observer.texts)
+    assert tree(out) == tree(whole)
+    assert workers_of(os.getpid()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_when_the_driver_ends_all_processes_end(
+    warm: WarmParent, pictures: Path, whole: Path, tmp_path: Path, number: int
+) -> None:
+    out = tmp_path / "out"
+    driver = warm.start(
+        *("encode", pictures, "--out", out, "--encoder", "bundled", "--size", "64"),
+        *("--shard-samples", "8", "--workers", "1", "--val-fraction", "0"),
+        *("--executor", "processes", "--devices", "cpu:2"),
+    )
+    alive = until(driver.pid, out, workers=2, commits=2)
+    driver.send_signal(number)
+    text = driver.wait()
+    assert driver.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), text
+    for _ in range(2000):
+        left = [pid for pid in alive if Path(f"/proc/{pid}/cmdline").exists()]
+        if not any(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left):
+            break
+        time.sleep(0.005)
+    else:
+        raise AssertionError(f"{left} still run")
+    if number == signal.SIGINT:
+        assert "ci2p-cache encode" in text
+        assert not (out / ".staging").exists()
+    # The same command with another executor goes on, to the same bytes.
+    summary = cc.encode(pictures, out, SMALL)
+    assert 0 < summary.encoded_now < 160
+    assert tree(out) == tree(whole)
+
+
+def test_what_a_process_cannot_do_is_the_runs_error(pictures: Path, tmp_path: Path) -> None:
+    source, out = write_image_folder(tmp_path / "src", {"ant": 12}), tmp_path / "out"
+    for number in range(3):
+        (source / "ant" / f"{number:03d}.jpg").write_bytes(b"\xff\xd8 nothing")
+    options = with_options(executor="processes", devices="cpu:1")
+    with pytest.raises(errors.TooManyBadImagesError, match="0 are allowed") as refused:
+        cc.encode(source, out, options)
+    assert refused.value.hint is not None
+    assert not (out / ".staging").exists()
+    summary = cc.encode(source, out, dataclasses.replace(options, max_errors="3"))
+    assert (summary.images, summary.bad) == (9, 3)
+    with pytest.raises(errors.UsageError, match="devices"):
+        cc.encode(pictures, tmp_path / "b", with_options(executor="processes", devices="tpu"))
+
+
+class TestRay:
+    @pytest.fixture
+    def cluster(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+        pytest.importorskip("ray", reason="ray is not installed: pip install 'ci2p-cache[ray]'")
+        # At 15, Ray's own, the tests beside it would leave its actors next to nothing.
+        monkeypatch.setenv("RAY_worker_niceness", "0")
+        from ray.cluster_utils import Cluster
+
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20},
+        )
+        yield made
+        import ray
+
+        ray.shutdown()
+        made.shutdown()
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(900)
+    # Ray's own sockets and files are closed by its exit handlers.
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_node_killed_in_mid_run_costs_no_shard(
+        self, cluster: object, pictures: Path, whole: Path, tmp_path: Path
+    ) -> None:
+        import ray
+
+        size = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
+        nodes = [cluster.add_node(**size) for _ in range(2)]  # type: ignore[attr-defined]
+        ray.init(address=cluster.address, log_to_driver=False)  # type: ignore[attr-defined]
+        killed: list[int] = []
+
+        def kill_a_node(out: Path, ended: threading.Event) -> None:
+            # All three nodes are at work: each actor stages under its own name.
+            while not ended.wait(0.005):
+                if len(list(out.glob(".staging/all-ray-*"))) == 3 and list(out.glob("commits/*")):
+                    cluster.remove_node(nodes[0], allow_graceful=False)  # type: ignore[attr-defined]
+                    killed.append(len(list(out.glob("commits/*"))))
+                    return
+
+        # On a busy machine two nodes may have done it all before the third is at work.
+        for attempt in range(5):
+            out, observer, ended = tmp_path / f"out-{attempt}", Notices(), threading.Event()
+            killer = threading.Thread(target=kill_a_node, args=(out, ended), daemon=True)
+            killer.start()
+            summary = cc.encode(
+                pictures, out, with_options(executor="ray", devices="auto"), observer=observer
+            )
+            ended.set()
+            killer.join()
+            if killed:
+                break
+        assert killed
+        assert killed[0] < 20
+        assert any("actor was lost" in text for text in observer.texts)
+        assert summary.complete
+        assert summary.encoded_now == 160
+        assert tree(out) == tree(whole)
+
+    def test_without_ray_the_error_names_the_extra(
+        self, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "ray", None)
+        with pytest.raises(errors.MissingDependencyError, match="ray") as refused:
+            cc.encode(pictures, tmp_path / "out", with_options(executor="ray", devices="auto"))
+        assert "ci2p-cache[ray]" in (refused.value.hint or "")
+
+    def test_devices_are_the_clusters_to_count(self, pictures: Path, tmp_path: Path) -> None:
+        with pytest.raises(errors.UsageError, match="the cluster says how many"):
+            cc.encode(pictures, tmp_path / "out", with_options(executor="ray"))

@@ -1,0 +1,208 @@
+"""The recipes of pipelines/: each can be made, says what it costs, and stands in the table."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import ci2p_cache as cc
+from ci2p_cache.experiment.comparison import paired_difference, read_study
+from ci2p_cache.experiment.load import list_recipes
+from ci2p_cache.experiment.study_table import study_csv
+from ci2p_cache.models.registry import model_config
+from tests.support.commands import REPO, Ran
+from tests.support.pictures import write_image_folder
+
+PIPELINES = REPO / "pipelines"
+FILES = sorted(path for path in PIPELINES.glob("*.py") if list_recipes(path))
+RECIPES = [f"{path}:{entry.name}" for path in FILES for entry in list_recipes(path)]
+
+
+def script(name: str) -> ModuleType:
+    """A script of pipelines/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"pipelines_{name}", PIPELINES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_files_with_recipes_are_these() -> None:
+    names = ["animals10", "codec_sweep", "flowers", "imagenet", "smoke"]
+    assert [path.stem for path in FILES] == names
+    assert len(RECIPES) == 30
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.rpartition("/")[2])
+def test_every_recipe_makes_an_experiment(recipe: str) -> None:
+    experiment = cc.load_experiment(recipe)
+    assert cc.Experiment.from_dict(json.loads(json.dumps(experiment.to_dict()))) == experiment
+    assert experiment == cc.load_experiment(recipe)
+    assert experiment.claim
+    assert model_config(experiment.train.model, num_classes=10).num_classes == 10
+    name = recipe.rpartition(":")[2]
+    summary = {entry.name: entry.summary for entry in list_recipes(recipe.rpartition(":")[0])}
+    assert summary[name].endswith(".")
+
+
+def test_no_two_recipes_share_a_folder() -> None:
+    names = [cc.load_experiment(recipe).name for recipe in RECIPES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_head_of_a_file_says_what_it_costs_and_what_to_expect(path: Path) -> None:
+    head = path.read_text("utf-8").split('"""')[1]
+    for word in ("Paper:", "Command:", "Hours:", "Hardware:", "Expect:", "Disk:"):
+        assert word in head, word
+    for name in ("Hours", "Expect"):
+        part = head.partition(f"{name}:")[2]
+        assert "measured" in part or path.stem == "smoke"
+    assert f"pipelines/{path.name}:" in head
+
+
+def test_every_file_stands_in_the_table_of_the_readme() -> None:
+    text = (PIPELINES / "README.md").read_text("utf-8")
+    for path in FILES:
+        assert f"| `{path.name}" in text
+    for name in script("study").PLANS:
+        assert f"| {name} |" in text
+
+
+@pytest.mark.slow
+def test_smoke_runs_the_whole_path_and_then_has_nothing_to_do(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    command = ("run", PIPELINES / "smoke.py:smoke", "--out", tmp_path / "out", "--device", "cpu",
+               "--set", "generate=8", "--set", "train.epochs=1")  # fmt: skip
+    first = run(*command)
+    assert first.code == 0, first.err
+    assert "smoke: top-1" in first.out
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    again = json.loads(run(*command, "--json").out)
+    assert again["encoded"]["encoded_now"] == 0
+    assert again["trained"]["trained_epochs"] == 0
+    assert again["scores"]["samples"] == again["encoded"]["splits"]["val"]
+    assert set(again["seconds"]) == {"encode", "train", "evaluate"}
+    other = run(*command[:-1], "train.epochs=2")
+    assert other.code == 4
+    assert "train.epochs: 1 in the folder, 2 asked for" in other.err
+    own = run("run", PIPELINES / "smoke.py:smoke", tmp_path)
+    assert own.code == 2
+    assert "draws its own pictures" in own.err
+
+
+def test_a_stratified_list_has_exact_shares_and_encodes_as_it_says(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "img", {"ant": 10, "bee": 7, "a, b": 4})
+    words = [sys.executable, str(PIPELINES / "stratify.py"), str(tmp_path / "img")]
+    options = ["--out", str(tmp_path / "img.csv"), "--val-fraction", "0.3"]
+    shown = subprocess.run([*words, *options], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "15 train, 6 val" in shown.stdout
+    first = (tmp_path / "img.csv").read_bytes()
+    with (tmp_path / "img.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    shares = {
+        name: sum(row["label"] == name and row["split"] == "val" for row in rows)
+        for name in ("ant", "bee", "a, b")
+    }
+    assert shares == {"ant": 3, "bee": 2, "a, b": 1}
+    stratify = script("stratify")
+    again = stratify.stratified(tmp_path / "img", tmp_path / "img.csv", val_fraction=0.3, seed=0)
+    assert [tuple(row.values()) for row in rows] == again
+    other = stratify.stratified(tmp_path / "img", tmp_path / "img.csv", val_fraction=0.3, seed=1)
+    assert other != again
+    cache = cc.encode(
+        tmp_path / "img.csv", tmp_path / "out", cc.EncodeOptions(encoder="bundled", size=32)
+    )
+    assert cache.splits == {"train": 15, "val": 6}
+    assert first == (tmp_path / "img.csv").read_bytes()
+
+
+def test_a_list_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    stratify = script("stratify")
+    images = write_image_folder(tmp_path / "img", {"ant": 2})
+    with pytest.raises(cc.CacheError, match="not above"):
+        stratify.stratified(images, tmp_path / "other" / "a.csv", val_fraction=0.3, seed=0)
+    with pytest.raises(cc.CacheError, match="0 < share < 1"):
+        stratify.stratified(images, tmp_path / "a.csv", val_fraction=1, seed=0)
+    split = write_image_folder(tmp_path / "split" / "train", {"ant": 2}).parent
+    write_image_folder(split / "val", {"ant": 2})
+    with pytest.raises(cc.CacheError, match="split folders already"):
+        stratify.stratified(split, tmp_path / "a.csv", val_fraction=0.3, seed=0)
+
+
+def test_every_configuration_of_the_study_can_be_made() -> None:
+    study = script("study")
+    settings = study.StudySettings(size=64, epochs=1, batch_size=8, lr=1e-3, folds=2, seed=0)
+    asked = study.Asked(
+        source=Path("a"), out=Path("b"), results=Path("c"), settings=settings, names=(), jobs=1,
+        device="cpu", words=(),
+    )  # fmt: skip
+    assert study.REFERENCE in study.PLANS
+    for plan in study.PLANS.values():
+        spec = asked.spec(plan, 1)
+        assert (spec.folds, spec.fold, spec.epochs) == (2, 1, 1)
+        assert model_config(spec.model, num_classes=5).num_classes == 5
+        assert asked.encode_options(plan).val_fraction == 0
+
+
+def test_the_tables_of_the_study_are_what_its_results_give() -> None:
+    study = script("study")
+    records = sorted((PIPELINES / "results").glob("*.json"))
+    assert records
+    for record in records:
+        found = read_study(record)
+        assert found is not None
+        table = record.with_suffix(".csv").read_bytes()
+        assert table == study_csv(found, study.PLANS, reference=study.REFERENCE)
+        page = (PIPELINES / "README.md").read_text("utf-8")
+        for row in csv.DictReader(io.StringIO(table.decode())):
+            command = row.pop("command")
+            assert f"| {' | '.join(row.values())} |\n" in page
+            assert command.endswith(f"--only {row['configuration']}")
+
+
+@pytest.mark.slow
+def test_a_study_validates_each_image_once_and_names_what_was_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = script("study")
+    write_image_folder(tmp_path / "img", {"ant": 7, "bee": 6})
+    words = [str(tmp_path / "img"), "--out", str(tmp_path / "out"), "--device", "cpu", "--size",
+             "64", "--epochs", "1", "--batch-size", "4", "--folds", "2", "--results",
+             str(tmp_path / "found")]  # fmt: skip
+    study.main([*words, "--only", "a-int8", "--only", "b-crops4", "--only", "c-online"])
+    found = read_study(tmp_path / "found.json")
+    assert found is not None
+    assert [each.name for each in found.configurations] == ["a-int8", "b-crops4", "c-online"]
+    assert {each.samples for each in found.configurations} == {13}
+    cached, online = found.find("a-int8"), found.find("c-online")
+    assert cached is not None
+    assert online is not None
+    # The encoder in the loop gives the same losses to the last bit, so the same images are right.
+    assert cached.bits == online.bits
+    assert online.gmac > cached.gmac
+    gap = paired_difference(cached.is_right(), online.is_right())
+    assert (gap.value, gap.low, gap.high) == (0, 0, 0)
+    with (tmp_path / "found.csv").open(newline="") as file:
+        assert [row["configuration"] for row in csv.DictReader(file)] == [
+            "a-int8", "b-crops4", "c-online",
+        ]  # fmt: skip
+    capsys.readouterr()
+    study.main([*words, "--table"])
+    assert "not run yet" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as refused:
+        study.main([*words, "--epochs", "2", "--table"])
+    assert refused.value.code == 4

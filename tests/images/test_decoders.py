@@ -1,0 +1,178 @@
+"""Decoders that take their process with them: real signals, in the processes that really decode.
+
+The files are whole JPEGs with a mark behind them; a preloaded library (tests/support/crash.c) does
+what the mark says in whichever process holds such a file to decode it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import ci2p_cache as cc
+from tests.support.pictures import picture, write_image_folder
+from tests.support.warm import WarmParent, build_shim
+
+SETTINGS = (
+    *("--encoder", "bundled", "--size", "32", "--views", "flip", "--val-fraction", "0"),
+    *("--shard-samples", "8", "--devices", "cpu:1", "--max-errors", "100%"),
+)
+
+
+def marked(path: Path, mark: str) -> Path:
+    """Writes a JPEG that does `mark` to its decoder; without the library it is a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(len(path.name), width=77, height=61).save(path, "JPEG")
+    with path.open("ab") as file:
+        file.write(b"CI2P-CRASH-" + mark.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def crashing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
+    folder = tmp_path_factory.mktemp("crashes")
+    with WarmParent(folder, shim="crash") as made:
+        if not made.has_shim:
+            pytest.skip("the library needs Linux and a C compiler called cc")
+        yield made
+
+
+def encode(crashing: WarmParent, source: Path, out: Path) -> tuple[int, str]:
+    ended = crashing.run(["encode", str(source), "--out", str(out), *SETTINGS])
+    return ended.code, ended.told
+
+
+def test_a_decoder_that_dies_is_traced_to_its_file_and_the_run_goes_on(
+    crashing: WarmParent, tmp_path: Path
+) -> None:
+    source = write_image_folder(tmp_path / "src", {"ant": 9, "bee": 8})
+    reasons = {
+        "SEGV": "the decoder crashed on it (SIGSEGV)",
+        "ABRT": "the decoder crashed on it (SIGABRT)",
+        "XCPU": "the decoder computed for minutes without coming to an end",
+        "EXIT": "the decoder ended its process (exit code 1)",
+    }
+    for mark in reasons:
+        marked(source / "ant" / f"{mark}.jpg", mark)
+    out = tmp_path / "out"
+    code, told = encode(crashing, source, out)
+    assert code == 0, told
+    errors = pq.read_table(out / "errors.parquet").to_pylist()
+    found = {row["key"]: row["error"] for row in errors}
+    assert found == {f"ant/{mark}.jpg": reason for mark, reason in reasons.items()}
+
+    # Every other row is what it is where nothing crashes.
+    options = cc.EncodeOptions(
+        encoder="bundled", size=32, views="flip", val_fraction=0.0, shard_samples=8
+    )
+    cc.encode(source, tmp_path / "calm", options)
+    split, calm = cc.open_cache(out)["train"], cc.open_cache(tmp_path / "calm")["train"]
+    assert split.valid.sum() == 17
+    assert calm.valid.all()
+    for row in np.flatnonzero(split.valid).tolist():
+        assert split[row][1] == calm[row][1]
+        assert np.array_equal(split[row][0], calm[row][0])
+
+
+def test_a_decoder_that_takes_all_memory_makes_its_file_bad_and_no_other(
+    crashing: WarmParent, tmp_path: Path
+) -> None:
+    source = write_image_folder(tmp_path / "src", {"ant": 9})
+    marked(source / "ant" / "greedy.jpg", "MEMORY")
+    code, told = encode(crashing, source, tmp_path / "out")
+    assert code == 0, told
+    errors = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert [row["key"] for row in errors] == ["ant/greedy.jpg"]
+
+
+def test_a_decoder_that_dies_once_is_no_bad_image(crashing: WarmParent, tmp_path: Path) -> None:
+    source = write_image_folder(tmp_path / "src", {"ant": 5})
+    marked(source / "ant" / "moody.jpg", f"ONCE {tmp_path / 'done'}")
+    code, told = encode(crashing, source, tmp_path / "out")
+    assert code == 0, told
+    assert (tmp_path / "done").exists()
+    assert cc.open_cache(tmp_path / "out")["train"].valid.all()
+
+
+def test_a_decoder_killed_from_outside_ends_the_run_resumable(
+    crashing: WarmParent, tmp_path: Path
+) -> None:
+    source = write_image_folder(tmp_path / "src", {"ant": 9})
+    marked(source / "ant" / "unlucky.jpg", "KILL")
+    code, told = encode(crashing, source, tmp_path / "out")
+    assert code == 6, told
+    assert "SIGKILL" in told
+    assert "--workers" in told
+    # The image is not to blame: with enough memory the same command ends well.
+    options = cc.EncodeOptions(
+        encoder="bundled", size=32, val_fraction=0.0, shard_samples=8, max_errors="100%"
+    )
+    assert cc.encode(source, tmp_path / "out", options).bad == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_decoder_without_end_holds_up_no_ctrl_c_and_outlives_nobody(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    shim = build_shim(tmp_path, "crash")
+    if shim is None:
+        pytest.skip("the library needs Linux and a C compiler called cc")
+    source = write_image_folder(tmp_path / "src", {"ant": 2})
+    marked(source / "ant" / "endless.jpg", "SPIN")
+    command = ["encode", str(source), "--out", str(tmp_path / "out"), *SETTINGS]
+    tag = f"CI2P_TEST_TAG={tmp_path.name}-{number.name}"
+    environment = os.environ | {"LD_PRELOAD": str(shim)} | dict([tag.split("=")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ci2p_cache", *command], env=environment, stderr=subprocess.PIPE
+    )
+    spinning = _wait_for(lambda: _spinning(tag, but=process.pid), seconds=300)
+    assert spinning, "no decoder began"
+    sent = time.monotonic()
+    process.send_signal(number)
+    _, told = process.communicate(timeout=30)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert b"ci2p-cache encode" in told
+        assert time.monotonic() - sent < 5
+    assert _wait_for(lambda: not _tagged(tag), seconds=30), "processes are left"
+
+
+def _tagged(tag: str) -> list[int]:
+    """Process ids of all that were started with this in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            environment = (folder / "environ").read_bytes() if folder.name.isdigit() else b""
+        except OSError:
+            continue
+        if tag.encode() in environment.split(b"\0"):
+            found.append(int(folder.name))
+    return found
+
+
+def _spinning(tag: str, *, but: int) -> bool:
+    """Whether a process forked from the decoder server has computed for a second."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    for pid in set(_tagged(tag)) - {but}:
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if int(stat[1]) != but and int(stat[11]) > ticks:
+            return True
+    return False
+
+
+def _wait_for(holds: Callable[[], object], *, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if holds():
+            return True
+        time.sleep(0.1)
+    return False

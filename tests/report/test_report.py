@@ -1,0 +1,346 @@
+"""The report: what it tells of runs and caches, what it escapes, and how large it may become."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import ci2p_cache as cc
+from ci2p_cache.cache.card import index_parts
+from ci2p_cache.errors import InputDataError, SourceError, UsageError
+from ci2p_cache.illustrations import LatentIllustrator
+from ci2p_cache.previews import draw_preview
+from ci2p_cache.report.html import MAX_BYTES, write_report
+from tests.support.pictures import write_image_folder
+from tests.support.run_records import write_evaluation, write_run
+
+EVIL = "<script>alert(1)</script>\"'&\u202e"
+
+
+class Page(HTMLParser):
+    """A page's elements, texts and balance."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.source = path.read_text("utf-8")
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br") and not self.source.startswith("/>", 0):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"{tag} closes another element at {self.getpos()}"
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images with a bad one among them, and their cache; read only."""
+    root = tmp_path_factory.mktemp("report")
+    source = write_image_folder(root / "images", {"ant": 9, "bee": 8, "cat": 7})
+    (source / "bee" / "broken.jpg").write_bytes((source / "bee" / "000.jpg").read_bytes()[:300])
+    options = cc.EncodeOptions(
+        encoder="bundled", size=64, val_fraction=0.4, shard_samples=8, max_errors="1"
+    )
+    cc.encode(source, root / "shards", options)
+    return root
+
+
+@pytest.fixture(scope="module")
+def cache(folder):
+    return cc.open_cache(folder / "shards")
+
+
+def keys_of(split) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for table in index_parts(split, ["row", "key"]):
+        found.update(zip(table["row"].to_pylist(), table["key"].to_pylist(), strict=True))
+    return found
+
+
+def evaluated(path: Path, cache, *, wrong: int = 2, seed: int = 0) -> Path:
+    """A run with that cache, of which the first `wrong` validation images are classified wrong."""
+    run = write_run(path, cache=cache, seed=seed)
+    split = cache["val"]
+    rows = split.valid_rows
+    labels = split.labels[rows]
+    predicted = np.where(np.arange(len(rows)) < wrong, (labels + 1) % 3, labels)
+    keys = keys_of(split)
+    write_evaluation(
+        run, rows=rows, keys=[keys[int(row)] for row in rows], labels=labels,
+        predicted=predicted, confidence=np.linspace(0.95, 0.4, len(rows)), cache=str(cache.path),
+    )  # fmt: skip
+    return run
+
+
+def test_a_run_and_its_cache_are_told_in_one_page_that_loads_nothing(folder, cache, tmp_path):
+    run = evaluated(tmp_path / "runs" / "mine", cache)
+    out = tmp_path / "deep" / "report.html"
+    summary = write_report([run, cache.path], out, illustrator=LatentIllustrator())
+    page = Page(out)
+    assert not page.open
+    assert (summary.runs, summary.bytes) == (("mine",), out.stat().st_size)
+    for told in (
+        "vitds_tiny", "best top-1", "waiting for data", "Where the time of an epoch goes",
+        "Most confident mistakes", "Most frequent confusions", "Expected calibration error",
+        "Accuracy per class", cache.fingerprint.digest, "entropy bound", "JPEG, quality 90",
+        "float16", "Worst by PSNR", "Drawn at random", "Energy of the", "broken.jpg",
+        "Images per class", "saturated",
+    ):  # fmt: skip
+        assert told in page.text or told in page.source, told
+    # Two mistakes; pairs of an original and a reconstruction of all that there are.
+    assert 6 < len(cache["val"].valid_rows) <= 9
+    pictures = [given for tag, given in page.tags if tag == "img"]
+    assert len(pictures) == 2 + 2 * len(cache["val"].valid_rows)
+    assert all(
+        given["alt"] and str(given["src"]).startswith("data:image/jpeg") for given in pictures
+    )
+    assert page.count("script") == page.count("link") == 0
+    links = [given["href"] or "" for _, given in page.tags if "href" in given]
+    assert links
+    assert all(link.startswith("#") for link in [*links, *re.findall(r"url\((.)", page.source)])
+    assert "http" not in re.sub(r"base64,[^\"]*|http-equiv", "", page.source)
+    assert "default-src 'none'" in page.source
+    charts = [given for tag, given in page.tags if tag == "svg"]
+    assert len(charts) >= 8
+    assert all(given["aria-label"] and given["role"] == "img" for given in charts)
+    tables = page.count("table")
+    assert page.count("caption") == page.count("thead") == tables > 5
+    assert all("scope" in given for tag, given in page.tags if tag == "th")
+    ids = [given["id"] for _, given in page.tags if "id" in given]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_figures_are_those_of_the_cache(cache, tmp_path):
+    sample = LatentIllustrator(num_samples=5).measure(cache, num_shown=1)
+    assert sample is not None
+    assert sample.split == "val"
+    assert [one.group for one in sample.shown] == ["worst", "median", "random"]
+    rows = [row.row for row in sample.rows]
+    assert len(set(rows)) == 5
+    told = draw_preview(cache, tmp_path / "look.png", split="val", rows=rows).samples
+    for row, other in zip(sample.rows, told, strict=True):
+        assert row.psnr_db == pytest.approx(other.psnr_db[0], abs=1e-4)
+        assert other.bpp[0] is not None
+        assert row.bound_bytes == pytest.approx(other.bpp[0] * 64 * 64 / 8)
+        assert row.stored_bytes == other.stored_bytes[0]
+        assert row.jpeg_bytes is not None
+        assert row.jpeg_bytes > 500
+    worst = min(row.psnr_db for row in sample.rows if row.psnr_db is not None)
+    assert sample.shown[0].measured.psnr_db == worst
+
+
+def test_the_same_runs_and_caches_give_the_same_bytes(folder, cache, tmp_path):
+    run = evaluated(tmp_path / "mine", cache)
+    for name in ("a", "b"):
+        write_report(
+            [run, cache.path], tmp_path / name, illustrator=LatentIllustrator(num_samples=3)
+        )
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_hostile_names_are_shown_and_never_obeyed(cache, tmp_path):
+    run = write_run(tmp_path / "<img src=x onerror=alert(1)>", classes=(EVIL, "b", "c"), note=EVIL)
+    write_evaluation(
+        run, rows=[0, 1, 2, 3], keys=[EVIL, "</figcaption>", "x" * 10**5, "\udcff".encode(
+            "utf-8", "replace").decode()],
+        labels=[0, 0, 1, 2], predicted=[1, 0, 1, 0], confidence=[0.9, 0.8, 0.7, 0.6], split=EVIL,
+    )  # fmt: skip
+    args = yaml.safe_load((run / "args.yaml").read_text())
+    args["cache"] = args["numerics"]["device"] = f"{EVIL}/shards"
+    (run / "args.yaml").write_text(yaml.safe_dump(args))
+    out = tmp_path / "r.html"
+    write_report([run, write_run(tmp_path / "two")], out)
+    page = Page(out)
+    assert not page.open
+    assert page.count("script") == page.count("img") == 0
+    assert "<script" not in page.source
+    assert "<img" not in page.source
+    assert not any(name.startswith("on") for _, given in page.tags for name in given)
+    assert "\u202e" not in page.source
+    assert "<script>alert(1)</script>\"'&\\u202e" in page.text
+    assert out.stat().st_size < 400_000
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(cache, tmp_path):
+    run = write_run(tmp_path / "mine", cache=cache)
+    write_report([run], tmp_path / "r.html")
+    text = Page(tmp_path / "r.html").text
+    assert f"This run was not evaluated, so classes, confusions and calibration are not known. " \
+        f"ci2p-cache evaluate {run}" in text  # fmt: skip
+    write_report([cache.path], tmp_path / "c.html")
+    assert "Reconstructions and bounds were not asked for" in Page(tmp_path / "c.html").text
+
+
+def test_mistakes_without_their_cache_are_listed_without_pictures(cache, tmp_path):
+    run = evaluated(tmp_path / "mine", cache)
+    illustrator = LatentIllustrator()
+    for change, told in (("cache", "is not there, or not the run's cache"), ("keys", "other imag")):
+        if change == "cache":
+            args = yaml.safe_load((run / "args.yaml").read_text())
+            args["cache"] = str(tmp_path / "gone")
+            (run / "args.yaml").write_text(yaml.safe_dump(args))
+            scores = json.loads((run / "evaluation.json").read_text()) | {"cache": "gone"}
+            (run / "evaluation.json").write_text(json.dumps(scores))
+            write_report([run], tmp_path / "r.html", illustrator=illustrator)
+        else:
+            write_evaluation(
+                run, rows=[0, 1], keys=["other/1.jpg", "other/2.jpg"], labels=[0, 1],
+                predicted=[1, 1], confidence=[0.9, 0.8], cache=str(cache.path),
+            )  # fmt: skip
+            write_report([run], tmp_path / "r.html", illustrator=illustrator)
+        page = Page(tmp_path / "r.html")
+        assert told in page.text
+        assert page.count("img") == 0
+        assert "Most confident mistakes" in page.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("evaluation.json", b"{"),
+        ("evaluation.json", b'{"version": 1}'),
+        ("evaluation.json", b'{"confusion": 3, "bins": [[]]}'),
+        ("predictions.parquet", b"PAR1 and no more"),
+        ("model.json", b"[]"),
+    ],
+)
+def test_a_damaged_piece_is_named_and_the_rest_is_told(cache, tmp_path, name, content):
+    run = evaluated(tmp_path / "mine", cache)
+    (run / name).write_bytes(content)
+    write_report([run], tmp_path / "r.html")
+    text = Page(tmp_path / "r.html").text
+    assert f"{name} is damaged" in text
+    assert "best top-1" in text
+
+
+def test_without_its_source_a_cache_still_shows_what_it_decodes_to(folder, cache, tmp_path):
+    shutil.copytree(folder / "images", tmp_path / "moved")
+    moved = LatentIllustrator(source=tmp_path / "moved", num_samples=2).measure(cache, num_shown=1)
+    assert moved is not None
+    assert all(row.source == "unchanged" for row in moved.rows)
+    with pytest.raises(SourceError, match="nowhere"):
+        nowhere = LatentIllustrator(source=tmp_path / "nowhere")
+        write_report([cache.path], tmp_path / "r.html", illustrator=nowhere)
+    for path in (tmp_path / "moved").rglob("*.jpg"):
+        path.unlink()
+    illustrator = LatentIllustrator(source=tmp_path / "moved", num_samples=4)
+    write_report([cache.path], tmp_path / "r.html", illustrator=illustrator)
+    page = Page(tmp_path / "r.html")
+    assert "The source images were not found" in page.text
+    assert "Worst by PSNR" not in page.text
+    assert page.count("img") == 3
+
+
+class TestSeveralRuns:
+    def test_runs_are_compared_image_by_image_with_the_settings_that_differ(self, cache, tmp_path):
+        runs = [
+            evaluated(tmp_path / "base", cache, wrong=3),
+            evaluated(tmp_path / "better", cache, wrong=0, seed=1),
+            write_run(tmp_path / "plain", cache=cache, model="vit_tiny"),
+        ]
+        write_report(runs, tmp_path / "r.html")
+        page = Page(tmp_path / "r.html")
+        count = len(cache["val"].valid_rows)
+        assert "3 runs compared" in page.text
+        assert f"{300 / count:+.1f} [" in page.text
+        assert "Settings that differ" in page.text
+        assert "vit_tiny" in page.text
+        assert "Not evaluated, or without predictions.parquet: plain." in page.text
+        differing = page.source[page.source.index("<h3>Settings that differ") :]
+        head = differing[: differing.index("</thead>")]
+        assert ">model<" in head
+        assert ">seed<" in head
+        assert ">betas<" not in head
+
+    def test_runs_on_other_images_are_not_compared_image_by_image(self, cache, tmp_path):
+        runs = [evaluated(tmp_path / name, cache) for name in ("base", "other")]
+        write_evaluation(
+            runs[1], rows=[0, 1], keys=["x", "y"], labels=[0, 1], predicted=[0, 1],
+            confidence=[0.5, 0.5],
+        )  # fmt: skip
+        write_report(runs, tmp_path / "r.html")
+        text = Page(tmp_path / "r.html").text
+        assert "Evaluated on other images than base" in text
+
+    def test_an_interval_covers_the_truth_about_as_often_as_it_says(self, tmp_path):
+        from ci2p_cache.report.statistics import accuracy
+
+        rng = np.random.default_rng(3)
+        inside = 0
+        for _ in range(200):
+            known = accuracy(rng.uniform(size=120) < 0.7)
+            inside += known.low <= 0.7 <= known.high
+        assert 180 <= inside <= 200
+
+    def test_many_classes_epochs_and_runs_stay_under_five_megabytes(self, tmp_path):
+        classes = tuple(f"a class with a rather long name, number {i}" for i in range(1000))
+        rng = np.random.default_rng(0)
+        labels = np.repeat(np.arange(1000), 10)
+        runs = []
+        for number in range(13):
+            run = write_run(tmp_path / f"run-{number}", epochs=300, classes=classes, seed=number)
+            predicted = np.where(rng.uniform(size=10_000) < 0.6, labels, rng.permutation(labels))
+            write_evaluation(
+                run, rows=np.arange(10_000), keys=[f"{i:05d}.jpg" for i in range(10_000)],
+                labels=labels, predicted=predicted, confidence=rng.uniform(0.2, 1, 10_000),
+            )  # fmt: skip
+            runs.append(run)
+        summary = write_report(runs, tmp_path / "r.html")
+        assert summary.bytes < MAX_BYTES
+        text = Page(tmp_path / "r.html").text
+        assert "The 15 worst and the 15 best of 1,000 classes" in text
+        assert "Only the first 12 of 13 runs have a section of their own" in text
+
+
+class TestCommand:
+    def test_it_writes_and_says_so(self, run, cache, tmp_path):
+        mine = write_run(tmp_path / "mine", cache=cache)
+        out = tmp_path / "r.html"
+        ran = run("report", mine, cache.path, "--out", out, "--no-pictures")
+        assert ran.code == 0, ran.err
+        assert f"written: {out} (runs: 1, caches: 1; " in ran.out.replace("\n", " ")
+        told = json.loads(run("report", mine, "--out", out, "--json").out)
+        assert told["runs"] == ["mine"]
+        assert told["bytes"] == out.stat().st_size
+
+    def test_what_is_no_run_and_no_cache_is_refused(self, tmp_path):
+        with pytest.raises(InputDataError, match="neither a run folder nor a cache"):
+            write_report([tmp_path], tmp_path / "r.html")
+        with pytest.raises(UsageError, match="0 paths are given"):
+            write_report([], tmp_path / "r.html")
+        mine = write_run(tmp_path / "mine")
+        with pytest.raises(UsageError, match="is given twice"):
+            write_report([mine, tmp_path / "." / "mine"], tmp_path / "r.html")
+        (mine / "summary.csv").write_text((mine / "summary.csv").read_text().splitlines()[0])
+        with pytest.raises(InputDataError, match="no epoch yet"):
+            write_report([mine], tmp_path / "r.html")
+        (mine / "args.yaml").write_text("a: &a 1\nb: *a\n")
+        with pytest.raises(InputDataError, match="aliases"):
+            write_report([mine], tmp_path / "r.html")
+        assert not (tmp_path / "r.html").exists()

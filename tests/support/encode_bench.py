@@ -1,0 +1,137 @@
+"""One small encode, disturbed and repeated: what every trial of the bars R1 and R2 does."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.pictures import write_image_folder
+from tests.support.warm import Ended, WarmParent
+
+__all__ = ["KINDS", "EncodeBench", "spread", "tree"]
+
+KINDS = ("EIO", "ENOSPC", "before", "after")
+
+_HIT = re.compile(r"^ci2p-fault hit (\d+) (\w+) (.*)$", re.MULTILINE)
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Every path below a folder: the sha256 of a file, "folder" or "link" for anything else."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        kind = "link" if path.is_symlink() else "folder"
+        is_file = path.is_file() and not path.is_symlink()
+        found[path.relative_to(root).as_posix()] = (
+            hashlib.sha256(path.read_bytes()).hexdigest() if is_file else kind
+        )
+    return found
+
+
+def spread(last: int, count: int | None) -> list[int]:
+    """`count` numbers from 1 to `last`, both included, evenly spread; None for all of them."""
+    if count is None or count >= last:
+        return list(range(1, last + 1))
+    steps = max(count - 1, 1)
+    return sorted({1 + round(i * (last - 1) / steps) for i in range(count)})
+
+
+class EncodeBench:
+    """An undisturbed encode as the reference, and disturbed ones held against it.
+
+    Args:
+        folder: Empty; the source and the caches lie in it.
+        images: Images of each of two classes.
+        shard_samples: Images per shard.
+        size: Side of the encoded square in pixels.
+        format: Container of the latents.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        images: int = 3,
+        shard_samples: int = 3,
+        size: int = 32,
+        format: str = "zarr",
+    ) -> None:
+        self.folder = folder
+        self.out = folder / "out"
+        self._source = write_image_folder(folder / "src", {"ant": images, "bee": images})
+        self._options = [
+            *("--encoder", "bundled", "--size", str(size), "--views", "none"),
+            *("--shard-samples", str(shard_samples), "--val-fraction", "0"),
+            *("--devices", "cpu:1", "--workers", "1", "--format", format),
+        ]
+        self.num_shards = -(-2 * images // shard_samples)
+        self.whole: dict[str, str] = {}
+        self.calls = 0
+        self.seconds = 0.0
+        self.tidied_later = 0
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command, without `ci2p-cache`."""
+        return ["encode", str(self._source), "--out", str(self.out), *self._options]
+
+    def undisturbed(self, warm: WarmParent) -> Ended:
+        """Encodes once as the reference; counts the calls and takes the time."""
+        # The first one of all waits for the imports of the server that decodes.
+        assert warm.run(self.arguments).code == 0
+        shutil.rmtree(self.out, ignore_errors=True)
+        ended = warm.run(self.arguments, root=self.out, kind="trace")
+        assert ended.code == 0, ended.told
+        self.whole, self.calls, self.seconds = tree(self.out), ended.calls, ended.seconds
+        return ended
+
+    def fault(self, warm: WarmParent, at: int, kind: str) -> Iterator[str]:
+        """Lets call number `at` of a fresh encode fail, repeats the command, yields what is wrong.
+
+        A call that fails while the finished cache is only tidied up (staging, lock) may end in
+        exit 0; it is counted in `tidied_later`.
+        """
+        shutil.rmtree(self.out, ignore_errors=True)
+        ended = warm.run(self.arguments, root=self.out, at=at, kind=kind)
+        hit = _HIT.search(ended.told)
+        if hit is None:
+            yield f"the fault was not hit; exit {ended.code}: {_last(ended)}"
+            return
+        where = f"{hit[2]} of {hit[3]}"
+        found = tree(self.out)
+        left = {name for name in (".staging", ".lock") if name in found}
+        if kind in ("before", "after"):
+            if ended.code != -9:
+                yield f"{where}: exit {ended.code}, wanted SIGKILL"
+        elif ended.code == 0:
+            self.tidied_later += 1
+            kept = {k: v for k, v in found.items() if not k.startswith((".staging", ".lock"))}
+            if kept != self.whole:
+                yield f"{where}: exit 0 without a whole cache"
+        elif ended.code != 6:
+            yield f"{where}: exit {ended.code}, wanted 6: {_last(ended)}"
+        elif left and hit[2] not in ("unlink", "rmdir"):
+            yield f"{where}: exit 6 left {sorted(left)}"
+        yield from (f"{where}: {text}" for text in self.repeated(warm))
+
+    def repeated(self, warm: WarmParent) -> Iterator[str]:
+        """Runs the command undisturbed on what is there; yields what differs from the reference."""
+        ended = warm.run(self.arguments)
+        if ended.code != 0:
+            yield f"the same command again: exit {ended.code}: {_last(ended)}"
+            return
+        found = tree(self.out)
+        for name in sorted(found.keys() | self.whole.keys()):
+            if found.get(name) != self.whole.get(name):
+                yield f"afterwards {name} is {found.get(name)}, wanted {self.whole.get(name)}"
+
+    def commits(self) -> set[str]:
+        """Names of the commit records that lie there."""
+        return {path.name for path in self.out.glob("commits/*.json")}
+
+
+def _last(ended: Ended) -> str:
+    lines = [line for line in ended.told.splitlines() if line and "ci2p-fault" not in line]
+    return " | ".join(lines[-4:])
