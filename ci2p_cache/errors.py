@@ -27,12 +27,13 @@
     +-- ResourceError               6   (OSError) machine or network do not give enough
     |   +-- DiskFullError           6   no space left
     |   +-- WeightsUnavailableError 6   official weights cannot be fetched
-    +-- InterruptedRunError   130/143   stopped by a signal; resumable
+    +-- InterruptedRunError 129/130/143 stopped by SIGHUP, Ctrl-C or SIGTERM; resumable
 """
 
 from __future__ import annotations
 
 import shlex
+import signal
 
 __all__ = [
     "CacheError",
@@ -62,6 +63,7 @@ __all__ = [
     "WeightsError",
     "WeightsUnavailableError",
     "command",
+    "stop_signals",
 ]
 
 
@@ -198,6 +200,19 @@ class InterruptedRunError(CacheError):
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Returns the signals that stop a run so that it can go on later: SIGINT, SIGTERM and SIGHUP.
+
+    Signals that this process ignores are left out and stay ignored. `nohup` starts a command with
+    SIGHUP ignored, and a shell script its background jobs with SIGINT ignored. So are signals whose
+    handler is not Python's, because Python could not put it back.
+    """
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return tuple(
+        number for number in wanted if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    )
 
 
 def command(*words: object, note: str = "") -> str:

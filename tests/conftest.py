@@ -1,8 +1,9 @@
-"""Fixtures shared by all tests: generated, non-square, asymmetric pictures; the real data."""
+"""Fixtures shared by all tests: generated pictures, real photographs, ways to run commands."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,22 +19,6 @@ from tests.support.pictures import write_image_folder
 from tests.support.warm import WarmParent
 
 SHARED_DATA = Path(os.environ.get("CI2P_CACHE_TEST_DATA", REPO.parent / "shared" / "data"))
-
-
-LONGEST_FIRST = (
-    *("test_executors.py", "test_train_codec.py", "test_readme.py", "test_faults.py"),
-    *("test_distributed.py", "test_training.py", "test_terminals.py", "test_encode.py"),
-    *("test_export.py", "test_awkward_archives.py", "test_cli.py", "test_loader.py"),
-    *("test_benchmark_gpu.py", "test_awkward_folder.py", "test_decoders.py", "test_ranges.py"),
-    *("test_tar_faults.py", "test_dry_run.py", "test_demo.py", "test_cluster.py"),
-)
-"""Files of minutes: begun last, one of them would keep one of two processes alone at the end."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the files that take longest first; the order within a file stays."""
-    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +38,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def nano() -> None:
+    """Makes the models `vit_nano` and `vitds_nano` known to this process."""
+    from tests.support.nano import add_nano_models
+
+    add_nano_models()
+
+
+@pytest.fixture
+def takes_ctrl_c() -> Iterator[None]:
+    """Lets a test send itself SIGINT also where pytest was started with that signal ignored."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
 
 
 @pytest.fixture(scope="session")

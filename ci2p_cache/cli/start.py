@@ -9,11 +9,11 @@ import signal
 import sys
 from types import FrameType
 
-from ci2p_cache.errors import command
+from ci2p_cache.errors import command, stop_signals
 
 __all__ = ["main"]
 
-_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 
 _SHOW_CURSOR = b"\x1b[?25h\r"
 
@@ -21,11 +21,13 @@ _SHOW_CURSOR = b"\x1b[?25h\r"
 def main() -> None:
     """Runs the command line; the exit code is the error's own.
 
-    Ctrl-C and SIGTERM end the process at once, with the command that goes on, wherever no work is
-    guarded against them: while torch is imported an exception could be lost in C code that clears
-    errors. Encoding, repairing and training put their own handlers in place.
+    Ctrl-C, SIGTERM and SIGHUP end the process at once, with the command that goes on, wherever no
+    work is guarded against them: while torch is imported an exception could be lost in C code that
+    clears errors. Encoding, repairing and training put their own handlers in place. A signal that
+    the parent had ignored stays ignored: SIGHUP under `nohup`, SIGINT in the background of a
+    script.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, _leave)
     _take_names_as_utf8()
     for stream in (sys.stdout, sys.stderr):
@@ -45,7 +47,7 @@ def main() -> None:
         raise
     finally:
         # All is said and done; while Python takes itself down a signal changes nothing any more.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             signal.signal(number, signal.SIG_IGN)
 
 

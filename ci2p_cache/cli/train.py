@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ci2p_cache.cli import augmentation, choices, render
-from ci2p_cache.errors import CacheError, UsageError, command
+from ci2p_cache.errors import CacheError, UsageError, command, stop_signals
 
 if TYPE_CHECKING:
     from ci2p_cache.loader.batches import BatchLoader
@@ -199,7 +199,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     if ranks.world_size > 1:
         # Until the ranks are joined, and note signals together, a signal just ends them: while one
         # waits for another in C code, no handler of Python's would be called.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             signal.signal(number, signal.SIG_DFL)
     try:
         with ranks.joined(device) as joined:

@@ -77,7 +77,7 @@ def run_demo(
         ResourceError: a folder or picture cannot be written.
         IntegrityError: the new cache does not verify.
         CacheError: the model did not learn; something in this installation is broken.
-        InterruptedRunError: Ctrl-C or SIGTERM while encoding or training.
+        InterruptedRunError: a signal stopped it while encoding or training.
     """
     options = options or DemoOptions()
     root = _empty_folder(folder)

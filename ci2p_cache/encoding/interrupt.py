@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as an error that unwinds cleanly, so that nothing half-done is left."""
+"""A stop signal as an error that unwinds cleanly, so that nothing half-done is left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ci2p_cache.errors import InterruptedRunError
+from ci2p_cache.errors import InterruptedRunError, stop_signals
 
 __all__ = ["interruptible"]
 
@@ -23,9 +23,9 @@ class _Signalled(KeyboardInterrupt):
 
 @contextmanager
 def interruptible(message: str) -> Iterator[None]:
-    """Raises `InterruptedRunError` in the block at the first SIGINT or SIGTERM.
+    """Raises `InterruptedRunError` in the block at the first of `stop_signals()`.
 
-    A second signal meets Python's own handlers, so it ends the process at once. Outside the main
+    A second signal meets the handlers that were there before, so it ends the process at once. Outside the main
     thread, where Python delivers no signals, the block runs as it is.
 
     Args:
@@ -34,7 +34,7 @@ def interruptible(message: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    earlier = {number: signal.getsignal(number) for number in stop_signals()}
 
     def stop(number: int, _: FrameType | None) -> None:
         for each, handler in earlier.items():

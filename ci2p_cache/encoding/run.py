@@ -60,7 +60,7 @@ def encode(
         WeightsError, WeightsUnavailableError, DigestError: no usable encoder weights.
         ManifestError: the folder's own records are damaged.
         ResourceError: reading or writing failed; run it again later.
-        InterruptedRunError: Ctrl-C or SIGTERM; run it again to go on.
+        InterruptedRunError: a signal stopped it; run it again to go on.
     """
     root, options = Path(out), options or EncodeOptions()
     observer = observer or EncodeObserver()

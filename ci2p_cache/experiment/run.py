@@ -118,7 +118,7 @@ def run_experiment(
         RunMismatchError: the folder holds another experiment, or something else.
         ManifestError: the folder's record is damaged.
         LockedError: another process runs an experiment there.
-        InterruptedRunError: Ctrl-C or SIGTERM; run it again to go on.
+        InterruptedRunError: a signal stopped it; run it again to go on.
         CacheError: whatever `encode`, `train` and the evaluation raise.
     """
     if until not in STAGES:

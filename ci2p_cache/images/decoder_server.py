@@ -106,8 +106,8 @@ def _spawn(control: int) -> None:
                 (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
                 (os.POSIX_SPAWN_DUP2, 1, 2),
             ],
-            # Ctrl-C goes to all processes of a terminal; this one ends with its owner.
-            setsigmask=[signal.SIGINT],
+            # Ctrl-C and the terminal's end go to all its processes; this one ends with its owner.
+            setsigmask=[signal.SIGINT, signal.SIGHUP],
         )
     except OSError as error:
         raise ResourceError(f"no process for decoding can be started: {error}") from error

@@ -53,16 +53,15 @@ __all__ = [
 AnyModelConfig = ModelConfig | PixelViTConfig | CnnViTConfig | TimmConfig | CI2PTimmConfig
 """The record of any model; each has `name`, `num_classes` and `reads`."""
 
-_EMBED_DIMS: dict[str, tuple[int, ...]] = {
-    "vit": (768,),
-    "vit_small": (384,),
-    "vit_tiny": (256,),
-    "vitds": (192, 768),
-    "vitds_small": (96, 384),
-    "vitds_tiny": (64, 256),
+_SCALES: dict[str, tuple[tuple[int, int], ...]] = {
+    "vit": ((768, 12),),
+    "vit_small": ((384, 12),),
+    "vit_tiny": ((256, 12),),
+    "vitds": ((192, 6), (768, 6)),
+    "vitds_small": ((96, 6), (384, 6)),
+    "vitds_tiny": ((64, 6), (256, 6)),
 }
-# Indexed by the number of scales.
-_DEPTHS: dict[int, tuple[int, ...]] = {1: (12,), 2: (6, 6)}
+"""Name -> (width, number of blocks) of each scale."""
 
 _CNN_DIMS = {"cnn_vit": 768, "cnn_vit_small": 384, "cnn_vit_tiny": 256}
 _PIXEL_DIMS = {"vit_b16": 768, "vit_s16": 384, "vit_ti16": 192}
@@ -84,7 +83,7 @@ def list_models(reads: Literal["latents", "images"] | None = None) -> tuple[str,
     Args:
         reads: Those that read latents or images only; None: all.
     """
-    latents, images = sorted(_EMBED_DIMS), sorted((*_CNN_DIMS, *_PIXEL_DIMS))
+    latents, images = sorted(_SCALES), sorted((*_CNN_DIMS, *_PIXEL_DIMS))
     chosen = {"latents": latents, "images": images, None: sorted([*latents, *images])}
     return tuple(chosen[reads])
 
@@ -147,7 +146,7 @@ def model_config(
             image_size=latent_size * DOWNSAMPLING,
             drop_path_rate=drop_path_rate,
         )
-    if name not in _EMBED_DIMS:
+    if name not in _SCALES:
         names = list_models()
         close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.4)
         raise UnknownModelError(
@@ -155,11 +154,11 @@ def model_config(
             f"{CI2P_TIMM_PREFIX}NAME",
             hint=f"did you mean {close[0]}?" if close else None,
         )
-    widths = _EMBED_DIMS[name]
+    widths, depths = zip(*_SCALES[name], strict=True)
     return ModelConfig(
         name=name,
         embed_dims=widths,
-        depths=_DEPTHS[len(widths)],
+        depths=depths,
         num_classes=num_classes,
         latent_channels=latent_channels,
         pos_embed=pos_embed,

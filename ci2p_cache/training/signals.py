@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag that the loop looks at, so that a step and a save end whole."""
+"""A stop signal as a flag that the loop looks at, so that a step and a save end whole."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-__all__ = ["StopSignal"]
+from ci2p_cache.errors import stop_signals
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+__all__ = ["StopSignal"]
 
 
 class StopSignal:
-    """Notes the first SIGINT or SIGTERM while its block runs.
+    """Notes the first of `stop_signals()` that comes while its block runs.
 
     A second one meets the handlers that were there before, so it ends the process at once. Outside
     the main thread, where Python delivers no signals, it notes nothing.
@@ -29,7 +29,7 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in stop_signals():
                 self._earlier[number] = signal.signal(number, self._note)
         return self
 

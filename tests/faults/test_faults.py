@@ -100,7 +100,7 @@ def test_killed_at_any_time_no_committed_shard_is_lost(warm: WarmParent, tmp_pat
     made.undisturbed(warm)
     for share in (0.4, 0.6, 0.8):
         shutil.rmtree(made.out)
-        warm.run(made.arguments, kill_after=share * made.seconds)
+        warm.run(*made.arguments, kill_after=share * made.seconds)
         committed = made.commits()
         assert not list(made.repeated(warm))
         assert committed <= made.commits()
@@ -134,7 +134,7 @@ def test_ctrl_c_prints_a_command_that_pasted_goes_on_to_the_same_bytes(
     assert not {".staging", ".lock"} & tree(made.out).keys()
     printed = next(line for line in told.splitlines() if "ci2p-cache encode " in line)
     pasted = shlex.split(printed[printed.index("ci2p-cache encode ") :])
-    assert warm.run(pasted[1:]).code == 0
+    assert warm.run(*pasted[1:]).code == 0
     assert tree(made.out) == made.whole
 
 
@@ -170,7 +170,7 @@ def test_a_disk_that_is_really_full_ends_with_exit_6_and_goes_on_after_space_is_
     # The encoder does not fit; some shards do; more shards do.
     for size in (64_000, encoder + 250_000, encoder + 450_000):
         resize(small_disk, size)
-        ended = warm.run(made.arguments)
+        ended = warm.run(*made.arguments)
         assert ended.code == 6, ended.told
         assert "space" in ended.told
         assert not {".staging", ".lock"} & tree(made.out).keys()

@@ -9,14 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.support.arena import Ran
 from tests.support.seals import reseal, write_json
+from tests.support.warm import Ended, WarmParent
 
 MAX_GROWTH = 300 * 2**20
 TRAIN = ("--model", "vitds_tiny", "--epochs", "1", "--batch-size", "8", "--device", "cpu")
 SHARD = "latents.zarr/train/latents/c.0.0.0.0.0"
 INDEX = "index/train-000000.parquet"
 COMMIT = "commits/train-000000.json"
+
+
+def attacked(warm: WarmParent, *arguments: object) -> Ended:
+    """Runs a command in a child of limited memory."""
+    return warm.run(*arguments, limited=True, limit=90)
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -26,7 +31,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
     }
 
 
-def refused(ran: Ran, codes: set[int], name: str) -> None:
+def refused(ran: Ended, codes: set[int], name: str) -> None:
     """One error with its exit code that names the file; no traceback, no escapes, little memory."""
     text = ran.out + ran.err
     assert "Traceback" not in text, text[-3000:]

@@ -1,22 +1,14 @@
-"""A good cache and run, copies of them to be attacked, and a process to run commands in."""
+"""A good cache and run, copies of them to be attacked."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import ci2p_cache as cc
-from tests.support.arena import Arena
 from tests.support.pictures import write_image_folder
-
-
-@pytest.fixture(scope="session")
-def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
-    with Arena(tmp_path_factory.mktemp("arena")) as arena:
-        yield arena
 
 
 @pytest.fixture(scope="session")

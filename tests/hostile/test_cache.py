@@ -25,6 +25,7 @@ from tests.hostile.attacks import (
     MAX_GROWTH,
     SHARD,
     Harmful,
+    attacked,
     commands,
     edit_json,
     lead_out,
@@ -34,8 +35,8 @@ from tests.hostile.attacks import (
     set_manifest,
     snapshot,
 )
-from tests.support.arena import Arena
 from tests.support.seals import reseal
+from tests.support.warm import WarmParent
 
 
 def rle_frame(claimed: int, actual: int) -> bytes:
@@ -233,7 +234,7 @@ def label_is(root: Path, label: int) -> None:
 
 @pytest.mark.parametrize("case", CACHES)
 def test_a_hostile_cache_is_refused_by_every_command_that_would_use_it(
-    arena: Arena, place: Path, case: str
+    warm: WarmParent, place: Path, case: str
 ) -> None:
     attack, names, named = CACHES[case]
     before = snapshot(place.parent / "outside")
@@ -241,7 +242,7 @@ def test_a_hostile_cache_is_refused_by_every_command_that_would_use_it(
     for name in names:
         # Digests that were made to fit are no damage to `verify`; it may name the commit instead.
         codes, wanted = ({0, 3, 4, 5}, "") if name == "verify" else ({3, 4, 5}, named)
-        refused(arena.run(*commands(place, name)), codes, wanted)
+        refused(attacked(warm, *commands(place, name)), codes, wanted)
     assert snapshot(place.parent / "outside") == before
     assert not (place / "canary").exists()
 
@@ -281,10 +282,10 @@ def test_labels_that_changed_on_disk_are_never_trained_on(place: Path) -> None:
         _ = cc.open_cache(place / "shards")["train"].labels
 
 
-def test_an_intact_cache_passes_all_the_same_commands(arena: Arena, place: Path) -> None:
+def test_an_intact_cache_passes_all_the_same_commands(warm: WarmParent, place: Path) -> None:
     reseal(place / "shards")
     for name in ("inspect", "sample", "picture", "verify", "train"):
-        ran = arena.run(*commands(place, name))
+        ran = attacked(warm, *commands(place, name))
         assert ran.code == 0, ran.err[-2000:]
         # Training itself, with freed activations kept for reuse, takes more than an attack may.
         assert ran.grown_bytes < (2 * MAX_GROWTH if name == "train" else MAX_GROWTH)

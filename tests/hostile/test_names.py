@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile.attacks import MAX_GROWTH, commands, set_manifest
-from tests.support.arena import Arena
+from tests.hostile.attacks import MAX_GROWTH, attacked, commands, set_manifest
+from tests.support.warm import WarmParent
 
 NAMES = {
     "html": "<script>alert(1)</script>",
@@ -22,20 +22,24 @@ NAMES = {
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_class_names_reach_the_terminal_as_plain_text(arena: Arena, place: Path, kind: str) -> None:
+def test_class_names_reach_the_terminal_as_plain_text(
+    warm: WarmParent, place: Path, kind: str
+) -> None:
     name = NAMES[kind]
     set_manifest(classes__0=name, class_titles__0=name, source=name, software=name)(
         place / "shards"
     )
     for argv in (commands(place, "inspect"), commands(place, "verify"), commands(place, "sample")):
-        ran = arena.run(*argv)
+        ran = attacked(warm, *argv)
         assert ran.code == 0, ran.err[-2000:]
         text = (ran.out + ran.err).replace("\n", "")
         assert text.isprintable(), ascii(text[:3000])
         assert len(text) < 50_000
         assert ran.grown_bytes < MAX_GROWTH
-    plain = arena.run(*commands(place, "inspect")).out
+    plain = attacked(warm, *commands(place, "inspect")).out
     assert "error: all is well" not in plain.splitlines()
     if kind in ("html", "markup"):
         assert name in plain
-    assert json.loads(arena.run(*commands(place, "inspect"), "--json").out)["classes"][0] == name
+    assert (
+        json.loads(attacked(warm, *commands(place, "inspect"), "--json").out)["classes"][0] == name
+    )

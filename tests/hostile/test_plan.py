@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ci2p_cache.cache.index import parquet_bytes
-from tests.hostile.attacks import MAX_GROWTH, SHARD, refused, replace, snapshot
-from tests.support.arena import Arena
+from tests.hostile.attacks import MAX_GROWTH, SHARD, attacked, refused, replace, snapshot
 from tests.support.seals import reseal
+from tests.support.warm import WarmParent
 
 PLAN = "plan.parquet"
 ENCODE = ("--encoder", "bundled", "--size", "64", "--shard-samples", "8")
@@ -97,14 +97,14 @@ def encode(place: Path) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("case", PLANS)
-def test_a_plan_that_cannot_be_is_refused_by_name(arena: Arena, place: Path, case: str) -> None:
+def test_a_plan_that_cannot_be_is_refused_by_name(warm: WarmParent, place: Path, case: str) -> None:
     path = place / "shards" / PLAN
     path.write_bytes(parquet_bytes(PLANS[case](pq.read_table(path))))
     reseal(place / "shards")
     (place / "shards" / SHARD).unlink()
     before, outside = snapshot(place / "shards"), snapshot(place.parent / "outside")
-    refused(arena.run(*encode(place)), {5}, PLAN)
-    refused(arena.run("verify", place / "shards", "--repair"), {5}, PLAN)
+    refused(attacked(warm, *encode(place)), {5}, PLAN)
+    refused(attacked(warm, "verify", place / "shards", "--repair"), {5}, PLAN)
     assert snapshot(place / "shards") == before
     assert snapshot(place.parent / "outside") == outside
 
@@ -126,15 +126,17 @@ BYTES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("case", BYTES)
-def test_what_is_no_plan_at_all_is_refused_by_name(arena: Arena, place: Path, case: str) -> None:
+def test_what_is_no_plan_at_all_is_refused_by_name(
+    warm: WarmParent, place: Path, case: str
+) -> None:
     BYTES[case](place / "shards" / PLAN)
     reseal(place / "shards")
     started = time.monotonic()
-    refused(arena.run(*encode(place)), {5}, PLAN)
+    refused(attacked(warm, *encode(place)), {5}, PLAN)
     assert time.monotonic() - started < 60
 
 
-def test_the_honest_plan_is_read(arena: Arena, place: Path) -> None:
+def test_the_honest_plan_is_read(warm: WarmParent, place: Path) -> None:
     reseal(place / "shards")
-    ran = arena.run(*encode(place))
+    ran = attacked(warm, *encode(place))
     assert (ran.code, ran.grown_bytes < MAX_GROWTH) == (0, True), ran.err[-2000:]

@@ -15,13 +15,14 @@ from tests.hostile.attacks import (
     MAX_GROWTH,
     TRAIN,
     Harmful,
+    attacked,
     outside_of,
     refused,
     replace,
     snapshot,
 )
-from tests.support.arena import Arena
 from tests.support.seals import digest
+from tests.support.warm import WarmParent
 
 NEWEST = "checkpoints/epoch-0001-step-000000"
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -82,12 +83,12 @@ RUNS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_a_hostile_run_folder_is_refused(arena: Arena, place: Path, case: str) -> None:
+def test_a_hostile_run_folder_is_refused(warm: WarmParent, place: Path, case: str) -> None:
     attack, named = RUNS[case]
     before = snapshot(place.parent / "outside")
     attack(place / "runs" / "run")
     argv = ("train", place / "shards", *TRAIN, "--runs", place / "runs", "--name", "run")
-    refused(arena.run(*argv), {4, 5}, named)
+    refused(attacked(warm, *argv), {4, 5}, named)
     assert snapshot(place.parent / "outside") == before
     assert not (place / "canary").exists()
 
@@ -104,12 +105,12 @@ def test_a_hostile_run_folder_is_refused(arena: Arena, place: Path, case: str) -
     ],
 )
 def test_what_a_run_folder_only_tells_others_is_not_believed(
-    arena: Arena, place: Path, path: str, text: str
+    warm: WarmParent, place: Path, path: str, text: str
 ) -> None:
     before = snapshot(place.parent / "outside")
     (place / "runs/run" / path).write_text(text)
     argv = ("train", place / "shards", *TRAIN, "--runs", place / "runs", "--name", "run")
-    ran = arena.run(*argv)
+    ran = attacked(warm, *argv)
     assert ran.code == 0, ran.err[-2000:]
     assert "Traceback" not in ran.err
     assert ran.grown_bytes < MAX_GROWTH

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hostile.attacks import Harmful, refused
-from tests.support.arena import Arena
+from tests.hostile.attacks import Harmful, attacked, refused
+from tests.support.warm import WarmParent
 
 
 def zip_of(path: Path, payload: bytes, *, compression: int = zipfile.ZIP_STORED) -> None:
@@ -83,13 +83,21 @@ WEIGHTS: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
 
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_hostile_weights_are_refused_before_anything_is_written(
-    arena: Arena, good: Path, tmp_path: Path, case: str
+    warm: WarmParent, good: Path, tmp_path: Path, case: str
 ) -> None:
     name, make = WEIGHTS[case]
     canary, weights = tmp_path / "canary", tmp_path / name
     make(weights, canary)
-    ran = arena.run(
-        "encode", good / "src", "--out", tmp_path / "out", "--size", "64", "--weights", weights
+    ran = attacked(
+        warm,
+        "encode",
+        good / "src",
+        "--out",
+        tmp_path / "out",
+        "--size",
+        "64",
+        "--weights",
+        weights,
     )
     refused(ran, {3}, name)
     assert not canary.exists()

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ import pytest
 
 import ci2p_cache as cc
 from tests.support.pictures import picture, write_image_folder
-from tests.support.warm import WarmParent, build_shim
+from tests.support.warm import WarmParent
 
 SETTINGS = (
     *("--encoder", "bundled", "--size", "32", "--views", "flip", "--val-fraction", "0"),
@@ -37,17 +35,15 @@ def marked(path: Path, mark: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def crashing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
-    folder = tmp_path_factory.mktemp("crashes")
-    with WarmParent(folder, shim="crash") as made:
-        if not made.has_shim:
-            pytest.skip("the library needs Linux and a C compiler called cc")
-        yield made
+@pytest.fixture
+def crashing(warm: WarmParent) -> WarmParent:
+    if not warm.has_shim:
+        pytest.skip("the library needs Linux and a C compiler called cc")
+    return warm
 
 
 def encode(crashing: WarmParent, source: Path, out: Path) -> tuple[int, str]:
-    ended = crashing.run(["encode", str(source), "--out", str(out), *SETTINGS])
+    ended = crashing.run("encode", source, "--out", out, *SETTINGS)
     return ended.code, ended.told
 
 
@@ -121,52 +117,35 @@ def test_a_decoder_killed_from_outside_ends_the_run_resumable(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_decoder_without_end_holds_up_no_ctrl_c_and_outlives_nobody(
-    number: signal.Signals, tmp_path: Path
+    crashing: WarmParent, number: signal.Signals, tmp_path: Path
 ) -> None:
-    shim = build_shim(tmp_path, "crash")
-    if shim is None:
-        pytest.skip("the library needs Linux and a C compiler called cc")
     source = write_image_folder(tmp_path / "src", {"ant": 2})
     marked(source / "ant" / "endless.jpg", "SPIN")
-    command = ["encode", str(source), "--out", str(tmp_path / "out"), *SETTINGS]
-    tag = f"CI2P_TEST_TAG={tmp_path.name}-{number.name}"
-    environment = os.environ | {"LD_PRELOAD": str(shim)} | dict([tag.split("=")])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ci2p_cache", *command], env=environment, stderr=subprocess.PIPE
-    )
-    spinning = _wait_for(lambda: _spinning(tag, but=process.pid), seconds=300)
-    assert spinning, "no decoder began"
+    before = set(crashing.decoders())
+    process = crashing.start("encode", source, "--out", tmp_path / "out", *SETTINGS)
+
+    def spinning() -> set[int]:
+        return {pid for pid in crashing.decoders() if pid not in before and cpu_seconds(pid) > 0.3}
+
+    assert _wait_for(spinning, seconds=60), f"no decoder began: {process.told()}"
+    endless = spinning()
     sent = time.monotonic()
     process.send_signal(number)
-    _, told = process.communicate(timeout=30)
+    told = process.wait(30)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert b"ci2p-cache encode" in told
+        assert "ci2p-cache encode" in told
         assert time.monotonic() - sent < 5
-    assert _wait_for(lambda: not _tagged(tag), seconds=30), "processes are left"
+    assert _wait_for(lambda: not endless & set(crashing.decoders()), seconds=30), "one is left"
 
 
-def _tagged(tag: str) -> list[int]:
-    """Process ids of all that were started with this in their environment."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            environment = (folder / "environ").read_bytes() if folder.name.isdigit() else b""
-        except OSError:
-            continue
-        if tag.encode() in environment.split(b"\0"):
-            found.append(int(folder.name))
-    return found
-
-
-def _spinning(tag: str, *, but: int) -> bool:
-    """Whether a process forked from the decoder server has computed for a second."""
-    ticks = os.sysconf("SC_CLK_TCK")
-    for pid in set(_tagged(tag)) - {but}:
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process; 0 where it has ended."""
+    try:
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        if int(stat[1]) != but and int(stat[11]) > ticks:
-            return True
-    return False
+    except OSError:
+        return 0.0
+    return int(stat[11]) / os.sysconf("SC_CLK_TCK")
 
 
 def _wait_for(holds: Callable[[], object], *, seconds: float) -> bool:
@@ -174,5 +153,5 @@ def _wait_for(holds: Callable[[], object], *, seconds: float) -> bool:
     while time.monotonic() < end:
         if holds():
             return True
-        time.sleep(0.1)
+        time.sleep(0.02)
     return False

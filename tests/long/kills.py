@@ -40,7 +40,7 @@ def main() -> int:
             shutil.rmtree(bench.out)
             while kills < arguments.count:
                 before = bench.commits()
-                ended = warm.run(bench.arguments, kill_after=rng.uniform(0, bench.seconds))
+                ended = warm.run(*bench.arguments, kill_after=rng.uniform(0, bench.seconds))
                 if ended.code != -9:
                     too_late += 1
                     shutil.rmtree(bench.out)

@@ -63,7 +63,7 @@ def run_kills(
     """Kills a training run `count` times and lets it go on; every second kill is inside a save."""
     rng, counts, runs = random.Random(seed), Counts(), folder / "runs"
     command = [*_prepare(folder, warm), "--epochs", str(epochs), "--batch-size", str(batch_size)]
-    whole = warm.run(command, root=runs)
+    whole = warm.run(*command, root=runs)
     assert whole.code == 0, whole.told
     wanted = _numbers(runs / "run")
     while counts.kills < count:
@@ -85,7 +85,7 @@ def _gone_on(
     warm: WarmParent, command: list[str], runs: Path, wanted: tuple[Any, Any]
 ) -> Iterator[str]:
     """Runs the command again; yields what differs from the undisturbed run."""
-    resumed = warm.run(command)
+    resumed = warm.run(*command)
     if resumed.code != 0:
         yield f"exit {resumed.code}: {resumed.told[-400:]}"
     elif _numbers(runs / "run") != wanted:
@@ -103,10 +103,8 @@ def _prepare(folder: Path, warm: WarmParent) -> list[str]:
     write_image_folder(folder / "src" / "val", {"ant": 3, "bee": 2, "cat": 3}, quality=60)
     cache = folder / "cache"
     encoded = warm.run(
-        [
-            *("encode", str(folder / "src"), "--out", str(cache), "--encoder", "bundled"),
-            *("--size", "64", "--shard-samples", "8", "--devices", "cpu:1"),
-        ]
+        *("encode", folder / "src", "--out", cache, "--encoder", "bundled"),
+        *("--size", "64", "--shard-samples", "8", "--devices", "cpu:1"),
     )
     assert encoded.code == 0, encoded.told
     return [
@@ -125,9 +123,9 @@ def _kill(
     saves: bool,
 ) -> Ended:
     if not saves:
-        return warm.run(command, kill_after=rng.uniform(0.1, 1.0) * whole.seconds)
+        return warm.run(*command, kill_after=rng.uniform(0.1, 1.0) * whole.seconds)
     at = rng.randint(1, whole.calls)
-    return warm.run(command, root=runs, at=at, kind=rng.choice(["before", "after"]))
+    return warm.run(*command, root=runs, at=at, kind=rng.choice(["before", "after"]))
 
 
 def _numbers(run: Path) -> tuple[list[dict[str, str]], dict[str, bytes]]:

@@ -80,9 +80,10 @@ class EncodeBench:
     def undisturbed(self, warm: WarmParent) -> Ended:
         """Encodes once as the reference; counts the calls and takes the time."""
         # The first one of all waits for the imports of the server that decodes.
-        assert warm.run(self.arguments).code == 0
+        first = warm.run(*self.arguments)
+        assert first.code == 0, first.told
         shutil.rmtree(self.out, ignore_errors=True)
-        ended = warm.run(self.arguments, root=self.out, kind="trace")
+        ended = warm.run(*self.arguments, root=self.out, kind="trace")
         assert ended.code == 0, ended.told
         self.whole, self.calls, self.seconds = tree(self.out), ended.calls, ended.seconds
         return ended
@@ -94,7 +95,7 @@ class EncodeBench:
         exit 0; it is counted in `tidied_later`.
         """
         shutil.rmtree(self.out, ignore_errors=True)
-        ended = warm.run(self.arguments, root=self.out, at=at, kind=kind)
+        ended = warm.run(*self.arguments, root=self.out, at=at, kind=kind)
         hit = _HIT.search(ended.told)
         if hit is None:
             yield f"the fault was not hit; exit {ended.code}: {_last(ended)}"
@@ -118,7 +119,7 @@ class EncodeBench:
 
     def repeated(self, warm: WarmParent) -> Iterator[str]:
         """Runs the command undisturbed on what is there; yields what differs from the reference."""
-        ended = warm.run(self.arguments)
+        ended = warm.run(*self.arguments)
         if ended.code != 0:
             yield f"the same command again: exit {ended.code}: {_last(ended)}"
             return

@@ -1,19 +1,28 @@
 """A warm parent that forks one child per command: importing torch takes seconds, a fork none.
 
-The parent is started with the shim preloaded, imports everything, computes nothing and starts no
-thread; each child then runs the real command line (`ci2p_cache.cli.start.main`), with a fault armed
-or with a SIGKILL to come, and is a process like any other: own descriptors, own locks, own death.
+The parent has imported everything, has computed nothing and has no thread of its own; each child
+then runs the real command line (`ci2p_cache.cli.start.main`) and is a process like any other: own
+descriptors, own locks, own signals, own death. Two libraries are preloaded: faults.c makes a chosen
+call on the disk fail, crash.c lets a marked picture kill its decoder.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import importlib
 import json
 import os
+import pty
+import resource
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -22,13 +31,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.support.commands import REPO
+
 __all__ = ["Child", "Ended", "WarmParent", "build_shim"]
 
-_REPO = Path(__file__).resolve().parents[2]
+_PR_SET_PDEATHSIG = 1
+_SPARE_ADDRESSES = 6 * 2**30
+"""Address space that a command may add where its memory is limited."""
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def build_shim(folder: Path, name: str = "faults") -> Path | None:
-    """Compiles a shim of this folder into `folder`; None where there is no compiler."""
+    """Compiles a library of this folder into `folder`; None where there is no compiler."""
     compiler = shutil.which("cc")
     if compiler is None or not sys.platform.startswith("linux"):
         return None
@@ -46,29 +60,63 @@ class Ended:
 
     code: int
     """Exit code; the negative number of the signal that ended it."""
-    calls: int
-    """Calls that changed something below the root; -1 where it was killed."""
+    out: str
+    """What it wrote on stdout; everything where it ran on a terminal."""
+    err: str
+    """What it wrote on stderr."""
     seconds: float
     """How long it lived."""
-    told: str
-    """What it wrote, both streams."""
+    calls: int
+    """Calls that changed something below the root; -1 where it was killed."""
+    grown_bytes: int
+    """Peak memory above that of the warm parent; very large where it was killed."""
+
+    @property
+    def told(self) -> str:
+        """Both streams, one after the other."""
+        return self.out + self.err
 
 
 class Child:
-    """A command that was started and goes on beside the test; its process id takes signals."""
+    """A process that was started and runs beside the test; its process id takes signals."""
 
-    def __init__(self, warm: WarmParent, pid: int, log: Path) -> None:
-        self._nursery = warm
+    def __init__(self, parent: WarmParent, pid: int, files: Path, terminal: int | None) -> None:
+        self._parent = parent
+        self._files = files
+        self._started = time.monotonic()
+        self._shown = b""
+        self._reader: threading.Thread | None = None
         self.pid = pid
-        self.log = log
-        """What it writes, both streams."""
         self.returncode: int | None = None
         """As of `subprocess.Popen`; None while it runs."""
+        if terminal is not None:
+            self._reader = threading.Thread(target=self._read, args=(terminal,), daemon=True)
+            self._reader.start()
+
+    def _read(self, terminal: int) -> None:
+        try:
+            while part := os.read(terminal, 65536):
+                self._shown += part
+        except OSError:
+            # Reading a terminal whose last writer has gone ends in EIO.
+            pass
+        finally:
+            os.close(terminal)
+
+    def told(self) -> str:
+        """Returns what it has written so far, both streams."""
+        return self._stream("out") + self._stream("err")
+
+    def _stream(self, name: str) -> str:
+        if self._reader is not None:
+            return self._shown.decode("utf-8", "replace") if name == "out" else ""
+        path = self._files.with_suffix(f".{name}")
+        return path.read_text("utf-8", "replace") if path.exists() else ""
 
     def poll(self) -> int | None:
         """Returns the exit code, None while it runs."""
         if self.returncode is None:
-            self.returncode = self._nursery.asked({"poll": self.pid})["code"]
+            self.returncode = self._parent.asked({"poll": self.pid})["code"]
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -78,34 +126,55 @@ class Child:
 
     def wait(self, limit: float = 60.0) -> str:
         """Waits for its end and returns what it wrote; after `limit` seconds it is killed."""
-        end = time.monotonic() + limit
+        end = self._started + limit
         while self.poll() is None:
             if time.monotonic() > end:
                 self.send_signal(signal.SIGKILL)
-                raise AssertionError(f"it ran on for {limit:g} s: {self.log.read_text()}")
-            time.sleep(0.01)
-        return self.log.read_text("utf-8", "replace")
+                raise AssertionError(f"it ran on for {limit:g} s: {self.told()}")
+            time.sleep(0.005)
+        if self._reader is not None:
+            self._reader.join(10)
+        return self.told()
+
+    def ended(self, *, kill_after: float | None = None, limit: float = 120.0) -> Ended:
+        """Waits for its end; kills it after `kill_after` seconds of its life, if they are given."""
+        if kill_after is not None:
+            end = self._started + kill_after
+            while self.poll() is None and (left := end - time.monotonic()) > 0:
+                time.sleep(min(0.01, left))
+            self.send_signal(signal.SIGKILL)
+        self.wait(limit)
+        seconds = time.monotonic() - self._started
+        report = self._files.with_suffix(".json")
+        found = json.loads(report.read_text()) if report.exists() else {}
+        return Ended(
+            code=self.returncode if self.returncode is not None else -1,
+            out=self._stream("out"),
+            err=self._stream("err"),
+            seconds=seconds,
+            calls=found.get("calls", -1),
+            grown_bytes=found.get("grown_bytes", 2**62),
+        )
 
 
 class WarmParent:
     """Starts the warm parent and asks it for children; a context manager.
 
     Args:
-        folder: Where the shim is built and children write what they say.
-        shim: What is preloaded into the parent and whatever it starts: faults or crash.
+        folder: Where the libraries are built and children write what they say.
     """
 
-    def __init__(self, folder: Path, *, shim: str = "faults") -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._started = 0
-        library = build_shim(folder, shim)
-        self.has_shim = library is not None
+        shims = [build_shim(folder, name) for name in ("faults", "crash")]
+        self.has_shim = all(shims)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        if library is not None:
-            environment["LD_PRELOAD"] = str(library)
+        if self.has_shim:
+            environment["LD_PRELOAD"] = ":".join(map(str, shims))
         self._parent = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.support.warm"],
-            cwd=_REPO, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            cwd=REPO, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -122,13 +191,13 @@ class WarmParent:
 
     def run(
         self,
-        arguments: Sequence[str],
-        *,
+        *arguments: object,
         root: Path | None = None,
         at: int = 0,
         kind: str = "",
         kill_after: float | None = None,
         limit: float = 120.0,
+        **options: Any,
     ) -> Ended:
         """Runs one command in a new child and waits for its end.
 
@@ -139,36 +208,89 @@ class WarmParent:
             kind: What happens there: EIO, ENOSPC, before, after; trace tells every call.
             kill_after: Seconds after which it gets SIGKILL; None for never.
             limit: Seconds after which it is killed as hung, which is an error.
+            options: As for `start`.
         """
-        log = self._folder / "child.log"
-        asked = {
-            "arguments": list(arguments), "at": at, "kind": kind, "kill_after": kill_after,
-            "limit": limit, "root": str(root or self._folder / "nowhere"), "log": str(log),
-        }  # fmt: skip
-        return Ended(**self.asked(asked), told=log.read_text("utf-8", "replace"))
+        fault = {"root": str(root or self._folder / "nowhere"), "at": at, "kind": kind}
+        child = self.start(*arguments, fault=fault, **options)
+        return child.ended(kill_after=kill_after, limit=limit)
 
     def start(
         self,
         *arguments: object,
+        module: str = "ci2p_cache.cli.start",
         folder: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        columns: int | None = None,
+        ignoring: Sequence[int] = (),
+        limited: bool = False,
+        fault: Mapping[str, object] | None = None,
     ) -> Child:
         """Starts a command in a new child that is not waited for.
 
         Args:
-            arguments: Those of `ci2p-cache`.
+            arguments: Those of `ci2p-cache`, or of another module.
+            module: The module whose `main` runs.
             folder: Where it runs; None for here.
             environment: What is added to the environment.
+            columns: Runs on a terminal of that width, and not into files.
+            ignoring: Signals that it ignores from the start, as under nohup.
+            limited: Limits its memory, so that a growth of gigabytes is an error.
+            fault: What `run` makes of `root`, `at` and `kind`.
         """
         self._started += 1
-        log = self._folder / f"child-{self._started}.log"
+        files = self._folder / f"child-{self._started}"
+        terminal, name = None, None
+        if columns is not None:
+            terminal, other = pty.openpty()
+            fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            name = os.ttyname(other)
         started = {
             "start": [str(each) for each in arguments],
-            "log": str(log),
+            "module": module,
+            "files": str(files),
             "folder": str(folder or Path.cwd()),
             "environment": dict(environment or {}),
+            "terminal": name,
+            "ignoring": [int(number) for number in ignoring],
+            "limited": limited,
+            "fault": dict(fault or {}),
         }
-        return Child(self, self.asked(started)["pid"], log)
+        child = Child(self, self.asked(started)["pid"], files, terminal)
+        if terminal is not None:
+            # Open until the child has opened its own end: a terminal without one is at its end.
+            while not files.with_suffix(".on").exists() and child.poll() is None:
+                time.sleep(0.001)
+            os.close(other)
+        return child
+
+    def ranks(self, world_size: int, *arguments: object, **options: Any) -> list[Child]:
+        """Starts as many children as torchrun would, with the variables that it sets.
+
+        Args:
+            world_size: Number of ranks.
+            arguments: As for `start`, the same for all.
+            options: As for `start`.
+        """
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+        return [
+            self.start(
+                *arguments,
+                environment={
+                    "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+                    "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+                **options,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+
+    def decoders(self) -> list[int]:
+        """Returns the process ids of the decoders that the children's images are decoded in."""
+        servers = [pid for pid in _children(self._parent.pid) if b"decoder_process" in _words(pid)]
+        return [worker for server in servers for worker in _children(server)]
 
     def asked(self, what: dict[str, Any]) -> dict[str, Any]:
         """Sends one request to the warm parent and returns its answer."""
@@ -181,66 +303,98 @@ class WarmParent:
         return dict(json.loads(answer))
 
 
-def _command(arguments: list[str], log: str) -> int:
-    """Runs the command line in this process; returns its exit code."""
-    from ci2p_cache.cli import start
+def _children(parent: int) -> list[int]:
+    """Returns the process ids of a process's children."""
+    tasks = Path(f"/proc/{parent}/task").glob("*/children")
+    return [int(pid) for path in tasks for pid in path.read_text().split()]
 
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = ["ci2p-cache", *arguments]
+
+def _words(pid: int) -> bytes:
+    """Returns the command line of a process; empty where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _memory(name: str) -> int:
+    """Returns a figure of /proc/self/status in bytes."""
+    with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123  # a fork's start
+        return next(int(line.split()[1]) for line in status if line.startswith(name)) * 1024
+
+
+def _settle(asked: dict[str, Any]) -> None:
+    """Makes a fork a process of its own: signals, streams, folder, environment, limits."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in asked["ignoring"]:
+        signal.signal(number, signal.SIG_IGN)
+    files = Path(asked["files"])
+    if asked["terminal"] is not None:
+        os.setsid()
+        descriptor = os.open(asked["terminal"], os.O_RDWR)
+        fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+        streams = (descriptor, descriptor, descriptor)
+        files.with_suffix(".on").touch()
+    else:
+        wanted = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        paths = (files.with_suffix(f".{name}") for name in ("out", "err"))
+        out, err = (os.open(path, wanted, 0o644) for path in paths)
+        streams = (os.open(os.devnull, os.O_RDONLY), out, err)
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    buffering = -1 if asked["terminal"] is None else 1
+    sys.stdout = open(1, "w", buffering, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    os.chdir(asked["folder"])
+    os.environ.update(asked["environment"])
+    if asked["limited"]:
+        limit = _memory("VmSize") + _SPARE_ADDRESSES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _child(asked: dict[str, Any]) -> int:
+    """Runs a command in this fork; returns its exit code."""
+    _settle(asked)
+    shim, fault = ctypes.CDLL(None), asked["fault"]
+    counts = bool(fault) and hasattr(shim, "ci2p_fault_arm")
+    before = _memory("VmHWM")
+    module = importlib.import_module(asked["module"])
+    sys.argv = ["ci2p-cache", *asked["start"]]
+    # click would name the command after the module that was started with -m.
+    sys.modules["__main__"].__spec__ = None
+    if counts:
+        shim.ci2p_fault_arm(
+            os.fsencode(fault["root"]), ctypes.c_long(fault["at"]), fault["kind"].encode()
+        )
     code = 0
     try:
-        start.main()
+        module.main()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
     except BaseException:
         traceback.print_exc()
         code = 1
+    calls = shim.ci2p_fault_count() if counts else -1
     sys.stdout.flush()
     sys.stderr.flush()
+    found = {"calls": calls, "grown_bytes": _memory("VmHWM") - before}
+    Path(asked["files"]).with_suffix(".json").write_text(json.dumps(found))
     return code
-
-
-def _child(asked: dict[str, Any], channel: int) -> int:
-    """Runs a command with the shim armed; returns its exit code."""
-    shim = ctypes.CDLL(None)
-    counts = hasattr(shim, "ci2p_fault_arm")
-    if counts:
-        shim.ci2p_fault_arm(
-            os.fsencode(asked["root"]), ctypes.c_long(asked["at"]), asked["kind"].encode()
-        )
-    code = _command(asked["arguments"], asked["log"])
-    calls = shim.ci2p_fault_count() if counts else -1
-    os.write(channel, str(calls).encode())
-    return code
-
-
-def _run(asked: dict[str, Any]) -> dict[str, Any]:
-    """Runs a command in a child and waits for its end."""
-    reading, writing = os.pipe()
-    started = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        os._exit(_child(asked, writing))
-    os.close(writing)
-    code = _watch(child, started, asked)
-    seconds = time.monotonic() - started
-    calls = int(os.read(reading, 32) or b"-1")
-    os.close(reading)
-    return {"code": code, "calls": calls, "seconds": seconds}
 
 
 def _start(asked: dict[str, Any]) -> dict[str, int]:
-    """Runs a command in a child of its own."""
-    # What is there to read before it has begun.
-    Path(asked["log"]).touch()
     child = os.fork()
     if child == 0:
-        os.chdir(asked["folder"])
-        os.environ.update(asked["environment"])
-        os._exit(_command(asked["start"], asked["log"]))
+        code = 1
+        try:
+            code = _child(asked)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
     return {"pid": child}
 
 
@@ -248,23 +402,6 @@ def _poll(child: int) -> dict[str, int | None]:
     """Looks whether a started child has ended."""
     done, status = os.waitpid(child, os.WNOHANG)
     return {"code": os.waitstatus_to_exitcode(status) if done else None}
-
-
-def _watch(child: int, started: float, asked: dict[str, Any]) -> int:
-    """Waits for a child, killing it where that was asked for or where it hangs."""
-    kill_after = asked["kill_after"]
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        lived = time.monotonic() - started
-        if lived > asked["limit"] or (kill_after is not None and lived >= kill_after):
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            code = os.waitstatus_to_exitcode(status)
-            return 124 if lived > asked["limit"] else code
-        left = 0.02 if kill_after is None else kill_after - lived
-        time.sleep(min(0.02, max(left, 0.0005)))
 
 
 def _threads() -> set[str]:
@@ -276,26 +413,26 @@ def _threads() -> set[str]:
 
 def _main() -> None:
     """Serves requests, one line of JSON each, until the input ends."""
-    # What the commands import late; nothing here computes or starts a thread.
-
-    import ci2p_cache.cli.watch
-    import ci2p_cache.encoding.whole
-    import ci2p_cache.report.plots
-    import ci2p_cache.training.run  # noqa: F401
+    # Ctrl-C on a terminal is pytest's to act on; children have handlers of their own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     from ci2p_cache.images.decoder_server import start_decoder_server
 
+    # It imports torch while this process does.
     start_decoder_server()
+    # What the commands import late; nothing here computes or starts a thread.
+    for module in (
+        "cli.app", "cli.watch", "encoding.whole", "previews", "report.plots", "training.run",
+        "cache.sample_card", "cache.verify", "inference.classifier", "experiment.run",
+    ):  # fmt: skip
+        importlib.import_module(f"ci2p_cache.{module}")
+    from tests.support.nano import add_nano_models
+
+    add_nano_models()
     for line in sys.stdin:
         asked = json.loads(line)
         others = _threads() - {"jemalloc_bg_thd"}
         assert not others, f"a fork would lose the threads {others}"
-        if "poll" in asked:
-            answer: dict[str, Any] = _poll(asked["poll"])
-        elif "start" in asked:
-            answer = _start(asked)
-        else:
-            answer = _run(asked)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(_poll(asked["poll"]) if "poll" in asked else _start(asked)), flush=True)
 
 
 if __name__ == "__main__":

@@ -410,10 +410,10 @@ def test_a_rank_that_waits_in_vain_for_another_ends_on_sigterm(
             # It keeps the store that the others would come to.
             if caller.connect_ex(("127.0.0.1", port)) == 0:
                 break
-        assert alone.poll() is None, alone.log.read_text()
+        assert alone.poll() is None, alone.told()
         time.sleep(0.01)
     else:
-        raise AssertionError(f"it never waited: {alone.log.read_text()}")
+        raise AssertionError(f"it never waited: {alone.told()}")
     alone.send_signal(signal.SIGTERM)
     alone.wait(10)
     assert alone.returncode == -signal.SIGTERM

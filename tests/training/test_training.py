@@ -200,7 +200,7 @@ def start(warm: WarmParent, cache_dir: Path, runs: Path) -> Child:
 def until(holds: Callable[[], bool], process: Child) -> None:
     """Waits for something that a process does."""
     while not holds():
-        assert process.poll() is None, process.log.read_text()
+        assert process.poll() is None, process.told()
         time.sleep(0.002)
 
 
@@ -211,7 +211,7 @@ def test_killed_at_a_random_moment_and_resumed_gives_the_same_bits(
     process = start(warm, cache_dir, tmp_path)
     first_save = tmp_path / finished.name / "checkpoints" / "last.json"
     if attempt:
-        until(lambda: "epoch 1/3" in process.log.read_text(), process)
+        until(lambda: "epoch 1/3" in process.told(), process)
     else:
         until(first_save.exists, process)
     time.sleep(random.uniform(0.0, 1.0))
@@ -233,7 +233,7 @@ def test_sigterm_ends_resumably_with_its_exit_code(
     warm: WarmParent, cache_dir: Path, finished: Path, tmp_path: Path
 ) -> None:
     process = start(warm, cache_dir, tmp_path)
-    until(lambda: "epoch 1/3" in process.log.read_text(), process)
+    until(lambda: "epoch 1/3" in process.told(), process)
     process.send_signal(signal.SIGTERM)
     told = process.wait()
     assert process.returncode == 143

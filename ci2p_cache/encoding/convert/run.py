@@ -82,7 +82,7 @@ def convert(
         ShardError, ManifestError: the cache is damaged; what was converted before is safe.
         LockedError: another process writes to `out`.
         ResourceError: reading or writing failed; run it again later.
-        InterruptedRunError: Ctrl-C or SIGTERM; run it again to go on.
+        InterruptedRunError: a signal stopped it; run it again to go on.
     """
     started = time.perf_counter()
     cache, root = open_cache(path), Path(out)

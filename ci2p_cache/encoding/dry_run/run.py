@@ -75,7 +75,7 @@ def dry_run(
         SaturationError: the symbols of the sample do not fit the dtype.
         TooManyBadImagesError: the first 64 images of the sample could all not be decoded.
         ResourceError: reading failed, or nothing can be written beside `out`.
-        InterruptedRunError: Ctrl-C or SIGTERM.
+        InterruptedRunError: a signal stopped it.
     """
     started = time.perf_counter()
     root, options = Path(out), options or EncodeOptions()

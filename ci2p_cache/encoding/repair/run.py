@@ -95,7 +95,7 @@ def repair(
         FingerprintMismatchError: the decoders here are not those that made the cache.
         RefusedError: a shard was encoded on a device that is not here.
         ResourceError: reading or writing failed; run it again later.
-        InterruptedRunError: Ctrl-C or SIGTERM; run it again to go on.
+        InterruptedRunError: a signal stopped it; run it again to go on.
     """
     root = Path(path)
     read_manifest(root)
