@@ -8,6 +8,10 @@ __all__ = ["add_nano_models"]
 
 
 def add_nano_models() -> None:
-    """Makes `vit_nano` and `vitds_nano` known to this process: width 16, one block per scale."""
+    """Makes `vit_nano`, `vitds_nano` and, on images, `vit_nano16` known to this process.
+
+    They are 16 wide; the first two have one block per scale.
+    """
     registry._SCALES.setdefault("vit_nano", ((16, 1),))
     registry._SCALES.setdefault("vitds_nano", ((16, 1), (16, 1)))
+    registry._PIXEL_DIMS.setdefault("vit_nano16", 16)

@@ -1,7 +1,6 @@
 """What each rank does in the tests of several ranks, how they are started, and what they leave.
 
-Run as a module by torchrun this file does a list of jobs, for importing torch takes long: one list
-for 2 ranks and one for 4.
+As a rank this module does a list of jobs: one list for 2 ranks and one for 4.
 """
 
 from __future__ import annotations
@@ -22,12 +21,23 @@ import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.run import TrainObserver
+from tests.support.commands import REPO
+from tests.support.warm import WarmParent
 
-__all__ = ["IMAGE_MODEL", "do", "job", "launch", "numbers", "processes_with", "rank_of", "run_jobs"]
+__all__ = [
+    "IMAGE_MODEL",
+    "do",
+    "job",
+    "launch",
+    "main",
+    "numbers",
+    "processes_with",
+    "rank_of",
+    "run_jobs",
+]
 
-REPO = Path(__file__).resolve().parents[2]
 CLOCK = {"images_per_second", "wait_share", "epoch_seconds"}
-IMAGE_MODEL = "vit_ti16"
+IMAGE_MODEL = "vit_nano16"
 
 
 class Recording(cc.LatentLoader):
@@ -103,13 +113,15 @@ def launch(world_size: int, *arguments: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def run_jobs(folder: Path, world_size: int, jobs: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def run_jobs(
+    warm: WarmParent, folder: Path, world_size: int, jobs: list[dict[str, Any]]
+) -> dict[str, list[Any]]:
     """Lets `world_size` ranks do all jobs; returns for each job what each rank saw."""
     plan = folder / f"jobs-{world_size}.json"
     plan.write_text(json.dumps(jobs))
-    ranks = launch(world_size, "tests.support.rank_jobs", plan)
-    told, _ = ranks.communicate(timeout=300)
-    assert ranks.returncode == 0, told
+    ranks = warm.ranks(world_size, plan, module="tests.support.rank_jobs")
+    told = [rank.wait(300) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(told)
     results = [
         json.loads((folder / f"{plan.name}.{rank}").read_text()) for rank in range(world_size)
     ]
@@ -148,7 +160,3 @@ def main() -> None:
     torch.set_num_threads(1)
     results = [do(job, plan.parent) for job in json.loads(plan.read_text())]
     plan.with_name(f"{plan.name}.{os.environ['RANK']}").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

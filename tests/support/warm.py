@@ -17,7 +17,6 @@ import pty
 import resource
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -271,16 +270,18 @@ class WarmParent:
             arguments: As for `start`, the same for all.
             options: As for `start`.
         """
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            port = unused.getsockname()[1]
+        from torch.distributed import TCPStore
+
+        # torchrun keeps the store itself: it outlives every rank.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         return [
             self.start(
                 *arguments,
                 environment={
                     "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
                     "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
+                    "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                    "TORCHELASTIC_RESTART_COUNT": "0",
                 },
                 **options,
             )
@@ -433,6 +434,8 @@ def _main() -> None:
         others = _threads() - {"jemalloc_bg_thd"}
         assert not others, f"a fork would lose the threads {others}"
         print(json.dumps(_poll(asked["poll"]) if "poll" in asked else _start(asked)), flush=True)
+    # Taking Python and torch down would take seconds.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -13,25 +13,21 @@ from safetensors.torch import load_file, save
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from tests.support.pictures import write_image_folder
+from tests.support.caches import make_cache
 from tests.training.test_training import Notes, copy_run, replace_file, rows_of
 
-SPEC = cc.TrainSpec(model="vitds_tiny", epochs=2, batch_size=6)
+SPEC = cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=6)
 NEWEST, OLDER = "epoch-0002-step-000000", "epoch-0001-step-000002"
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nano")
 
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 training and 4 validation images; an epoch has three steps, the last of four images."""
-    root = tmp_path_factory.mktemp("checkpoint")
-    write_image_folder(root / "src" / "train", {"ant": 7, "bee": 9})
-    write_image_folder(root / "src" / "val", {"ant": 2, "bee": 2}, quality=60)
-    options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=8)
-    assert cc.encode(root / "src", root / "out", options).splits == {"train": 16, "val": 4}
-    return root / "out"
+    counts = {"train": {"ant": 7, "bee": 9}, "val": {"ant": 2, "bee": 2}}
+    return make_cache(tmp_path_factory.mktemp("checkpoint") / "out", counts)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +140,7 @@ def test_no_whole_checkpoint_is_an_error_that_changes_nothing(cache_dir: Path, r
 def test_a_checkpoint_of_another_run_is_not_taken(
     cache_dir: Path, finished: Path, tmp_path: Path
 ) -> None:
-    other = cc.TrainSpec(model="vitds_tiny", epochs=2, batch_size=6, seed=1)
+    other = cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=6, seed=1)
     cc.train(cache_dir, spec=other, runs_dir=tmp_path, name="run", device="cpu")
     foreign = tmp_path / "run" / "checkpoints" / NEWEST
     shutil.rmtree(foreign)

@@ -23,6 +23,7 @@ import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.loader.order import epoch_order, rank_slice
 from ci2p_cache.training import rank_link, ranks
+from tests.support.caches import make_cache
 from tests.support.pictures import write_image_folder
 from tests.support.rank_jobs import (
     CLOCK,
@@ -35,9 +36,9 @@ from tests.support.rank_jobs import (
     rank_of,
     run_jobs,
 )
-from tests.support.warm import WarmParent
+from tests.support.warm import Child, WarmParent
 
-SPEC = cc.TrainSpec(model="vitds_tiny", epochs=2, batch_size=6)
+SPEC = cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=6)
 EXACT = dataclasses.replace(SPEC, drop_path=0.0, eps=1e-4)
 """For comparisons between numbers of ranks. The bias of attention's keys has no gradient but
 rounding, which Adam's usual eps of 1e-8 would blow up to steps of the full learning rate."""
@@ -50,18 +51,20 @@ TRAIN, VAL = 25, 9
 """Images: batches of 6 leave a last one of a single image, and 3 of validation."""
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nano")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a cache of 25 training and 9 validation images, 64 px, int8."""
+    """A folder with a cache of 25 training and 9 validation latents, tars of it, and pictures."""
     root = tmp_path_factory.mktemp("distributed")
-    write_image_folder(root / "src" / "train", {"ant": 9, "bee": 7, "cat": 9})
-    write_image_folder(root / "src" / "val", {"ant": 3, "bee": 2, "cat": 4}, quality=60)
-    options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=8)
-    assert cc.encode(root / "src", root / "cache", options).splits == {"train": TRAIN, "val": VAL}
+    train, val = {"ant": 9, "bee": 7, "cat": 9}, {"ant": 3, "bee": 2, "cat": 4}
+    make_cache(root / "cache", {"train": train, "val": val})
     cc.convert(root / "cache", root / "tars", format="webdataset")
+    write_image_folder(root / "src" / "train", train)
+    write_image_folder(root / "src" / "val", val, quality=60)
+    options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=8)
+    cc.encode(root / "src", root / "pictures", options)
     return root
 
 
@@ -69,13 +72,13 @@ ONE_STEP = dataclasses.replace(EXACT, epochs=1, batch_size=TRAIN)
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path) -> dict[str, list[Any]]:
+def two(warm: WarmParent, folder: Path) -> dict[str, list[Any]]:
     """What two ranks did."""
     jobs = [
         job("exact-2", EXACT),
         job("tars", EXACT, cache="tars"),
         job("one-step", ONE_STEP),
-        job("images-2", IMAGES),
+        job("images-2", IMAGES, cache="pictures"),
         job("nan", SPEC, events={"epoch 0 step 2 rank 1": "poison"}),
         job("uninterrupted", SPEC),
         job("stopped", SPEC, events={"epoch 0 step 3 rank 1": "stop"}),
@@ -87,14 +90,14 @@ def two(folder: Path) -> dict[str, list[Any]]:
         job("tools stopped", TOOLS, run="tools-2", events={"epoch 0 step 4 rank 0": "stop"}),
         job("tools went on", TOOLS, run="tools-2"),
     ]
-    return run_jobs(folder, 2, jobs)
+    return run_jobs(warm, folder, 2, jobs)
 
 
 @pytest.fixture(scope="module")
-def four(folder: Path, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def four(warm: WarmParent, folder: Path, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """What four ranks did after the two; one of them never has an image."""
     jobs = [job("exact-4", EXACT), job("moved", EXACT, events={"epoch 1 step 1 rank 3": "stop"})]
-    return run_jobs(folder, 4, jobs)
+    return run_jobs(warm, folder, 4, jobs)
 
 
 def sequence(spec: cc.TrainSpec) -> list[list[int]]:
@@ -183,7 +186,9 @@ def test_ranks_give_the_numbers_of_as_many_accumulated_parts(
 def test_ranks_read_images_as_one(two: dict[str, list[Any]], folder: Path) -> None:
     first, second = (rank["summary"]["last"] for rank in two["images-2"])
     assert {**first, **dict.fromkeys(CLOCK)} == {**second, **dict.fromkeys(CLOCK)}
-    alone = do(job("images-alone", dataclasses.replace(IMAGES, accumulate=2)), folder)
+    alone = do(
+        job("images-alone", dataclasses.replace(IMAGES, accumulate=2), cache="pictures"), folder
+    )
     wanted = alone["summary"]["last"]
     assert first["images"] == wanted["images"] == TRAIN
     assert first["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
@@ -199,13 +204,19 @@ def test_tars_give_ranks_the_batches_and_losses_of_zarr_shards(
     assert numbers(runs[0]) == numbers(runs[1])
 
 
+def nano_model() -> torch.nn.Module:
+    return cc.create_model(
+        "vitds_nano", num_classes=3, latent_channels=4, latent_size=4, drop_path_rate=0.0
+    )
+
+
 def test_the_checkpoint_holds_the_mean_statistics_and_evaluation_counts_each_image_once(
     folder: Path, two: dict[str, list[Any]]
 ) -> None:
     cache = cc.open_cache(folder / "cache")
     torch.manual_seed(0)
-    models = [cc.create_model("vitds_tiny", num_classes=3, latent_size=4, drop_path_rate=0.0)]
-    models.append(cc.create_model("vitds_tiny", num_classes=3, latent_size=4, drop_path_rate=0.0))
+    models = [nano_model()]
+    models.append(nano_model())
     models[1].load_state_dict(models[0].state_dict())
     shares = []
     for rank, model in enumerate(models):
@@ -307,67 +318,109 @@ def train_command(folder: Path, name: str, **options: object) -> list[object]:
         "runs": folder / "runs", "name": name, "device": "cpu", "save-every": 1,
     }  # fmt: skip
     flags = [text for key, value in (fields | options).items() for text in (f"--{key}", value)]
-    return ["ci2p_cache", "train", folder / "cache", *flags]
+    return ["train", folder / "cache", *flags]
+
+
+def until_epoch_1(rank: Child) -> None:
+    """Waits until a rank has validated its first epoch."""
+    while not re.search(r"epoch +1/", rank.told()):
+        assert rank.poll() is None, rank.told()
+        time.sleep(0.002)
 
 
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_the_same_bits(
-    folder: Path, two: dict[str, list[Any]]
+    warm: WarmParent, folder: Path, two: dict[str, list[Any]]
 ) -> None:
     command = train_command(folder, "killed")
-    ranks = launch(2, *command)
-    try:
-        assert ranks.stdout is not None
-        while not (told := ranks.stdout.readline()).startswith("epoch 1/2"):
-            assert told, "it ended before its first epoch"
-        victims = [pid for pid in processes_with(folder / "runs") if rank_of(pid) == "1"]
-        assert len(victims) == 1
-        os.kill(victims[0], signal.SIGKILL)
-        killed = time.monotonic()
-        told, _ = ranks.communicate(timeout=60)
-        assert time.monotonic() - killed < 60
-    finally:
-        ranks.kill()
-    assert ranks.returncode == 1
+    first, second = warm.ranks(2, *command)
+    until_epoch_1(first)
+    second.send_signal(signal.SIGKILL)
+    told = first.wait()
+    assert first.returncode == errors.ResourceError.exit_code
     assert told.count("error: another rank of this run was killed") == 1
-    assert "(SIGKILL)" in told
-    assert processes_with(folder / "runs") == []
 
-    again = launch(2, *command)
-    told, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, told
+    again = warm.ranks(2, *command)
+    told, silent = (rank.wait() for rank in again)
+    assert [rank.returncode for rank in again] == [0, 0], told
     assert told.count("going on from") == 1
     assert told.count("epoch 2/2") == 1
     assert "damaged" not in told
+    assert silent == ""
     assert numbers(folder / "runs" / "killed") == numbers(folder / "runs" / "uninterrupted")
     assert not (folder / "runs" / "killed" / ".staging").exists()
     encoder = (folder / "cache" / "encoder.safetensors").read_bytes()
     assert (folder / "runs" / "killed" / "encoder.safetensors").read_bytes() == encoder
 
 
-def test_ctrl_c_on_torchrun_ends_all_ranks_with_one_checkpoint_and_one_word(folder: Path) -> None:
-    ranks = launch(2, *train_command(folder, "ctrl-c", epochs=9))
-    try:
-        assert ranks.stdout is not None
-        while not (told := ranks.stdout.readline()).startswith("epoch 1/9"):
-            assert told, "it ended before its first epoch"
-        ranks.send_signal(signal.SIGINT)
-        told, _ = ranks.communicate(timeout=60)
-    finally:
-        ranks.kill()
+def test_ctrl_c_ends_all_ranks_with_one_checkpoint_and_one_word(
+    warm: WarmParent, folder: Path
+) -> None:
+    ranks = warm.ranks(2, *train_command(folder, "ctrl-c", epochs=99))
+    until_epoch_1(ranks[0])
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT)
+    told = "".join(rank.wait() for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [130, 130], told
+    assert_stopped_once(told, folder / "runs" / "ctrl-c")
+
+
+def assert_stopped_once(told: str, run: Path) -> None:
+    """One error among all ranks, and the checkpoint that it speaks of is the last."""
     assert told.count("error:") == told.count("all of it is saved in") == 1
     assert "try:   run the same command again" in told
-    assert processes_with(folder / "runs") == []
-    stopped = [
-        int(text) for text in re.findall(r"after (\d+) of 9 epochs and (\d+) steps", told)[0]
-    ]
-    last = json.loads((folder / "runs/ctrl-c/checkpoints/last.json").read_text())["last"]
-    assert last == f"epoch-{stopped[0]:04d}-step-{stopped[1]:06d}"
+    found = re.findall(r"after (\d+) of \d+ epochs and (\d+) steps", told)
+    epochs, steps = (int(text) for text in found[0])
+    last = json.loads((run / "checkpoints/last.json").read_text())["last"]
+    assert last == f"epoch-{epochs:04d}-step-{steps:06d}"
 
 
-def test_a_refusal_ends_all_ranks_and_is_told_once(folder: Path, two: dict[str, list[Any]]) -> None:
-    ranks = launch(2, *train_command(folder, "uninterrupted"))
-    told, _ = ranks.communicate(timeout=60)
-    assert ranks.returncode == 1
+def test_a_refusal_ends_all_ranks_and_is_told_once(
+    warm: WarmParent, folder: Path, two: dict[str, list[Any]]
+) -> None:
+    ranks = warm.ranks(2, *train_command(folder, "uninterrupted"))
+    told = "".join(rank.wait() for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [4, 4]
+    assert told.count("error:") == told.count("holds a run with other settings") == 1
+
+
+@pytest.mark.slow
+def test_torchrun_ends_all_ranks_when_one_is_killed_or_at_ctrl_c_and_they_go_on(
+    folder: Path,
+) -> None:
+    options = {"model": "vitds_tiny", "epochs": 3}
+    whole = launch(2, "ci2p_cache", *train_command(folder, "torchrun-whole", **options))
+    assert whole.communicate(timeout=300)[0].count("epoch 3/3") == 1
+    command = ["ci2p_cache", *train_command(folder, "torchrun", **options)]
+    for number, code in ((signal.SIGKILL, 1), (signal.SIGINT, None)):
+        ranks = launch(2, *command)
+        try:
+            assert ranks.stdout is not None
+            while not re.match(r"epoch +[12]/3", told := ranks.stdout.readline()):
+                assert told, "it ended before an epoch"
+            victims = [pid for pid in processes_with(folder / "runs") if rank_of(pid) == "1"]
+            assert len(victims) == 1
+            os.kill(victims[0] if number == signal.SIGKILL else ranks.pid, number)
+            sent = time.monotonic()
+            told, _ = ranks.communicate(timeout=60)
+            assert time.monotonic() - sent < 60
+        finally:
+            ranks.kill()
+        if code is not None:
+            assert ranks.returncode == code
+            assert told.count("error: another rank of this run was killed") == 1
+            assert "(SIGKILL)" in told
+        else:
+            assert_stopped_once(told, folder / "runs" / "torchrun")
+        assert processes_with(folder / "runs") == []
+    again = launch(2, *command)
+    told, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, told
+    assert told.count("going on from") == 1
+    assert numbers(folder / "runs" / "torchrun") == numbers(folder / "runs" / "torchrun-whole")
+
+    refused = launch(2, "ci2p_cache", *train_command(folder, "torchrun", epochs=4))
+    told, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 1
     assert told.count("error:") == told.count("holds a run with other settings") == 1
     assert told.count("exitcode  : 4 ") == 2
     assert processes_with(folder / "runs") == []
@@ -399,7 +452,7 @@ def test_a_rank_that_waits_in_vain_for_another_ends_on_sigterm(
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     alone = warm.start(
-        *train_command(folder, "in-vain")[1:],
+        *train_command(folder, "in-vain"),
         environment={
             "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

@@ -14,30 +14,29 @@ import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model
+from ci2p_cache.specs import ViewSpec
 from ci2p_cache.training.checkpoint_folder import weights_of
 from ci2p_cache.training.ema import WeightAverage, decay_at
-from tests.support.pictures import write_image_folder
+from tests.support.caches import make_cache
 from tests.support.rank_jobs import do, job, numbers
 from tests.training.test_training import copy_run, replace_file, rows_of
 
 SPEC = cc.TrainSpec(
-    model="vitds_tiny", epochs=2, batch_size=5, accumulate=2, mixup=0.8, cutmix=1.0,
+    model="vitds_nano", epochs=2, lr=1e-2, batch_size=5, accumulate=2, mixup=0.8, cutmix=1.0,
     latent_flip=0.3, ema=0.9, layer_decay=0.8,
 )  # fmt: skip
 """Everything that is off by default."""
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nano")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a cache of 14 training and 6 validation images of three classes, 64 px."""
     root = tmp_path_factory.mktemp("ema")
-    write_image_folder(root / "src" / "train", {"ant": 5, "bee": 4, "cat": 5})
-    write_image_folder(root / "src" / "val", {"ant": 2, "bee": 2, "cat": 2}, quality=60)
-    options = cc.EncodeOptions(encoder="bundled", size=64, views="none")
-    assert cc.encode(root / "src", root / "cache", options).splits == {"train": 14, "val": 6}
+    counts = {"train": {"ant": 5, "bee": 4, "cat": 5}, "val": {"ant": 2, "bee": 2, "cat": 2}}
+    make_cache(root / "cache", counts, views=ViewSpec(kind="none"))
     return root
 
 

@@ -18,12 +18,12 @@ from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
 from tests.support.rank_jobs import numbers
 
-SPEC = cc.TrainSpec(model="vitds_tiny", epochs=1, batch_size=6, folds=5, fold=2)
+SPEC = cc.TrainSpec(model="vitds_nano", epochs=1, batch_size=6, folds=5, fold=2)
 TRAIN = 13
 """Valid rows of 14: five folds of 3, 3, 3, 2 and 2."""
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nano")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_run_trains_one_fold_and_its_folder_is_bound_to_it(
         cc.train(folder / "zarr", spec=folded(3), runs_dir=tmp_path, name="two", device="cpu")
     # The encoder in the loop, by flag, takes the same rows: the same losses, to the last bit.
     trained = run(
-        "train", folder / "webdataset", "--model", "vitds_tiny", "--epochs", "1",
+        "train", folder / "webdataset", "--model", "vitds_nano", "--epochs", "1",
         "--batch-size", "6", "--folds", "5", "--fold", "2", "--online", "--runs", tmp_path,
         "--name", "online", "--device", "cpu", "--workers", "1",
     )  # fmt: skip

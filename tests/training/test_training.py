@@ -36,11 +36,11 @@ from ci2p_cache.training.metrics import validate
 from ci2p_cache.training.optim import lr_at
 from ci2p_cache.training.records import summary_csv
 from ci2p_cache.training.run import EpochRecord, TrainObserver
-from tests.support.pictures import write_image_folder
+from tests.support.caches import make_cache
 from tests.support.seals import reseal
 from tests.support.warm import Child, WarmParent
 
-SPEC = cc.TrainSpec(model="vitds_tiny", epochs=3, batch_size=5)
+SPEC = cc.TrainSpec(model="vitds_nano", epochs=3, batch_size=5)
 TIMES = {"images_per_second", "wait_share", "epoch_seconds"}
 
 
@@ -58,19 +58,14 @@ class Notes(TrainObserver):
         self.epochs.append(record)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nano")
 
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 training and 8 validation images of three classes, 64 px, int8."""
-    root = tmp_path_factory.mktemp("training")
-    write_image_folder(root / "src" / "train", {"ant": 9, "bee": 7, "cat": 8})
-    write_image_folder(root / "src" / "val", {"ant": 3, "bee": 2, "cat": 3}, quality=60)
-    options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=8)
-    summary = cc.encode(root / "src", root / "out", options)
-    assert summary.splits == {"train": 24, "val": 8}
-    return root / "out"
+    """24 training and 8 validation latents (4, 4, 4) of three classes, int8."""
+    counts = {"train": {"ant": 9, "bee": 7, "cat": 8}, "val": {"ant": 3, "bee": 2, "cat": 3}}
+    return make_cache(tmp_path_factory.mktemp("training") / "out", counts)
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +117,18 @@ def test_the_same_command_gives_the_same_bits_in_the_same_folder_name(
     notes = Notes()
     summary = cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observer=notes)
     assert Path(summary.path).name == finished.name
-    assert finished.name.startswith("vitds_tiny-")
+    assert finished.name.startswith("vitds_nano-")
     assert_same_run(Path(summary.path), finished)
     assert [record.epoch for record in notes.epochs] == [1, 2, 3]
     assert torch.equal(state, torch.random.get_rng_state())
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
-def test_the_loss_goes_down_and_every_image_counts_once(finished: Path) -> None:
-    rows = rows_of(finished)
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert float(rows[-1]["loss"]) < 0.95 * float(rows[0]["loss"])
+def test_the_loss_goes_down_and_every_image_counts_once(cache_dir: Path, tmp_path: Path) -> None:
+    summary = cc.train(cache_dir, spec=changed(lr=1e-2, epochs=6), runs_dir=tmp_path, device="cpu")
+    rows = rows_of(Path(summary.path))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
     assert {row["images"] for row in rows} == {"24"}
     assert {row["skipped_steps"] for row in rows} == {"0"}
 
@@ -144,7 +140,9 @@ def test_one_epoch_equals_a_plain_loop_written_out(cache_dir: Path, tmp_path: Pa
     summary = cc.train(cache_dir, spec=spec, runs_dir=tmp_path, device="cpu")
 
     torch.manual_seed(4)
-    model = cc.create_model("vitds_tiny", num_classes=3, latent_size=4, drop_path_rate=0.0)
+    model = cc.create_model(
+        "vitds_nano", num_classes=3, latent_channels=4, latent_size=4, drop_path_rate=0.0
+    )
     vectors = [p for p in model.parameters() if p.ndim == 1]
     others = [p for p in model.parameters() if p.ndim > 1]
     groups: list[dict[str, Any]] = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
@@ -187,12 +185,12 @@ def test_model_json_and_the_best_weights_give_the_recorded_accuracy(
     assert float(row["val_loss"]) == pytest.approx(loss, rel=1e-5)
     assert {row["top5"] for row in rows} == {"1.0"}
     assert record["classes"] == ["ant", "bee", "cat"]
-    assert len(record["offset"]) == record["fingerprint"]["latent"]["channels"] == 192
+    assert len(record["offset"]) == record["fingerprint"]["latent"]["channels"] == 4
 
 
 def start(warm: WarmParent, cache_dir: Path, runs: Path) -> Child:
     return warm.start(
-        *("train", cache_dir, "--model", "vitds_tiny", "--epochs", 3, "--batch-size", 5),
+        *("train", cache_dir, "--model", "vitds_nano", "--epochs", 3, "--batch-size", 5),
         *("--runs", runs, "--device", "cpu", "--save-every", 1),
     )
 
@@ -214,7 +212,7 @@ def test_killed_at_a_random_moment_and_resumed_gives_the_same_bits(
         until(lambda: "epoch 1/3" in process.told(), process)
     else:
         until(first_save.exists, process)
-    time.sleep(random.uniform(0.0, 1.0))
+    time.sleep(random.uniform(0.0, 0.3))
     process.send_signal(signal.SIGKILL)
     process.wait()
     notes = Notes()
@@ -243,7 +241,7 @@ def test_sigterm_ends_resumably_with_its_exit_code(
 
 
 def test_stopped_again_and_again_by_ctrl_c_it_still_gives_the_same_bits(
-    cache_dir: Path, finished: Path, tmp_path: Path
+    takes_ctrl_c: None, cache_dir: Path, finished: Path, tmp_path: Path
 ) -> None:
     stopped: list[BaseException] = []
     for attempt in range(60):
@@ -267,7 +265,7 @@ def test_stopped_again_and_again_by_ctrl_c_it_still_gives_the_same_bits(
 
 
 def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_that_was_saved(
-    cache_dir: Path, finished: Path, tmp_path: Path
+    takes_ctrl_c: None, cache_dir: Path, finished: Path, tmp_path: Path
 ) -> None:
     class Impatient(TrainObserver):
         def epoch(self, record: EpochRecord) -> None:
@@ -293,7 +291,7 @@ def test_a_write_that_fails_leaves_no_half_checkpoint_and_the_run_goes_on_later(
 
     class Filling(TrainObserver):
         def epoch(self, record: EpochRecord) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
 
     try:
         with pytest.raises(errors.ResourceError, match=r"optimizer|model") as caught:
@@ -369,9 +367,7 @@ def test_other_settings_get_another_folder_and_a_named_one_refuses_them(
 def test_another_data_set_of_the_same_encoder_is_another_run(
     finished: Path, tmp_path: Path
 ) -> None:
-    source = write_image_folder(tmp_path / "src", {"ant": 7, "bee": 8, "cat": 9})
-    options = cc.EncodeOptions(encoder="bundled", size=64, val_fraction=0.25)
-    cc.encode(source, tmp_path / "out", options)
+    make_cache(tmp_path / "out", {"train": {"ant": 7, "bee": 8, "cat": 9}, "val": {"ant": 8}})
     with pytest.raises(errors.RunMismatchError, match="data_sha256"):
         cc.train(tmp_path / "out", spec=SPEC, runs_dir=finished.parent, name=finished.name)
 
@@ -524,7 +520,7 @@ def test_stopped_between_training_and_validation_an_epoch_is_validated_later(
 
 
 def test_validation_can_be_stopped_and_leaves_the_model_in_its_mode(cache_dir: Path) -> None:
-    model = cc.create_model("vitds_tiny", num_classes=3)
+    model = cc.create_model("vitds_nano", num_classes=3, latent_channels=4)
     with cc.LatentLoader(cc.open_cache(cache_dir)["val"], batch_size=3, shuffle=False) as loader:
         stopped = validate(model, loader, precision="float32", should_stop=lambda: True)
         assert stopped is None
@@ -555,9 +551,7 @@ def test_bf16_parts_and_position_embedding_train_too(cache_dir: Path, tmp_path: 
 def test_without_validation_the_lowest_loss_is_best_and_the_curves_are_drawn(
     tmp_path: Path,
 ) -> None:
-    source = write_image_folder(tmp_path / "src", {"ant": 6, "bee": 5})
-    options = cc.EncodeOptions(encoder="bundled", size=64, val_fraction=0.0)
-    cc.encode(source, tmp_path / "out", options)
+    make_cache(tmp_path / "out", {"train": {"ant": 6, "bee": 5}})
     summary = cc.train(tmp_path / "out", spec=changed(epochs=2), runs_dir=tmp_path / "runs")
     rows = rows_of(Path(summary.path))
     assert [(row["val_loss"], row["top1"], row["top5"]) for row in rows] == [("", "", "")] * 2
@@ -616,9 +610,7 @@ def test_a_cache_without_images_labels_or_room_for_batch_norm_is_refused(
     with pytest.raises(errors.InputDataError, match="holds no image to train from"):
         cc.train(odd, spec=SPEC, runs_dir=tmp_path)
 
-    write_image_folder(tmp_path / "small" / "train", {"ant": 3, "bee": 3})
-    options = cc.EncodeOptions(encoder="bundled", size=32)
-    cc.encode(tmp_path / "small", tmp_path / "out", options)
+    make_cache(tmp_path / "out", {"train": {"ant": 3, "bee": 3}}, side=2)
     with pytest.raises(errors.UsageError, match="`batch_size` 5 leaves 6 images"):
         cc.train(tmp_path / "out", spec=SPEC, runs_dir=tmp_path)
 
@@ -708,8 +700,9 @@ def test_a_resident_split_gives_the_same_bits(
     assert_same_run(Path(summary.path), finished)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_to_nearly_the_same_numbers_and_goes_on_uncompiled(
-    cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    takes_ctrl_c: None, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # All of torch.compile but the C++ compiler, with which this takes minutes.
     compiling = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
