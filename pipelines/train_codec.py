@@ -23,9 +23,6 @@ it stopped, and gives the same weights as if it had never stopped, to the last b
 same number of threads.
 """
 
-# The warning of an import can only be silenced before the import.
-# ruff: noqa: E402
-
 from __future__ import annotations
 
 import argparse
@@ -35,13 +32,10 @@ import signal
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-# CompressAI still compiles a function with torch.jit when it is imported.
-warnings.filterwarnings("ignore", message=r"`torch\.jit")
-
-import compressai
 import torch
 
 import ci2p_cache
@@ -131,6 +125,8 @@ class Progress:
 
 def main() -> None:
     """Runs the command line; the exit code is the error's own, as in `ci2p-cache`."""
+    # CompressAI still compiles a function with torch.jit when it is imported.
+    warnings.filterwarnings("ignore", message=r"`torch\.jit")
     with told_errors(go_on=shlex.join(["python", *sys.argv])):
         _run(_parsed(sys.argv[1:]))
 
@@ -245,7 +241,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "ci2p_cache": ci2p_cache.__version__,
-            "compressai": compressai.__version__,
+            "compressai": version("compressai"),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

@@ -40,12 +40,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def nano() -> None:
-    """Makes the models `vit_nano` and `vitds_nano` known to this process."""
-    from tests.support.nano import add_nano_models
+@pytest.fixture(scope="module")
+def nano() -> Iterator[None]:
+    """Has the nano models known while a module runs."""
+    from tests.support.nano import nano_models
 
-    add_nano_models()
+    with nano_models():
+        yield
 
 
 @pytest.fixture

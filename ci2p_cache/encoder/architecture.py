@@ -1,21 +1,23 @@
-"""CompressAI's architectures: which there are, and how a file's tensors become a model of one."""
+"""CompressAI's architectures: which there are, and how a file's tensors become a model of one.
+
+Importing compressai takes seconds, so functions import it when they need it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from compressai.models import CompressionModel, FactorizedPrior
-from compressai.models.utils import remap_old_keys
-from compressai.zoo.image import cfgs, model_architectures, model_urls
-from compressai.zoo.pretrained import load_pretrained
 from torch import Tensor
 
 from ci2p_cache.encoder.weights import Metric, WeightsFile
 from ci2p_cache.errors import UsageError, WeightsError
 
-__all__ = ["build_model", "check_choice", "has_factorized_prior", "value_tensors"]
+if TYPE_CHECKING:
+    from compressai.models import CompressionModel
+
+__all__ = ["build_model", "check_choice", "has_factorized_prior", "new_model", "value_tensors"]
 
 # Tables for the entropy coder, and the goal of a training loss: they change no y, y_hat or x_hat,
 # and are there or not depending on who saved the file.
@@ -30,6 +32,8 @@ def check_choice(arch: str, quality: int, metric: str) -> None:
     Raises:
         UsageError: arch, quality or metric is unknown.
     """
+    from compressai.zoo.image import cfgs, model_urls
+
     if arch not in model_urls:
         raise UsageError(f"`arch` is {arch!r}; wanted one of {', '.join(model_urls)}")
     if quality not in cfgs[arch]:
@@ -40,6 +44,8 @@ def check_choice(arch: str, quality: int, metric: str) -> None:
 
 def has_factorized_prior(model: CompressionModel) -> bool:
     """Whether y itself is coded with fixed medians, so that symbols exist without a hyperprior."""
+    from compressai.models import FactorizedPrior
+
     return isinstance(model, FactorizedPrior)
 
 
@@ -68,7 +74,7 @@ def build_model(file: WeightsFile, arch: str, quality: int) -> CompressionModel:
         WeightsError: the file does not fit; says which keys and shapes, and what it does fit.
     """
     state = _canonical(file)
-    model = _new_model(arch, quality)
+    model = new_model(arch, quality)
     misfit = _misfit(state, model)
     if misfit:
         raise WeightsError(
@@ -87,6 +93,9 @@ def build_model(file: WeightsFile, arch: str, quality: int) -> CompressionModel:
 
 def _canonical(file: WeightsFile) -> dict[str, Any]:
     """Returns the file's state dict under today's names, without derived tables."""
+    from compressai.models.utils import remap_old_keys
+    from compressai.zoo.pretrained import load_pretrained
+
     try:
         state = remap_old_keys("entropy_bottleneck", load_pretrained(dict(file.tensors)))
     except IndexError as error:
@@ -102,8 +111,10 @@ def _is_derived(name: str) -> bool:
     return name.rpartition(".")[2] in _DERIVED
 
 
-def _new_model(arch: str, quality: int) -> CompressionModel:
-    # The constructor draws initial weights; the user's random numbers must not notice.
+def new_model(arch: str, quality: int) -> CompressionModel:
+    """Builds CompressAI's model with drawn weights; torch's global generator stays as it was."""
+    from compressai.zoo.image import cfgs, model_architectures
+
     with torch.random.fork_rng(devices=[]):
         return model_architectures[arch](*cfgs[arch][quality])
 
@@ -149,12 +160,14 @@ def _few(names: list[str]) -> str:
 
 def _looks_like(state: Mapping[str, Any]) -> str:
     """Says which architecture and qualities a state dict does fit."""
+    from compressai.zoo.image import cfgs, model_urls
+
     if not any(name.startswith("g_a.") for name in state):
         return "It holds no g_a, so it is no CompressAI encoder"
     for arch in model_urls:
         for sizes in dict.fromkeys(cfgs[arch].values()):
             same = [quality for quality, other in cfgs[arch].items() if other == sizes]
-            if not _misfit(state, _new_model(arch, same[0])):
+            if not _misfit(state, new_model(arch, same[0])):
                 return f"It fits {arch} {_span(same)} {_sizes(arch, same[0])}"
     shapes = [state.get(f"g_a.{layer}.weight") for layer in (0, 6)]
     if all(isinstance(weight, Tensor) and weight.ndim == 4 for weight in shapes):
@@ -170,5 +183,7 @@ def _span(qualities: Iterable[int]) -> str:
 
 
 def _sizes(arch: str, quality: int) -> str:
+    from compressai.zoo.image import cfgs
+
     sizes = cfgs[arch][quality]
     return f"(N={sizes[0]}, M={sizes[-1]})"

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressai.zoo.image import model_urls
-
 from ci2p_cache.errors import (
     DigestError,
     DiskFullError,
@@ -83,6 +81,8 @@ def official_url(arch: str, quality: int, metric: str) -> str:
     Raises:
         UsageError: no weights are published for that combination.
     """
+    from compressai.zoo.image import model_urls
+
     try:
         published = str(model_urls[arch][metric][quality])
     except KeyError as error:

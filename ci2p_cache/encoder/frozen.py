@@ -18,10 +18,9 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from compressai.models import CompressionModel
 from torch import Tensor
 
 from ci2p_cache.encoder import quantize as quantizer
@@ -32,6 +31,9 @@ from ci2p_cache.errors import UsageError
 from ci2p_cache.machine import checked_device
 from ci2p_cache.record import write_synced
 from ci2p_cache.specs import DOWNSAMPLING, EncoderSpec
+
+if TYPE_CHECKING:
+    from compressai.models import CompressionModel
 
 __all__ = ["FrozenEncoder"]
 

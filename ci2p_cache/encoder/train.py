@@ -24,12 +24,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from compressai.losses import RateDistortionLoss
-from compressai.models import FactorizedPrior
-from compressai.zoo.image import cfgs
 from torch import Tensor
 
-from ci2p_cache.encoder.architecture import value_tensors
+from ci2p_cache.encoder.architecture import new_model, value_tensors
 from ci2p_cache.encoder.codec_checkpoint import CodecPlace, CodecState, CodecStore
 from ci2p_cache.encoder.codec_optimizers import CodecOptimizers
 from ci2p_cache.encoder.codec_spec import CODEC_ARCH, CodecSpec
@@ -135,7 +132,7 @@ class _Run:
         self._device = device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            model = FactorizedPrior(*cfgs[CODEC_ARCH][spec.quality])
+            model = new_model(CODEC_ARCH, spec.quality)
         if start is not None:
             if (start.spec.arch, start.spec.quality) != (CODEC_ARCH, spec.quality):
                 raise UsageError(
@@ -147,6 +144,9 @@ class _Run:
         self._parameters: dict[str, Tensor] = dict(model.named_parameters())
         self._mean = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._optimizers = CodecOptimizers(dict(model.named_parameters()), spec)
+        # Importing compressai takes seconds.
+        from compressai.losses import RateDistortionLoss
+
         self._loss = RateDistortionLoss(lmbda=spec.lmbda, metric="mse")
 
     def advance(self, x_B3HW: Tensor) -> CodecStep:
@@ -218,8 +218,7 @@ class _Run:
 
     def encoder(self) -> FrozenEncoder:
         """Gives the averaged weights as an encoder of their own."""
-        with torch.random.fork_rng(devices=[]):
-            model = FactorizedPrior(*cfgs[CODEC_ARCH][self.spec.quality])
+        model = new_model(CODEC_ARCH, self.spec.quality)
         mean = {name: tensor.detach().cpu().clone() for name, tensor in self._mean.items()}
         model.load_state_dict({**model.state_dict(), **mean})
         spec = EncoderSpec(

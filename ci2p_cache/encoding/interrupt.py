@@ -25,8 +25,8 @@ class _Signalled(KeyboardInterrupt):
 def interruptible(message: str) -> Iterator[None]:
     """Raises `InterruptedRunError` in the block at the first of `stop_signals()`.
 
-    A second signal meets the handlers that were there before, so it ends the process at once. Outside the main
-    thread, where Python delivers no signals, the block runs as it is.
+    A second signal meets the handlers that were there before, so it ends the process at once.
+    Outside the main thread, where Python delivers no signals, the block runs as it is.
 
     Args:
         message: What was interrupted and what is safe.

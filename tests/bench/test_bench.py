@@ -41,6 +41,7 @@ def report(cache_dir: Path) -> TrainReport:
     return report
 
 
+@pytest.mark.slow
 def test_every_way_is_measured_by_the_same_loop(report: TrainReport) -> None:
     assert [row.name for row in report.rows] == [
         "cached", "compute alone", "in the loop", "vit_b16",
@@ -53,6 +54,7 @@ def test_every_way_is_measured_by_the_same_loop(report: TrainReport) -> None:
         assert row.epoch_seconds == pytest.approx(11 / row.images_per_second)
 
 
+@pytest.mark.slow
 def test_utilisation_is_the_models_arithmetic_over_the_measured_rate(report: TrainReport) -> None:
     cost = complexity("vitds_tiny", size=64, num_classes=2)
     for name, macs in (
@@ -66,6 +68,7 @@ def test_utilisation_is_the_models_arithmetic_over_the_measured_rate(report: Tra
         assert row.utilisation == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_encoding_pays_after_what_it_costs_over_what_an_epoch_saves(report: TrainReport) -> None:
     cached, online = report.row("cached"), report.row("in the loop")
     assert cached is not None
@@ -140,7 +143,13 @@ def test_making_a_cache_again_is_measured_with_its_own_settings(cache_dir: Path)
     assert report.views_per_image == 2
 
 
-@pytest.mark.parametrize("more", [(), ("--executor", "processes", "--devices", "cpu:1")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("--executor", "processes", "--devices", "cpu:1"), marks=pytest.mark.slow),
+    ],
+)
 def test_where_bfloat16_is_computed_in_software_is_told(
     cache_dir: Path, tmp_path: Path, run: Callable[..., Ran], more: tuple[str, ...]
 ) -> None:
@@ -154,11 +163,12 @@ def test_where_bfloat16_is_computed_in_software_is_told(
     assert ("no bfloat16 instructions" in ran.err) == (told is not None)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_rate_of_matrix_products_is_that_of_a_computer(precision: str) -> None:
     assert 1e8 < matmul_flops(torch.device("cpu"), precision) < 1e16
 
 
+@pytest.mark.slow
 def test_the_commands_print_tables_and_json(cache_dir: Path, run: Callable[..., Ran]) -> None:
     loader = ("bench", "loader", cache_dir, "--seconds", 0.02, "--device", "cpu")
     assert "int8, as stored" in run(*loader).out

@@ -24,6 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return read_data(generated(tmp_path_factory.mktemp("base"), per_class=1, size=64), 24)
 
 
+@pytest.mark.slow
 def test_the_loader_benchmark_gives_every_row_of_ours_and_of_the_limits(
     data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from tests.benchmarks.measure import Rates
 from tests.support.pictures import write_image_folder
 
 
+@pytest.mark.slow
 def test_the_encode_benchmark_gives_its_rows_and_ratios(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

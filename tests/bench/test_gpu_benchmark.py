@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.benchmarks.gpu import Settings, measure_gpu
 
 
+@pytest.mark.slow
 def test_every_part_gives_its_rows() -> None:
     report = measure_gpu(
         Settings(

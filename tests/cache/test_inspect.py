@@ -219,6 +219,7 @@ def test_the_tree_accounts_for_every_file(folder, cache):
     assert by_path["cache.json"].files == 1
 
 
+@pytest.mark.slow
 def test_card_and_sample_need_no_compressai(cache):
     code = f"""
         import sys

@@ -14,12 +14,11 @@ import torch
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.remote import RemoteFolder, shown, url_of
-from tests.support.commands import Ran
+from tests.support.commands import Ran, needs
 from tests.support.pictures import write_image_folder
 from tests.support.s3_server import KEY, SECRET, FaultyDoor, put_folder, s3_server
 
-pytest.importorskip("s3fs", reason="s3fs is not installed")
-pytest.importorskip("moto", reason="moto is not installed")
+pytestmark = [needs("s3fs", "moto"), pytest.mark.usefixtures("nano")]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_training_from_a_failing_s3_loses_what_training_here_loses(
     local: Path, server: str, tmp_path: Path, run: Callable[..., Ran],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    more = ("--model", "vitds_tiny", "--epochs", 2, "--batch-size", 8, "--json")
+    more = ("--model", "vitds_nano", "--epochs", 2, "--batch-size", 8, "--json")
     found = []
     monkeypatch.setattr("ci2p_cache.remote._READ_SECONDS", 1)
     with FaultyDoor(server, share=0.08, seed=1, hang_seconds=2.0) as door:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from compressai.zoo.image import model_urls
 
 import ci2p_cache as cc
 from ci2p_cache.cli import choices
@@ -74,6 +73,8 @@ def test_words_complete_without_loading_anything_heavy(line: str, wanted: list[s
 def test_what_completes_is_what_there_is() -> None:
     own = {name for name in choices.models("") if not name.endswith(":")}
     assert own == set(cc.list_models())
+    from compressai.zoo.image import model_urls
+
     assert choices.archs("") == list(model_urls)
     for name in choices.views(""):
         assert cc.EncodeOptions(views=name + "4" if name.endswith(":") else name)

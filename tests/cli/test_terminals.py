@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import pty
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +18,12 @@ import ci2p_cache as cc
 from ci2p_cache.cli.app import app
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
+from tests.support.warm import WarmParent
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "ci2p_cache")
 ENCODE = ("--encoder", "bundled", "--size", "64")
+SPOKEN = ("LANG", "LANGUAGE", "PYTHONUTF8", "PYTHONIOENCODING", "NO_COLOR", "COLUMNS", "LINES")
+"""What this machine says of languages and terminals."""
 ODD = "b\N{LATIN SMALL LETTER A WITH DIAERESIS}h"
 MOUNTAIN = "\N{CJK UNIFIED IDEOGRAPH-5C71}"
 
@@ -42,27 +40,18 @@ def odd_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment(**changes: str) -> dict[str, str]:
     """The environment without what this machine says of languages, and with `changes`."""
-    spoken = ("LANG", "LANGUAGE", "PYTHONUTF8", "PYTHONIOENCODING", "NO_COLOR", "COLUMNS")
-    kept = {k: v for k, v in os.environ.items() if k not in spoken and not k.startswith("LC_")}
+    kept = {k: v for k, v in os.environ.items() if k not in SPOKEN and not k.startswith("LC_")}
     return kept | changes
 
 
-def on_a_terminal(columns: int, *words: object, **changes: str) -> tuple[int, str]:
+def on_a_terminal(
+    warm: WarmParent, columns: int, *words: object, **changes: str
+) -> tuple[int, str]:
     """Runs the command on a terminal of that width; returns exit code and all that was shown."""
-    main_end, other_end = pty.openpty()
-    fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, words)], stdin=other_end, stdout=other_end, stderr=other_end,
-        env=environment(TERM="xterm-256color", LC_ALL="C.UTF-8", **changes),
-    )  # fmt: skip
-    os.close(other_end)
-    shown = b""
-    # Reading a terminal whose last writer has gone ends in EIO.
-    with contextlib.suppress(OSError):
-        while part := os.read(main_end, 65536):
-            shown += part
-    os.close(main_end)
-    return process.wait(), shown.decode()
+    spoken: dict[str, str | None] = dict.fromkeys(SPOKEN)
+    spoken |= {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **changes}
+    ended = warm.run(*words, columns=columns, environment=spoken)
+    return ended.code, ended.out
 
 
 def drawn_lines(shown: str) -> list[str]:
@@ -70,6 +59,7 @@ def drawn_lines(shown: str) -> list[str]:
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoken",
     [
@@ -100,10 +90,10 @@ def test_names_that_a_terminal_has_no_letters_for_end_no_command(
 
 @pytest.mark.parametrize("columns", [40, 80])
 def test_progress_stays_in_one_line_of_the_terminal(
-    image_folder: Path, tmp_path: Path, columns: int
+    warm: WarmParent, image_folder: Path, tmp_path: Path, columns: int
 ) -> None:
     code, shown = on_a_terminal(
-        columns, "encode", image_folder, "--out", tmp_path / "shards", *ENCODE
+        warm, columns, "encode", image_folder, "--out", tmp_path / "shards", *ENCODE
     )
     assert code == 0, shown
     progress = [line for line in drawn_lines(shown) if "/21 images" in line]
@@ -113,13 +103,13 @@ def test_progress_stays_in_one_line_of_the_terminal(
     assert any(re.search(r"\d+ s left", line) for line in progress), progress
 
 
-def test_no_color_is_heeded(tmp_path: Path) -> None:
+def test_no_color_is_heeded(warm: WarmParent, tmp_path: Path) -> None:
     coloured = re.compile(r"\x1b\[[0-9;]*3[1-7]m")
     words = ("encode", tmp_path / "nowhere", "--out", tmp_path / "out", *ENCODE)
-    code, shown = on_a_terminal(80, *words)
+    code, shown = on_a_terminal(warm, 80, *words)
     assert code == 3
     assert coloured.search(shown)
-    code, shown = on_a_terminal(80, *words, NO_COLOR="1")
+    code, shown = on_a_terminal(warm, 80, *words, NO_COLOR="1")
     assert code == 3
     assert not coloured.search(shown)
 

@@ -10,14 +10,12 @@ import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from compressai.models import CompressionModel, FactorizedPrior
-from compressai.zoo.image import cfgs, model_architectures
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,6 +27,10 @@ from ci2p_cache.encoder.load import load_encoder, load_saved_encoder, save_half
 from ci2p_cache.encoder.quantize import dequantize, quantize, saturate
 from ci2p_cache.errors import UsageError, WeightsError
 from tests.support.pictures import picture
+
+if TYPE_CHECKING:
+    from compressai.models import CompressionModel
+
 
 BUNDLED_FILE = "bmshj2018-factorized-5-mse.safetensors"
 
@@ -50,6 +52,8 @@ def images(*seeds: int, width: int = 96, height: int = 64) -> torch.Tensor:
 def lively_model(arch: str, quality: int, seed: int) -> CompressionModel:
     """A random model whose latents spread over many symbols and whose medians are not zero."""
     torch.manual_seed(seed)
+    from compressai.zoo.image import cfgs, model_architectures
+
     model = model_architectures[arch](*cfgs[arch][quality]).eval()
     with torch.no_grad():
         if arch == "bmshj2018-factorized":
@@ -73,6 +77,8 @@ def bundled_reference() -> CompressionModel:
     """The bundled weights in plain CompressAI, read without our code."""
     path = importlib.resources.files("ci2p_cache.encoder") / "bundled" / BUNDLED_FILE
     weights = safetensors.torch.load(path.read_bytes())
+    from compressai.models import FactorizedPrior
+
     model = FactorizedPrior(128, 192)
     floats = {name: tensor.float() for name, tensor in weights.items()}
     model.load_state_dict({**model.state_dict(), **floats})
@@ -300,6 +306,7 @@ def test_the_mass_of_a_bin_is_the_sum_of_the_bins_it_splits_into(bundled):
     assert sum(mass(middle + k, 1.0) for k in range(-60, 61)) == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_bundled_weights_compress_photographs_as_their_card_says(
     shared_data, bundled, bundled_reference
 ):

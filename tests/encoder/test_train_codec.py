@@ -7,8 +7,8 @@ import json
 import math
 import runpy
 import signal
-import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +97,7 @@ def run_script(*words: object) -> int:
 # The loop
 
 
+@pytest.mark.slow
 def test_the_cost_falls_on_a_few_pictures(tmp_path):
     data = pictures(1, 2)
     start = train_codec(data, spec(steps=1, lr=1e-9), tmp_path / "start").encoder
@@ -117,7 +118,11 @@ def test_the_cost_falls_on_a_few_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "precision", "steps"), [("muon", "bfloat16", 2), ("adam", "float32", 3)]
+    ("optimizer", "precision", "steps"),
+    [
+        ("adam", "float32", 3),
+        pytest.param("muon", "bfloat16", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
     tmp_path, optimizer, precision, steps
@@ -135,6 +140,7 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
         assert same_weights(whole, resumed)
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_save_goes_on_from_there(tmp_path):
     data, settings = pictures(1, 2), spec()
     whole = train_codec(data, settings, tmp_path / "whole")
@@ -169,6 +175,7 @@ def test_training_leaves_the_callers_random_numbers_and_the_start_alone(tmp_path
     assert start.to_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_start_that_is_hardly_moved_stays_what_it_was(tmp_path):
     start = train_codec(pictures(1), spec(), tmp_path / "start").encoder
     settings = spec(steps=1, lr=1e-12, entropy_lr=1e-12, aux_lr=1e-12)
@@ -321,7 +328,7 @@ def test_evaluation_refuses_what_it_cannot_measure():
 
 
 @pytest.fixture(scope="module")
-def script_run(tmp_path_factory):
+def script_run(warm, tmp_path_factory):
     """Three steps of the real script on a folder with every kind of picture; (folder, run)."""
     root = tmp_path_factory.mktemp("codec")
     images = root / "images"
@@ -336,15 +343,14 @@ def script_run(tmp_path_factory):
     (images / "notes.txt").write_text("no picture")
     words = ["--images", images, "2", "--out", root / "run", "--steps", 3, "--crop", 32]
     words += ["--batch-size", 2, "--precision", "float32", "--evaluate", images / "deep"]
-    command = [sys.executable, str(SCRIPT), *map(str, words)]
-    return root, words, subprocess.run(command, text=True, capture_output=True, cwd=REPO)
+    return root, words, warm.run(*words, module="pipelines.train_codec")
 
 
 def test_the_script_trains_and_records(script_run):
     root, _, run = script_run
-    assert run.returncode == 0, run.stderr
-    assert "2 pictures are left out" in run.stderr
-    assert "6 pictures, 3 steps of 2 crops" in run.stderr
+    assert run.code == 0, run.told
+    assert "2 pictures are left out" in run.err
+    assert "6 pictures, 3 steps of 2 crops" in run.err
     record = json.loads((root / "run" / "record.json").read_text())
     assert record["images"] == [{"folder": str(root / "images"), "times": 2.0, "pictures": 6}]
     assert record["left_out"] == 2
@@ -364,36 +370,32 @@ def test_the_script_trains_and_records(script_run):
     assert lines[-1].startswith("3,")
 
 
-def test_encode_takes_the_weights_that_the_script_wrote(script_run, tmp_path):
+def test_encode_takes_the_weights_that_the_script_wrote(warm, script_run, tmp_path):
     root, _, _ = script_run
     weights = root / "run" / "weights.safetensors"
     source = write_image_folder(tmp_path / "data", {"ant": 2, "bee": 2})
-    command = [sys.executable, "-m", "ci2p_cache", "encode", str(source), "--size", "64"]
-    command += ["--weights", str(weights), "--out", str(tmp_path / "shards")]
-    command += ["--val-fraction", "0"]
-    run = subprocess.run(command, text=True, capture_output=True, cwd=REPO)
-    assert run.returncode == 0, run.stderr
+    run = warm.run(
+        *("encode", source, "--size", 64, "--weights", weights, "--out", tmp_path / "shards"),
+        *("--val-fraction", 0),
+    )
+    assert run.code == 0, run.told
     cache = cc.open_cache(tmp_path / "shards")
     digest = load_encoder(weights=weights).spec.weights_sha256
     assert cache.manifest.fingerprint.encoder.weights_sha256 == digest
 
 
-def test_the_script_interrupted_and_run_again_gives_the_same_weights(script_run, tmp_path):
+@pytest.mark.slow
+def test_the_script_interrupted_and_run_again_gives_the_same_weights(warm, script_run, tmp_path):
     root, words, _ = script_run
     again = [tmp_path / "run" if word == root / "run" else word for word in words]
     again[again.index("--steps") + 1] = 10
     whole = [tmp_path / "whole" if word == tmp_path / "run" else word for word in again]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, again)], cwd=REPO, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "10 steps of 2 crops" in line:
-            break
+    process = warm.start(*again, module="pipelines.train_codec")
+    while "10 steps of 2 crops" not in process.told():
+        assert process.poll() is None, process.told()
+        time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    assert "python " in process.stderr.read()
-    process.wait()
-    process.stderr.close()
+    assert "python " in process.wait()
     assert process.returncode == 128 + signal.SIGINT
     assert run_script(*again) == 0
     assert run_script(*whole) == 0

@@ -18,8 +18,6 @@ from typing import cast
 import pytest
 import safetensors.torch
 import torch
-from compressai.models import FactorizedPrior, ScaleHyperprior
-from compressai.zoo.image import model_urls
 
 from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.weights import fetch_weights, official_url, weights_folder
@@ -308,6 +306,8 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
 
 def test_official_urls_are_compressais_own_unless_a_mirror_is_named(monkeypatch):
     monkeypatch.delenv("CI2P_CACHE_WEIGHTS_URL", raising=False)
+    from compressai.zoo.image import model_urls
+
     published = model_urls["bmshj2018-factorized"]["mse"][5]
     assert official_url("bmshj2018-factorized", 5, "mse") == published
     assert official_url("cheng2020-attn", 6, "ms-ssim").endswith("-216423ec.pth.tar")
@@ -329,6 +329,8 @@ def test_the_official_encoder_is_fetched_once_and_then_needs_no_network(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CI2P_CACHE_WEIGHTS_URL", f"{server.url}/ok")
     # The real file cannot be had here, so CompressAI's table names one that this test has made.
+    from compressai.zoo.image import model_urls
+
     table = model_urls["bmshj2018-factorized"]["mse"]
     monkeypatch.setitem(table, 1, f"https://published.example/v1/{name}")
     seen = []
@@ -356,6 +358,8 @@ def test_official_weights_that_cannot_be_had_never_fall_back(server, tmp_path, m
 def small_state(seed: int = 0) -> dict[str, torch.Tensor]:
     """A state dict of quality 1 to 5."""
     torch.manual_seed(seed)
+    from compressai.models import FactorizedPrior
+
     return dict(FactorizedPrior(128, 192).state_dict())
 
 
@@ -376,6 +380,8 @@ def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_the_digest_is_that_of_the_weights_whatever_file_holds_them(tmp_path):
     state = small_state()
+    from compressai.models import FactorizedPrior
+
     model = FactorizedPrior(128, 192)
     model.load_state_dict(state)
     model.update()
@@ -412,6 +418,8 @@ def test_half_precision_files_are_read_exactly(tmp_path):
 
 
 def test_weights_of_another_quality_name_the_shapes_and_what_they_fit(tmp_path):
+    from compressai.models import FactorizedPrior
+
     path = saved(dict(FactorizedPrior(192, 320).state_dict()), tmp_path / "q8.pth.tar")
     with pytest.raises(WeightsError) as caught:
         load_encoder(weights=path, quality=5)
@@ -425,6 +433,8 @@ def test_weights_of_another_quality_name_the_shapes_and_what_they_fit(tmp_path):
 
 
 def test_weights_of_another_architecture_name_the_keys(tmp_path):
+    from compressai.models import ScaleHyperprior
+
     path = saved(dict(ScaleHyperprior(128, 192).state_dict()), tmp_path / "hyper.pth.tar")
     with pytest.raises(WeightsError, match=r"15 keys unexpected \('gaussian_cond") as caught:
         load_encoder(weights=path)

@@ -10,15 +10,13 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
-from compressai.models import FactorizedPrior
-from compressai.zoo import image_models
 from safetensors.torch import load_file
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as tv
@@ -30,6 +28,9 @@ from ci2p_cache.encoding.progress import EncodeObserver
 from tests.support.caches import SMALL, data_digests, with_options
 from tests.support.pictures import picture, write_image_folder
 from tests.support.warm import WarmParent
+
+if TYPE_CHECKING:
+    from compressai.models import FactorizedPrior
 
 
 def plain_zarr(cache_dir: Path) -> Any:
@@ -46,6 +47,8 @@ def cache_dir(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def reference_model(cache_dir: Path) -> FactorizedPrior:
     """CompressAI's own class on the encoder that lies in the cache, as a stranger would load it."""
+    from compressai.models import FactorizedPrior
+
     model = FactorizedPrior(128, 192)
     state = {**model.state_dict(), **load_file(cache_dir / "encoder.safetensors")}
     model.load_state_dict(state, strict=False)
@@ -457,6 +460,8 @@ def test_symbols_of_an_encoder_that_has_none_are_refused_with_what_to_store(
 ) -> None:
     arch = "bmshj2018-hyperprior"
     weights = tmp_path / "weights.pth.tar"
+    from compressai.zoo import image_models
+
     torch.save({"state_dict": image_models[arch](1, "mse").state_dict()}, weights)
     options = with_options(encoder="official", arch=arch, quality=1, weights=weights)
     with pytest.raises(errors.UsageError, match="no symbols of its own") as caught:

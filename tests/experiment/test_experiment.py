@@ -41,7 +41,7 @@ from tests.support.rank_jobs import launch
 EXPERIMENT = cc.Experiment(
     name="tiny",
     encode=cc.EncodeOptions(encoder="bundled", size=64, val_fraction=0.3),
-    train=cc.TrainSpec(model="vitds_tiny", epochs=2, batch_size=8),
+    train=cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=8),
 )
 
 RECIPES = '''
@@ -63,7 +63,7 @@ def bundled() -> Experiment:
     return Experiment(
         name="bundled",
         encode=cc.EncodeOptions(encoder="bundled", size=32),
-        train=cc.TrainSpec(model="vitds_tiny", epochs=3, batch_size=8),
+        train=cc.TrainSpec(model="vitds_nano", epochs=3, batch_size=8),
     )
 
 def wants(source: str) -> Experiment:
@@ -83,7 +83,7 @@ def _helper() -> Experiment:
 '''
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nano")
 
 
 @pytest.fixture

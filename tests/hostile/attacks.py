@@ -13,7 +13,7 @@ from tests.support.seals import reseal, write_json
 from tests.support.warm import Ended, WarmParent
 
 MAX_GROWTH = 300 * 2**20
-TRAIN = ("--model", "vitds_tiny", "--epochs", "1", "--batch-size", "8", "--device", "cpu")
+TRAIN = ("--model", "vitds_nano", "--epochs", "1", "--batch-size", "8", "--device", "cpu")
 SHARD = "latents.zarr/train/latents/c.0.0.0.0.0"
 INDEX = "index/train-000000.parquet"
 COMMIT = "commits/train-000000.json"

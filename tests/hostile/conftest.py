@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import ci2p_cache as cc
+from tests.support.nano import nano_models
 from tests.support.pictures import write_image_folder
 
 
@@ -19,8 +20,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_image_folder(root / "src" / "val", {"ant": 2, "bee": 2}, quality=60)
     options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=8)
     cc.encode(root / "src", root / "shards", options)
-    spec = cc.TrainSpec(model="vitds_tiny", epochs=1, batch_size=8)
-    cc.train(root / "shards", spec=spec, runs_dir=root / "runs", name="run", device="cpu")
+    spec = cc.TrainSpec(model="vitds_nano", epochs=1, batch_size=8)
+    with nano_models():
+        cc.train(root / "shards", spec=spec, runs_dir=root / "runs", name="run", device="cpu")
     return root
 
 

@@ -153,6 +153,7 @@ def test_the_metadata_says_what_pyproject_says(
     assert points == ["[console_scripts]", "ci2p-cache", "=", "ci2p_cache.cli.start:main"]
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_encodes_far_from_the_clone(wheel: Path, tmp_path: Path) -> None:
     """In an environment that has the dependencies, and this package from the wheel alone."""
     home = tmp_path / "environment"

@@ -18,7 +18,7 @@ from tests.support.warm import WarmParent
 
 REPO = Path(__file__).resolve().parents[2]
 SETTINGS = {
-    # The commands run as printed; only the sizes are those of a test.
+    # The commands run as printed; only the sizes, of models too, are those of a test.
     "CI2P_CACHE_ENCODE_ENCODER": "bundled",
     "CI2P_CACHE_ENCODE_SIZE": "64",
     "CI2P_CACHE_ENCODE_FORMAT": "both",
@@ -81,6 +81,13 @@ EXCUSED = {
 }
 
 
+SLOW = (
+    "import glob, io", "import ci2p_cache as cc\n\ncc.encode", "ci2p-cache bench encode",
+    "ci2p-cache evaluate", "ci2p-cache run pipelines/smoke", "python pipelines/stratify",
+)  # fmt: skip
+"""How blocks begin that take many seconds: those of the slow tier."""
+
+
 @dataclass(frozen=True)
 class Block:
     """A fenced block of a README."""
@@ -125,7 +132,9 @@ def run_line(line: str, folder: Path, warm: WarmParent) -> None:
     """Runs a line: our command in a child of the warm parent, anything else in bash."""
     words = shlex.split(line, comments=True)
     if words[0] == "ci2p-cache" and not set(line.partition("#")[0]) & set("$*?~`|<>;&(){}"):
-        ended = warm.start(*words[1:], folder=folder, environment=SETTINGS)
+        ended = warm.start(
+            *words[1:], module="tests.support.nano", folder=folder, environment=SETTINGS
+        )
         told = ended.wait(300)
         assert ended.returncode == 0, f"{line}\n{told}"
         return
@@ -158,7 +167,14 @@ def folder(warm: WarmParent, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.file}-{block.number}")
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, marks=pytest.mark.slow) if block.text.startswith(SLOW) else block
+        for block in BLOCKS
+    ],
+    ids=lambda block: f"{block.file}-{block.number}",
+)
 def test_a_block_runs_as_printed_or_says_why_not(
     warm: WarmParent, block: Block, folder: Path, tmp_path: Path
 ) -> None:

@@ -14,8 +14,6 @@ from ci2p_cache.images.folder import FolderSource
 from ci2p_cache.images.locate import open_source
 from tests.support.pictures import picture
 
-scipy_io = pytest.importorskip("scipy.io")
-
 WNIDS = ("n01440764", "n01443537", "n02119789", "n02100735")
 # The devkit's ids are not sorted wnids: in the real one, 1 is n02119789, the kit fox.
 DEVKIT_ORDER = ("n02119789", "n02100735", "n01440764", "n01443537")
@@ -53,6 +51,7 @@ def write_devkit(folder: Path, classes: tuple[str, ...] = VAL_CLASSES) -> None:
     rows.append((1001, "n00001740", "entity"))
     kind = np.dtype([("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
     synsets = np.array(rows, dtype=kind).reshape(-1, 1)
+    scipy_io = pytest.importorskip("scipy.io")
     scipy_io.savemat(folder / "meta.mat", {"synsets": synsets})
 
 

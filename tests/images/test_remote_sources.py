@@ -14,13 +14,12 @@ import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.images.locate import open_source
 from tests.cache.test_remote_cache import settle
-from tests.support.commands import Ran
+from tests.support.commands import Ran, needs
 from tests.support.pictures import write_image_folder
 from tests.support.s3_server import KEY, SECRET, FaultyDoor, put_folder, s3_server
 from tests.support.sources import KINDS, entries
 
-pytest.importorskip("s3fs", reason="s3fs is not installed")
-pytest.importorskip("moto", reason="moto is not installed")
+pytestmark = needs("s3fs", "moto")
 
 OPTIONS = cc.EncodeOptions(encoder="bundled", size=64, val_fraction=0.3, shard_samples=4)
 

@@ -30,6 +30,17 @@ def images(image_folder: Path) -> list[tuple[str, bytes, str]]:
     return entries(image_folder)
 
 
+SOME_KINDS = pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("folder", "tar.gz folder", "parquet", "csv")
+        else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+)  # fmt: skip
+"""All kinds, most of them in the slow tier: for what takes seconds."""
+
+
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -81,7 +92,8 @@ def test_bytes_are_those_of_the_files_in_any_order_and_from_any_thread(
     assert read == [contents[ref.key] for ref in refs * 3]
 
 
-def test_paths_are_enough_in_another_process(source: ImageSource) -> None:
+@SOME_KINDS
+def test_paths_are_enough_in_another_process(source: ImageSource, kind: str) -> None:
     ref = list(source.scan())[-1]
     code = (
         "import sys, os; from ci2p_cache.images.locate import open_source\n"
@@ -105,6 +117,7 @@ def test_paths_that_lead_out_are_refused(source: ImageSource, path: bytes) -> No
         source.read(path)
 
 
+@SOME_KINDS
 def test_latents_labels_and_splits_are_those_of_the_folder(
     location: str, kind: str, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -124,7 +137,10 @@ def test_latents_labels_and_splits_are_those_of_the_folder(
             assert rows == [key for key in order if (split, key) in found]
 
 
-def test_a_cache_is_repaired_checked_and_loaded_from_it(location: str, run, tmp_path: Path) -> None:
+@SOME_KINDS
+def test_a_cache_is_repaired_checked_and_loaded_from_it(
+    location: str, kind: str, run, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     assert run("encode", location, "--out", out, "--encoder", "bundled", "--size", "64",
                "--shard-samples", "8", "--dry-run").code == 0  # fmt: skip

@@ -34,6 +34,9 @@ from tests.support.commands import REPO, Ran
 from tests.support.pictures import write_image_folder
 from tests.support.seals import reseal
 
+pytestmark = pytest.mark.usefixtures("nano")
+
+
 OPTIONS = cc.EncodeOptions(
     encoder="bundled", size=64, shard_samples=4, val_fraction=0.25, max_errors="1"
 )
@@ -268,7 +271,7 @@ class TestRead:
         losses: list[list[tuple[float | None, ...]]] = []
         for name in ("zarr", "webdataset"):
             told = Epochs()
-            spec = cc.TrainSpec(model="vitds_tiny", epochs=2, batch_size=8)
+            spec = cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=8)
             cc.train(
                 caches[name], spec=spec, runs_dir=tmp_path, name=name, device="cpu",
                 observer=told,

@@ -224,6 +224,7 @@ def test_how_pixels_are_strided_makes_no_difference_to_a_byte(
             assert_same_views(buffer.getvalue(), spec, views)
 
 
+@pytest.mark.slow
 def test_real_photographs_give_the_same_views_however_strided(shared_data: Path) -> None:
     flowers = sorted((shared_data / "flowers").rglob("*.jpg"))
     photos = sorted((shared_data / "photos").glob("*.png"))

@@ -25,7 +25,7 @@ from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
 from tests.support.trained import folder_of, make_run, rewrite_json, seal_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nano")
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,16 @@ import ci2p_cache as cc
 from tests.support.pictures import write_image_folder
 
 KINDS: dict[str, dict[str, Any]] = {
-    "averaged weights": {"model": "vitds_tiny", "ema": 0.9},
-    "a fold": {"model": "vitds_tiny", "folds": 3, "fold": 1},
-    "bf16": {"model": "vitds_tiny", "precision": "bf16"},
-    "images": {"model": "vit_ti16"},
-    "images and a trainable encoder": {"model": "cnn_vit_tiny"},
+    "averaged weights": {"model": "vitds_nano", "ema": 0.9},
+    "a fold": {"model": "vitds_nano", "folds": 3, "fold": 1},
+    "bf16": {"model": "vitds_nano", "precision": "bf16"},
+    "images": {"model": "vit_nano16"},
+    "images and a trainable encoder": {"model": "cnn_vit_nano"},
     "a stem replaced": {"model": "ci2p+timm:deit_tiny_patch16_224"},
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nano")
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,9 @@ def test_a_run_of_any_kind_is_evaluated_as_it_was_validated(
     shutil.rmtree(run)
 
 
+@pytest.mark.slow
 def test_an_image_model_is_exported_whole(made: Path, tmp_path: Path) -> None:
-    spec = cc.TrainSpec(model="vit_ti16", epochs=1, batch_size=6)
+    spec = cc.TrainSpec(model="vit_nano16", epochs=1, batch_size=6)
     cc.train(made / "shards", spec=spec, runs_dir=tmp_path, name="run", device="cpu")
     summary = cc.export_model(tmp_path / "run", tmp_path / "a.pt2", to="torch", count=3)
     assert (summary.input_shape, summary.check.stored_values) == ((3, 64, 64), 0)

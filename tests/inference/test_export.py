@@ -15,15 +15,13 @@ from torch import Tensor
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.inference.export_check import check_export
-from tests.support.commands import Ran
+from tests.support.commands import Ran, needs
 from tests.support.trained import make_run
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    needs("onnx", "onnxruntime", "onnxscript"),
+    pytest.mark.usefixtures("one_thread", "nano"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +55,16 @@ def test_onnx_from_images_to_logits(
     assert check["stored_values"] == 20 * 192 * 4 * 4
     # What others do with the file, with batches of other sizes.
     images = views(classifier, made)
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(out.read_bytes(), providers=["CPUExecutionProvider"])
     if not check["differing_values"]:
         for count in (1, 3, 6):
             found = session.run(["logits"], {"images": images[:count].numpy()})[0]
             gap = (torch.from_numpy(found) - classifier(images[:count])).abs().max()
             assert gap <= 1e-4 * check["scale"]
+    import onnx
+
     model = onnx.load(out)
     onnx.checker.check_model(model)
     assert [
@@ -75,6 +77,7 @@ def test_onnx_from_images_to_logits(
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_a_torch_program_from_images_to_logits(
     made: Path, classifier: cc.Classifier, tmp_path: Path
 ) -> None:
@@ -91,7 +94,7 @@ def test_a_torch_program_from_images_to_logits(
     program = saved.module()
     for images in views(classifier, made).split(4):
         assert (program(images) - classifier(images)).abs().max() <= 1e-5
-    assert json.loads(extra["ci2p_cache.json"])["model"] == "vitds_tiny"
+    assert json.loads(extra["ci2p_cache.json"])["model"] == "vitds_nano"
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]
 
 

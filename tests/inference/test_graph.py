@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
 import ci2p_cache as cc
 from ci2p_cache.inference.exported import open_exported, write_exported
 from ci2p_cache.inference.graph import full_graph
+from tests.support.commands import needs
 from tests.support.trained import make_run
 
-pytest.importorskip("onnx", reason="onnx is not installed")
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+pytestmark = needs("onnx", "onnxruntime", "onnxscript")
 
 HALVES = torch.arange(-130, 131) + 0.5
 """From below the smallest int8 symbol to above the largest."""

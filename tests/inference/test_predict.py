@@ -19,7 +19,7 @@ from tests.support.commands import Ran
 from tests.support.pictures import picture
 from tests.support.trained import SPEC, folder_of, make_run, rewrite_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nano")
 
 
 @pytest.fixture(scope="module", params=["int8", "float32"])

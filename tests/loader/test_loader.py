@@ -369,14 +369,14 @@ def test_ranks_cut_the_batches_of_the_encoder_in_the_loop_too(cache: cc.Cache) -
         assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "nano")
 def test_twenty_steps_from_the_cache_and_with_the_encoder_in_the_loop_lose_the_same(
     cache: cc.Cache,
 ) -> None:
     def losses(loader: cc.LatentLoader | cc.OnlineLoader) -> list[float]:
         torch.manual_seed(0)
-        model = cc.create_model("vitds_tiny", num_classes=3)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model = cc.create_model("vitds_nano", num_classes=3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         found: list[float] = []
         with loader:
             while len(found) < 20:
@@ -405,6 +405,7 @@ def test_the_online_loader_refuses_an_image_that_has_changed(tmp_path: Path) -> 
             list(loader)
 
 
+@pytest.mark.slow
 def test_stage_two_reads_without_compressai(stored: Callable[[str], cc.Cache]) -> None:
     code = """
 import sys

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import ci2p_cache as cc
+from tests.support.nano import nano_models
 from tests.support.pictures import write_image_folder
 
 __all__ = ["SPEC", "folder_of", "make_run", "rewrite_json", "seal_checkpoint"]
 
-SPEC = cc.TrainSpec(model="vitds_tiny", epochs=2, batch_size=8)
+SPEC = cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=8)
 
 
 def make_run(root: Path, dtype: str = "int8") -> Path:
@@ -29,7 +30,8 @@ def make_run(root: Path, dtype: str = "int8") -> Path:
         dtype=dtype,  # type: ignore[arg-type]  # one of the dtypes
     )
     cc.encode(root / "src", root / "shards", options)
-    cc.train(root / "shards", spec=SPEC, runs_dir=root / "runs", name="run", device="cpu")
+    with nano_models():
+        cc.train(root / "shards", spec=SPEC, runs_dir=root / "runs", name="run", device="cpu")
     return root
 
 

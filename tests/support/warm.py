@@ -218,10 +218,11 @@ class WarmParent:
         *arguments: object,
         module: str = "ci2p_cache.cli.start",
         folder: Path | None = None,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str | None] | None = None,
         columns: int | None = None,
         ignoring: Sequence[int] = (),
         limited: bool = False,
+        unprivileged: bool = False,
         fault: Mapping[str, object] | None = None,
     ) -> Child:
         """Starts a command in a new child that is not waited for.
@@ -230,10 +231,11 @@ class WarmParent:
             arguments: Those of `ci2p-cache`, or of another module.
             module: The module whose `main` runs.
             folder: Where it runs; None for here.
-            environment: What is added to the environment.
+            environment: What is added to the environment; None takes a variable out.
             columns: Runs on a terminal of that width, and not into files.
             ignoring: Signals that it ignores from the start, as under nohup.
             limited: Limits its memory, so that a growth of gigabytes is an error.
+            unprivileged: Gives up what lets root read and write everything.
             fault: What `run` makes of `root`, `at` and `kind`.
         """
         self._started += 1
@@ -252,6 +254,7 @@ class WarmParent:
             "terminal": name,
             "ignoring": [int(number) for number in ignoring],
             "limited": limited,
+            "unprivileged": unprivileged,
             "fault": dict(fault or {}),
         }
         child = Child(self, self.asked(started)["pid"], files, terminal)
@@ -350,7 +353,14 @@ def _settle(asked: dict[str, Any]) -> None:
     sys.stdout = open(1, "w", buffering, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.chdir(asked["folder"])
-    os.environ.update(asked["environment"])
+    for name, value in asked["environment"].items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    if asked["unprivileged"]:
+        # capset(2), version 3: none effective, permitted or inheritable.
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, none) == 0
     if asked["limited"]:
         limit = _memory("VmSize") + _SPARE_ADDRESSES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -421,6 +431,7 @@ def _main() -> None:
     # It imports torch while this process does.
     start_decoder_server()
     # What the commands import late; nothing here computes or starts a thread.
+    importlib.import_module("compressai.zoo.image")
     for module in (
         "cli.app", "cli.watch", "encoding.whole", "previews", "report.plots", "training.run",
         "cache.sample_card", "cache.verify", "inference.classifier", "experiment.run",
