@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from ci2p_cache.doctor import diagnose
 
 FIT = {"python", "torch", "numpy", "processor", "decoder", "bundled encoder", "open files"}

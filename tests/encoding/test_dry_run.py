@@ -77,6 +77,7 @@ def test_a_small_source_is_encoded_whole_and_weighed_to_the_byte(
     assert report.blocker() is None
 
 
+@pytest.mark.slow
 def test_of_a_larger_source_a_sample_foretells_the_size(
     many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,7 +132,21 @@ def test_when_the_driver_ends_all_processes_end(
     assert tree(out) == tree(whole)
 
 
-def test_what_a_process_cannot_do_is_the_runs_error(pictures: Path, tmp_path: Path) -> None:
+def test_a_process_encodes_and_counts_what_it_cannot(pictures: Path, tmp_path: Path) -> None:
+    source = write_image_folder(tmp_path / "src", {"ant": 12})
+    for number in range(3):
+        (source / "ant" / f"{number:03d}.jpg").write_bytes(b"\xff\xd8 nothing")
+    options = with_options(executor="processes", devices="cpu:1", max_errors="3")
+    summary = cc.encode(source, tmp_path / "out", options)
+    assert (summary.images, summary.bad) == (9, 3)
+    cc.encode(source, tmp_path / "here", with_options(max_errors="3"))
+    assert tree(tmp_path / "out") == tree(tmp_path / "here")
+    with pytest.raises(errors.UsageError, match="devices"):
+        cc.encode(pictures, tmp_path / "b", with_options(executor="processes", devices="tpu"))
+
+
+@pytest.mark.slow
+def test_what_a_process_cannot_do_is_the_runs_error(tmp_path: Path) -> None:
     source, out = write_image_folder(tmp_path / "src", {"ant": 12}), tmp_path / "out"
     for number in range(3):
         (source / "ant" / f"{number:03d}.jpg").write_bytes(b"\xff\xd8 nothing")
@@ -143,8 +157,6 @@ def test_what_a_process_cannot_do_is_the_runs_error(pictures: Path, tmp_path: Pa
     assert not (out / ".staging").exists()
     summary = cc.encode(source, out, dataclasses.replace(options, max_errors="3"))
     assert (summary.images, summary.bad) == (9, 3)
-    with pytest.raises(errors.UsageError, match="devices"):
-        cc.encode(pictures, tmp_path / "b", with_options(executor="processes", devices="tpu"))
 
 
 class TestRay:

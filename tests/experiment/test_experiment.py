@@ -83,7 +83,7 @@ def _helper() -> Experiment:
 '''
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "nano")
+pytestmark = pytest.mark.usefixtures("one_thread", "nano", "takes_ctrl_c")
 
 
 @pytest.fixture

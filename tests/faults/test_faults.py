@@ -65,12 +65,13 @@ def test_every_file_is_synced_renamed_and_its_folder_synced_the_manifest_last(
             assert renamed.index(path) < record
 
 
+@pytest.mark.parametrize("count", [5, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_anywhere_is_survived_and_the_same_command_gives_the_same_bytes(
-    bench: Bench, kind: str
+    bench: Bench, kind: str, count: int
 ) -> None:
     encode, warm = bench
-    points = spread(encode.calls, 8)[1:]
+    points = spread(encode.calls, count)[1:]
     problems = [(at, text) for at in points for text in encode.fault(warm, at, kind)]
     assert not problems
 

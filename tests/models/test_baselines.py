@@ -426,6 +426,9 @@ class TestRecords:
             config_from_dict(data)
 
 
+LARGER = ("vit_ti16", "cnn_vit_tiny", f"ci2p+timm:{DEIT_TINY}")
+
+
 class InterruptAfterOneEpoch(TrainObserver):
     """Sends Ctrl-C once the first epoch is on disk."""
 
@@ -443,8 +446,12 @@ def scores(run: str) -> list[str]:
 class TestTraining:
     @pytest.mark.parametrize(
         "name",
-        ["vit_ti16", "cnn_vit_tiny", "timm:test_vit", f"ci2p+timm:{DEIT_TINY}"],
+        [
+            *("vit_nano16", "cnn_vit_nano", "timm:test_vit", "ci2p+timm:test_vit"),
+            *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER),
+        ],
     )
+    @pytest.mark.usefixtures("takes_ctrl_c", "nano")
     def test_a_run_from_the_cache_interrupted_and_resumed_gives_the_same_bits(
         self, cache_dir: Path, tmp_path: Path, name: str
     ) -> None:

@@ -298,6 +298,7 @@ class TestSeveralRuns:
             inside += known.low <= 0.7 <= known.high
         assert 180 <= inside <= 200
 
+    @pytest.mark.slow
     def test_many_classes_epochs_and_runs_stay_under_five_megabytes(self, tmp_path):
         classes = tuple(f"a class with a rather long name, number {i}" for i in range(1000))
         rng = np.random.default_rng(0)
