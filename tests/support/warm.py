@@ -273,7 +273,7 @@ class WarmParent:
             arguments: As for `start`, the same for all.
             options: As for `start`.
         """
-        from torch.distributed import TCPStore
+        from torch.distributed.distributed_c10d import TCPStore
 
         # torchrun keeps the store itself: it outlives every rank.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -333,8 +333,8 @@ def _settle(asked: dict[str, Any]) -> None:
     for number in _STOPPING:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in asked["ignoring"]:
-        signal.signal(number, signal.SIG_IGN)
+    for ignored in asked["ignoring"]:
+        signal.signal(ignored, signal.SIG_IGN)
     files = Path(asked["files"])
     if asked["terminal"] is not None:
         os.setsid()
