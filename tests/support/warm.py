@@ -273,7 +273,7 @@ class WarmParent:
             arguments: As for `start`, the same for all.
             options: As for `start`.
         """
-        from torch.distributed.distributed_c10d import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
         # torchrun keeps the store itself: it outlives every rank.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -347,8 +347,8 @@ def _settle(asked: dict[str, Any]) -> None:
         paths = (files.with_suffix(f".{name}") for name in ("out", "err"))
         out, err = (os.open(path, wanted, 0o644) for path in paths)
         streams = (os.open(os.devnull, os.O_RDONLY), out, err)
-    for number, descriptor in enumerate(streams):
-        os.dup2(descriptor, number)
+    for stream, descriptor in enumerate(streams):
+        os.dup2(descriptor, stream)
     buffering = -1 if asked["terminal"] is None else 1
     sys.stdout = open(1, "w", buffering, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
