@@ -101,6 +101,7 @@ def test_only_what_is_read_is_fetched_and_only_once(local: Path, away: str, tmp_
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "mirrors").rglob("c.1.*")} == before
 
 
+@pytest.mark.slow
 def test_training_from_a_failing_s3_loses_what_training_here_loses(
     local: Path, server: str, tmp_path: Path, run: Callable[..., Ran],
     monkeypatch: pytest.MonkeyPatch,

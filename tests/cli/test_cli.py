@@ -74,6 +74,7 @@ def test_json_goes_to_stdout_alone(run: Callable[..., Ran], cache_dir: Path) -> 
     assert {row["name"]: row["parameters"] for row in rows}["vitds"] == 49_699_424
 
 
+@pytest.mark.slow
 def test_complexity_prints_the_papers_figures(run: Callable[..., Ran]) -> None:
     text = run("complexity").out
     for figure in ("88,956,320", "49,699,424", "8.4687", "6.6211", "-63.34%", "-71.34%"):

@@ -88,7 +88,7 @@ def test_a_signal_that_its_parent_ignored_does_nothing_and_sigterm_still_saves(
 def test_encode_ends_at_the_end_of_its_terminal_with_a_command_that_goes_on(
     warm: WarmParent, tmp_path: Path
 ) -> None:
-    made = EncodeBench(tmp_path, images=30, shard_samples=2)
+    made = EncodeBench(tmp_path, images=12, shard_samples=2)
     made.undisturbed(warm)
     shutil.rmtree(made.out)
     child = warm.start(*made.arguments)

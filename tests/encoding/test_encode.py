@@ -257,11 +257,11 @@ def test_killed_at_any_time_and_run_again_gives_the_same_bytes(
 def test_sigterm_ends_within_seconds_and_the_same_command_goes_on(
     warm: WarmParent, tmp_path: Path
 ) -> None:
-    source = write_image_folder(tmp_path / "src", {"ant": 150, "bee": 150})
+    source = write_image_folder(tmp_path / "src", {"ant": 100, "bee": 100})
     out = tmp_path / "out"
     command = [
         *("encode", source, "--out", out, "--encoder", "bundled"),
-        *("--shard-samples", 16, "--size", 128),
+        *("--shard-samples", 8, "--size", 96),
     ]
     process = warm.start(*command)
     while process.poll() is None and not list(out.glob("commits/*")):
@@ -274,10 +274,8 @@ def test_sigterm_ends_within_seconds_and_the_same_command_goes_on(
     assert "ci2p-cache encode" in text
     assert not (out / ".staging").exists()
     assert not (out / ".lock").exists()
-    summary = cc.encode(
-        source, out, cc.EncodeOptions(encoder="bundled", shard_samples=16, size=128)
-    )
-    assert 0 < summary.encoded_now < 300
+    summary = cc.encode(source, out, cc.EncodeOptions(encoder="bundled", shard_samples=8, size=96))
+    assert 0 < summary.encoded_now < 200
     assert not cc.verify(out)
 
 

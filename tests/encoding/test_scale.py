@@ -125,6 +125,7 @@ def test_listing_and_planning_keep_no_object_per_image(
     assert pa.total_allocated_bytes() - before < 200 * ROWS
 
 
+@pytest.mark.slow
 def test_resuming_encodes_and_unfolds_only_what_is_not_committed(
     source: Path, nearly_done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,13 +8,10 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 import ci2p_cache as cc
 from ci2p_cache.cache.verify import verify
@@ -22,6 +19,7 @@ from ci2p_cache.encoding.progress import EncodeObserver
 from tests.images.test_decode import AWKWARD_BAD, AWKWARD_OK
 from tests.images.test_files import ODD_NAMES
 from tests.support.pictures import picture
+from tests.support.warm import WarmParent
 
 OPTIONS = cc.EncodeOptions(
     encoder="bundled", size=32, views="none", val_fraction=0.0, max_errors="100%", shard_samples=32
@@ -43,12 +41,6 @@ class Notes(EncodeObserver):
 
 notes = Notes()
 options = cc.EncodeOptions(**json.loads(sys.argv[3]))
-if len(sys.argv) > 4:
-    from ci2p_cache.images.decoders import start_decoder_server
-    # Everything is imported first: that user may not be able to read this installation.
-    cc.load_encoder("bundled")
-    start_decoder_server()
-    os.seteuid(int(sys.argv[4]))
 done, peaks = threading.Event(), [0]
 
 def watch():
@@ -83,7 +75,7 @@ print(json.dumps(counts | {"peak": max(peaks), "notes": notes.texts}))
 """
 
 
-def encode_apart(source: Path, out: Path, *, user: int | None = None, **changes: object) -> dict:
+def encode_apart(source: Path, out: Path, **changes: object) -> dict:
     """Encodes in a process of its own; returns counts, notices, peak memory of all processes."""
     options = {
         name: getattr(OPTIONS, name)
@@ -91,7 +83,7 @@ def encode_apart(source: Path, out: Path, *, user: int | None = None, **changes:
     } | changes
     argv = [sys.executable, "-W", "ignore", "-c", _ENCODE, str(source), str(out)]
     done = subprocess.run(
-        [*argv, json.dumps(options), *([str(user)] if user is not None else [])],
+        [*argv, json.dumps(options)],
         cwd=REPO, capture_output=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -308,23 +300,18 @@ def test_files_that_vanish_or_change_after_the_plan_have_their_outcome(tmp_path:
     assert verify(tmp_path / "out") == []
 
 
-@pytest.fixture
-def public_folder() -> Iterator[Path]:
-    """A folder that every user can reach; pytest's own belongs to one user."""
-    root = Path(tempfile.mkdtemp())
-    root.chmod(0o777)
-    yield root
-    shutil.rmtree(root)
-
-
-def test_unreadable_files_are_invalid_rows(public_folder: Path) -> None:
-    source = public_folder / "src"
+def test_unreadable_files_are_invalid_rows(warm: WarmParent, tmp_path: Path) -> None:
+    source, out = tmp_path / "src", tmp_path / "out"
     put(source / "a" / "1.jpg")
     put(source / "a" / "2.jpg").chmod(0)
     put(source / "a" / "unknown").chmod(0)
     # Root reads anything; the encoding process gives its rights up.
-    user = 65534 if os.geteuid() == 0 else None
-    ran = encode_apart(source, public_folder / "out", user=user)
+    ran = warm.run(
+        *("encode", source, "--out", out, "--encoder", "bundled", "--size", 64),
+        *("--val-fraction", 0, "--max-errors", "100%"),
+        unprivileged=True,
+    )
+    assert ran.code == 0, ran.told
     expected = {"a/1.jpg": None, "a/2.jpg": "permission to read the file is denied"}
-    assert_outcomes(outcomes(public_folder / "out"), expected)
-    assert any("may not be read" in text for text in ran["notes"])
+    assert_outcomes(outcomes(out), expected)
+    assert "may not be read" in ran.err

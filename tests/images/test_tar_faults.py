@@ -186,7 +186,9 @@ def bench(
     return made, warm
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["EIO", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "EIO")]
+)
 def test_a_call_on_a_tar_that_fails_is_survived_to_the_same_bytes(
     bench: tuple[EncodeBench, WarmParent], kind: str
 ) -> None:

@@ -269,7 +269,8 @@ def test_channels_last_latents_give_the_same_answer(name):
     torch.testing.assert_close(there, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param("vit_tiny", marks=pytest.mark.slow), "vitds_tiny"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_tiny", "vitds_tiny"])
 def test_the_model_is_one_graph_for_torch_compile(name):
     model = in_memory(name, num_classes=4, pos_embed=True, latent_size=4).eval()
     y = latents(2, 192, 4, 4)

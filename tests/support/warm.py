@@ -125,7 +125,7 @@ class Child:
 
     def wait(self, limit: float = 60.0) -> str:
         """Waits for its end and returns what it wrote; after `limit` seconds it is killed."""
-        end = self._started + limit
+        end = time.monotonic() + limit
         while self.poll() is None:
             if time.monotonic() > end:
                 self.send_signal(signal.SIGKILL)
