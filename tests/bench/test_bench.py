@@ -82,6 +82,7 @@ def test_encoding_pays_after_what_it_costs_over_what_an_epoch_saves(report: Trai
     assert report.pays_after(7.0, "nothing") is None
 
 
+@pytest.mark.slow
 def test_a_model_on_images_is_not_held_against_itself(cache_dir: Path) -> None:
     spec = cc.TrainSpec(model="vit_ti16", batch_size=4)
     with pytest.raises(errors.UsageError, match="vit_ti16 reads images"):

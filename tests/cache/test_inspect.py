@@ -286,6 +286,7 @@ def test_the_default_rows_are_spread_over_the_split_and_hold_latents(cache, tmp_
     assert rows[-1] - rows[0] > cache["train"].num_rows / 2
 
 
+@pytest.mark.slow
 def test_more_rows_than_there_are_draws_all_of_them(cache, tmp_path):
     result = draw_preview(cache, tmp_path / "a.png", split="val", count=64)
     assert [sample.row for sample in result.samples] == cache["val"].valid_rows.tolist()
@@ -330,7 +331,7 @@ def test_a_changed_or_deleted_original_is_not_compared_with(moved, tmp_path):
     assert min(known(result.samples[2].psnr_db)) > 25
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_a_float_cache_is_decoded_without_rounding(image_folder, tmp_path, dtype):
     options = cc.EncodeOptions(encoder="bundled", size=64, val_fraction=0.25, dtype=dtype, limit=6)
     cc.encode(image_folder, tmp_path / "shards", options)
@@ -342,6 +343,7 @@ def test_a_float_cache_is_decoded_without_rounding(image_folder, tmp_path, dtype
         assert all(value > 0 for value in known(sample.bpp))
 
 
+@pytest.mark.slow
 def test_the_rate_of_a_float_cache_is_that_of_its_rounded_latents(image_folder, tmp_path):
     samples = []
     for dtype in ("int16", "float32"):

@@ -214,6 +214,7 @@ def test_where_nothing_can_be_written_beside_the_folder_the_sample_lies_elsewher
     assert not any(elsewhere.iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_images_and_all_splits_have_their_share(
     many_images: Path, tmp_path: Path
 ) -> None:

@@ -39,14 +39,8 @@ def spread(images: list[Entry]) -> list[tuple[str | bytes, bytes]]:
     return members
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "tar",
-        pytest.param("tar.gz", marks=pytest.mark.slow),
-        pytest.param("parquet", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
 def test_every_awkward_file_has_its_outcome(shared_data: Path, tmp_path: Path, kind: str) -> None:
     files = sorted((shared_data / "awkward").iterdir())
     images = [(f"all/{f.name}", f.read_bytes(), "all") for f in files if f.name != "README.md"]

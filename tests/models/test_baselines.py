@@ -277,7 +277,9 @@ class TestTimm:
 
 
 class TestOnLatents:
-    @pytest.mark.parametrize("size", ["tiny", "small", "base"])
+    @pytest.mark.parametrize(
+        "size", ["tiny", *(pytest.param(s, marks=pytest.mark.slow) for s in ("small", "base"))]
+    )
     @pytest.mark.parametrize("family", ["vit", "deit"])
     def test_vit_and_deit_from_tiny_to_base_go_forward_and_back(
         self, family: str, size: str

@@ -98,6 +98,7 @@ def test_models_on_images_have_no_encoder_that_a_cache_could_take_away():
     assert row.reduction == row.cached_reduction == cached.reduction
 
 
+@pytest.mark.slow
 def test_timms_models_are_counted_on_images_and_on_latents():
     deit = complexity("timm:deit_tiny_patch16_224", size=64)
     assert deit.encoder_macs == 0
@@ -147,6 +148,7 @@ def test_a_head_adds_its_weights_to_model_and_baseline(name):
     assert whole.macs - bare.macs == whole.baseline_macs - bare.baseline_macs == 768 * 1000
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_baseline_and_every_model():
     table = complexity_table(64, num_classes=5)
     assert [row.name for row in table] == [BASELINE, *list_models("latents")]
