@@ -163,6 +163,8 @@ def test_only_names_groups_and_units() -> None:
     assert [unit.name for unit in same_as.chosen_units("growth/rep*")] == ["repair"]
     with pytest.raises(ValueError, match="names no unit"):
         same_as.chosen_units("nothing")
+    left = {unit.group for unit in same_as.chosen_units(None)}
+    assert {unit.group for unit in same_as.chosen_units(None, every=True)} - left == {"demo"}
 
 
 def test_the_trees_take_turns_in_a_folder() -> None:
