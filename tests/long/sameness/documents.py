@@ -67,7 +67,9 @@ def _recipes(bench: Bench) -> None:
 def _own_recipes(bench: Bench) -> None:
     for path in sorted((bench.tree.root / "pipelines").glob("*.py")):
         bench.document(f"list {path.name}", "run", path, codes=(0, 2))
-        for name in sorted(set(re.findall(r"^def ([a-z]\w*)\(\) -> ", path.read_text(), re.M))):
+        for name in sorted(
+            set(re.findall(r"^def ([a-z]\w*)\(\) -> .*Experiment", path.read_text(), re.M))
+        ):
             images = [] if "generate=" in path.read_text() else ["IMAGES"]
             bench.document(f"plan {path.name}:{name}", "run", f"{path}:{name}", *images,
                            "--dry-run", "--out", "nowhere", codes=(0, 2, 3))  # fmt: skip
