@@ -387,7 +387,7 @@ def test_a_refusal_ends_all_ranks_and_is_told_once(
 def test_torchrun_ends_all_ranks_when_one_is_killed_or_at_ctrl_c_and_they_go_on(
     folder: Path,
 ) -> None:
-    options = {"model": "vitds_tiny", "epochs": 3}
+    options: dict[str, object] = {"model": "vitds_tiny", "epochs": 3}
     whole = launch(2, "ci2p_cache", *train_command(folder, "torchrun-whole", **options))
     assert whole.communicate(timeout=300)[0].count("epoch 3/3") == 1
     command = ["ci2p_cache", *train_command(folder, "torchrun", **options)]
@@ -418,7 +418,7 @@ def test_torchrun_ends_all_ranks_when_one_is_killed_or_at_ctrl_c_and_they_go_on(
     assert told.count("going on from") == 1
     assert numbers(folder / "runs" / "torchrun") == numbers(folder / "runs" / "torchrun-whole")
 
-    refused = launch(2, "ci2p_cache", *train_command(folder, "torchrun", epochs=4))
+    refused = launch(2, "ci2p_cache", *train_command(folder, "torchrun", **options | {"epochs": 4}))
     told, _ = refused.communicate(timeout=60)
     assert refused.returncode == 1
     assert told.count("error:") == told.count("holds a run with other settings") == 1
