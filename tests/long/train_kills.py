@@ -58,11 +58,19 @@ def main() -> int:
 
 
 def run_kills(
-    warm: WarmParent, folder: Path, count: int, seed: int, *, epochs: int = 3, batch_size: int = 5
+    warm: WarmParent,
+    folder: Path,
+    count: int,
+    seed: int,
+    *,
+    epochs: int = 3,
+    batch_size: int = 5,
+    model: str = "vitds_tiny",
 ) -> Counts:
     """Kills a training run `count` times and lets it go on; every second kill is inside a save."""
     rng, counts, runs = random.Random(seed), Counts(), folder / "runs"
     command = [*_prepare(folder, warm), "--epochs", str(epochs), "--batch-size", str(batch_size)]
+    command += ["--model", model]
     whole = warm.run(*command, root=runs)
     assert whole.code == 0, whole.told
     wanted = _numbers(runs / "run")
@@ -108,7 +116,7 @@ def _prepare(folder: Path, warm: WarmParent) -> list[str]:
     )
     assert encoded.code == 0, encoded.told
     return [
-        *("train", str(cache), "--model", "vitds_tiny", "--save-every", "1"),
+        *("train", str(cache), "--save-every", "1"),
         *("--runs", str(folder / "runs"), "--name", "run", "--device", "cpu", "--workers", "1"),
     ]
 
