@@ -18,12 +18,12 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import cast
 
 import numpy as np
 import PIL
 import torch
-import torchvision
 from PIL import ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -31,7 +31,6 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
-from torchvision.io import ImageReadMode
 
 from ci2p_cache.errors import ImageDecodeError, MissingDependencyError, UsageError
 from ci2p_cache.images.headers import (
@@ -63,6 +62,9 @@ the last bit on all such files measured (1,000 flowers and the awkward folder)."
 
 _JPEG_MODES = {1: "L", 3: "RGB"}
 
+_RGB = 3
+"""`torchvision.io.ImageReadMode.RGB`."""
+
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 _MAX_STRETCH = 100
@@ -93,7 +95,8 @@ def decoder_name() -> str:
 
     Build tags such as +cpu are left out: they name the device, not another JPEG decoder.
     """
-    torchvision_version = torchvision.__version__.partition("+")[0]
+    # Not from the module: importing it takes seconds, and the processes that decode do so.
+    torchvision_version = metadata.version("torchvision").partition("+")[0]
     pillow_version = PIL.__version__.partition("+")[0]
     return f"torchvision {torchvision_version} + pillow {pillow_version}"
 
@@ -205,6 +208,8 @@ def _torchvision_jpeg_decoder() -> Callable[[torch.Tensor, int], torch.Tensor]:
     Raises:
         MissingDependencyError: torchvision was built without it, or does not fit torch.
     """
+    import torchvision.io
+
     try:
         return cast("Callable[[torch.Tensor, int], torch.Tensor]", torch.ops.image.decode_jpeg)
     except AttributeError as error:
@@ -221,7 +226,7 @@ def _decode_plain_jpeg(
     """Decodes by torchvision; it raises on truncated files. Returns pixels (3, H, W) and mode."""
     # A copy, because torch warns of buffers that cannot be written to.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    pixels = decoder(encoded, ImageReadMode.RGB.value)
+    pixels = decoder(encoded, _RGB)
     assert pixels.shape == (3, frame.height, frame.width), "two readings of one frame header"
     return pixels, _JPEG_MODES[frame.num_components]
 

@@ -16,6 +16,7 @@ process group and is blocked here: workers and server end when the other end of 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import resource
@@ -204,4 +205,7 @@ def _bound_time() -> None:
 
 
 if __name__ == "__main__":
+    # Before any fork: what the workers decode and resize with.
+    for name in ("torchvision.io", "torchvision.transforms.v2.functional"):
+        importlib.import_module(name)
     _Server(socket.socket(fileno=0)).serve()

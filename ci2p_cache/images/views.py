@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from ci2p_cache.images.decode import DecodedImage
 from ci2p_cache.specs import ImageSpec, ViewSpec
@@ -86,8 +84,10 @@ def _stacked(squares: list[torch.Tensor]) -> torch.Tensor:
 
 def _centre_square(pixels: torch.Tensor, spec: ImageSpec) -> tuple[torch.Tensor, CropBox]:
     """Resizes the shorter side to `resize_side`, then cuts the central `size` x `size`."""
-    resized = transforms.resize(pixels, [spec.resize_side], _interpolation(spec), antialias=True)
-    square = transforms.center_crop(resized, [spec.size, spec.size])
+    from torchvision.transforms.v2.functional import center_crop
+
+    resized = _resize(pixels, [spec.resize_side], spec)
+    square = center_crop(resized, [spec.size, spec.size])
     height, width = pixels.shape[1:]
     top, box_height = _place(height, resized.shape[1], spec.size)
     left, box_width = _place(width, resized.shape[2], spec.size)
@@ -104,14 +104,18 @@ def _place(source: int, resized: int, size: int) -> tuple[int, int]:
 
 def _resized_crop(pixels: torch.Tensor, box: CropBox, spec: ImageSpec) -> torch.Tensor:
     crop = pixels[:, box.top : box.top + box.height, box.left : box.left + box.width]
-    square: torch.Tensor = transforms.resize(
-        crop, [spec.size, spec.size], _interpolation(spec), antialias=True
-    )
+    square = _resize(crop, [spec.size, spec.size], spec)
     return square.flip(2) if box.flip else square
 
 
-def _interpolation(spec: ImageSpec) -> InterpolationMode:
-    return InterpolationMode(spec.interpolation)
+def _resize(pixels: torch.Tensor, size: list[int], spec: ImageSpec) -> torch.Tensor:
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resize
+
+    resized: torch.Tensor = resize(
+        pixels, size, InterpolationMode(spec.interpolation), antialias=True
+    )
+    return resized
 
 
 def _draws(seed: int, split: str, key: str, view: int) -> list[float]:

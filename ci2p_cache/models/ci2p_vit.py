@@ -15,7 +15,6 @@ from functools import partial
 from typing import Literal, cast
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ci2p_cache.errors import UsageError
@@ -128,6 +127,8 @@ def transformer_blocks(width: int, drop_path_rates: tuple[float, ...]) -> nn.Seq
         width: D.
         drop_path_rates: Stochastic depth of each block, 0 <= rate < 1.
     """
+    from timm.models.vision_transformer import Block
+
     # timm calls `norm_layer` and annotates it as a class.
     norm_layer = cast("type[nn.Module]", partial(nn.LayerNorm, eps=LAYER_NORM_EPS))
     blocks = nn.Sequential(

@@ -18,8 +18,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from timm.models._efficientnet_blocks import SqueezeExcite
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ci2p_cache.errors import UsageError
@@ -34,7 +33,7 @@ BASELINE = "vit_b16"
 _PRODUCTS = ("bmm", "baddbmm", "scaled_dot_product")
 """Batched matrix products: what attention is computed with. Linear layers are plain ones."""
 
-_NORM_MACS = ((nn.LayerNorm, 5), (nn.BatchNorm2d, 2), (SqueezeExcite, 1))
+_NORM_MACS = {"LayerNorm": 5, "BatchNorm2d": 2, "SqueezeExcite": 1}
 """What mmengine's counter, after fvcore's, adds per value that goes into a layer of this kind; for
 squeeze-and-excitation that is its pooling."""
 
@@ -266,8 +265,8 @@ def _count(config: AnyModelConfig, input_shape: tuple[int, ...]) -> _Count:
         norm_macs += factor * given.numel()
 
     for part in model.modules():
-        for kind, factor in _NORM_MACS:
-            if isinstance(part, kind):
+        for kind in type(part).__mro__:
+            if factor := _NORM_MACS.get(kind.__name__):
                 part.register_forward_pre_hook(
                     lambda _, given, factor=factor: add(factor, given[0])
                 )

@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timm.layers.format import Format
-from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
 from ci2p_cache.errors import UsageError
@@ -82,6 +80,8 @@ class CI2PPatchEmbed(nn.Module):
         self.patch_size = (SIZE_MULTIPLE_PX, SIZE_MULTIPLE_PX)
         self.strict_img_size = strict_img_size
         self.flatten = flatten and output_fmt is None
+        from timm.layers.format import Format
+
         self.output_fmt = Format(output_fmt or "NCHW")
         self.set_input_size(img_size)
         self.reshape = PatchReshape(in_chans, embed_dim, halve=True).to(device, dtype)
@@ -106,6 +106,8 @@ class CI2PPatchEmbed(nn.Module):
         self.num_patches: int | None = None
         if img_size is None:
             return
+        from timm.layers.helpers import to_2tuple
+
         height, width = to_2tuple(img_size)
         if min(height, width) < 1 or height % SIZE_MULTIPLE_PX or width % SIZE_MULTIPLE_PX:
             raise UsageError(
@@ -144,9 +146,9 @@ class CI2PPatchEmbed(nn.Module):
         """
         self._check(tuple(latents_BMHW.shape))
         maps_BDHW = self.reshape(latents_BMHW)
-        if self.flatten or self.output_fmt == Format.NLC:
+        if self.flatten or self.output_fmt == "NLC":
             tokens = to_tokens(maps_BDHW)
-        elif self.output_fmt == Format.NHWC:
+        elif self.output_fmt == "NHWC":
             tokens = maps_BDHW.permute(0, 2, 3, 1)
         else:
             tokens = maps_BDHW

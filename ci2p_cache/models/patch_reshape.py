@@ -13,16 +13,9 @@ from __future__ import annotations
 from functools import partial
 from typing import cast
 
-from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
 __all__ = ["CnnReshape", "PatchReshape", "init_convolutions", "to_map", "to_tokens"]
-
-# timm calls `se_layer` and annotates it as a class.
-_SQUEEZE_EXCITE = cast(
-    "type[nn.Module]",
-    partial(SqueezeExcite, rd_ratio=0.25, force_act_layer=nn.ReLU, gate_layer=nn.Hardsigmoid),
-)
 
 
 def _inverted_residual(
@@ -38,6 +31,13 @@ def _inverted_residual(
         kernel_size: Side of the depthwise kernel, odd; padded by half of it.
         stride: 1, or 2 to halve both sides.
     """
+    from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
+
+    # timm calls `se_layer` and annotates it as a class.
+    squeeze_excite = cast(
+        "type[nn.Module]",
+        partial(SqueezeExcite, rd_ratio=0.25, force_act_layer=nn.ReLU, gate_layer=nn.Hardsigmoid),
+    )
     return InvertedResidual(
         in_channels,
         out_channels,
@@ -45,7 +45,7 @@ def _inverted_residual(
         stride=stride,
         exp_ratio=float(expansion),
         act_layer=nn.Hardswish,
-        se_layer=_SQUEEZE_EXCITE,
+        se_layer=squeeze_excite,
     )
 
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, cast
 
-import timm
 import torch
-from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ci2p_cache.errors import UsageError
@@ -75,7 +72,7 @@ class TimmClassifier(nn.Module):
         return self.model(self.normalise(images_B3HW))  # type: ignore[no-any-return]  # modules' calls are untyped
 
 
-def build_ci2p_timm(config: CI2PTimmConfig) -> VisionTransformer:
+def build_ci2p_timm(config: CI2PTimmConfig) -> nn.Module:
     """Builds a timm Vision Transformer whose patch embedding is `CI2PPatchEmbed`.
 
     The model is timm's own, so timm's functions for its models work on it; `model.config` is the
@@ -93,7 +90,7 @@ def build_ci2p_timm(config: CI2PTimmConfig) -> VisionTransformer:
     }
     model = _create(config, name, options)
     model.config = config
-    return cast("VisionTransformer", model)
+    return cast("nn.Module", model)
 
 
 @cache
@@ -131,6 +128,8 @@ def check_builds(config: TimmConfig | CI2PTimmConfig) -> None:
 
 def _create(config: TimmConfig | CI2PTimmConfig, name: str, options: dict[str, Any]) -> Any:
     """Builds timm's model `name`, refusing stochastic depth where it takes none."""
+    import timm
+
     options = options | {"num_classes": config.num_classes, "pretrained": False}
     try:
         try:
@@ -158,6 +157,10 @@ def _refuse_drop_path(config: TimmConfig | CI2PTimmConfig, error: TypeError) -> 
 @cache
 def _require_replaceable_stem(name: str, timm_name: str) -> None:
     """Raises UsageError unless it is a VisionTransformer with the plain patch embedding."""
+    import timm
+    from timm.layers.patch_embed import PatchEmbed
+    from timm.models.vision_transformer import VisionTransformer
+
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = timm.create_model(timm_name, pretrained=False)
     if isinstance(model, VisionTransformer) and type(model.patch_embed) is PatchEmbed:

@@ -10,8 +10,6 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import timm
-
 from ci2p_cache.errors import UnknownModelError, UsageError
 from ci2p_cache.models.fields import (
     require_integer,
@@ -149,6 +147,8 @@ def made_for(name: str) -> Any:
     Args:
         name: A name that timm knows, behind `TIMM_PREFIX`.
     """
+    import timm
+
     return timm.get_pretrained_cfg(name.removeprefix(TIMM_PREFIX))
 
 
@@ -157,6 +157,8 @@ def _require_known(name: object, prefix: str) -> None:
 
     Only listed names reach timm, which takes others for addresses of models to fetch.
     """
+    import timm
+
     require_name(name)
     known, timm_name = timm.list_models(), str(name).removeprefix(prefix)
     if str(name).startswith(prefix) and timm_name in known:

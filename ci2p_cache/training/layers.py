@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 
-from timm.models import group_parameters
 from torch import nn
 
 from ci2p_cache.errors import UsageError
@@ -62,6 +61,8 @@ def _layers_of(module: nn.Module) -> dict[str, int] | None:
     names = [name for name, _ in module.named_parameters()]
     matcher = getattr(module, "group_matcher", None)
     if callable(matcher):
+        from timm.models import group_parameters
+
         found: dict[str, int] = group_parameters(module, matcher(coarse=False), reverse=True)
         last = max(found.values())
         return {name: found.get(name, last) for name in names}

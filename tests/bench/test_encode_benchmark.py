@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from tests.benchmarks import encode
 from tests.benchmarks.measure import Rates
 from tests.support.pictures import write_image_folder
 
 
+@pytest.fixture(scope="module")
+def encode() -> ModuleType:
+    """The benchmark; it imports torchvision, which takes seconds."""
+    return importlib.import_module("tests.benchmarks.encode")
+
+
 @pytest.mark.slow
 def test_the_encode_benchmark_gives_its_rows_and_ratios(
-    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encode: ModuleType, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = tmp_path / "found.json"
     only = ("whole float32 flip", "g_a float32", "naive")
@@ -39,7 +46,7 @@ def test_the_encode_benchmark_gives_its_rows_and_ratios(
     assert str(tmp_path.parent) not in text + found.read_text()
 
 
-def test_bars_hold_the_median_against_the_same_arithmetic() -> None:
+def test_bars_hold_the_median_against_the_same_arithmetic(encode: ModuleType) -> None:
     rates = {
         "whole float32 none": Rates((8.0, 9.0, 7.0)),
         "whole bf16 none": Rates((16.0, 9.0, 15.0)),
@@ -57,7 +64,7 @@ def test_bars_hold_the_median_against_the_same_arithmetic() -> None:
     assert len(rows) == 4
 
 
-def test_what_cannot_be_measured_is_refused_by_name(tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_refused_by_name(encode: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         encode.main([str(tmp_path), "--only", "fastest"])
     with pytest.raises(SystemExit, match="holds no image"):

@@ -150,7 +150,7 @@ class TestBeforeEncoding:
     def test_latents_are_a_sixteenth_of_their_images(self, whole: Path) -> None:
         made: Fingerprint = read_manifest(whole).fingerprint
         other = dataclasses.replace(made.latent, height=5)
-        with pytest.raises(errors.UsageError, match="latents of 5 x 4 from images of 64"):
+        with pytest.raises(errors.UsageError, match="latents of 5 x 2 from images of 32"):
             dataclasses.replace(made, latent=other)
 
     def test_every_refusal_of_a_manifest_names_the_file_when_it_is_read(self, cache: Path) -> None:

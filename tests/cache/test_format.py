@@ -26,7 +26,7 @@ PAGE = REPO / "ci2p_cache" / "cache" / "README.md"
 READER = Path(format_reader.__file__)
 
 OPTIONS = cc.EncodeOptions(
-    encoder="bundled", size=64, shard_samples=5, val_fraction=0.25, max_errors="1", workers=1
+    encoder="bundled", size=32, shard_samples=5, val_fraction=0.25, max_errors="1", workers=1
 )
 ENCODED: dict[str, dict[str, Any]] = {
     "int8": {},

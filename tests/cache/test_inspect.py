@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.v2.functional import center_crop, resize
 
 import ci2p_cache as cc
 from ci2p_cache.cache.card import CacheCard, describe, folder_tree
@@ -271,6 +270,8 @@ def test_the_preview_s_psnr_is_that_of_a_reconstruction_made_by_hand(cache, tmp_
     card = describe_sample(cache, "val", row=0)
     with Image.open(card.source_file) as image:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    from torchvision.transforms.v2.functional import center_crop, resize
+
     square = center_crop(resize(pixels, [64], antialias=True), [64, 64]) / 255
     psnr_db = -10 * math.log10(float((decoded - square).square().mean()))
     assert len(result.samples[0].psnr_db) == 1

@@ -26,7 +26,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 40 images in shards of 4."""
     root = tmp_path_factory.mktemp("local")
     source = write_image_folder(root / "src", {"ant": 22, "bee": 18})
-    options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.2)
+    options = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4, val_fraction=0.2)
     cc.encode(source, root / "shards", options)
     return root / "shards"
 
@@ -180,7 +180,7 @@ def test_another_cache_at_the_same_url_is_not_mixed_with_the_old_one(
 ) -> None:
     settle(monkeypatch, server, tmp_path)
     source = write_image_folder(tmp_path / "src", {"cat": 9, "dog": 8})
-    options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.0)
+    options = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4, val_fraction=0.0)
     cc.encode(source, tmp_path / "other", options)
     put_folder(server, local, "moving", "x")
     assert cc.open_cache("s3://moving/x").classes == ("ant", "bee")

@@ -320,7 +320,7 @@ class TestReencode:
         assert (summary.differing_values, summary.findings, summary.changed) == (0, (), ())
         views = {name: split.num_views for name, split in cc.open_cache(whole).items()}
         rows = {name: len(split.valid_rows) for name, split in cc.open_cache(whole).items()}
-        assert summary.values == sum(views[n] * rows[n] for n in rows) * 192 * 4 * 4
+        assert summary.values == sum(views[n] * rows[n] for n in rows) * 192 * 2 * 2
 
     def test_the_draw_depends_on_the_seed_alone(self, whole: Path) -> None:
         assert cc.reencode(whole, 3, seed=1) == cc.reencode(whole, 3, seed=1)
@@ -344,7 +344,7 @@ class TestReencode:
         assert [finding.kind for finding in summary.findings] == ["differs"] * 5
         assert summary.differing_values == 5
         assert summary.largest_difference == 1
-        assert "1 of 3072 values" in summary.findings[0].problem
+        assert "1 of 768 values" in summary.findings[0].problem
 
     def test_a_changed_source_is_named_and_not_compared(
         self, whole: Path, source: Path, tmp_path: Path

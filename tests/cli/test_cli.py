@@ -25,13 +25,13 @@ from tests.support.warm import WarmParent
 pytestmark = pytest.mark.usefixtures("nano")
 
 
-ENCODE = ("--encoder", "bundled", "--size", "64", "--shard-samples", "4")
+ENCODE = ("--encoder", "bundled", "--size", "32", "--shard-samples", "4")
 
 
 @pytest.fixture(scope="module")
 def cache_dir(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "shards"
-    options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4)
+    options = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4)
     cc.encode(image_folder, out, options)
     return out
 

@@ -21,7 +21,7 @@ from tests.support.pictures import write_image_folder
 from tests.support.warm import WarmParent
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "ci2p_cache")
-ENCODE = ("--encoder", "bundled", "--size", "64")
+ENCODE = ("--encoder", "bundled", "--size", "32")
 SPOKEN = ("LANG", "LANGUAGE", "PYTHONUTF8", "PYTHONIOENCODING", "NO_COLOR", "COLUMNS", "LINES")
 """What this machine says of languages and terminals."""
 ODD = "b\N{LATIN SMALL LETTER A WITH DIAERESIS}h"
@@ -33,7 +33,7 @@ def odd_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache whose folder and class names are not ASCII."""
     root = tmp_path_factory.mktemp("terminals") / ODD
     write_image_folder(root / "src", {ODD: 3, MOUNTAIN: 3})
-    options = cc.EncodeOptions(encoder="bundled", size=64, val_fraction=0.0)
+    options = cc.EncodeOptions(encoder="bundled", size=32, val_fraction=0.0)
     cc.encode(root / "src", root / "shards", options)
     return root / "shards"
 

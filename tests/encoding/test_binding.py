@@ -17,7 +17,7 @@ from tests.support.pictures import write_image_folder
 from tests.support.seals import reseal, write_json
 
 OPTIONS = cc.EncodeOptions(
-    encoder="bundled", size=64, views="crops:2", shard_samples=4, val_fraction=0.25
+    encoder="bundled", size=32, views="crops:2", shard_samples=4, val_fraction=0.25
 )
 
 BOUND: dict[str, Any] = {
@@ -141,7 +141,7 @@ def test_the_options_that_bind_are_read_back_from_a_cache(
 ) -> None:
     source, _ = folders
     odd = cc.EncodeOptions(
-        encoder="bundled", size=64, resize_side=80, interpolation="bicubic", exif="apply",
+        encoder="bundled", size=32, resize_side=80, interpolation="bicubic", exif="apply",
         max_pixels=10_000_000, views="crops:2", dtype="int16", step=0.5, format="both",
         codec="none",
         level=3, shard_samples=5, val_fraction=0.5, seed=4, limit=7,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -33,7 +32,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = write_image_folder(root / "src", {"ant": 9, "bee": 7, "cat": 5})
     (source / "bee" / "002.jpg").write_bytes(b"no image")
     options = cc.EncodeOptions(
-        encoder="bundled", size=64, shard_samples=4, val_fraction=0.25, max_errors="1", level=3
+        encoder="bundled", size=32, shard_samples=4, val_fraction=0.25, max_errors="1", level=3
     )
     cc.encode(source, root / "shards", options)
     return root / "shards"
@@ -79,7 +78,7 @@ class TestCaches:
     ) -> None:
         cc.convert(shards, tmp_path / "converted", format=format)
         options = cc.EncodeOptions(
-            encoder="bundled", size=64, shard_samples=4, val_fraction=0.25, max_errors="1",
+            encoder="bundled", size=32, shard_samples=4, val_fraction=0.25, max_errors="1",
             level=3, format=format,
         )  # fmt: skip
         cc.encode(shards.parent / "src", tmp_path / "encoded", options)
@@ -179,7 +178,7 @@ class TestRefused:
             cc.convert(shards, out, format="both")
         source = write_image_folder(tmp_path / "src", {"ant": 9})
         options = cc.EncodeOptions(
-            encoder="bundled", size=64, shard_samples=4, val_fraction=0.25, level=3
+            encoder="bundled", size=32, shard_samples=4, val_fraction=0.25, level=3
         )
         cc.encode(source, tmp_path / "other", options)
         with pytest.raises(errors.FingerprintMismatchError, match="other images"):
@@ -216,6 +215,8 @@ class TestArrays:
     def test_they_hold_the_valid_rows_and_what_the_index_says(
         self, shards: Path, arrays: Path
     ) -> None:
+        import pandas
+
         cache = cc.open_cache(shards)
         told = json.loads((arrays / "latents.json").read_text())
         assert told["classes"] == list(cache.classes)
@@ -283,6 +284,8 @@ class TestCommand:
 
 def test_the_index_is_read_by_pandas_as_the_readme_says(shards: Path) -> None:
     # README, "What lies on disk".
+    import pandas
+
     table = pandas.read_parquet(shards / "index")
     assert len(table) == 21
     assert set(table["class"]) == {"ant", "bee", "cat"}

@@ -31,8 +31,8 @@ from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
 from tests.support.warm import WarmParent
 
-SMALL = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.25)
-ENCODE = ("--encoder", "bundled", "--size", "64", "--shard-samples", "4", "--val-fraction", "0.25")
+SMALL = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4, val_fraction=0.25)
+ENCODE = ("--encoder", "bundled", "--size", "32", "--shard-samples", "4", "--val-fraction", "0.25")
 NAMES = ("ant", "bee", "cat")
 
 

@@ -20,7 +20,7 @@ from tests.support.pictures import write_image_folder
 from tests.support.warm import WarmParent
 
 SMALL = cc.EncodeOptions(
-    encoder="bundled", size=64, shard_samples=8, devices="cpu:1", workers=1, val_fraction=0.0
+    encoder="bundled", size=32, shard_samples=8, devices="cpu:1", workers=1, val_fraction=0.0
 )
 WORKER = "ci2p_cache.encoding.executors.worker"
 
@@ -108,7 +108,7 @@ def test_when_the_driver_ends_all_processes_end(
 ) -> None:
     out = tmp_path / "out"
     driver = warm.start(
-        *("encode", pictures, "--out", out, "--encoder", "bundled", "--size", "64"),
+        *("encode", pictures, "--out", out, "--encoder", "bundled", "--size", "32"),
         *("--shard-samples", "8", "--workers", "1", "--val-fraction", "0"),
         *("--executor", "processes", "--devices", "cpu:2"),
     )

@@ -23,8 +23,8 @@ from tests.support.encode_bench import tree
 from tests.support.pictures import write_image_folder
 from tests.support.warm import WarmParent
 
-SMALL = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, devices="cpu:1", workers=1)
-FLAGS = (*("--encoder", "bundled", "--size", "64", "--shard-samples", "4"),
+SMALL = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4, devices="cpu:1", workers=1)
+FLAGS = (*("--encoder", "bundled", "--size", "32", "--shard-samples", "4"),
          *("--devices", "cpu:1", "--workers", "1"))  # fmt: skip
 
 
@@ -314,7 +314,7 @@ class TestStatus:
         assert shown.code == 0, shown.err
         commands = [line for line in shown.out.splitlines() if "--shard-range" in line]
         assert commands[-1].strip() == (
-            f"ci2p-cache encode {image_folder} --out {planned} --size 64 --shard-samples 4 "
+            f"ci2p-cache encode {image_folder} --out {planned} --size 32 --shard-samples 4 "
             "--shard-range 5-6/6"
         )
         # Pasted, with the encoder that is not in cache.json, they do the rest.

@@ -163,7 +163,7 @@ def resize(disk: Path, num_bytes: int) -> None:
 def test_a_disk_that_is_really_full_ends_with_exit_6_and_goes_on_after_space_is_made(
     warm: WarmParent, small_disk: Path, tmp_path: Path
 ) -> None:
-    made = EncodeBench(tmp_path, images=24, shard_samples=2, size=64)
+    made = EncodeBench(tmp_path, images=24, shard_samples=2, size=32)
     made.undisturbed(warm)
     encoder = (made.out / "encoder.safetensors").stat().st_size
     made.out = small_disk / "out"

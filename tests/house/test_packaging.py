@@ -168,7 +168,7 @@ def test_the_installed_wheel_encodes_far_from_the_clone(wheel: Path, tmp_path: P
     assert run(program, "--version", cwd=tmp_path).strip() == f"ci2p-cache {cc.__version__}"
     assert "  ci2p-cache demo " in run(program, "--help", cwd=tmp_path)
     write_image_folder(tmp_path / "pictures", {"a": 2, "b": 2})
-    options = ("--encoder", "bundled", "--size", "64", "--views", "none", "--json")
+    options = ("--encoder", "bundled", "--size", "32", "--views", "none", "--json")
     told = run(program, "encode", "pictures", "--out", "shards", *options, cwd=tmp_path)
     assert json.loads(told)["images"] == 4
     where = "import ci2p_cache; print(ci2p_cache.__file__)"

@@ -127,7 +127,7 @@ class TestOrder:
         labels = sorted("abcd" * 20) if is_sorted else list("abcd" * 20)
         put_tar(tmp_path / "all.tar", *labels)
         ran = run("encode", tmp_path / "all.tar", "--out", tmp_path / "out", "--encoder", "bundled",
-                  "--size", "64", "--val-fraction", "0", "--plan-only")  # fmt: skip
+                  "--size", "32", "--val-fraction", "0", "--plan-only")  # fmt: skip
         assert ran.code == 0, ran.err
         told = " ".join(ran.err.split())
         assert ("one class after the other" in told) == is_sorted

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
-import subprocess
-import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,71 +25,39 @@ from tests.support.warm import WarmParent
 OPTIONS = cc.EncodeOptions(
     encoder="bundled", size=32, views="none", val_fraction=0.0, max_errors="100%", shard_samples=32
 )
-REPO = Path(__file__).resolve().parents[2]
-
 MAX_RSS_BYTES = 2 * 2**30
 
-_ENCODE = """
-import json, os, re, sys, threading
-from pathlib import Path
-import ci2p_cache as cc
-from ci2p_cache.encoding.progress import EncodeObserver
 
-class Notes(EncodeObserver):
-    texts = []
-    def notice(self, text):
-        self.texts.append(text)
-
-notes = Notes()
-options = cc.EncodeOptions(**json.loads(sys.argv[3]))
-done, peaks = threading.Event(), [0]
-
-def watch():
-    # The memory of this process and of all that descend from it, the decoders among them.
-    while not done.wait(0.05):
-        parents, memory = {}, 0
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(stat.parent.name)] = int(fields[1])
-        ours = {os.getpid()}
-        while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-            ours |= more
-        for pid in ours:
-            try:
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            except OSError:
-                continue
-            # Pages that several processes share count once in all (Pss).
-            memory += sum(int(n) * 1024 for n in re.findall(r"^Pss: +(\\d+)", rollup, re.M))
-        peaks.append(memory)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-summary = cc.encode(sys.argv[1], sys.argv[2], options, observer=notes)
-done.set()
-watcher.join()
-counts = {"images": summary.images, "bad": summary.bad}
-print(json.dumps(counts | {"peak": max(peaks), "notes": notes.texts}))
-"""
+def memory_of(pids: set[int]) -> int:
+    """Bytes (Pss: pages that several share count once in all) of some processes and their kin."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    while more := {pid for pid, parent in parents.items() if parent in pids} - pids:
+        pids = pids | more
+    found = 0
+    for pid in pids:
+        with suppress(OSError):
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            found += sum(int(kib) * 1024 for kib in re.findall(r"^Pss: +(\d+)", rollup, re.M))
+    return found
 
 
-def encode_apart(source: Path, out: Path, **changes: object) -> dict:
-    """Encodes in a process of its own; returns counts, notices, peak memory of all processes."""
-    options = {
-        name: getattr(OPTIONS, name)
-        for name in ("encoder", "size", "views", "val_fraction", "max_errors", "shard_samples")
-    } | changes
-    argv = [sys.executable, "-W", "ignore", "-c", _ENCODE, str(source), str(out)]
-    done = subprocess.run(
-        [*argv, json.dumps(options)],
-        cwd=REPO, capture_output=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-3000:]
-    return json.loads(done.stdout)
+def encode_apart(warm: WarmParent, source: Path, out: Path) -> tuple[dict, str]:
+    """Encodes in a process of its own that stays below the bar; returns its summary and notices."""
+    child = warm.start(
+        *("encode", source, "--out", out, "--encoder", "bundled", "--size", 32, "--views", "none"),
+        *("--val-fraction", 0, "--max-errors", "100%", "--shard-samples", 32, "--json"),
+    )
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, memory_of({child.pid, *warm.decoders()}))
+        time.sleep(0.05)
+    ran = child.ended()
+    assert ran.code == 0, ran.told
+    assert 0 < peak < MAX_RSS_BYTES
+    return json.loads(ran.out), ran.err
 
 
 def outcomes(out: Path, split: str = "train") -> dict[str, str | None]:
@@ -114,19 +83,17 @@ def put(path: Path, seed: int = 1, kind: str = "JPEG") -> Path:
 
 
 def test_every_awkward_file_has_its_outcome_and_the_cache_is_clean(
-    shared_data: Path, tmp_path: Path
+    warm: WarmParent, shared_data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(shared_data / "awkward", tmp_path / "src" / "all")
-    ran = encode_apart(tmp_path / "src", tmp_path / "out")
+    ran, notes = encode_apart(warm, tmp_path / "src", tmp_path / "out")
     expected = {f"all/{name}": None for name in AWKWARD_OK} | {
         f"all/{name}": reason for name, reason in AWKWARD_BAD.items() if name != "avif.avif"
     }
     assert_outcomes(outcomes(tmp_path / "out"), expected)
     assert (ran["images"], ran["bad"]) == (len(AWKWARD_OK), len(AWKWARD_BAD) - 1)
-    notes = "\n".join(ran["notes"])
     assert "1 images ignored whose format is not read (1 .avif)" in notes
     assert "1 files ignored that are no images, for example all/README.md" in notes
-    assert ran["peak"] < MAX_RSS_BYTES
     assert verify(tmp_path / "out") == []
     train = cc.open_cache(tmp_path / "out")["train"]
     assert len(train.valid_rows) == len(AWKWARD_OK)
@@ -307,7 +274,7 @@ def test_unreadable_files_are_invalid_rows(warm: WarmParent, tmp_path: Path) -> 
     put(source / "a" / "unknown").chmod(0)
     # Root reads anything; the encoding process gives its rights up.
     ran = warm.run(
-        *("encode", source, "--out", out, "--encoder", "bundled", "--size", 64),
+        *("encode", source, "--out", out, "--encoder", "bundled", "--size", 32),
         *("--val-fraction", 0, "--max-errors", "100%"),
         unprivileged=True,
     )

@@ -21,7 +21,7 @@ from tests.support.sources import KINDS, entries
 
 pytestmark = needs("s3fs", "moto")
 
-OPTIONS = cc.EncodeOptions(encoder="bundled", size=64, val_fraction=0.3, shard_samples=4)
+OPTIONS = cc.EncodeOptions(encoder="bundled", size=32, val_fraction=0.3, shard_samples=4)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_the_same_images_behind_s3_give_the_same_latents(
         put_folder(server, root, bucket, "x")
         url = f"s3://{bucket}/x" + location.removeprefix(str(root))
     ran = run(
-        "encode", url, "--out", tmp_path / "out", "--encoder", "bundled", "--size", 64,
+        "encode", url, "--out", tmp_path / "out", "--encoder", "bundled", "--size", 32,
         "--val-fraction", 0.3, "--shard-samples", 4,
     )  # fmt: skip
     assert ran.code == 0, ran.err

@@ -22,7 +22,7 @@ from ci2p_cache.images.source import ImageSource
 from ci2p_cache.loader.online import OnlineLoader
 from tests.support.sources import IN_SEQUENCE, KINDS, entries, pack, samples, tar_bytes
 
-OPTIONS = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=8, val_fraction=0.3)
+OPTIONS = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=8, val_fraction=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_a_cache_is_repaired_checked_and_loaded_from_it(
     location: str, kind: str, run, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert run("encode", location, "--out", out, "--encoder", "bundled", "--size", "64",
+    assert run("encode", location, "--out", out, "--encoder", "bundled", "--size", "32",
                "--shard-samples", "8", "--dry-run").code == 0  # fmt: skip
     assert not out.exists()
     cc.encode(location, out, OPTIONS)

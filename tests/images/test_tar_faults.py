@@ -23,7 +23,7 @@ from tests.support.warm import WarmParent
 
 TAR = "tar/train-000001.tar"
 OPTIONS = cc.EncodeOptions(
-    encoder="bundled", size=64, shard_samples=4, val_fraction=0.25, devices="cpu:1"
+    encoder="bundled", size=32, shard_samples=4, val_fraction=0.25, devices="cpu:1"
 )
 
 

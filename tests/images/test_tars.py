@@ -17,7 +17,6 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -347,6 +346,8 @@ class TestStock:
         assert len(blocks) == {"zarr": 2, "webdataset": 2, "both": 3}[name]
         split = cc.open_cache(".")["train"]
         for code in blocks:
+            import pandas
+
             names: dict[str, Any] = {"pandas": pandas}
             exec(code, names)
             if "y" in names:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 from ci2p_cache.images.decode import DecodedImage, decode_image
 from ci2p_cache.images.views import CropBox, image_views
@@ -38,6 +37,8 @@ def crops(count: int, seed: int = 42) -> ViewSpec:
 def test_the_square_is_torchvisions_resize_and_centre_crop(
     size: tuple[int, int], interpolation: Literal["bilinear", "bicubic"], resize_side: int
 ) -> None:
+    from torchvision.transforms import v2
+
     spec = ImageSpec(size=64, resize_side=resize_side, interpolation=interpolation, decoder="x")
     image = decoded(*size)
     transform = v2.Compose(
@@ -103,6 +104,8 @@ def test_the_box_of_the_square_is_its_place_in_the_decoded_image(
 
 
 def test_crops_are_cut_where_their_boxes_say() -> None:
+    from torchvision.transforms.v2.functional import resize
+
     image = decoded(90, 70)
     views, boxes = image_views(image, SPEC, crops(8), split="train", key="ant/1.jpg")
     assert views.shape == (8, 3, 64, 64)
@@ -110,7 +113,7 @@ def test_crops_are_cut_where_their_boxes_say() -> None:
     assert {box.flip for box in boxes} == {True, False}
     for view, box in zip(views, boxes, strict=True):
         cut = image.pixels[:, box.top : box.top + box.height, box.left : box.left + box.width]
-        expected = v2.functional.resize(cut, [64, 64], antialias=True)
+        expected = resize(cut, [64, 64], antialias=True)
         assert torch.equal(view, expected.flip(2) if box.flip else expected)
 
 

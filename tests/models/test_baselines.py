@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import ci2p_cache as cc
@@ -285,7 +284,7 @@ class TestOnLatents:
         self, family: str, size: str
     ) -> None:
         model = on_meta(f"ci2p+timm:{family}_{size}_patch16_224", num_classes=5, latent_size=14)
-        assert isinstance(model, VisionTransformer)
+        assert type(model).__name__ == "VisionTransformer"
         logits = model(torch.empty(2, 192, 14, 14, device="meta"))
         assert logits.shape == (2, 5)
         logits.sum().backward()
@@ -323,6 +322,8 @@ class TestOnLatents:
 
     def test_the_patch_embedding_works_in_timms_own_class(self) -> None:
         torch.manual_seed(1)
+        from timm.models.vision_transformer import VisionTransformer
+
         model: Any = VisionTransformer(
             img_size=(64, 96), in_chans=192, embed_dim=64, depth=2, num_heads=2, num_classes=3,
             embed_layer=cc.CI2PPatchEmbed, weight_init="jax",
@@ -348,6 +349,8 @@ class TestOnLatents:
             assert other(y).shape == shape
 
     def test_dynamic_sizes_are_timms_affair(self) -> None:
+        from timm.models.vision_transformer import VisionTransformer
+
         model = VisionTransformer(
             img_size=64, in_chans=16, embed_dim=8, depth=1, num_heads=2, num_classes=3,
             embed_layer=cc.CI2PPatchEmbed, dynamic_img_size=True,

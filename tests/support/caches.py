@@ -38,7 +38,7 @@ from ci2p_cache.specs import (
 
 __all__ = ["SMALL", "data_digests", "flip", "make_cache", "swap", "with_options"]
 
-SMALL = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.25)
+SMALL = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4, val_fraction=0.25)
 
 
 def with_options(**changes: Any) -> cc.EncodeOptions:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -431,7 +432,8 @@ def _main() -> None:
     # It imports torch while this process does.
     start_decoder_server()
     # What the commands import late; nothing here computes or starts a thread.
-    importlib.import_module("compressai.zoo.image")
+    for name in ("compressai.zoo.image", "torch.utils.tensorboard", "rich.table"):
+        importlib.import_module(name)
     for module in (
         "cli.app", "cli.watch", "encoding.whole", "previews", "report.plots", "training.run",
         "cache.sample_card", "cache.verify", "inference.classifier", "experiment.run",
@@ -440,6 +442,11 @@ def _main() -> None:
     from tests.support.nano import add_nano_models
 
     add_nano_models()
+    # What typer makes of the options at their first use, pydantic's import among it.
+    for command in importlib.import_module("ci2p_cache.cli.app").command_tree().commands.values():
+        for option in command.params:
+            option.get_runtime_param()
+    gc.freeze()
     for line in sys.stdin:
         asked = json.loads(line)
         others = _threads() - {"jemalloc_bg_thd"}

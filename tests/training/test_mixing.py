@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import timm
 import torch
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -161,6 +160,8 @@ def test_layer_decay_slows_ci2p_layers_by_their_distance_from_the_head() -> None
 
 
 def test_layer_decay_asks_timm_models_for_their_layers_also_inside_of_another() -> None:
+    import timm
+
     vit = timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=5)
     found = rates(vit, layer_decay=0.5)
     assert found["blocks.2.mlp.fc1.weight"] == 2 * found["blocks.1.mlp.fc1.weight"]

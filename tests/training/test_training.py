@@ -243,21 +243,32 @@ def test_sigterm_ends_resumably_with_its_exit_code(
 def test_stopped_again_and_again_by_ctrl_c_it_still_gives_the_same_bits(
     takes_ctrl_c: None, cache_dir: Path, finished: Path, tmp_path: Path
 ) -> None:
+    class OnceInside(TrainObserver):
+        """The first Ctrl-C comes in the loop, however fast or slow the machine is."""
+
+        def epoch(self, record: EpochRecord) -> None:
+            if not stopped:
+                os.kill(os.getpid(), signal.SIGINT)
+
     stopped: list[BaseException] = []
     for attempt in range(60):
         # Longer and longer: on a busy machine half a second is not enough for a single step.
-        seconds = random.uniform(0.1, 0.5) * 1.1**attempt
+        seconds = random.uniform(0.02, 0.2) * 1.1**attempt
         timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+        observer = OnceInside()
         try:
-            cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu")
+            if stopped:
+                timer.start()
+            try:
+                cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observer=observer)
+            finally:
+                timer.cancel()
+                if stopped:
+                    timer.join()
             break
         except (errors.InterruptedRunError, KeyboardInterrupt) as error:
             # Before or after the loop Ctrl-C is Python's own.
             stopped.append(error)
-        finally:
-            timer.cancel()
-            timer.join()
     by_us = [error for error in stopped if isinstance(error, errors.InterruptedRunError)]
     assert by_us
     assert {error.exit_code for error in by_us} == {130}
