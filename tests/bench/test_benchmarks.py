@@ -102,6 +102,7 @@ def test_the_stores_hold_the_latents_at_their_rows(data: Data, tmp_path: Path) -
     assert np.array_equal(data.latents[10:20], data.latents[:10])
 
 
+@pytest.mark.slow
 def test_the_size_benchmark_gives_every_row(data: Data, tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     images = data.base.path.parent / "pictures"

@@ -140,6 +140,7 @@ def test_five_in_a_hundred_requests_fail_and_nothing_else_does(
         assert door.requests > 60
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_exit_6_and_tells_no_credential(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
 ) -> None:

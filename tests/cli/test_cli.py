@@ -306,6 +306,7 @@ def test_python_dash_m_runs_the_same_command() -> None:
     assert shown.stdout.strip() == f"ci2p-cache {cc.__version__}"
 
 
+@pytest.mark.slow
 def test_train_inspect_and_verify_run_where_compressai_is_not_installed(
     cache_dir: Path, tmp_path: Path
 ) -> None:

@@ -258,11 +258,11 @@ def test_killed_at_any_time_and_run_again_gives_the_same_bytes(
 def test_sigterm_ends_within_seconds_and_the_same_command_goes_on(
     warm: WarmParent, tmp_path: Path
 ) -> None:
-    source = write_image_folder(tmp_path / "src", {"ant": 100, "bee": 100})
+    source = write_image_folder(tmp_path / "src", {"ant": 60, "bee": 60})
     out = tmp_path / "out"
     command = [
         *("encode", source, "--out", out, "--encoder", "bundled"),
-        *("--shard-samples", 8, "--size", 96),
+        *("--shard-samples", 8, "--size", 64),
     ]
     process = warm.start(*command)
     while process.poll() is None and not list(out.glob("commits/*")):
@@ -275,8 +275,8 @@ def test_sigterm_ends_within_seconds_and_the_same_command_goes_on(
     assert "ci2p-cache encode" in text
     assert not (out / ".staging").exists()
     assert not (out / ".lock").exists()
-    summary = cc.encode(source, out, cc.EncodeOptions(encoder="bundled", shard_samples=8, size=96))
-    assert 0 < summary.encoded_now < 200
+    summary = cc.encode(source, out, cc.EncodeOptions(encoder="bundled", shard_samples=8, size=64))
+    assert 0 < summary.encoded_now < 120
     assert not cc.verify(out)
 
 

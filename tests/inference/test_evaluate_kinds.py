@@ -19,7 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16": {"model": "vitds_nano", "precision": "bf16"},
     "images": {"model": "vit_nano16"},
     "images and a trainable encoder": {"model": "cnn_vit_nano"},
-    "a stem replaced": {"model": "ci2p+timm:deit_tiny_patch16_224"},
+    "a stem replaced": {"model": "ci2p+timm:test_vit"},
 }
 
 
