@@ -21,6 +21,7 @@ from ci2p_cache.cli.app import run_command
 from tests.long.bitflips import run as run_bitflips
 from tests.support.caches import SMALL, data_digests, flip, swap, with_options
 from tests.support.pictures import picture, write_image_folder
+from tests.support.tiers import thinned
 
 SHARD = "latents.zarr/train/latents/c.1.0.0.0.0"
 INDEX = "index/train-000001.parquet"
@@ -144,7 +145,7 @@ class TestRepair:
         ],
         ids=lambda paths: "+".join(path.rpartition("/")[2] for path in paths),
     )  # fmt: skip
-    @pytest.mark.parametrize("how", ["flipped", "deleted"])
+    @pytest.mark.parametrize("how", thinned(["flipped", "deleted"]))
     def test_afterwards_every_byte_is_as_it_was(
         self, cache: Path, whole: Path, paths: list[str], how: str
     ) -> None:

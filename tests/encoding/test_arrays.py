@@ -19,6 +19,7 @@ from ci2p_cache.cache.index import parquet_bytes
 from tests.support.caches import data_digests, flip, swap, with_options
 from tests.support.pictures import write_image_folder
 from tests.support.seals import reseal, write_json
+from tests.support.tiers import thinned
 
 NAMES = ("labels", "valid")
 
@@ -73,7 +74,7 @@ def test_an_array_that_is_not_what_was_committed_is_named_once_and_mended(
     assert data_digests(cache) == data_digests(whole)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thinned(NAMES))
 @pytest.mark.parametrize(
     "how", ["other values", "another length", "no frame", "not listed", "metadata not listed"]
 )

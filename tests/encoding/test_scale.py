@@ -151,6 +151,7 @@ def test_resuming_encodes_and_unfolds_only_what_is_not_committed(
     assert cc.verify(out, quick=True) == []
 
 
+@pytest.mark.slow
 def test_encoding_holds_no_more_files_open_from_shard_to_shard(
     source: Path, nearly_done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ from tests.hostile.attacks import (
     snapshot,
 )
 from tests.support.seals import reseal
+from tests.support.tiers import thinned
 from tests.support.warm import WarmParent
 
 
@@ -232,7 +233,7 @@ def label_is(root: Path, label: int) -> None:
     reseal(root)
 
 
-@pytest.mark.parametrize("case", CACHES)
+@pytest.mark.parametrize("case", thinned(CACHES))
 def test_a_hostile_cache_is_refused_by_every_command_that_would_use_it(
     warm: WarmParent, place: Path, case: str
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.attacks import MAX_GROWTH, attacked, commands, set_manifest
+from tests.support.tiers import thinned
 from tests.support.warm import WarmParent
 
 NAMES = {
@@ -21,7 +22,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", thinned(NAMES))
 def test_class_names_reach_the_terminal_as_plain_text(
     warm: WarmParent, place: Path, kind: str
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from ci2p_cache.cache.index import parquet_bytes
 from tests.hostile.attacks import MAX_GROWTH, SHARD, attacked, refused, replace, snapshot
 from tests.support.seals import reseal
+from tests.support.tiers import thinned
 from tests.support.warm import WarmParent
 
 PLAN = "plan.parquet"
@@ -96,7 +97,7 @@ def encode(place: Path) -> tuple[Any, ...]:
     return ("encode", place / "src", "--out", place / "shards", *ENCODE)
 
 
-@pytest.mark.parametrize("case", PLANS)
+@pytest.mark.parametrize("case", thinned(PLANS))
 def test_a_plan_that_cannot_be_is_refused_by_name(warm: WarmParent, place: Path, case: str) -> None:
     path = place / "shards" / PLAN
     path.write_bytes(parquet_bytes(PLANS[case](pq.read_table(path))))

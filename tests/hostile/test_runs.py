@@ -22,6 +22,7 @@ from tests.hostile.attacks import (
     snapshot,
 )
 from tests.support.seals import digest
+from tests.support.tiers import thinned
 from tests.support.warm import WarmParent
 
 NEWEST = "checkpoints/epoch-0001-step-000000"
@@ -82,7 +83,7 @@ RUNS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("case", thinned(RUNS))
 def test_a_hostile_run_folder_is_refused(warm: WarmParent, place: Path, case: str) -> None:
     attack, named = RUNS[case]
     before = snapshot(place.parent / "outside")
@@ -95,14 +96,16 @@ def test_a_hostile_run_folder_is_refused(warm: WarmParent, place: Path, case: st
 
 @pytest.mark.parametrize(
     ("path", "text"),
-    [
-        ("checkpoints/last.json", '{"last": "../../../outside/epoch-0009-step-000000"}'),
-        ("checkpoints/last.json", '{"last": {"a": ["epoch-0001"]}}'),
-        ("checkpoints/last.json", "[" * 10**6),
-        ("model.json", '{"model": "!!python/object"}'),
-        ("model.json", "[" * 10**6),
-        ("summary.csv", "=cmd|' /C calc'!A0\n"),
-    ],
+    thinned(
+        [
+            ("checkpoints/last.json", '{"last": "../../../outside/epoch-0009-step-000000"}'),
+            ("checkpoints/last.json", '{"last": {"a": ["epoch-0001"]}}'),
+            ("checkpoints/last.json", "[" * 10**6),
+            ("model.json", '{"model": "!!python/object"}'),
+            ("model.json", "[" * 10**6),
+            ("summary.csv", "=cmd|' /C calc'!A0\n"),
+        ]
+    ),
 )
 def test_what_a_run_folder_only_tells_others_is_not_believed(
     warm: WarmParent, place: Path, path: str, text: str

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 import ci2p_cache as cc
 from ci2p_cache.cache.verify import verify
@@ -82,6 +83,7 @@ def put(path: Path, seed: int = 1, kind: str = "JPEG") -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_awkward_file_has_its_outcome_and_the_cache_is_clean(
     warm: WarmParent, shared_data: Path, tmp_path: Path
 ) -> None:

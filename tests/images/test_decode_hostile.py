@@ -241,6 +241,7 @@ def test_bomb_is_refused_by_its_header(name: str) -> None:
         decode_image(BOMBS[name], SPEC)
 
 
+@pytest.mark.slow
 def test_bombs_cost_little_memory(tmp_path: Path) -> None:
     for name, data in BOMBS.items():
         (tmp_path / name).write_bytes(data)

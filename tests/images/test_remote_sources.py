@@ -18,6 +18,7 @@ from tests.support.commands import Ran, needs
 from tests.support.pictures import write_image_folder
 from tests.support.s3_server import KEY, SECRET, FaultyDoor, put_folder, s3_server
 from tests.support.sources import KINDS, entries
+from tests.support.tiers import thinned
 
 pytestmark = needs("s3fs", "moto")
 
@@ -56,7 +57,7 @@ def wanted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 # The list "csv" has absolute paths, which mean this machine.
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"csv"}))
+@pytest.mark.parametrize("kind", thinned(sorted(KINDS.keys() - {"csv"})))
 def test_the_same_images_behind_s3_give_the_same_latents(
     kind: str, folder: Path, server: str, wanted: dict[str, object], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran],

@@ -19,6 +19,7 @@ from tests.support.caches import data_digests
 from tests.support.commands import Ran
 from tests.support.encode_bench import KINDS, EncodeBench, spread
 from tests.support.pictures import write_image_folder
+from tests.support.tiers import thinned
 from tests.support.warm import WarmParent
 
 TAR = "tar/train-000001.tar"
@@ -87,7 +88,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", thinned(DAMAGE))
 def test_a_damaged_tar_is_named_by_verify_raised_by_reading_and_repaired_to_the_same_bytes(
     caches: dict[str, Path], tars: Path, run: Callable[..., Ran], damage: str
 ) -> None:

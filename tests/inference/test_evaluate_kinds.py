@@ -12,6 +12,7 @@ import pytest
 
 import ci2p_cache as cc
 from tests.support.pictures import write_image_folder
+from tests.support.tiers import thinned
 
 KINDS: dict[str, dict[str, Any]] = {
     "averaged weights": {"model": "vitds_nano", "ema": 0.9},
@@ -36,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thinned(KINDS))
 def test_a_run_of_any_kind_is_evaluated_as_it_was_validated(
     made: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -98,6 +98,7 @@ def test_a_torch_program_from_images_to_logits(
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]
 
 
+@pytest.mark.slow
 def test_the_model_alone_needs_no_encoder(
     made: Path, classifier: cc.Classifier, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from ci2p_cache.models.registry import build_model, config_from_dict, list_model
 from ci2p_cache.training.records import EpochRecord, TrainObserver
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
+from tests.support.tiers import thinned
 
 ON_IMAGES = ("cnn_vit", "cnn_vit_small", "cnn_vit_tiny", "vit_b16", "vit_s16", "vit_ti16")
 DEIT_TINY = "deit_tiny_patch16_224"
@@ -83,7 +84,7 @@ class TestOnImages:
         assert num_parameters(on_meta(name, num_classes=0)) == count
 
     @pytest.mark.parametrize("name", ON_IMAGES)
-    @pytest.mark.parametrize("num_classes", [0, 7])
+    @pytest.mark.parametrize("num_classes", thinned([7, 0]))
     def test_images_give_logits_or_pooled_features(self, name: str, num_classes: int) -> None:
         model = on_meta(name, num_classes=num_classes, latent_size=4)
         width = model.config.embed_dim
@@ -452,7 +453,7 @@ class TestTraining:
     @pytest.mark.parametrize(
         "name",
         [
-            *("vit_nano16", "cnn_vit_nano", "timm:test_vit", "ci2p+timm:test_vit"),
+            *thinned(["cnn_vit_nano", "vit_nano16", "ci2p+timm:test_vit", "timm:test_vit"]),
             *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER),
         ],
     )

@@ -13,6 +13,7 @@ from torch import nn
 from ci2p_cache.errors import ManifestError, UnknownModelError, UsageError
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model, create_model, list_models, model_config
+from tests.support.tiers import thinned
 
 PRESETS = ("vit", "vit_small", "vit_tiny", "vitds", "vitds_small", "vitds_tiny")
 WIDTHS = {"": 768, "_small": 384, "_tiny": 256}
@@ -60,7 +61,7 @@ def test_reshape_modules_have_the_parameters_of_the_published_code():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("num_classes", [0, 7])
+@pytest.mark.parametrize("num_classes", thinned([7, 0]))
 def test_every_preset_gives_logits_or_pooled_features_of_non_square_latents(name, num_classes):
     width = WIDTHS[name.removeprefix("vitds").removeprefix("vit")]
     model = on_meta(name, num_classes=num_classes).eval()

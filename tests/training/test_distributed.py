@@ -36,6 +36,7 @@ from tests.support.rank_jobs import (
     rank_of,
     run_jobs,
 )
+from tests.support.tiers import thinned
 from tests.support.warm import Child, WarmParent
 
 SPEC = cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=6)
@@ -164,7 +165,7 @@ def test_slices_are_those_of_torch_chunk() -> None:
             assert [part for part in ours if part] == wanted
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", thinned([2, 4]))
 def test_ranks_give_the_numbers_of_as_many_accumulated_parts(
     folder: Path, world_size: int, request: pytest.FixtureRequest
 ) -> None:
@@ -298,6 +299,7 @@ def test_what_one_rank_raises_all_raise_and_the_last_checkpoint_stands(
     assert second == {"type": "ZeroDivisionError", "text": "a bug", "code": None}
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_in_the_same_sequence(
     folder: Path, two: dict[str, list[Any]], four: dict[str, list[Any]]
 ) -> None:
