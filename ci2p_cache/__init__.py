@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from ci2p_cache.encoding.options import EncodeOptions
     from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
     from ci2p_cache.encoding.reencode import ReencodeSummary, reencode
-    from ci2p_cache.encoding.repair.run import RepairSummary, repair
+    from ci2p_cache.encoding.repair.run import repair
+    from ci2p_cache.encoding.repair.summary import RepairSummary
     from ci2p_cache.encoding.run import encode
     from ci2p_cache.errors import CacheError
     from ci2p_cache.experiment.load import load_experiment
@@ -136,7 +137,7 @@ _HOMES = {
     "OnlineLoader": "loader.online",
     "PixelLoader": "loader.pixels",
     "ReencodeSummary": "encoding.reencode",
-    "RepairSummary": "encoding.repair.run",
+    "RepairSummary": "encoding.repair.summary",
     "ResidentLoader": "loader.resident",
     "Split": "cache.split",
     "TrainSpec": "training.spec",

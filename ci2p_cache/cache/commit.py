@@ -15,7 +15,7 @@ from ci2p_cache.errors import ManifestError, UsageError, command
 from ci2p_cache.record import Record, regular_file
 from ci2p_cache.specs import FORMAT_VERSION
 
-__all__ = ["CommitRecord", "FileRecord", "read_commit", "sha256_file"]
+__all__ = ["CommitRecord", "FileRecord", "has_its_files", "read_commit", "sha256_file"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +88,15 @@ def read_commit(root: Path, split: str, shard: int) -> CommitRecord | None:
     if (record.split, record.shard) != (split, shard):
         raise ManifestError(f"{path} speaks of {record.split} shard {record.shard}", hint=hint)
     return record
+
+
+def has_its_files(root: Path, commit: CommitRecord) -> bool:
+    """Whether the files of a shard are there with the sizes that they were committed with."""
+    for file in commit.files:
+        path = root / file.path
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != file.bytes:
+            return False
+    return True
 
 
 def sha256_file(path: Path) -> str:

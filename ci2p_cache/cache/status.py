@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ci2p_cache.cache.commit import CommitRecord, read_commit
+from ci2p_cache.cache.growth import growth_of, settle_for_reading
 from ci2p_cache.cache.lock import LOCK, LockHolder, live_ranges, lock_holder
 from ci2p_cache.cache.manifest import Manifest, read_manifest
 from ci2p_cache.cache.ranges import ShardRange, split_positions
@@ -50,6 +51,9 @@ class CacheStatus(Record):
     """Where its images were read from."""
     complete: bool
     """Whether the manifest says so."""
+    growing: bool
+    """Whether new images are being taken in; counts are those of the larger cache then, and the
+    cache that is there stays as it is until all of them are committed."""
     shards: int
     """Shards planned."""
     committed: int
@@ -96,8 +100,11 @@ def status(path: str | Path) -> CacheStatus:
         ManifestError: `cache.json` is damaged.
     """
     root = Path(path)
+    settle_for_reading(root)
     # Locks first: what ends between the two looks is then rather done than missing.
     ranges, whole = live_ranges(root), lock_holder(root / LOCK)
+    growth = growth_of(root)
+    root = growth or root
     manifest = read_manifest(root)
     places = [
         (split, number)
@@ -122,9 +129,10 @@ def status(path: str | Path) -> CacheStatus:
         held.append(range(len(places)))
     free = gaps(len(places), sorted({*done, *(at for part in held for at in part)}))
     return CacheStatus(
-        path=str(root),
+        path=str(path),
         source=manifest.source,
         complete=manifest.is_complete,
+        growing=growth is not None,
         shards=len(places),
         committed=len(done),
         rows=sum(record.rows for record in manifest.splits.values()),

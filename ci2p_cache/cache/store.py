@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ci2p_cache.cache.folder import CacheFolder
+from ci2p_cache.cache.growth import settle_for_reading
 from ci2p_cache.cache.mirror import Mirror
 from ci2p_cache.cache.split import Split
 from ci2p_cache.errors import IncompleteCacheError, UsageError, command
@@ -44,6 +45,7 @@ def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
                 hint="encode it to its end in a local folder, then copy that folder there",
             )
         return cache
+    settle_for_reading(Path(path))
     cache = Cache(Path(path))
     if not (cache.is_complete or partial):
         done = sum(len(split.committed()) for split in cache.values())

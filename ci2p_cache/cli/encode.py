@@ -106,10 +106,14 @@ def encode(
         str, typer.Option(help="Images that may fail before the run stops: share or count.")
     ] = "0.1%",
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Encode shards with failed images again.")
+        bool, typer.Option("--retry-failed", help="Read images again that failed.")
     ] = False,
     rescan: Annotated[
         bool, typer.Option("--rescan", help="List SRC again and append new images.")
+    ] = False,
+    reencode_changed: Annotated[
+        bool,
+        typer.Option("--reencode-changed", help="With --rescan: encode changed images again."),
     ] = False,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="List SRC and write the plan; encode nothing.")
@@ -173,8 +177,9 @@ def encode(
         views=views, dtype=dtype, step=step, precision=precision, format=format,
         codec=codec, level=level, shard_samples=shard_samples, val_fraction=val_fraction, seed=seed,
         limit=limit, batch_size=batch_size, workers=workers, devices=devices,
-        max_errors=max_errors, retry_failed=retry_failed, rescan=rescan, plan_only=plan_only,
-        shard_range=shard_range, finalise=finalise, executor=executor,
+        max_errors=max_errors, retry_failed=retry_failed, rescan=rescan,
+        reencode_changed=reencode_changed, plan_only=plan_only, shard_range=shard_range,
+        finalise=finalise, executor=executor,
     )  # fmt: skip
     if dry_run:
         _forecast(source, out, options, overwrite=overwrite is not None, json=json)

@@ -112,10 +112,14 @@ def print_summary(summary: EncodeSummary) -> None:
     render.line(f"next: ci2p-cache train {summary.path} --model vitds")
 
 
+_ONCE = ("--plan-only", "--rescan", "--reencode-changed", "--retry-failed")
+"""Options that the commands which encode a plan do without."""
+
+
 def print_unfinished(summary: EncodeSummary) -> None:
     """Prints what a plan or a range ended with, and what comes next."""
     if summary.shard_range is None:
-        words = [word for word in sys.argv[1:] if word not in ("--plan-only", "--rescan")]
+        words = [word for word in sys.argv[1:] if word not in _ONCE]
         count = min(summary.shards, _ARRAY_TASKS)
         render.heading(f"{summary.path}: {summary.shards:,} shards planned")
         if summary.images + summary.bad:

@@ -31,6 +31,7 @@ def status(
     It reads records and file sizes, in seconds, while others write; `verify` reads every byte. The
     exit code is 0 whatever it finds in a cache folder whose cache.json can be read.
     """
+    from ci2p_cache.cache.growth import growth_of
     from ci2p_cache.cache.manifest import read_manifest
     from ci2p_cache.cache.status import status as look
 
@@ -39,7 +40,7 @@ def status(
         data = {**found.to_dict(), "share": found.share}
         render.print_json(data)
         return
-    _print(found, read_manifest(path))
+    _print(found, read_manifest(growth_of(path) or path))
 
 
 def _print(found: CacheStatus, manifest: Manifest) -> None:
@@ -52,6 +53,8 @@ def _print(found: CacheStatus, manifest: Manifest) -> None:
         f"{render.size(found.bytes)}"
     )
     render.line(f"  bad images    {found.bad:,}")
+    if found.growing:
+        render.line("  growing       the cache that is there stays in use until all is committed")
     if found.missing:
         render.line(f"  missing       {found.missing}")
     if found.working:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ci2p_cache.cache.finding import Finding
     from ci2p_cache.encoding.reencode import ReencodeSummary
-    from ci2p_cache.encoding.repair.run import RepairSummary
+    from ci2p_cache.encoding.repair.summary import RepairSummary
 
 __all__ = ["verify"]
 

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ci2p_cache.cache.growth import growth_of, settle
 from ci2p_cache.cache.lock import LOCK, LockHolder, live_ranges, locked, range_lock
 from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.cache.staging import remove_path
@@ -52,6 +53,7 @@ def whole_folder(root: Path, *, what: str) -> Iterator[None]:
                 hint=command("status", root, note="says what is left to do"),
             )
         _sweep(root)
+        settle(root)
         yield
 
 
@@ -108,6 +110,7 @@ def claimed(root: Path, part: ShardRange) -> Iterator[Claim]:
                         hint=command("status", root, note="says which ranges are missing"),
                     )
             _sweep(root)
+            settle(root)
             held.enter_context(locked(range_lock(root, part), what=what))
         yield Claim(root, part, held)
 
@@ -126,7 +129,12 @@ def _sweep(root: Path) -> None:
         label = path.name.removeprefix(f"{LOCK}.")
         if ShardRange.of_label(label) is not None and label not in live:
             remove_path(path)
-    staging = root / ".staging"
+    growth = growth_of(root)
+    for folder in (root, growth) if growth is not None else (root,):
+        _sweep_staging(folder / ".staging", live)
+
+
+def _sweep_staging(staging: Path, live: list[str]) -> None:
     if staging.is_symlink() or not staging.is_dir():
         return
     for path in staging.iterdir():

@@ -83,9 +83,11 @@ class EncodeOptions(Record):
     max_errors: str = "0.1%"
     """Images that may fail before the run stops: a share or a count."""
     retry_failed: bool = False
-    """Encode shards again that hold images which failed."""
+    """Read images anew that failed."""
     rescan: bool = False
-    """List the source again and append new images."""
+    """List the source again and append new images; every committed row stays as it is."""
+    reencode_changed: bool = False
+    """With `rescan`: encode images again whose originals have changed."""
     plan_only: bool = False
     """Write plan, encoder and manifest, and encode nothing."""
     shard_range: str | None = None
@@ -113,11 +115,18 @@ class EncodeOptions(Record):
         if self.shard_range is not None:
             if self.shard_range != "auto":
                 self.part()
-            if self.rescan:
-                raise UsageError(
-                    "`rescan` changes the plan, which the ranges of a folder share",
-                    hint="once: --plan-only --rescan; then each range without --rescan",
-                )
+            for name in ("rescan", "retry_failed"):
+                if getattr(self, name):
+                    flag = name.replace("_", "-")
+                    raise UsageError(
+                        f"`{name}` changes the plan, which the ranges of a folder share",
+                        hint=f"once: --plan-only --{flag}; then each range without --{flag}",
+                    )
+        if self.reencode_changed and not self.rescan:
+            raise UsageError(
+                "`reencode_changed` compares the originals with the cache, which `rescan` does",
+                hint="repeat the command with --rescan",
+            )
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:

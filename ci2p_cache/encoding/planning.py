@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -24,7 +25,7 @@ from ci2p_cache.images.archives import SPLIT_ORDER
 from ci2p_cache.images.source import ImageRef, ImageSource
 from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec
 
-__all__ = ["build_plan", "plan_of_rows"]
+__all__ = ["EarlierRows", "build_plan", "plan_of_rows"]
 
 _LISTED_SCHEMA = pa.schema(
     [("rank", pa.uint64()), ("key", pa.string()), ("label", pa.int32()), ("path", pa.binary())]
@@ -40,7 +41,7 @@ def build_plan(
     views: ViewSpec,
     latent: LatentSpec,
     *,
-    earlier: Plan | None = None,
+    earlier: EarlierRows | None = None,
 ) -> Plan:
     """Lists a source and gives every image its split and row.
 
@@ -49,29 +50,32 @@ def build_plan(
         layout: Validation share, seed, limit and shard size.
         views: How many views a training sample has; with `latent` it bounds the shard size.
         latent: The shape and dtype of one latent.
-        earlier: A plan of the same folder; its samples keep their rows and new ones follow.
+        earlier: The rows of the same folder's plan; they stay, and new ones follow.
 
     Raises:
         SourceError: there is no image, or two of a split have the same key.
     """
     listed: dict[str, _Listed] = {}
-    known = _known_keys(earlier) if earlier is not None else {}
-    for ref in _limited(source.scan(), layout):
-        split = ref.split or _drawn_split(ref, layout)
-        if ref.key in known.get(split, ()):
-            continue
+    plan = earlier.plan if earlier is not None else None
+    refs: Iterable[tuple[ImageRef, str]] = (
+        (ref, ref.split or _drawn_split(ref, layout)) for ref in source.scan()
+    )
+    if earlier is not None:
+        refs = itertools.filterfalse(lambda item: earlier.holds(*item), refs)
+    for ref, split in _limited(refs, layout, plan.num_samples if plan else 0):
         rank = ref.order
         if rank is None:
             rank = _hash64(ref.key, f"row:{split}", layout.seed)
         if split not in listed:
             listed[split] = _Listed()
-        listed[split].add(rank, ref)
-    names = {*listed, *(earlier.splits if earlier else ())}
+        label = earlier.label(ref) if earlier is not None else ref.label
+        listed[split].add((rank, ref.key, label, ref.path))
+    names = {*listed, *(plan.splits if plan else ())}
     if not names:
         raise SourceError(f"{source.location()} holds no image")
     tables, records = {}, {}
     for name in sorted(names, key=lambda n: (SPLIT_ORDER.index(n), n)):
-        old = earlier.tables.get(name) if earlier else None
+        old = plan.tables.get(name) if plan else None
         found = listed.pop(name, _Listed()).ranked()
         _refuse_doubles(source, name, found)
         table = _table(name, found, old)
@@ -107,9 +111,9 @@ class _Listed:
         self._tables: list[pa.Table] = []
         self._rows: list[tuple[int, str, int, bytes]] = []
 
-    def add(self, rank: int, ref: ImageRef) -> None:
-        """Adds one sample; `rank` decides its place."""
-        self._rows.append((rank, ref.key, ref.label, ref.path))
+    def add(self, row: tuple[int, str, int, bytes]) -> None:
+        """Adds one sample, as in `_LISTED_SCHEMA`; its rank decides its place."""
+        self._rows.append(row)
         if len(self._rows) == _BLOCK_ROWS:
             self._tables.append(_listed_table(self._rows))
             self._rows = []
@@ -166,13 +170,23 @@ def _refuse_doubles(source: ImageSource, split: str, listed: pa.Table) -> None:
     )
 
 
-def _limited(refs: Iterable[ImageRef], layout: LayoutSpec) -> Iterable[ImageRef]:
-    """Keeps the `limit` images of smallest hash: the same ones each time, spread over classes."""
+def _limited(
+    refs: Iterable[tuple[ImageRef, str]], layout: LayoutSpec, taken: int
+) -> Iterable[tuple[ImageRef, str]]:
+    """Keeps the images of smallest hash: the same ones each time, spread over classes.
+
+    Args:
+        refs: Images and their splits.
+        layout: How many a cache may hold: `limit`.
+        taken: How many it holds.
+    """
     if layout.limit is None:
         return refs
-    return heapq.nsmallest(
-        layout.limit, refs, key=lambda ref: (_hash64(ref.key, "limit", layout.seed), ref.path)
-    )
+
+    def rank(item: tuple[ImageRef, str]) -> tuple[int, bytes]:
+        return _hash64(item[0].key, "limit", layout.seed), item[0].path
+
+    return heapq.nsmallest(max(0, layout.limit - taken), refs, key=rank)
 
 
 def _drawn_split(ref: ImageRef, layout: LayoutSpec) -> str:
@@ -195,5 +209,40 @@ def _keyed(purpose: str, seed: int) -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little"), person=purpose.encode())
 
 
-def _known_keys(plan: Plan) -> dict[str, set[str]]:
-    return {name: set(plan.tables[name]["key"].to_pylist()) for name in plan.splits}
+class EarlierRows:
+    """The rows that a cache has, and what a new listing of its source says of them.
+
+    Args:
+        plan: Its plan.
+        labels: The label in the cache of each label of the source.
+    """
+
+    def __init__(self, plan: Plan, labels: Sequence[int]) -> None:
+        self.plan = plan
+        self.relabelled: list[str] = []
+        """Keys of rows that have another class in the source now."""
+        self._to_label = labels
+        self._rows = {
+            name: {key: row for row, key in enumerate(plan.tables[name]["key"].to_pylist())}
+            for name in plan.splits
+        }
+        self._labels = {name: plan.labels(name) for name in plan.splits}
+        self._paths: dict[str, dict[int, bytes]] = {name: {} for name in plan.splits}
+
+    def label(self, ref: ImageRef) -> int:
+        """Returns the label that an image of the source has in the cache."""
+        return self._to_label[ref.label] if ref.label >= 0 else ref.label
+
+    def holds(self, ref: ImageRef, split: str) -> bool:
+        """Whether the cache has a row for an image of the source; its place is noted."""
+        row = self._rows.get(split, {}).get(ref.key)
+        if row is None:
+            return False
+        self._paths[split][row] = ref.path
+        if self._labels[split][row] != self.label(ref):
+            self.relabelled.append(ref.key)
+        return True
+
+    def path(self, split: str, row: int) -> bytes | None:
+        """Returns where the source has the original of a row now; None where it has it no more."""
+        return self._paths[split].get(row)

@@ -10,10 +10,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ci2p_cache.cache.index import IndexRow
+from ci2p_cache.encoding.carry import Carrier
 from ci2p_cache.encoding.plan import Sample, ShardPlan
 from ci2p_cache.errors import ImageDecodeError
 from ci2p_cache.images.decoders import Decoders
@@ -30,6 +34,13 @@ class LoadedImage:
     """What the index says of it, but for what only encoding shows."""
     views: torch.Tensor | None = None
     """uint8 (V, 3, size, size); None where it could not be decoded."""
+    is_carried: bool = False
+    """Whether its row was committed before and is taken over: nothing was read."""
+    stored: npt.NDArray[Any] | None = None
+    """Stored values (V, M, h, w) of a row that is carried over and valid."""
+    clipped: npt.NDArray[np.float64] | None = None
+    """Clipped values per channel (M,) of all rows of the shard that are carried over, at the first
+    of them; None at the others."""
 
 
 Awaited = tuple[ShardPlan, Sample, Future[LoadedImage]]
@@ -45,6 +56,7 @@ class ReadAhead:
         pool: Whose threads read and wait for the decoders.
         classes: Class names, by label.
         most: Images that are read or being read at a time.
+        carrier: Gives rows that were committed before; None where all are read.
     """
 
     def __init__(
@@ -55,19 +67,31 @@ class ReadAhead:
         *,
         classes: Sequence[str],
         most: int,
+        carrier: Carrier | None = None,
     ) -> None:
         self._source = source
         self._decoders = decoders
         self._pool = pool
         self._classes = classes
         self._most = most
+        self._carrier = carrier
 
     def read(self, shards: Iterable[ShardPlan]) -> Iterator[Awaited]:
         """Yields every sample in the order of the plan."""
         waiting: deque[Awaited] = deque()
         for shard in shards:
+            carried = self._carrier.values(shard.split, shard.shard) if self._carrier else None
+            clipped = carried.clipped if carried is not None else None
             for sample in shard.samples:
-                future = self._pool.submit(self._load, sample, shard.split)
+                if carried is not None and sample.row in carried.rows:
+                    row, stored = carried.rows[sample.row], carried.latents.get(sample.row)
+                    future: Future[LoadedImage] = Future()
+                    future.set_result(
+                        LoadedImage(row, is_carried=True, stored=stored, clipped=clipped)
+                    )
+                    clipped = None
+                else:
+                    future = self._pool.submit(self._load, sample, shard.split)
                 waiting.append((shard, sample, future))
                 if len(waiting) >= self._most:
                     yield waiting.popleft()

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ci2p_cache import __version__
-from ci2p_cache.cache.commit import CommitRecord, read_commit
+from ci2p_cache.cache.growth import GROWTH, growth_of
 from ci2p_cache.cache.manifest import Manifest, read_manifest, refuse_difference
 from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.cache.traces import gaps, named_ranges
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
+from ci2p_cache.encoding.growth import Growth, failed_rows, merged_classes, told_changes
+from ci2p_cache.encoding.intent import Intent, committed_shards, missing_text
 from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.options import EncodeOptions
-from ci2p_cache.encoding.plan import Plan, read_plan
-from ci2p_cache.encoding.planning import build_plan
+from ci2p_cache.encoding.plan import read_plan
+from ci2p_cache.encoding.planning import EarlierRows, build_plan
 from ci2p_cache.encoding.progress import EncodeObserver
 from ci2p_cache.encoding.shard import EncodeSettings
-from ci2p_cache.errors import ManifestError, UsageError
+from ci2p_cache.errors import ShardError, UsageError, command
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.decoder_server import start_decoder_server
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.machine import num_cores
 from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec
 
-__all__ = [
-    "Intent",
-    "begin",
-    "committed_shards",
-    "encode_settings",
-    "load_chosen",
-    "missing_text",
-    "survey",
-]
+__all__ = ["begin", "encode_settings", "load_chosen", "survey"]
 
 
 _SORTED = (
@@ -43,22 +37,6 @@ _SORTED = (
     "all the same, but with --order blocks, or through a stock webdataset reader, a batch would "
     "hold few classes; shuffle the archives for those"
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Intent:
-    """What a cache folder is to become, before anything is written to it."""
-
-    fingerprint: Fingerprint
-    """Every field that changes a value."""
-    layout: LayoutSpec
-    """Every field that changes which sample lies where."""
-    plan: Plan
-    """All samples: those of the folder, or those that the source lists now."""
-    classes: tuple[str, ...]
-    """Class names; a label of the plan is an index into them."""
-    manifest: Manifest | None
-    """The folder's own, where it is gone on with as it is; None where one is to be written."""
 
 
 def load_chosen(options: EncodeOptions, observer: EncodeObserver) -> FrozenEncoder:
@@ -107,6 +85,8 @@ def survey(
 ) -> Intent:
     """Reads the manifest and plan of a begun cache, or lists the source; writes nothing.
 
+    A cache that is to grow is listed anew; nothing of it is read but what its records say.
+
     Args:
         root: The cache folder; it need not be there.
         images: The source; its notices are complete afterwards, if it was listed.
@@ -120,35 +100,120 @@ def survey(
         UsageError: the encoder has no symbols, and symbols are asked for.
     """
     fingerprint, layout = _fingerprint(options, encoder), options.layout_spec()
-    earlier: Plan | None = None
-    if (root / MANIFEST).exists():
-        manifest = read_manifest(root)
+    if not (root / MANIFEST).exists():
+        plan = build_plan(images, layout, fingerprint.views, fingerprint.latent)
+        return Intent(
+            fingerprint=fingerprint,
+            layout=layout,
+            plan=plan,
+            classes=images.classes,
+            class_titles=images.class_titles,
+            manifest=None,
+            folder=root,
+        )
+    folder = growth_of(root) or root
+    manifest = read_manifest(folder)
+    if not (options.rescan or options.retry_failed or _is_larger(layout, manifest.layout)):
         refuse_difference(root, manifest, fingerprint, layout)
-        earlier = read_plan(root, manifest)
-        if not options.rescan:
-            return Intent(
-                fingerprint=fingerprint,
-                layout=layout,
-                plan=earlier,
-                classes=manifest.classes,
-                manifest=manifest,
-            )
-    plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=earlier)
-    return Intent(
-        fingerprint=fingerprint, layout=layout, plan=plan, classes=images.classes, manifest=None
+        return Intent(
+            fingerprint=fingerprint,
+            layout=layout,
+            plan=read_plan(folder, manifest),
+            classes=manifest.classes,
+            class_titles=manifest.class_titles,
+            manifest=manifest,
+            folder=folder,
+            notices=_not_listed(root, folder, manifest, images),
+        )
+    return _grown(root, read_manifest(root), images, options, fingerprint, layout)
+
+
+def _is_larger(wanted: LayoutSpec, made: LayoutSpec) -> bool:
+    """Whether more images are wanted, and nothing else is."""
+    limits = math.inf if wanted.limit is None else wanted.limit, made.limit
+    return (
+        limits[1] is not None
+        and limits[0] > limits[1]
+        and replace(wanted, limit=made.limit) == made
     )
 
 
-def tell_of_other_source(
-    root: Path, images: ImageSource, intent: Intent, observer: EncodeObserver
-) -> None:
-    """Says so where a begun cache was planned from another place than the one now named."""
+def _not_listed(
+    root: Path, folder: Path, manifest: Manifest, images: ImageSource
+) -> tuple[str, ...]:
+    """Says that a begun cache goes by its plan, and where it was planned from another place."""
     here = _location_text(images)
-    if intent.manifest is not None and intent.manifest.source != here:
-        observer.notice(
-            f"{root} was planned from {intent.manifest.source}; {here} is taken for the same "
-            "images in another place and was not listed (--rescan lists it)"
+    if folder != root:
+        return (f"{root} goes on with the new images that were found before",)
+    if manifest.source != here:
+        return (
+            f"{root} was planned from {manifest.source}; {here} is taken for the same images in "
+            "another place and was not listed (--rescan lists it)",
         )
+    return (f"{here} was not listed again (--rescan lists it and takes in new images)",)
+
+
+def _grown(
+    root: Path,
+    manifest: Manifest,
+    images: ImageSource,
+    options: EncodeOptions,
+    fingerprint: Fingerprint,
+    layout: LayoutSpec,
+) -> Intent:
+    """Lists the source anew; the committed rows of the cache stay as they are."""
+    made = manifest.layout
+    if made.limit is None or (layout.limit or math.inf) >= made.limit:
+        made = replace(made, limit=layout.limit)
+    refuse_difference(root, replace(manifest, layout=made), fingerprint, layout)
+    earlier = read_plan(root, manifest)
+    cache = Intent(
+        fingerprint=fingerprint,
+        layout=layout,
+        plan=earlier,
+        classes=manifest.classes,
+        class_titles=manifest.class_titles,
+        manifest=manifest,
+        folder=root,
+    )
+    commits, missing = committed_shards(root, cache)
+    if missing and manifest.is_complete:
+        raise ShardError(
+            f"{root} is damaged: {missing_text(cache, missing)} are not what was committed; "
+            "nothing was changed",
+            hint=command("verify", root, "--repair"),
+        )
+    plan, classes, titles = earlier, cache.classes, cache.class_titles
+    notices: list[str] = []
+    again: dict[str, frozenset[int]] = {}
+    if options.rescan or layout != manifest.layout:
+        classes, titles, labels = merged_classes(manifest, images)
+        rows = EarlierRows(earlier, labels)
+        plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=rows)
+        notices, changed = told_changes(root, images, rows, list(commits))
+        again = dict(changed) if options.reencode_changed else {}
+        if new := classes[len(cache.classes) :]:
+            notices.append(
+                f"new classes come after those of the cache: {', '.join(new[:3])}"
+                + (f" and {len(new) - 3:,} more" if len(new) > 3 else "")
+            )
+    if options.retry_failed:
+        for split, failed in failed_rows(root, earlier, list(commits)).items():
+            again[split] = again.get(split, frozenset()) | failed
+    if plan.num_samples == earlier.num_samples and not again and layout == manifest.layout:
+        notices.append(f"nothing new for {root}")
+        return replace(cache, notices=tuple(notices))
+    return Intent(
+        fingerprint=fingerprint,
+        layout=layout,
+        plan=plan,
+        classes=classes,
+        class_titles=titles,
+        manifest=None,
+        folder=root / GROWTH,
+        growth=Growth(plan=earlier, committed=frozenset(commits), again=again),
+        notices=tuple(notices),
+    )
 
 
 def _location_text(images: ImageSource) -> str:
@@ -188,7 +253,7 @@ def begin(
         # A path that is not UTF-8 is shown with escapes; JSON could not hold it.
         source=_location_text(images),
         classes=intent.classes,
-        class_titles=images.class_titles,
+        class_titles=intent.class_titles,
         splits=intent.plan.splits,
         plan=staging.put(PLAN, intent.plan.to_bytes()),
         encoder=staging.put(ENCODER, encoder.to_bytes()),
@@ -211,69 +276,3 @@ def encode_settings(
         batch_size=options.batch_size or (8 if on_cpu else 256),
         decode_threads=options.workers or num_cores(),
     )
-
-
-def missing_text(intent: Intent, missing: Sequence[tuple[str, int]]) -> str:
-    """Names missing shards in ranges, for example `3 of 12 shards (train 3-4; val 0)`."""
-    by_split: dict[str, set[int]] = {}
-    for split, number in missing:
-        by_split.setdefault(split, set()).add(number)
-    ranges = {
-        split: gaps(record.num_shards, sorted(set(range(record.num_shards)) - by_split[split]))
-        for split, record in intent.plan.splits.items()
-        if split in by_split
-    }
-    return f"{len(missing)} of {intent.plan.num_shards} shards ({named_ranges(ranges)})"
-
-
-def committed_shards(
-    root: Path,
-    intent: Intent,
-    places: Iterable[tuple[str, int]] | None = None,
-    *,
-    retry_failed: bool,
-) -> tuple[dict[tuple[str, int], CommitRecord], list[tuple[str, int]]]:
-    """Tells what is done from what is left to do.
-
-    Args:
-        root: The cache folder.
-        intent: What it is to become.
-        places: The shards in question, as (split, number); None for all.
-        retry_failed: Whether shards that hold images which failed are to be encoded again.
-
-    Returns:
-        The commit records that count, by (split, shard), and the shards that are missing, in order.
-    """
-    commits: dict[tuple[str, int], CommitRecord] = {}
-    missing: list[tuple[str, int]] = []
-    for split, number in intent.plan.shard_numbers() if places is None else places:
-        commit = _committed(root, intent.plan, split, number, intent.fingerprint.digest)
-        if commit is None or (retry_failed and commit.valid_rows < commit.rows):
-            missing.append((split, number))
-        else:
-            commits[split, number] = commit
-    return commits, missing
-
-
-def _committed(
-    root: Path, plan: Plan, split: str, shard: int, fingerprint: str
-) -> CommitRecord | None:
-    """Returns the commit record of a shard if it counts: it fits the plan and its files are there.
-
-    Damaged records and missing or resized files count as not committed: the shard is encoded again.
-    """
-    try:
-        commit = read_commit(root, split, shard)
-    except ManifestError:
-        return None
-    if commit is None or (commit.plan_sha256, commit.fingerprint, commit.rows) != (
-        plan.shard_sha256(split, shard),
-        fingerprint,
-        len(plan.splits[split].rows_of(shard)),
-    ):
-        return None
-    for file in commit.files:
-        path = root / file.path
-        if path.is_symlink() or not path.is_file() or path.stat().st_size != file.bytes:
-            return None
-    return commit

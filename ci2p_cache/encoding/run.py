@@ -9,7 +9,7 @@ from pathlib import Path
 from ci2p_cache.cache.lock import LOCK
 from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.ranges import ShardRange
-from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path
+from ci2p_cache.cache.staging import disk_errors, remove_path
 from ci2p_cache.encoding.claims import claimed, whole_folder
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.options import EncodeOptions
@@ -77,12 +77,12 @@ def encode(
         # is imported only afterwards.
         if part is not None:
             return _encode_range(root, images, options, part, observer)
-        with whole_folder(root, what="encode"), StagingArea(root) as staging:
+        with whole_folder(root, what="encode"):
             if overwrite:
                 _clear(root)
             from ci2p_cache.encoding.whole import resume
 
-            return resume(root, images, options, staging, observer)
+            return resume(root, images, options, observer)
 
 
 def _encode_range(
@@ -92,10 +92,10 @@ def _encode_range(
     part: ShardRange,
     observer: EncodeObserver,
 ) -> EncodeSummary:
-    with claimed(root, part) as claim, StagingArea(root, name=part.label) as staging:
+    with claimed(root, part) as claim:
         from ci2p_cache.encoding.part import resume_range
 
-        return resume_range(root, images, options, staging, observer, claim)
+        return resume_range(root, images, options, observer, claim)
 
 
 @contextmanager
@@ -117,5 +117,5 @@ def _clear(root: Path) -> None:
     """Removes a cache's files, the manifest first: what is left of it then counts for nothing."""
     remove_path(root / MANIFEST)
     for path in root.iterdir():
-        if path.name not in (LOCK, ".staging"):
+        if path.name != LOCK:
             remove_path(path)

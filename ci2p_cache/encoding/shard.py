@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -35,9 +35,10 @@ from ci2p_cache.cache.manifest import SplitRecord
 from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.budget import ErrorBudget, SaturationProbe
+from ci2p_cache.encoding.carry import Carrier
 from ci2p_cache.encoding.lane import Lane, encode_views, numerics, single_threaded
 from ci2p_cache.encoding.plan import ShardPlan
-from ci2p_cache.encoding.read_ahead import Awaited, ReadAhead
+from ci2p_cache.encoding.read_ahead import Awaited, LoadedImage, ReadAhead
 from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.specs import Fingerprint, LatentSpec, LayoutSpec
@@ -68,6 +69,7 @@ class _Shard:
     chunks: list[bytes | None] = field(default_factory=list)
     raw: dict[tuple[int, int], memoryview] = field(default_factory=dict)
     batches: list[Future[Future[ChannelSums]]] = field(default_factory=list)
+    carried: list[Future[ChannelSums]] = field(default_factory=list)
     crc32c: dict[tuple[int, int], int] = field(default_factory=dict)
     clipped: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -87,6 +89,8 @@ class ShardEncoder:
         staging: Where committed files go.
         budget: Counts images that cannot be decoded, and ends the run when they are too many.
         on_image: Called in the caller's thread after each image, with whether it was good.
+        carrier: Gives rows that were committed before, of a cache that grows; they are neither read
+            nor counted. None where all are encoded.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class ShardEncoder:
         *,
         budget: ErrorBudget,
         on_image: Callable[[bool], None],
+        carrier: Carrier | None = None,
     ) -> None:
         self._settings = settings
         self._staging = staging
@@ -123,6 +128,7 @@ class ShardEncoder:
             self._readers,
             classes=settings.classes,
             most=max(32, 2 * settings.batch_size * len(lanes)),
+            carrier=carrier,
         )
         self._lanes = ThreadPoolExecutor(len(lanes), "lane", single_threaded)
         self._committer = ThreadPoolExecutor(1, "commit")
@@ -174,6 +180,9 @@ class ShardEncoder:
                 shard = _Shard(plan, chunks=[None] * (record.shard_rows * record.views))
             loaded = future.result()
             shard.rows.append(loaded.row)
+            if loaded.is_carried:
+                shard.carried.append(self._readers.submit(self._carry, shard, loaded))
+                continue
             self._budget.count(loaded.row)
             self._on_image(loaded.views is not None)
             if loaded.views is None:
@@ -188,6 +197,18 @@ class ShardEncoder:
         if views:
             self._submit(shard, views, places)
         return shard
+
+    def _carry(self, shard: _Shard, loaded: LoadedImage) -> ChannelSums:
+        """Takes a row over; its place in the shard, its sums, and those of clipped values."""
+        row, channels = loaded.row, self._latent.channels
+        zeros = np.zeros(channels)
+        sums = ChannelSums.empty(channels)
+        if loaded.stored is not None:
+            places = [(row.row - shard.plan.first_row, view) for view in range(len(loaded.stored))]
+            self._keep(shard, loaded.stored, places)
+            shard.clipped |= dict.fromkeys(places, 0) | {places[0]: row.clipped or 0}
+            sums = ChannelSums.of(loaded.stored, zeros)
+        return sums if loaded.clipped is None else replace(sums, clipped=loaded.clipped)
 
     def _submit(
         self, shard: _Shard, views: list[torch.Tensor], places: list[tuple[int, int]]
@@ -220,22 +241,28 @@ class ShardEncoder:
         places: list[tuple[int, int]],
     ) -> ChannelSums:
         try:
-            num_views = self._settings.splits[shard.plan.split].views
-            for latent, (offset, view) in zip(stored, places, strict=True):
-                raw = memoryview(latent.reshape(-1).view(np.uint8))
-                if self._settings.layout.has_zarr:
-                    shard.chunks[offset * num_views + view] = self._codec.encode(raw)
-                if self._settings.layout.has_tar:
-                    shard.raw[shard.plan.first_row + offset, view] = raw
-                shard.crc32c[offset, view] = google_crc32c.value(bytes(raw))
+            self._keep(shard, stored, places)
             for place, lost in zip(places, clipped.sum(axis=1).tolist(), strict=True):
                 shard.clipped[place] = lost
             return ChannelSums.of(stored, clipped.sum(axis=0))
         finally:
             self._slots.release()
 
+    def _keep(self, shard: _Shard, stored: npt.NDArray[Any], places: list[tuple[int, int]]) -> None:
+        """Compresses latents, each to its place (row of the shard, view)."""
+        num_views = self._settings.splits[shard.plan.split].views
+        for latent, (offset, view) in zip(stored, places, strict=True):
+            raw = memoryview(latent.reshape(-1).view(np.uint8))
+            if self._settings.layout.has_zarr:
+                shard.chunks[offset * num_views + view] = self._codec.encode(raw)
+            if self._settings.layout.has_tar:
+                shard.raw[shard.plan.first_row + offset, view] = raw
+            shard.crc32c[offset, view] = google_crc32c.value(bytes(raw))
+
     def _finish(self, shard: _Shard) -> CommitRecord:
         sums = ChannelSums.empty(self._latent.channels)
+        for carried in shard.carried:
+            sums = sums + carried.result()
         for batch in shard.batches:
             sums = sums + batch.result().result()
         self._probe.check(sums)

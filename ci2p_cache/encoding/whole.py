@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ci2p_cache.cache.commit import CommitRecord
-from ci2p_cache.cache.manifest import Manifest
-from ci2p_cache.cache.paths import MANIFEST
+from ci2p_cache.cache.growth import drop_growth, settle
+from ci2p_cache.cache.manifest import Manifest, read_manifest
 from ci2p_cache.cache.staging import StagingArea
+from ci2p_cache.cache.verify import verify
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoding.carry import Carrier
 from ci2p_cache.encoding.executors.run import encode_shards
 from ci2p_cache.encoding.executors.work import Work
 from ci2p_cache.encoding.finalise import finalise
+from ci2p_cache.encoding.growth import begin_growth
+from ci2p_cache.encoding.intent import Intent, committed_shards, missing_text
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import (
     EncodeObserver,
@@ -21,27 +26,16 @@ from ci2p_cache.encoding.progress import (
     summarise,
     summarise_part,
 )
-from ci2p_cache.encoding.resume import (
-    Intent,
-    begin,
-    committed_shards,
-    load_chosen,
-    missing_text,
-    survey,
-    tell_of_other_source,
-)
-from ci2p_cache.errors import IncompleteCacheError, command
+from ci2p_cache.encoding.repair.run import restore
+from ci2p_cache.encoding.resume import begin, load_chosen, survey
+from ci2p_cache.errors import IncompleteCacheError, ShardError, command
 from ci2p_cache.images.source import ImageSource
 
-__all__ = ["meter_of", "reopened", "resume"]
+__all__ = ["meter_of", "resume"]
 
 
 def resume(
-    root: Path,
-    images: ImageSource,
-    options: EncodeOptions,
-    staging: StagingArea,
-    observer: EncodeObserver,
+    root: Path, images: ImageSource, options: EncodeOptions, observer: EncodeObserver
 ) -> EncodeSummary:
     """Does all that is left to do in a cache folder which this process has locked.
 
@@ -49,7 +43,6 @@ def resume(
         root: The cache folder; empty to begin with.
         images: The source.
         options: As for `encode`.
-        staging: Where files are staged, in `root`.
         observer: Told of progress and notices.
 
     Raises:
@@ -57,19 +50,57 @@ def resume(
     """
     encoder = load_chosen(options, observer)
     intent = survey(root, images, options, encoder)
-    tell_of_other_source(root, images, intent, observer)
+    for text in intent.notices:
+        observer.notice(text)
     if options.finalise and intent.manifest is None:
         raise IncompleteCacheError(
             f"{root} has no plan yet, so there is nothing to finalise",
             hint="repeat the command without --finalise",
         )
-    manifest = intent.manifest or begin(images, intent, encoder, staging, observer)
-    if options.plan_only:
-        return _planned(root, manifest, intent, observer)
-    commits, missing = committed_shards(root, intent, retry_failed=options.retry_failed)
-    meter = meter_of(observer, commits, intent.plan.num_samples)
+    if intent.folder == root:
+        # What was begun of another growth: now there is nothing new.
+        drop_growth(root)
+    if intent.growth is not None and begin_growth(root, intent.plan, intent.growth):
+        # The very same growth was begun before.
+        intent = replace(intent, manifest=read_manifest(intent.folder))
+    with StagingArea(intent.folder) as staging:
+        manifest = intent.manifest or begin(images, intent, encoder, staging, observer)
+        if options.plan_only:
+            return _planned(root, manifest, intent, observer)
+        summary = _encoded(root, manifest, images, options, encoder, intent, staging, observer)
+    settle(root)
+    return summary
+
+
+def _encoded(
+    root: Path,
+    manifest: Manifest,
+    images: ImageSource,
+    options: EncodeOptions,
+    encoder: FrozenEncoder,
+    intent: Intent,
+    staging: StagingArea,
+    observer: EncodeObserver,
+) -> EncodeSummary:
+    """Encodes what is missing, and finalises."""
+    folder = intent.folder
+    commits, missing = committed_shards(folder, intent)
+    restored = 0
+    if missing and manifest.is_complete:
+        # An original may have gone or changed since: only the same bytes are put back.
+        observer.notice(f"{missing_text(intent, missing)} are damaged; they are encoded again")
+        found = verify(root, quick=True)
+        restored = restore(root, found, images.location(), options.weights, observer).images
+        commits, missing = committed_shards(folder, intent)
+        if missing:
+            raise ShardError(
+                f"{missing_text(intent, missing)} of {root} cannot be put back",
+                hint=command("verify", root, "--repair", note="says why"),
+            )
+        manifest = read_manifest(root)
+    meter = meter_of(observer, intent, commits, missing)
     if not missing and manifest.is_complete:
-        return summarise(root, manifest, meter, 0.0)
+        return replace(summarise(root, manifest, meter, 0.0), encoded_now=restored)
     if missing and options.finalise:
         raise IncompleteCacheError(
             f"{root} is not encoded to its end: {missing_text(intent, missing)} are missing; "
@@ -77,12 +108,11 @@ def resume(
             hint=command("status", root, note="gives a command for each missing range"),
         )
     if missing:
-        manifest = reopened(manifest, staging)
-        work = Work(root, images, options, encoder, staging, intent, meter, observer)
+        work = Work(folder, images, options, encoder, staging, intent, meter, observer)
         commits |= encode_shards(work, missing)
     seconds = meter.seconds
     ordered = [commits[place] for place in intent.plan.shard_numbers()]
-    manifest = finalise(root, manifest, intent.plan, ordered, staging)
+    manifest = finalise(folder, manifest, intent.plan, ordered, staging)
     return summarise(root, manifest, meter, seconds)
 
 
@@ -90,25 +120,34 @@ def _planned(
     root: Path, manifest: Manifest, intent: Intent, observer: EncodeObserver
 ) -> EncodeSummary:
     """Sums up a folder in which nothing was encoded by this run."""
-    commits, missing = committed_shards(root, intent, retry_failed=False)
-    meter = meter_of(observer, commits, intent.plan.num_samples)
+    commits, missing = committed_shards(intent.folder, intent)
+    meter = meter_of(observer, intent, commits, missing)
     if manifest.is_complete and not missing:
         return summarise(root, manifest, meter, 0.0)
     return summarise_part(root, manifest, commits.values(), meter, 0.0, part=None)
 
 
 def meter_of(
-    observer: EncodeObserver, commits: Mapping[tuple[str, int], CommitRecord], total: int
+    observer: EncodeObserver,
+    intent: Intent,
+    commits: Mapping[tuple[str, int], CommitRecord],
+    missing: Iterable[tuple[str, int]],
 ) -> ProgressMeter:
-    """Returns a meter that starts from what is committed; `total` is the images of this run."""
+    """Returns a meter over some shards that starts from what needs no original.
+
+    Args:
+        observer: Told of progress.
+        intent: What the folder is to become.
+        commits: The shards that are committed.
+        missing: The others; of a growth they may hold rows that are carried over.
+    """
+    places = [*commits, *(missing := list(missing))]
+    total = sum(len(intent.plan.splits[split].rows_of(shard)) for split, shard in places)
     done = sum(commit.rows for commit in commits.values())
     bad = done - sum(commit.valid_rows for commit in commits.values())
+    carrier = Carrier.of(intent.folder)
+    if carrier is not None:
+        for place in missing:
+            good, failed = carrier.count(*place)
+            done, bad = done + good + failed, bad + failed
     return ProgressMeter(observer, total=total, done=done, bad=bad)
-
-
-def reopened(manifest: Manifest, staging: StagingArea) -> Manifest:
-    """Takes back that the cache is complete, before a shard of it is written again."""
-    if manifest.is_complete:
-        manifest = dataclasses.replace(manifest, state="encoding", files=())
-        staging.put_sealed(MANIFEST, manifest.to_dict())
-    return manifest

@@ -26,7 +26,7 @@ EXPERIMENT = "experiment.json"
 _VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
-_ONE_CALL = ("plan_only", "finalise", "shard_range", "retry_failed", "rescan")
+_ONE_CALL = ("plan_only", "finalise", "shard_range", "retry_failed", "rescan", "reencode_changed")
 """What speaks of one call of `encode`, and so of no experiment."""
 
 FREE_FIELDS = frozenset(

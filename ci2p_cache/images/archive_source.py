@@ -68,6 +68,10 @@ class ArchiveSource(ABC):
         """Returns the absolute path or pattern; bytes that are not UTF-8 are surrogates."""
         return os.fsdecode(self._archives.location)
 
+    def file_of(self, path: bytes) -> tuple[bytes, bool]:
+        """Returns the archive or table that holds an image among others."""
+        return self._found(path)[0], False
+
     @abstractmethod
     def _list(self) -> Sequence[tuple[Archive, object]]:
         """Lists all files; once, which sets the classes and the tally."""

@@ -111,6 +111,9 @@ class FetchedSource:
             self._source = self._open_local(self._folder / self._name)
         return self._fetched().read(path)
 
+    def file_of(self, path: bytes) -> None:
+        """Returns None: what was fetched tells nothing of what the server has now."""
+
     def _fetched(self) -> ImageSource:
         if self._source is None:
             wanted = self._wanted()

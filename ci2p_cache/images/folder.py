@@ -142,9 +142,17 @@ class FolderSource:
             SourceError: `path` is none below the source.
             ResourceError: reading failed three times, or the whole source has gone.
         """
+        self._require_below(path)
+        return read_file(self._root, path)
+
+    def file_of(self, path: bytes) -> tuple[bytes, bool]:
+        """Returns the file of an image."""
+        self._require_below(path)
+        return join(self._root, path), True
+
+    def _require_below(self, path: bytes) -> None:
         if path.startswith(b"/") or b".." in path.split(b"/") or b"\0" in path:
             raise SourceError(f"{for_display(path)} is no path below {for_display(self._root)}")
-        return read_file(self._root, path)
 
     def _require_folder(self) -> None:
         shown = for_display(self._root)

@@ -64,6 +64,15 @@ class ImageSource(Protocol):
             ResourceError: listing failed again and again; the same call may succeed later.
         """
 
+    def file_of(self, path: bytes) -> tuple[bytes, bool] | None:
+        """Returns the local file that holds an image, absolute, and whether it holds nothing else.
+
+        None where the images are fetched from a server. Neither is looked at.
+
+        Raises:
+            SourceError: `path` is none below the source.
+        """
+
     def read(self, path: bytes) -> bytes:
         """Returns the whole content of one image, by `ImageRef.path`.
 

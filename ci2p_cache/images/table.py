@@ -15,7 +15,7 @@ from ci2p_cache.errors import SourceError
 from ci2p_cache.images.archives import PARQUET_SUFFIXES, SPLIT_NAMES, read_archive
 from ci2p_cache.images.image_table import guarded, open_parquet
 from ci2p_cache.images.labels import Classes, LabelTable
-from ci2p_cache.images.names import as_key, for_display
+from ci2p_cache.images.names import as_key, for_display, join
 from ci2p_cache.images.reading import read_file
 from ci2p_cache.images.source import ImageRef
 from ci2p_cache.images.tally import Tally
@@ -105,9 +105,17 @@ class TableSource:
 
     def read(self, path: bytes) -> bytes:
         """Returns the whole content of one image; errors as `FolderSource.read` has them."""
+        self._require_below(path)
+        return read_file(self._root, path)
+
+    def file_of(self, path: bytes) -> tuple[bytes, bool]:
+        """Returns the file of an image."""
+        self._require_below(path)
+        return join(self._root, path), True
+
+    def _require_below(self, path: bytes) -> None:
         if path.startswith(b"/") or b".." in path.split(b"/") or b"\0" in path:
             raise SourceError(f"{for_display(path)} is no path below {for_display(self._root)}")
-        return read_file(self._root, path)
 
     def _settled(self) -> Classes:
         """Reads all labels; once."""

@@ -60,6 +60,9 @@ class Listed:
     def scan(self) -> Iterator[ImageRef]:
         return (ImageRef(f"one/{i}", "train", 0, b"one/%d" % i) for i in range(self.count))
 
+    def file_of(self, path: bytes) -> None:
+        """None has a file."""
+
     def read(self, path: bytes) -> bytes:
         raise NotImplementedError
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.long.train_kills import run_kills
-from tests.support.encode_bench import KINDS, EncodeBench, spread, tree
+from tests.support.encode_bench import KINDS, EncodeBench, GrowthBench, spread, tree
 from tests.support.tiers import thinned
 from tests.support.warm import WarmParent
 
@@ -106,6 +106,17 @@ def test_killed_at_any_time_no_committed_shard_is_lost(warm: WarmParent, tmp_pat
         committed = made.commits()
         assert not list(made.repeated(warm))
         assert committed <= made.commits()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_while_a_cache_grows_leaves_it_whole(
+    warm: WarmParent, tmp_path: Path, kind: str
+) -> None:
+    # The originals of what is committed are gone: nothing could be made again.
+    made = GrowthBench(tmp_path, warm)
+    made.undisturbed(warm)
+    points = spread(made.calls, 5)[1:]
+    assert not [(at, text) for at in points for text in made.fault(warm, at, kind)]
 
 
 def test_of_two_encoders_started_at_once_one_is_refused_and_no_row_is_lost(

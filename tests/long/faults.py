@@ -1,6 +1,6 @@
 """Bar R2: every call of a small encode that changes the disk fails in turn; all must recover.
 
-python tests/long/faults.py [--count POINTS]
+python tests/long/faults.py [--count POINTS] [--growth]
 """
 
 from __future__ import annotations
@@ -13,24 +13,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.support.encode_bench import KINDS, EncodeBench, spread
+from tests.support.encode_bench import KINDS, EncodeBench, GrowthBench, spread
 from tests.support.warm import WarmParent
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, help="only that many points, evenly spread")
-    wanted = parser.parse_args().count
+    parser.add_argument("--growth", action="store_true", help="of a cache that takes in images")
+    arguments = parser.parse_args()
     started = time.monotonic()
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
-        bench = EncodeBench(Path(folder))
         with WarmParent(Path(folder)) as warm:
             if not warm.has_shim:
                 print("no C compiler `cc` here, so no shim")
                 return 1
+            bench = (
+                GrowthBench(Path(folder), warm) if arguments.growth else EncodeBench(Path(folder))
+            )
             bench.undisturbed(warm)
-            points = spread(bench.calls, wanted)
+            points = spread(bench.calls, arguments.count)
             for kind in KINDS:
                 recovered = 0
                 bench.tidied_later = 0

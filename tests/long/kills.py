@@ -4,7 +4,10 @@ Each kill hits a process of its own. Half of the runs begin on an empty folder, 
 kill before left there; after each kill the command is repeated to the end on a copy, and held
 against an undisturbed run.
 
-python tests/long/kills.py [--count KILLS]
+With --growth the command takes new images into a complete cache, whose originals are gone: after
+each kill the cache is intact besides, either the old one or the larger one.
+
+python tests/long/kills.py [--count KILLS] [--growth]
 """
 
 from __future__ import annotations
@@ -19,41 +22,49 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.support.encode_bench import EncodeBench
+from tests.support.encode_bench import EncodeBench, GrowthBench
 from tests.support.warm import WarmParent
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="number of kills")
+    parser.add_argument("--growth", action="store_true", help="of a cache that takes in images")
     parser.add_argument("--seed", type=int, default=0, help="of the random times")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     started = time.monotonic()
     recovered = kills = too_late = most_lost = 0
     with tempfile.TemporaryDirectory() as folder:
-        bench = EncodeBench(Path(folder), images=16, shard_samples=2)
         aside = Path(folder) / "aside"
         with WarmParent(Path(folder)) as warm:
+            bench = (
+                GrowthBench(Path(folder), warm, images=8, shard_samples=3)
+                if arguments.growth
+                else EncodeBench(Path(folder), images=16, shard_samples=2)
+            )
             bench.undisturbed(warm)
             spots: dict[str, int] = {}
-            shutil.rmtree(bench.out)
+            bench.fresh()
             while kills < arguments.count:
                 before = bench.commits()
                 ended = warm.run(*bench.arguments, kill_after=rng.uniform(0, bench.seconds))
                 if ended.code != -9:
                     too_late += 1
-                    shutil.rmtree(bench.out)
+                    bench.fresh()
                     continue
                 kills += 1
+                broken = list(bench.broken())
                 committed = bench.commits()
                 spot = _spot(bench.out, committed, bench.num_shards)
                 spots[spot] = spots.get(spot, 0) + 1
                 # Shards whose file is in place without the record: the work that is done again.
-                shards = len(list(bench.out.glob("latents.zarr/train/latents/c.*")))
+                place = bench.folder_of_commits()
+                shards = len(list(place.glob("latents.zarr/train/latents/c.*")))
                 lost = shards - len(committed)
                 most_lost = max(most_lost, lost)
                 problems = [] if before <= committed else [f"lost {sorted(before - committed)}"]
+                problems += broken
                 if lost > 1:
                     problems.append(f"{lost} shards lie there without a record")
                 if aside.exists():
@@ -64,8 +75,9 @@ def main() -> int:
                 recovered += not problems
                 for problem in problems[:3]:
                     print(f"  kill {kills} ({spot}): {problem}", flush=True)
-                shutil.rmtree(bench.out)
+                bench.fresh()
                 if kills % 2 and aside.exists():
+                    shutil.rmtree(bench.out, ignore_errors=True)
                     shutil.copytree(aside, bench.out)
     print("killed where: " + ", ".join(f"{name} {n}" for name, n in sorted(spots.items())))
     print(

@@ -87,6 +87,9 @@ class _Named:
                     key = f"{name}/{number:03d}.jpg"
                     yield ImageRef(key, split, self.classes.index(name), f"{split}/{key}".encode())
 
+    def file_of(self, path: bytes) -> None:
+        """None has a file."""
+
     def read(self, path: bytes) -> bytes:
         raise AssertionError(f"{path!r} was read")
 

@@ -7,14 +7,17 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import ci2p_cache as cc
 from tests.support.pictures import write_image_folder
 from tests.support.warm import Ended, WarmParent
 
-__all__ = ["KINDS", "EncodeBench", "spread", "tree"]
+__all__ = ["KINDS", "EncodeBench", "GrowthBench", "spread", "tree"]
 
 KINDS = ("EIO", "ENOSPC", "before", "after")
 
+_TIDIED = (".staging", ".lock", ".growth")
 _HIT = re.compile(r"^ci2p-fault hit (\d+) (\w+) (.*)$", re.MULTILINE)
 
 
@@ -77,12 +80,20 @@ class EncodeBench:
         """The command, without `ci2p-cache`."""
         return ["encode", str(self._source), "--out", str(self.out), *self._options]
 
+    def fresh(self) -> None:
+        """Puts the output folder as it is before the command."""
+        shutil.rmtree(self.out, ignore_errors=True)
+
+    def broken(self) -> Iterator[str]:
+        """Yields what is wrong with what a disturbed run has left."""
+        yield from ()
+
     def undisturbed(self, warm: WarmParent) -> Ended:
         """Encodes once as the reference; counts the calls and takes the time."""
         # The first one of all waits for the imports of the server that decodes.
         first = warm.run(*self.arguments)
         assert first.code == 0, first.told
-        shutil.rmtree(self.out, ignore_errors=True)
+        self.fresh()
         ended = warm.run(*self.arguments, root=self.out, kind="trace")
         assert ended.code == 0, ended.told
         self.whole, self.calls, self.seconds = tree(self.out), ended.calls, ended.seconds
@@ -94,7 +105,7 @@ class EncodeBench:
         A call that fails while the finished cache is only tidied up (staging, lock) may end in
         exit 0; it is counted in `tidied_later`.
         """
-        shutil.rmtree(self.out, ignore_errors=True)
+        self.fresh()
         ended = warm.run(*self.arguments, root=self.out, at=at, kind=kind)
         hit = _HIT.search(ended.told)
         if hit is None:
@@ -108,14 +119,14 @@ class EncodeBench:
                 yield f"{where}: exit {ended.code}, wanted SIGKILL"
         elif ended.code == 0:
             self.tidied_later += 1
-            kept = {k: v for k, v in found.items() if not k.startswith((".staging", ".lock"))}
+            kept = {k: v for k, v in found.items() if not k.startswith(_TIDIED)}
             if kept != self.whole:
                 yield f"{where}: exit 0 without a whole cache"
         elif ended.code != 6:
             yield f"{where}: exit {ended.code}, wanted 6: {_last(ended)}"
         elif left and hit[2] not in ("unlink", "rmdir"):
             yield f"{where}: exit 6 left {sorted(left)}"
-        yield from (f"{where}: {text}" for text in self.repeated(warm))
+        yield from (f"{where}: {text}" for text in (*self.broken(), *self.repeated(warm)))
 
     def repeated(self, warm: WarmParent) -> Iterator[str]:
         """Runs the command undisturbed on what is there; yields what differs from the reference."""
@@ -130,7 +141,46 @@ class EncodeBench:
 
     def commits(self) -> set[str]:
         """Names of the commit records that lie there."""
-        return {path.name for path in self.out.glob("commits/*.json")}
+        return {path.name for path in self.folder_of_commits().glob("commits/*.json")}
+
+    def folder_of_commits(self) -> Path:
+        """The folder in which shards are committed."""
+        return self.out
+
+
+class GrowthBench(EncodeBench):
+    """A complete cache that takes in as many images again; of two shards the second is shared.
+
+    Args:
+        folder: As for `EncodeBench`.
+        warm: What encodes the cache that grows.
+        options: As for `EncodeBench`.
+    """
+
+    def __init__(self, folder: Path, warm: WarmParent, **options: Any) -> None:
+        super().__init__(folder, **{"images": 3, "shard_samples": 4} | options)
+        self._before = folder / "before"
+        ended = warm.run(*self.arguments)
+        assert ended.code == 0, ended.told
+        self.out.rename(self._before)
+        for path in sorted((folder / "src").rglob("*.jpg")):
+            # The originals of what is committed are gone.
+            path.rename(path.with_name(f"new-{path.name}"))
+        self._options.append("--rescan")
+        rows = 2 * (2 * options.get("images", 3))
+        self.num_shards = -(-rows // options.get("shard_samples", 4))
+        self.fresh()
+
+    def fresh(self) -> None:
+        super().fresh()
+        shutil.copytree(self._before, self.out)
+
+    def broken(self) -> Iterator[str]:
+        yield from (f"{item.path} is {item.kind}" for item in cc.verify(self.out))
+
+    def folder_of_commits(self) -> Path:
+        growth = self.out / ".growth"
+        return growth if (growth / "cache.json").exists() else self.out
 
 
 def _last(ended: Ended) -> str:

@@ -27,7 +27,7 @@ from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.staging import disk_errors, remove_path, sync_folder
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.cache.tar_shards import npy_header
-from ci2p_cache.encoding.convert.shard_values import read_values
+from ci2p_cache.encoding.shard_values import read_values
 from ci2p_cache.errors import NotACacheError, ShardError, command
 from ci2p_cache.machine import num_cores
 

@@ -21,9 +21,9 @@ from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cache.store import Cache
-from ci2p_cache.encoding.convert.shard_values import read_values
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.plan import read_plan
+from ci2p_cache.encoding.shard_values import read_values
 from ci2p_cache.errors import FingerprintMismatchError, IntegrityError, ManifestError, command
 from ci2p_cache.machine import num_cores
 from ci2p_cache.record import read_regular

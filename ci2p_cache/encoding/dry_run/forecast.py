@@ -10,7 +10,7 @@ from typing import Literal
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoding.dry_run.decode_trial import DecodeTrial
 from ci2p_cache.encoding.dry_run.trial import EncodeTrial, shard_index_bytes
-from ci2p_cache.encoding.resume import Intent
+from ci2p_cache.encoding.intent import Intent
 from ci2p_cache.errors import CacheError, DiskFullError, TooManyBadImagesError
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.record import Record

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.lock import LOCK, live_ranges, lock_holder
 from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.encoding.budget import parse_max_errors
@@ -24,12 +25,13 @@ from ci2p_cache.encoding.dry_run.decode_trial import DecodeTrial, try_decoding
 from ci2p_cache.encoding.dry_run.forecast import DryRunReport, Findings, Work, report
 from ci2p_cache.encoding.dry_run.sample import draw, small_shards
 from ci2p_cache.encoding.dry_run.trial import EncodeTrial, try_encoding
+from ci2p_cache.encoding.intent import Intent, committed_shards
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.lane import Lane, make_lanes
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.place import refuse_place
 from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
-from ci2p_cache.encoding.resume import committed_shards, encode_settings, load_chosen, survey
+from ci2p_cache.encoding.resume import encode_settings, load_chosen, survey
 from ci2p_cache.encoding.shard import EncodeSettings
 from ci2p_cache.errors import LockedError, UsageError
 from ci2p_cache.images.locate import open_source
@@ -46,6 +48,10 @@ _SECONDS = 10.0
 _DECODED_IMAGES = 2048
 _DECODE_SECONDS = 2.0
 """Decoding alone: 2 s are 1,500 images on one core, enough to see a share of 0.2 % bad ones."""
+
+
+_Place = tuple[str, int]
+"""(split, shard)."""
 
 
 def dry_run(
@@ -96,7 +102,9 @@ def dry_run(
         intent = survey(folder, images, options, encoder)
         for text in images.notices:
             observer.notice(text)
-        commits, missing = committed_shards(folder, intent, retry_failed=options.retry_failed)
+        for text in intent.notices:
+            observer.notice(text)
+        commits, missing = _left(folder, intent)
         work = Work(
             intent,
             missing,
@@ -112,6 +120,15 @@ def dry_run(
         free = shutil.disk_usage(_existing(root)).free + (_tree_bytes(root) if overwrite else 0)
     found = Findings(work, encoded, decoded, prepared)
     return report(root, images, found, encoder, free)
+
+
+def _left(folder: Path, intent: Intent) -> tuple[dict[_Place, CommitRecord], list[_Place]]:
+    """Tells the shards that a run would leave as they are from those that it would write."""
+    if intent.growth is None:
+        return committed_shards(intent.folder, intent)
+    commits, _ = committed_shards(folder, intent, intent.growth.committed)
+    kept = {p: c for p, c in commits.items() if intent.growth.is_carried_whole(intent.plan, *p)}
+    return kept, [place for place in intent.plan.shard_numbers() if place not in kept]
 
 
 def _try(

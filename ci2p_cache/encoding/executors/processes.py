@@ -171,8 +171,9 @@ class _Pool:
             record = CommitRecord.from_dict(event["commit"])
             place = (record.split, record.shard)
             process.holds.remove(place)
-            process.good -= record.valid_rows
-            process.bad -= record.rows - record.valid_rows
+            good, bad = self._work.read_of(record)
+            process.good -= good
+            process.bad -= bad
             self._commits[place] = record
         elif "wants" in event:
             # It waits with what it has until it is answered: none is kept waiting for shards that

@@ -23,7 +23,7 @@ from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.staging import remove_path
 from ci2p_cache.encoding.executors.work import Place, Work
 from ci2p_cache.encoding.executors.worker import Job, Worker, error_of, told
-from ci2p_cache.encoding.resume import committed_shards
+from ci2p_cache.encoding.intent import committed_shards
 from ci2p_cache.errors import CacheError, MissingDependencyError, ResourceError, UsageError
 
 __all__ = ["encode_in_ray"]
@@ -224,16 +224,11 @@ class _Cluster:
     def _count(self, record: CommitRecord) -> None:
         self._commits[record.split, record.shard] = record
         busy = sum(actor.busy_seconds for actor in self._actors) / self._num_actors
-        self._work.count(record.valid_rows, record.rows - record.valid_rows, busy)
+        self._work.count(*self._work.read_of(record), busy)
 
     def _lost(self, actor: _Actor, error: Exception) -> None:
         """Takes back what a lost actor held; what it committed before its end counts."""
-        commits: dict[Place, CommitRecord] = {}
-        left = actor.holds
-        if not self._work.options.retry_failed:
-            commits, left = committed_shards(
-                self._work.root, self._work.intent, actor.holds, retry_failed=False
-            )
+        commits, left = committed_shards(self._work.root, self._work.intent, actor.holds)
         for record in commits.values():
             self._count(record)
         for place in left:

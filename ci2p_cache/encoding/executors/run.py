@@ -11,6 +11,7 @@ import shutil
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.tar_shards import tar_sample_bytes
 from ci2p_cache.encoding.budget import ErrorBudget
+from ci2p_cache.encoding.carry import Carrier
 from ci2p_cache.encoding.executors.work import Place, Work
 from ci2p_cache.encoding.lane import make_lanes
 from ci2p_cache.encoding.resume import encode_settings
@@ -66,6 +67,7 @@ def _encode_here(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:
         work.staging,
         budget=ErrorBudget(work.bad_allowed, already_bad=work.meter.bad),
         on_image=lambda good: meter.count(good, shards.busy_seconds),
+        carrier=Carrier.of(work.root),
     ) as shards:
         for record in shards.encode(plan.shard(*place) for place in missing):
             commits[record.split, record.shard] = record

@@ -31,10 +31,12 @@ from ci2p_cache.cache.manifest import read_manifest
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.encoding.budget import ErrorBudget
+from ci2p_cache.encoding.carry import Carrier
+from ci2p_cache.encoding.intent import Intent
 from ci2p_cache.encoding.lane import make_lanes
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import read_plan
-from ci2p_cache.encoding.resume import Intent, encode_settings
+from ci2p_cache.encoding.resume import encode_settings
 from ci2p_cache.encoding.same_decoder import refuse_other_decoder
 from ci2p_cache.encoding.shard import ShardEncoder
 from ci2p_cache.errors import CacheError
@@ -90,7 +92,9 @@ class Worker:
             layout=manifest.layout,
             plan=self._plan,
             classes=manifest.classes,
+            class_titles=manifest.class_titles,
             manifest=manifest,
+            folder=root,
         )
         options = EncodeOptions(batch_size=job.batch_size, workers=job.workers)
         self._staging = StagingArea(root, name=job.name)
@@ -101,6 +105,7 @@ class Worker:
             self._staging,
             budget=ErrorBudget(job.bad_allowed, already_bad=job.bad_already),
             on_image=lambda good: on_image(good, self._shards.busy_seconds),
+            carrier=Carrier.of(root),
         )
 
     def __enter__(self) -> Self:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.finding import Finding
+from ci2p_cache.cache.growth import drop_growth
 from ci2p_cache.cache.manifest import Manifest, read_manifest
 from ci2p_cache.cache.paths import MANIFEST, PLAN, commit_path, index_path
 from ci2p_cache.cache.staging import StagingArea, disk_errors
@@ -26,37 +26,17 @@ from ci2p_cache.encoding.repair.replay import (
     changed_sources,
 )
 from ci2p_cache.encoding.repair.restore import restored_encoder, restored_plan
+from ci2p_cache.encoding.repair.summary import RepairSummary
 from ci2p_cache.encoding.repair.witnesses import Witnesses
 from ci2p_cache.encoding.same_decoder import refuse_other_decoder
 from ci2p_cache.errors import SourceError, command
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.record import Record
 
-__all__ = ["RepairSummary", "repair"]
+__all__ = ["repair", "restore"]
 
 _MAX_NAMED = 10
 """Changed source images that an error names; it counts the rest."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RepairSummary(Record):
-    """What a repair found, did and left."""
-
-    path: str
-    """The cache folder."""
-    found: tuple[Finding, ...]
-    """What was wrong."""
-    repaired: tuple[str, ...]
-    """Files written anew, relative to the cache folder, sorted."""
-    shards: int
-    """Shards encoded again."""
-    images: int
-    """Images encoded again, bad ones included."""
-    identical: bool
-    """Whether every repaired byte is known to be as first committed."""
-    remaining: tuple[Finding, ...]
-    """What is still wrong: foreign files, and what cannot be restored, with the reason."""
 
 
 def repair(
@@ -106,10 +86,29 @@ def repair(
     ):
         found = verify(root, on_shard=on_shard)
         job = _Repair(root, found, source, weights, observer or EncodeObserver())
-        if job.wanted:
-            with StagingArea(root) as staging:
-                job.run(staging)
-        return job.summary()
+        return job.done()
+
+
+def restore(
+    root: Path,
+    found: list[Finding],
+    source: str,
+    weights: Path | None,
+    observer: EncodeObserver,
+) -> RepairSummary:
+    """Puts back what is damaged in a cache whose lock the caller holds; see `repair`.
+
+    Args:
+        root: The cache folder.
+        found: What is wrong.
+        source: Where the images are now.
+        weights: As for `repair`.
+        observer: Told of progress and notices.
+
+    Raises:
+        CacheError: as `repair` has them.
+    """
+    return _Repair(root, found, source, weights, observer).done()
 
 
 class _Repair:
@@ -148,11 +147,20 @@ class _Repair:
         self._encoded: list[CommitRecord] = []
         self._identical = True
 
+    def done(self) -> RepairSummary:
+        """Repairs what there is to repair, and tells."""
+        if self.wanted:
+            with StagingArea(self.root) as staging:
+                self.run(staging)
+        return self.summary()
+
     def run(self, staging: StagingArea) -> None:
         """Repairs encoder, plan, shards and whole-cache files, in this order."""
         self._mend_encoder(staging)
         if self._paths <= {self.manifest.encoder.path}:
             return
+        # What was begun of a growth has links to the damaged files.
+        drop_growth(self.root)
         plan = self._mend_plan(staging)
         self._damaged = self._witnesses.damaged_shards(plan)
         changed = self._mend_shards(plan, staging) if self._damaged else []
