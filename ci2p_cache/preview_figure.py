@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import FuncFormatter
 
-__all__ = ["PreviewRow", "Square", "draw_png"]
+__all__ = ["MARK", "PreviewRow", "Square", "draw_figure"]
+
+MARK = b"ci2p-cache preview"
+"""In the metadata of every picture, whatever its format."""
 
 _DPI = 100
 _MIN_PANEL_PX, _MAX_PANEL_PX = 256, 384
@@ -60,16 +64,23 @@ class PreviewRow:
     """Squared deviations of one latent, (M, h, w)."""
 
 
-def draw_png(rows: Sequence[PreviewRow], headings: Sequence[str], footer: Sequence[str]) -> bytes:
+def draw_figure(
+    rows: Sequence[PreviewRow],
+    headings: Sequence[str],
+    footer: Sequence[str],
+    *,
+    format: Literal["png", "jpg", "pdf"],
+) -> bytes:
     """Draws rows of panels under common headings.
 
     Args:
         rows: At least one.
         headings: One per square of a row.
         footer: At most two lines at the bottom.
+        format: What kind of file.
 
     Returns:
-        A PNG file; the same arguments give the same pixels.
+        The file, with `MARK` in it; the same arguments give the same pixels.
     """
     panel_px = _panel_px(rows)
     columns = len(headings) + 2
@@ -90,8 +101,15 @@ def draw_png(rows: Sequence[PreviewRow], headings: Sequence[str], footer: Sequen
         _draw_row(page, row, lefts, top + _TITLE_PX, panel_px)
     for number, line in enumerate(footer):
         page.text(_GAP_PX, height_px - _FOOT_PX + 16 * (number + 1), line, size=9, color=_FAINT)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    buffer, mark = io.BytesIO(), MARK.decode()
+    if format == "jpg":
+        figure.savefig(buffer, format=format, pil_kwargs={"quality": 95, "comment": MARK})
+    else:
+        # Without a date the same picture gives the same bytes.
+        metadata: dict[str, Any] = (
+            {"Software": mark} if format == "png" else {"Creator": mark, "CreationDate": None}
+        )
+        figure.savefig(buffer, format=format, metadata=metadata)
     return buffer.getvalue()
 
 

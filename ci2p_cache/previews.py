@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,8 @@ from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.errors import UsageError
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.preview_figure import PreviewRow, Square, draw_png
+from ci2p_cache.outputs import check_output, write_whole
+from ci2p_cache.preview_figure import MARK, PreviewRow, Square, draw_figure
 from ci2p_cache.reconstructions import (
     SourceState,
     bits_per_pixel,
@@ -39,9 +41,17 @@ from ci2p_cache.reconstructions import (
     psnr_db,
     stored_latent,
 )
-from ci2p_cache.record import Record, write_whole
+from ci2p_cache.record import Record
 
-__all__ = ["PreviewResult", "PreviewSample", "draw_preview"]
+__all__ = ["PreviewResult", "PreviewSample", "check_picture", "draw_preview"]
+
+_FORMATS: dict[str, Literal["png", "jpg", "pdf"]] = {
+    ".pdf": "pdf",
+    ".jpeg": "jpg",
+    ".jpg": "jpg",
+    ".png": "png",
+}
+"""Suffix -> what a picture is written as."""
 
 _MAX_SAMPLES = 64
 """More rows of panels make a picture that no viewer opens well."""
@@ -96,11 +106,12 @@ def draw_preview(
     count: int = 4,
     source: str | Path | None = None,
 ) -> PreviewResult:
-    """Writes a PNG of originals, reconstructions and the energy of the latents.
+    """Writes a picture of originals, reconstructions and the energy of the latents.
 
     Args:
         cache: The cache; `encoder.safetensors` in it is the decoder.
-        path: The picture to write; replaced as a whole if it exists.
+        path: The picture to write, .png, .jpg, .jpeg or .pdf. Of the files that may lie there only
+            an earlier preview is replaced, as a whole.
         split: Which split; None: the first one.
         rows: Which rows; None: `count` rows spread evenly over those that hold a latent.
         count: How many rows if `rows` is None.
@@ -108,25 +119,54 @@ def draw_preview(
             they are not there the picture says so.
 
     Raises:
-        UsageError: a row does not exist or holds no latent, or there are too many or none.
+        UsageError: a row does not exist or holds no latent, there are too many or none, or the
+            path has another suffix, is a folder, or lies in the cache or among its images.
+        RefusedError: another file lies at the path.
         SourceError: `source` is given and cannot be opened.
         ShardError: a shard or index part is damaged.
         WeightsError: the cache's encoder.safetensors is damaged.
         DigestError: it is another encoder than the one that made the latents.
         ResourceError: the picture cannot be written.
     """
+    path = Path(path)
+    check_picture(cache, path)
     part = cache[split if split is not None else cache.splits[0]]
     chosen = _chosen_rows(part, rows, count)
     images = open_images(cache, source)
     encoder = load_decoder(cache)
     pairs = [_measure(part, row, images, encoder) for row in chosen]
-    png = draw_png([panels for _, panels in pairs], _headings(part), _footer(cache))
-    write_whole(Path(path), png, what="picture")
+    picture = draw_figure(
+        [panels for _, panels in pairs],
+        _headings(part),
+        _footer(cache),
+        format=_FORMATS[path.suffix.lower()],
+    )
+    write_whole(path, picture, what="picture")
     return PreviewResult(
         path=str(path),
         rounded=part.latent.is_symbols,
         samples=tuple(sample for sample, _ in pairs),
     )
+
+
+def check_picture(cache: Cache, path: Path) -> None:
+    """Refuses a picture that `draw_preview` must not or cannot write, before it draws.
+
+    Args:
+        cache: What the picture is to be of.
+        path: The picture.
+
+    Raises:
+        UsageError, RefusedError, ResourceError: as `draw_preview` raises them about the path.
+    """
+    check_output(path, what="picture", suffixes=tuple(_FORMATS), mark=MARK)
+    images, folder = Path(cache.manifest.source).resolve(), path.parent.resolve()
+    if images.is_dir() and folder != images and folder.is_relative_to(images):
+        raise UsageError(
+            f"{path} lies among the images {images}, where the next `encode --rescan` would take "
+            "it for one of them",
+            hint="choose another place for the picture",
+        )
 
 
 def _chosen_rows(split: Split, rows: Sequence[int] | None, count: int) -> list[int]:

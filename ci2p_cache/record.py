@@ -15,12 +15,12 @@ import stat
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ci2p_cache.errors import ManifestError, ResourceError, UsageError
+from ci2p_cache.errors import ManifestError, UsageError
 
 __all__ = [
     "MAX_JSON_BYTES",
@@ -32,7 +32,6 @@ __all__ = [
     "read_yaml",
     "regular_file",
     "write_synced",
-    "write_whole",
 ]
 
 MAX_JSON_BYTES = 8 * 2**20
@@ -233,31 +232,6 @@ def read_yaml(path: Path, *, max_bytes: int) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ManifestError(f"{path} is damaged: wanted a mapping, got {type(data).__name__}")
     return data
-
-
-def write_whole(path: Path, data: bytes, *, what: str) -> None:
-    """Writes a file whole or not at all; folders above it are made.
-
-    Args:
-        path: Where it goes; a file that lies there is replaced.
-        data: Its content.
-        what: What it is, for the message.
-
-    Raises:
-        ResourceError: it cannot be written; what lay there before still does.
-    """
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(data)
-        staged.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            staged.unlink()
-        raise ResourceError(
-            f"cannot write the {what} {path}: {error.strerror or error}",
-            hint="choose another place for it",
-        ) from error
 
 
 def write_synced(path: Path, data: bytes) -> None:

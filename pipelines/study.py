@@ -53,7 +53,7 @@ from ci2p_cache.experiment.comparison import (
 )
 from ci2p_cache.experiment.cross_validation import CrossValidation, Plan, StudyObserver
 from ci2p_cache.experiment.study_table import study_csv, study_head, study_rows
-from ci2p_cache.record import write_whole
+from ci2p_cache.outputs import write_whole
 
 REFERENCE = "a-int8"
 """What every configuration is compared with: the defaults, with the tiny ds model."""

@@ -75,7 +75,8 @@ def _root(
     environment variable: CI2P_CACHE_ENCODE_QUALITY=5 stands for `encode --quality 5`.
 
     Exit codes: 0 ok, 1 bug, 2 usage, 3 input data, 4 refused, 5 integrity, 6 resources,
-    129, 130 and 143 interrupted and resumable.
+    129, 130 and 143 interrupted and resumable. They are about the work: a closed stream or
+    `| head -1` changes none. Results lost to a full disk are 6, after the work is done.
     """
 
 

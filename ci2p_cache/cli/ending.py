@@ -34,8 +34,8 @@ def told_errors(*, go_on: str, advise: Callable[[CacheError], str] | None = None
             go_on,
         )
     except InterruptedRunError as stopped:
-        # Here the command itself can be told; of several ranks it is torchrun's that goes on.
-        if "RANK" not in os.environ:
+        # Here the command itself is known; several ranks continue with torchrun's.
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             stopped.hint = go_on
         _end(stopped, go_on)
     except Exception as caught:

@@ -48,7 +48,11 @@ def evaluate(
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
     ] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print evaluation.json.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the two files [default: RUN/evaluations].", metavar="DIR"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the evaluation as JSON.")] = False,
 ) -> None:
     """Evaluate a trained run: accuracy with its interval, calibration, classes, confusions.
 
@@ -58,11 +62,12 @@ def evaluate(
       ci2p-cache evaluate runs/vitds-1a2b3c4d --from-images        with the encoder in the loop
       ci2p-cache evaluate runs/vitds-1a2b3c4d --cache other/ --split test
 
-    Writes evaluation.json and predictions.parquet (one row per image) into the run folder. From the
-    run's own cache the numbers are those that training recorded for these weights. A cache with
-    other classes, or encoded in another way, is refused.
+    Writes SPLIT-CHECKPOINT.json and .parquet (one row per image) into RUN/evaluations, two files
+    for each split and checkpoint. From the run's own cache the numbers are those that training
+    recorded for these weights. A cache with other classes, or encoded in another way, is refused.
     """
     from ci2p_cache.inference import evaluate as score
+    from ci2p_cache.inference.evaluation import EVALUATIONS
 
     with ExitStack() as stack:
         line = stack.enter_context(render.ProgressLine("evaluate", unit="images"))
@@ -76,15 +81,19 @@ def evaluate(
             batch_size=batch_size,
             threads=workers,
             source=source,
+            out=out,
             on_progress=line.update,
         )
     if json:
         render.print_json(result.to_dict())
-    else:
-        _print(result, run)
+        return
+    if out is None:
+        folder = run.parent.parent if run.parent.name == "checkpoints" else run
+        out = folder / EVALUATIONS
+    _print(result, out / result.predictions.path)
 
 
-def _print(result: Evaluation, run: Path) -> None:
+def _print(result: Evaluation, predictions: Path) -> None:
     fold = f", fold {result.fold} of {result.folds}" if result.folds else ""
     render.heading(
         f"{result.run}, {result.checkpoint}: top-1 {result.top1:.2%} "
@@ -119,5 +128,4 @@ def _print(result: Evaluation, run: Path) -> None:
             title="confusions, the most frequent first",
         )
     render.line()
-    folder = run.parent.parent if run.parent.name == "checkpoints" else run
-    render.line(f"written: {folder / 'evaluation.json'}, {folder / 'predictions.parquet'}")
+    render.line(f"written: {predictions.with_suffix('.json')}, {predictions}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ci2p_cache.cli import choices, render
+from ci2p_cache.errors import UsageError
 
 if TYPE_CHECKING:
     from ci2p_cache.inference.export import ExportSummary
@@ -17,7 +19,7 @@ __all__ = ["export"]
 
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint in it.", metavar="RUN")],
-    out: Annotated[Path, typer.Option(help="File to write.", metavar="FILE")],
+    out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2.", metavar="FILE")],
     to: Annotated[
         Literal["onnx", "torch"], typer.Option(help="torch: a .pt2 of torch.export.")
     ] = "onnx",
@@ -40,6 +42,10 @@ def export(
         typer.Option(help="Check with these images [default: random ones].", metavar="IMAGES"),
     ] = None,
     count: Annotated[int, typer.Option(help="Inputs to check with.")] = 16,
+    overwrite: Annotated[
+        str | None,
+        typer.Option(help="Replace the file --out; NAME must be its name.", metavar="NAME"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Export encoder and model as one file for other programs, checked against eager.
@@ -52,14 +58,21 @@ def export(
 
     The graph takes float32 images (batch, 3, size, size) in [0, 1] and gives logits; classes, size
     and fingerprint are in its metadata. The file is run, in onnxruntime or torch, before it is
-    renamed into place. Needs `pip install 'ci2p-cache[export]'`.
+    renamed into place; a file that is there already is refused. Needs
+    `pip install 'ci2p-cache[export]'`.
     """
     from ci2p_cache.inference import export_model
 
+    if overwrite is not None and overwrite != out.name:
+        raise UsageError(
+            f"--overwrite names {overwrite!r}, the file is {out.name!r}",
+            hint=f"--overwrite {shlex.quote(out.name)} to replace that file",
+        )
     render.status(f"exporting to {out} and running it; a minute or so")
     summary = export_model(
-        run, out, to=to, what=what, checkpoint=checkpoint, cache=cache, images=check, count=count
-    )
+        run, out, to=to, what=what, checkpoint=checkpoint, cache=cache, images=check, count=count,
+        overwrite=overwrite is not None,
+    )  # fmt: skip
     render.print_json(summary.to_dict()) if json else _print(summary)
 
 

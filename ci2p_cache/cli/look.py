@@ -35,7 +35,7 @@ def inspect(
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Write a PNG: originals, reconstructions, channel energy."),
+        typer.Option(help="Write a picture (.png, .jpg, .pdf): originals, reconstructions."),
     ] = None,
     count: Annotated[int, typer.Option(help="Samples in the picture.")] = 4,
     source: Annotated[
@@ -53,7 +53,8 @@ def inspect(
       ci2p-cache inspect shards/ --picture look.png --count 6    what the latents still show
       ci2p-cache inspect shards/ --tree                          files and sizes
 
-    Works on a cache that is still being encoded, as far as it goes.
+    Works on a cache that is still being encoded, as far as it goes. --picture replaces an earlier
+    picture of its own, and no other file.
     """
     from ci2p_cache.cache.card import describe, folder_tree
     from ci2p_cache.cache.sample_card import describe_sample
@@ -61,6 +62,10 @@ def inspect(
 
     cache = open_cache(path, partial=True)
     chosen = split or cache.splits[0]
+    if picture is not None:
+        from ci2p_cache.previews import check_picture, draw_preview
+
+        check_picture(cache, picture)
     if row is not None or key is not None:
         sample = describe_sample(cache, chosen, row=row, key=key)
         render.print_json(sample.to_dict()) if json else _print_sample(sample)
@@ -80,8 +85,6 @@ def inspect(
             card = describe(cache)
             render.print_json(card.to_dict()) if json else _print_card(card)
     if picture is not None:
-        from ci2p_cache.previews import draw_preview
-
         _print_preview(
             draw_preview(cache, picture, split=chosen, rows=rows, count=count, source=source),
             quiet=json,

@@ -36,14 +36,17 @@ def report(
 
     The page is one file under 5 MB that loads nothing and runs nothing: it opens without a network.
     Of several runs the first is what the others are held against. `ci2p-cache evaluate` gives a run
-    what classes, confusions, calibration, intervals and mistakes are made of. It shows pictures
-    from the cache: think before it is sent on.
+    what classes, confusions, calibration, intervals and mistakes are made of: those of the best
+    checkpoint on the run's own validation split, or what comes next to it. The page shows pictures
+    from the cache: think before it is sent on. An earlier report is replaced, no other file.
     """
     from ci2p_cache.illustrations import LatentIllustrator
     from ci2p_cache.report.html import write_report
 
     illustrator = LatentIllustrator(source=source, num_samples=samples) if pictures else None
     summary = write_report(paths, out, illustrator=illustrator)
+    for path in summary.skipped:
+        render.notice(f"{path} is left out: no epoch of it has ended yet")
     if json:
         render.print_json(summary.to_dict())
     else:

@@ -27,6 +27,7 @@ from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.encoding.run import encode
 from ci2p_cache.errors import CacheError, IntegrityError, ResourceError, UsageError
 from ci2p_cache.experiment.clock import StageClock
+from ci2p_cache.outputs import refuse_url
 from ci2p_cache.previews import PreviewResult, draw_preview
 from ci2p_cache.report.plots import draw_curves
 from ci2p_cache.training.run import TrainObserver, TrainSpec, TrainSummary, train
@@ -94,6 +95,7 @@ def run_demo(
 def _empty_folder(folder: str | Path | None) -> Path:
     if folder is None:
         return Path(tempfile.mkdtemp(prefix="ci2p-cache-demo-"))
+    refuse_url(folder, what="demo")
     root = Path(folder)
     try:
         root.mkdir(parents=True, exist_ok=True)

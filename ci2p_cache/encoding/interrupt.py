@@ -25,8 +25,9 @@ class _Signalled(KeyboardInterrupt):
 def interruptible(message: str) -> Iterator[None]:
     """Raises `InterruptedRunError` in the block at the first of `stop_signals()`.
 
-    A second signal meets the handlers that were there before, so it ends the process at once.
-    Outside the main thread, where Python delivers no signals, the block runs as it is.
+    A second signal meets the handlers that were there before, so it ends the process at once. Only
+    SIGHUP is ignored then: a terminal that closes sends it two or three times. Outside the main
+    thread, where Python delivers no signals, the block runs as it is.
 
     Args:
         message: What was interrupted and what is safe.
@@ -38,7 +39,7 @@ def interruptible(message: str) -> Iterator[None]:
 
     def stop(number: int, _: FrameType | None) -> None:
         for each, handler in earlier.items():
-            signal.signal(each, handler)
+            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else handler)
         raise _Signalled(number)
 
     for number in earlier:

@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
-from ci2p_cache.record import Record, differing_fields, read_json, write_whole
+from ci2p_cache.outputs import write_whole
+from ci2p_cache.record import Record, differing_fields, read_json
 
 __all__ = [
     "Configuration",

@@ -30,7 +30,7 @@ from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.encoding.run import encode
 from ci2p_cache.experiment.comparison import Configuration, StudySettings
-from ci2p_cache.inference.evaluation import PREDICTIONS
+from ci2p_cache.inference.evaluation import EVALUATIONS
 from ci2p_cache.inference.prediction_rows import keys_of
 from ci2p_cache.inference.run_folder import load_model, open_run
 from ci2p_cache.inference.scoring import evaluate
@@ -222,8 +222,9 @@ class CrossValidation:
         run, options = self.run_dir(name, fold), self.encode_options(plan)
         cache_dir = self.cache_dir(options)
         if not options.views.startswith("crops"):
-            evaluate(run, cache=cache_dir, checkpoint="last", device=self.device)
-            table = pq.read_table(run / PREDICTIONS, columns=["key", "correct"])
+            made = evaluate(run, cache=cache_dir, checkpoint="last", device=self.device)
+            path = run / EVALUATIONS / made.predictions.path
+            table = pq.read_table(path, columns=["key", "correct"])
             return dict(zip(table["key"].to_pylist(), table["correct"].to_pylist(), strict=True))
         # The first view of such a cache is a crop like the others; whole images lie in another.
         _, val = train_and_val(open_cache(cache_dir), self.spec(plan, fold), Ranks())

@@ -5,7 +5,7 @@
     out/experiment.json   the resolved experiment, written before anything else
         pictures/         only where the experiment draws its own
         shards/           stage one's cache
-        runs/NAME/        stage two's run folder, with evaluation.json
+        runs/NAME/        stage two's run folder, with evaluations/
         report.html       both, to look at
         .lock             only while somebody runs it
 
@@ -31,6 +31,7 @@ from ci2p_cache.errors import RunMismatchError, UsageError, command
 from ci2p_cache.experiment.clock import StageClock
 from ci2p_cache.experiment.spec import EXPERIMENT, Experiment, read_experiment, refuse_other
 from ci2p_cache.experiment.stages import Scores, evaluate_run, report_path, write_report
+from ci2p_cache.outputs import refuse_url
 from ci2p_cache.record import Record
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver, TrainSummary
@@ -114,7 +115,8 @@ def run_experiment(
         ranks: The ranks to train with, joined; None: as the environment says.
 
     Raises:
-        UsageError: no images are named, `until` is no stage, or several ranks find no cache.
+        UsageError: no images are named, `out` is a URL, `until` is no stage, or several ranks find
+            no cache.
         RunMismatchError: the folder holds another experiment, or something else.
         ManifestError: the folder's record is damaged.
         LockedError: another process runs an experiment there.
@@ -124,6 +126,7 @@ def run_experiment(
     if until not in STAGES:
         raise UsageError(f"`until` is {until!r}; wanted one of {', '.join(STAGES)}")
     root = Path("experiments", experiment.name) if out is None else Path(out)
+    refuse_url(root, what="experiment")
     with ExitStack() as stack:
         if ranks is None:
             ranks = stack.enter_context(Ranks.from_environment().joined(device))

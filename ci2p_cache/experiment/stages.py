@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ci2p_cache.errors import ManifestError
-from ci2p_cache.inference.evaluation import EVALUATION
+from ci2p_cache.inference.evaluation import EVALUATIONS, Evaluation, evaluation_name
 from ci2p_cache.inference.scoring import evaluate
 from ci2p_cache.record import Record, read_json
 
-__all__ = ["Scores", "evaluate_run", "read_scores", "report_path", "write_report"]
+__all__ = ["Scores", "evaluate_run", "report_path", "write_report"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores(Record):
-    """What an evaluation comes to; evaluation.json in the run folder has all of it."""
+    """What an evaluation comes to; `evaluations` in the run folder has all of it."""
 
     checkpoint: str
     """Name of the checkpoint folder whose weights were evaluated."""
@@ -36,7 +36,7 @@ def evaluate_run(run: Path, *, cache: Path, checkpoint: str, device: str, is_new
     """Evaluates a run on its validation split, or reads what was evaluated before.
 
     Args:
-        run: The run folder; evaluation.json and predictions.parquet are written into it.
+        run: The run folder; the evaluation is written into it.
         cache: The cache.
         checkpoint: best or last.
         device: As for `train`.
@@ -44,27 +44,29 @@ def evaluate_run(run: Path, *, cache: Path, checkpoint: str, device: str, is_new
             is read again.
     """
     if not is_new:
-        scores = read_scores(run)
-        if scores is not None and scores.checkpoint == _folder_of(run, checkpoint):
+        folder = read_json(run / "checkpoints" / "last.json").get(checkpoint)
+        scores = _read_scores(run, str(folder))
+        if scores is not None:
             return scores
-    evaluate(run, cache=cache, checkpoint=checkpoint, device=device)
-    scores = read_scores(run)
-    assert scores is not None
-    return scores
+    return _scores(evaluate(run, cache=cache, checkpoint=checkpoint, device=device).to_dict())
 
 
-def read_scores(run: Path) -> Scores | None:
-    """Returns the evaluation of a run, None where there is none or it is damaged."""
-    try:
-        found = read_json(run / EVALUATION)
-        names = ("checkpoint", "samples", "top1", "top5", "nll", "ece")
-        return Scores.from_dict({name: found[name] for name in names})
-    except (FileNotFoundError, ManifestError, KeyError):
-        return None
+def _read_scores(run: Path, checkpoint: str) -> Scores | None:
+    """Returns what a checkpoint reached on the run's own validation split; None: not known."""
+    name = evaluation_name("val", checkpoint)
+    # The second is of runs that were evaluated before there were several.
+    for path in (run / EVALUATIONS / f"{name}.json", run / "evaluation.json"):
+        try:
+            found = Evaluation.from_dict(read_json(path))
+        except (FileNotFoundError, ManifestError):
+            continue
+        if (found.checkpoint, found.split, found.is_own_data) == (checkpoint, "val", True):
+            return _scores(found.to_dict())
+    return None
 
 
-def _folder_of(run: Path, checkpoint: str) -> Any:
-    return read_json(run / "checkpoints" / "last.json").get(checkpoint)
+def _scores(evaluation: dict[str, Any]) -> Scores:
+    return Scores.from_dict({field.name: evaluation[field.name] for field in fields(Scores)})
 
 
 def report_path(out: Path) -> Path:

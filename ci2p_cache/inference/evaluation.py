@@ -1,4 +1,17 @@
-"""`Evaluation`: what a model is worth on a split, as `evaluation.json` keeps it."""
+"""`Evaluation`: what a model is worth on a split, and the two files of a run folder that keep it.
+
+::
+
+    runs/<name>/evaluations/
+      val-epoch-0003-step-000000.json         an `Evaluation`
+      val-epoch-0003-step-000000.parquet      a row per image, see `prediction_rows`
+      train-epoch-0003-step-000000.json       another split or checkpoint has files of its own
+      val-epoch-0003-step-000000-images.json              latents made of the images again
+      test-epoch-0003-step-000000-cache-1a2b3c4d.json     another cache than the run's own
+
+Earlier runs have one `evaluation.json` and `predictions.parquet`, of what was evaluated last; they
+are still read.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +22,27 @@ from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.errors import UsageError
 from ci2p_cache.record import Record
 
-__all__ = ["EVALUATION", "PREDICTIONS", "CalibrationBin", "ClassScore", "Evaluation"]
+__all__ = ["EVALUATIONS", "CalibrationBin", "ClassScore", "Evaluation", "evaluation_name"]
 
-EVALUATION = "evaluation.json"
-PREDICTIONS = "predictions.parquet"
+EVALUATIONS = "evaluations"
+"""Folder of a run in which they lie."""
+
+
+def evaluation_name(
+    split: str, checkpoint: str, *, cache_sha256: str | None = None, from_images: bool = False
+) -> str:
+    """Returns the name of both files without their suffix.
+
+    Args:
+        split: Name of the split.
+        checkpoint: Name of the checkpoint folder.
+        cache_sha256: Over what a cache holds that is not the run's own; None: its own.
+        from_images: Whether a model that reads latents got them from the images.
+    """
+    name = f"{split}-{checkpoint}"
+    if cache_sha256 is not None:
+        name += f"-cache-{cache_sha256[:8]}"
+    return f"{name}-images" if from_images else name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +77,7 @@ class ClassScore(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation(Record):
-    """The content of `evaluation.json`."""
+    """The content of an evaluation's JSON file."""
 
     version: int = 1
     """Version of this record."""
@@ -99,7 +129,7 @@ class Evaluation(Record):
     """(label, predicted label, count) of the pairs that occur, right ones too, in their order; of
     more than 100,000 the most frequent."""
     predictions: FileRecord
-    """`predictions.parquet` beside it, as it was written with this."""
+    """The predictions beside it, as they were written with this; `path` is the file's name."""
     recorded_top1: float | None
     """What the run recorded after that epoch; None in the middle of one or without validation."""
     recorded_nll: float | None

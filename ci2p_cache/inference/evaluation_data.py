@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.errors import (
+    CacheError,
     FingerprintMismatchError,
     InputDataError,
     NotACacheError,
@@ -20,12 +22,22 @@ from ci2p_cache.training.ranks import Ranks
 __all__ = ["chosen_split", "open_data"]
 
 
-def open_data(run: RunFolder, cache: str | Path | None) -> tuple[Cache, bool]:
+_STATISTICS = "stats/channels.parquet"
+"""Follows from the latents alone, not from how they are stored."""
+
+
+def open_data(run: RunFolder, cache: str | Path | None) -> tuple[Cache, str | None]:
     """Opens the cache, and says whether it holds the run's own samples.
+
+    Other images may have the same names and labels: a data set and its corrupted versions do. Where
+    the run's cache is still in its place, their latents tell them apart.
 
     Args:
         run: The run.
         cache: A cache with its fingerprint and classes; None: where its own lay.
+
+    Returns:
+        The cache, and a sha256 over what it holds; None where it holds the run's own samples.
 
     Raises:
         FingerprintMismatchError: the cache has another fingerprint or other classes; names them.
@@ -56,7 +68,28 @@ def open_data(run: RunFolder, cache: str | Path | None) -> tuple[Cache, bool]:
             f"{data.path} does not fit the run {run.path}:\n" + "\n".join(lines),
             hint="name a cache that was encoded with the run's options: --cache DIR",
         )
-    return data, data_digest(data) == settings.data_sha256
+    if _is_own(run, data, is_named=cache is not None):
+        return data, None
+    content = f"{data_digest(data)} {_statistics(data)}"
+    return data, hashlib.sha256(content.encode()).hexdigest()
+
+
+def _is_own(run: RunFolder, data: Cache, *, is_named: bool) -> bool:
+    """Says whether a cache holds the run's own samples; `is_named`: it may lie elsewhere."""
+    wanted = run.args.settings.data_sha256
+    if data_digest(data) != wanted or not is_named:
+        return data_digest(data) == wanted
+    try:
+        own = open_cache(run.args.cache)
+    except CacheError:
+        # It has moved, to where `data` was found for all that is known.
+        return True
+    return data_digest(own) != wanted or _statistics(own) == _statistics(data)
+
+
+def _statistics(cache: Cache) -> str | None:
+    """Returns the sha256 of a cache's statistics; None where it has none."""
+    return next((each.sha256 for each in cache.manifest.files if each.path == _STATISTICS), None)
 
 
 def _few(names: set[str]) -> str:

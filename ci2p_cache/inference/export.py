@@ -21,9 +21,12 @@ from ci2p_cache.inference.export_check import ExportCheck, check_export
 from ci2p_cache.inference.exported import open_exported, write_exported
 from ci2p_cache.inference.graph import full_graph, model_graph
 from ci2p_cache.inference.pictures import find_pictures
+from ci2p_cache.outputs import check_output
 from ci2p_cache.record import Record
 
 __all__ = ["ExportSummary", "export_model"]
+
+_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +59,7 @@ def export_model(
     cache: str | Path | None = None,
     images: Iterable[str | os.PathLike[str]] | None = None,
     count: int = 16,
+    overwrite: bool = False,
 ) -> ExportSummary:
     """Exports a trained model, with its encoder, to one file, and holds the file against eager.
 
@@ -64,7 +68,7 @@ def export_model(
 
     Args:
         run: A run folder, or a checkpoint folder inside one.
-        out: The file; replaced as a whole if it exists.
+        out: The file, .onnx or .pt2; folders above it are made.
         to: onnx, or torch for a `.pt2` of `torch.export.save`.
         what: full: images float32 (B, 3, size, size) in [0, 1] to logits. model: dequantised
             latents (B, M, h, w) to logits; of models that read images both are the same.
@@ -72,9 +76,11 @@ def export_model(
         cache: Where to take the encoder from instead of the run folder.
         images: Pictures to check with, as `predict` takes them; None: random inputs.
         count: Number of inputs to check with; of pictures the first ones.
+        overwrite: Whether a file at `out` is replaced, as a whole.
 
     Raises:
         UsageError: an argument cannot be used, or the encoder computes in bfloat16.
+        RefusedError: `out` is there already.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
         InputDataError: there is no run, checkpoint or encoder, or a picture cannot be read.
         ManifestError, CheckpointError, DigestError: something of the run is damaged; names it.
@@ -87,15 +93,20 @@ def export_model(
             f"`to` is {to!r}, `what` {what!r}, `count` {count}; wanted onnx or torch, full or "
             "model, and at least 1"
         )
-    if out.is_dir() or not out.parent.is_dir():
-        raise UsageError(f"`out` is {str(out)!r}; wanted a file in a folder that exists")
+    other = next((kind for kind, end in _SUFFIXES.items() if end == out.suffix.lower()), to)
+    if other != to:
+        raise UsageError(
+            f"{out} is named as an export --to {other}, and --to is {to}", hint=f"--to {other}"
+        )
+    check_output(out, what=f"{to} export", suffixes=(_SUFFIXES[to],), overwrite=overwrite)
     classifier = load_classifier(run, checkpoint=checkpoint, cache=cache, device="cpu")
     is_full = what == "full"
     graph = full_graph(classifier) if is_full else model_graph(classifier)
     inputs = _inputs(classifier, images, count, is_full=is_full)
-    staged = out.with_name(f".{out.name}.{uuid4().hex[:8]}{'.onnx' if to == 'onnx' else '.pt2'}")
+    staged = out.with_name(f".{out.stem}.{uuid4().hex[:8]}{_SUFFIXES[to]}")
     try:
         with disk_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
             # A .pt2 keeps it: no picture of the user's goes out with the model.
             example = torch.zeros((2, *inputs.shape[1:]))
             write_exported(graph, example, staged, to, _metadata(classifier, what))

@@ -1,4 +1,4 @@
-"""`predictions.parquet`: what a model said of each image of a split, one row per image.
+"""What a model said of each image of a split, one row per image, beside its evaluation.
 
 Shape suffixes: B batch, K classes, k the first few of them.
 """
@@ -74,7 +74,7 @@ class PredictionRows:
         return np.concatenate(self._parts[name])
 
     def table(self, split: Split) -> pa.Table:
-        """Returns the content of predictions.parquet.
+        """Returns the content of the parquet file.
 
         Args:
             split: What the rows are of; its index has their keys.

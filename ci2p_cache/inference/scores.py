@@ -20,7 +20,7 @@ _NUM_BINS = 15
 """As in Guo et al. 2017."""
 
 _MAX_TRIPLES = 100_000
-"""What keeps evaluation.json below the size that is read again."""
+"""What keeps an evaluation below the size that is read again."""
 
 _Array = npt.NDArray[np.generic]
 

@@ -18,9 +18,9 @@ import torch
 from ci2p_cache.cache.index import parquet_bytes
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.split import Split
-from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.errors import UsageError
-from ci2p_cache.inference.evaluation import EVALUATION, PREDICTIONS, Evaluation
+from ci2p_cache.cache.staging import StagingArea, disk_errors, refuse_link
+from ci2p_cache.errors import RefusedError, UsageError
+from ci2p_cache.inference.evaluation import EVALUATIONS, Evaluation, evaluation_name
 from ci2p_cache.inference.evaluation_data import chosen_split, open_data
 from ci2p_cache.inference.prediction_rows import PredictionRows
 from ci2p_cache.inference.run_folder import RunFolder, load_model, open_run
@@ -34,6 +34,7 @@ from ci2p_cache.intervals import wilson_interval
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.machine import checked_device, ieee_float32, raise_open_files, tune_allocator
+from ci2p_cache.outputs import check_folder, refuse_unwritable
 from ci2p_cache.training.metrics import Validation, validate
 
 __all__ = ["evaluate"]
@@ -50,9 +51,13 @@ def evaluate(
     batch_size: int | None = None,
     threads: int | None = None,
     source: str | None = None,
+    out: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluates a checkpoint, and writes evaluation.json and predictions.parquet into its run.
+    """Evaluates a checkpoint, and writes the result and a row per image into its run.
+
+    Each split and checkpoint has files of its own, see `inference.evaluation`; the same one
+    evaluated again replaces them.
 
     On the split that the run validated on, with its batch size and number of threads on CPU, top-1,
     top-5 and the mean negative log-likelihood are those that it recorded after the checkpoint's
@@ -70,10 +75,12 @@ def evaluate(
         batch_size: Images per batch; None: the run's.
         threads: Threads that read; None: one per core.
         source: Where the images are now; None: where they were when the cache was made.
+        out: Folder for the two files instead of `evaluations` in the run, which is then only read.
+            Files of the same name there are not replaced.
         on_progress: Told how many of how many images are done.
 
     Returns:
-        What evaluation.json holds.
+        What the JSON file holds.
 
     Raises:
         InputDataError: there is no run or checkpoint, no image in the split, or one has no label.
@@ -82,15 +89,24 @@ def evaluate(
         CheckpointError: the checkpoint is damaged or does not fit the model.
         SourceError: the images are not there any more.
         ShardError: the cache is damaged.
-        UsageError: there is no such split or device.
+        UsageError: there is no such split or device, or `out` lies in a cache.
+        RefusedError: `out` holds a file of that name already.
         LockedError: another process evaluates this run.
         ResourceError: the results cannot be written.
     """
     opened = open_run(run, checkpoint=checkpoint)
     spec = opened.args.settings.spec
-    data, is_own = open_data(opened, cache)
+    data, content = open_data(opened, cache)
+    is_own = content is None
     place = checked_device(device)
     chosen = chosen_split(data, opened, split, is_own=is_own)
+    name = evaluation_name(
+        split,
+        opened.checkpoint.name,
+        cache_sha256=content,
+        from_images=from_images and opened.config.reads == "latents",
+    )
+    folder = _folder(opened, out, name)
     raise_open_files()
     if place.type == "cpu":
         tune_allocator()
@@ -111,11 +127,13 @@ def evaluate(
         )
         assert validation is not None
         kind = "cache" if type(loader) is LatentLoader else "images"
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with (
-        locked(opened.path / ".evaluate.lock", what="evaluate"),
-        StagingArea(opened.path, name="evaluate") as staging,
+        locked(folder / ".evaluate.lock", what="evaluate"),
+        StagingArea(folder, name="evaluate") as staging,
     ):
-        written = staging.put(PREDICTIONS, parquet_bytes(rows.table(chosen)))
+        written = staging.put(f"{name}.parquet", parquet_bytes(rows.table(chosen)))
         result = _evaluation(opened, rows, validation) | {
             "cache": str(cache or opened.args.cache),
             "split": split,
@@ -128,8 +146,31 @@ def evaluate(
         if split != "val" or not is_own:
             result |= {"recorded_top1": None, "recorded_nll": None}
         evaluation = Evaluation(**result)
-        staging.put_json(EVALUATION, evaluation.to_dict())
+        staging.put_json(f"{name}.json", evaluation.to_dict())
     return evaluation
+
+
+def _folder(run: RunFolder, out: str | Path | None, name: str) -> Path:
+    """Returns where the two files go; refuses a place that must not or cannot be written."""
+    if out is None:
+        folder = run.path / EVALUATIONS
+        refuse_link(folder, run.path)
+        refuse_unwritable(folder, what="evaluation")
+        return folder
+    folder = Path(out)
+    check_folder(folder, what="evaluation")
+    if folder.suffix in (".json", ".parquet"):
+        raise UsageError(
+            f"`out` is {folder}; wanted a folder, for a .json and a .parquet file",
+            hint=f"--out {folder.with_suffix('')}",
+        )
+    for path in (folder / f"{name}.json", folder / f"{name}.parquet"):
+        if path.exists() or path.is_symlink():
+            raise RefusedError(
+                f"{path} is there already; nothing was changed",
+                hint="choose another --out folder, or remove the file first",
+            )
+    return folder
 
 
 def _loader(

@@ -96,7 +96,7 @@ def _difference_notes(runs: Sequence[RunData]) -> list[Html]:
     base = runs[0].predictions
     missing = [run.name for run in runs if run.predictions is None]
     if missing:
-        notes.append(notice(f"Not evaluated, or without predictions.parquet: {_listed(missing)}."))
+        notes.append(notice(f"Not evaluated, or without predictions: {_listed(missing)}."))
     if base is not None:
         other = [
             run.name

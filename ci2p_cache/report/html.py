@@ -20,7 +20,8 @@ from ci2p_cache import __version__
 from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.errors import CacheError, InputDataError, UsageError, command
-from ci2p_cache.record import Record, write_whole
+from ci2p_cache.outputs import check_output, write_whole
+from ci2p_cache.record import Record
 from ci2p_cache.remote import url_of
 from ci2p_cache.report.cache_page import cache_section
 from ci2p_cache.report.comparison import comparison_section
@@ -28,6 +29,7 @@ from ci2p_cache.report.elements import Html, element, notice, plain
 from ci2p_cache.report.pictures import Illustrator
 from ci2p_cache.report.run_data import ARGS, RunData, read_run
 from ci2p_cache.report.run_page import run_section
+from ci2p_cache.report.summary import has_epoch
 
 __all__ = ["MAX_BYTES", "ReportSummary", "write_report"]
 
@@ -41,6 +43,9 @@ _ALL_MISTAKES, _RUN_MISTAKES = 84, (4, 14)
 """Mistakes shown of all runs together, and the least and most of one."""
 _FEW_CACHES, _SHOWN_OF_FEW, _SHOWN_OF_MANY = 2, 3, 1
 """Up to so many caches show three reconstructions of each group, more show one."""
+
+_MARK = b"<title>ci2p-cache: "
+"""By which a page of ours is known, so that it may be replaced."""
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -57,6 +62,8 @@ class ReportSummary(Record):
     """Names of its runs."""
     caches: tuple[str, ...]
     """Its caches."""
+    skipped: tuple[str, ...]
+    """Paths of runs that have no finished epoch yet, and so are not in it."""
 
 
 def write_report(
@@ -66,8 +73,10 @@ def write_report(
 
     Args:
         paths: Run folders and caches, also behind a URL; several runs are compared, the first
-            being what the others are held against.
-        out: The file to write, replaced as a whole if it exists.
+            being what the others are held against. Runs without a finished epoch are left out, and
+            the page says so.
+        out: The file to write, .html, .htm or without a suffix. Of the files that may lie there
+            only an earlier report is replaced, as a whole.
         illustrator: Decodes latents for reconstructions, bounds and mistakes
             (`illustrations.LatentIllustrator`); None leaves these out, and the page says so.
 
@@ -75,15 +84,23 @@ def write_report(
         What it holds.
 
     Raises:
-        UsageError: nothing is given, too much, or one thing twice; or the page would be larger than
-            5 MB.
-        InputDataError: a path is neither a run folder nor a cache, or a run has no epoch yet.
+        UsageError: nothing is given, too much, or one thing twice; the page would be larger than
+            5 MB; or `out` has another suffix, is a folder, or lies in a cache.
+        RefusedError: a file that is no report lies at `out`.
+        InputDataError: a path is neither a run folder nor a cache, or no run has an epoch yet and
+            no cache is given.
         ManifestError, ShardError: a cache is damaged where its counts are read.
         SourceError: the illustrator was given a source that cannot be opened.
         ResourceError: the file cannot be written.
     """
-    runs, caches = _read_all([Path(path) if url_of(path) is None else str(path) for path in paths])
-    sections, contents = [], []
+    check_output(Path(out), what="report", suffixes=("", ".htm", ".html"), mark=_MARK)
+    runs, caches, skipped = _read_all(
+        [Path(path) if url_of(path) is None else str(path) for path in paths]
+    )
+    contents: list[Html] = []
+    sections = [
+        notice(f"Run {path.resolve().name} is left out: it has no epoch yet.") for path in skipped
+    ]
 
     def add(anchor: str, title: str, content: Html) -> None:
         contents.append(element("li", element("a", title, href=f"#{anchor}")))
@@ -130,20 +147,24 @@ def write_report(
         bytes=len(page),
         runs=tuple(run.name for run in runs),
         caches=tuple(str(cache.path) for cache in caches),
+        skipped=tuple(map(str, skipped)),
     )
 
 
-def _read_all(paths: Sequence[str | Path]) -> tuple[list[RunData], list[Cache]]:
+def _read_all(paths: Sequence[str | Path]) -> tuple[list[RunData], list[Cache], list[Path]]:
+    """Returns the runs, the caches, and the folders of runs that have no epoch yet."""
     if not 1 <= len(paths) <= _MAX_PATHS:
         raise UsageError(f"{len(paths)} paths are given; 1 to {_MAX_PATHS} fit a report")
     places = [path if isinstance(path, str) else path.resolve() for path in paths]
     twice = next((path for i, path in enumerate(places) if path in places[:i]), None)
     if twice is not None:
         raise UsageError(f"{twice} is given twice")
-    runs, caches = [], []
+    runs, caches, skipped = [], [], []
     for path in paths:
         if isinstance(path, str) or (path / MANIFEST).exists():
             caches.append(open_cache(path, partial=True))
+        elif (path / ARGS).exists() and not has_epoch(path):
+            skipped.append(path)
         elif (path / ARGS).exists():
             runs.append(read_run(path))
         else:
@@ -151,7 +172,10 @@ def _read_all(paths: Sequence[str | Path]) -> tuple[list[RunData], list[Cache]]:
                 f"{path} is neither a run folder nor a cache: it has no {ARGS} and no {MANIFEST}",
                 hint="name the folder of one run, such as runs/NAME, or of one cache",
             )
-    return runs, caches
+    if not runs and not caches:
+        # Raises what is wrong with it.
+        read_run(skipped[0])
+    return runs, caches, skipped
 
 
 def _cache_of(run: RunData, given: Sequence[Cache]) -> Cache | None:

@@ -17,8 +17,9 @@ from ci2p_cache.report.elements import (
     percent,
     section,
 )
+from ci2p_cache.report.evaluations import Predictions
 from ci2p_cache.report.pictures import Illustrator, Picture
-from ci2p_cache.report.run_data import Predictions, RunData
+from ci2p_cache.report.run_data import RunData
 
 __all__ = ["mistakes_section"]
 

@@ -22,10 +22,11 @@ from ci2p_cache.report.elements import (
     table,
     tiles,
 )
+from ci2p_cache.report.evaluations import Evaluation
 from ci2p_cache.report.mistakes import mistakes_section
 from ci2p_cache.report.pictures import Illustrator
 from ci2p_cache.report.run_curves import curves_section
-from ci2p_cache.report.run_data import Evaluation, RunData
+from ci2p_cache.report.run_data import RunData
 from ci2p_cache.report.statistics import accuracy
 from ci2p_cache.report.summary import best_epoch_of, mean_wait_share
 
@@ -119,6 +120,8 @@ def _evaluation(run: RunData, evaluation: Evaluation) -> Html:
             f"images. Expected calibration error {percent(evaluation.ece)}."
         )
         figures.append(figure(chart, text))
+    if len(run.evaluations) > 1:
+        figures.append(_all_evaluations(run))
     lead = element(
         "p",
         f"Checkpoint {evaluation.checkpoint} on {evaluation.samples:,} images of "
@@ -127,6 +130,16 @@ def _evaluation(run: RunData, evaluation: Evaluation) -> Html:
         f"{percent(evaluation.ece)}.",
     )
     return section("Evaluation", lead, element("div", *figures, class_="grid"), level=3)
+
+
+def _all_evaluations(run: RunData) -> Html:
+    rows: list[list[Cell]] = []
+    for one in run.evaluations:
+        origin = "the run's cache" if one.is_own_data else one.cache
+        if one.is_encoded_again:
+            origin += ", encoded again"
+        rows.append([one.split, one.checkpoint, origin, one.samples, percent(one.top1)])
+    return table("All evaluations", ["split", "checkpoint", "images of", "images", "top-1"], rows)
 
 
 def _class_table(run: RunData, evaluation: Evaluation) -> Html:

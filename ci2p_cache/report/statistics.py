@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ci2p_cache.intervals import wilson_interval
-from ci2p_cache.report.run_data import Predictions
+from ci2p_cache.report.evaluations import Predictions
 
 __all__ = ["Estimate", "accuracy", "paired_difference"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ci2p_cache.errors import InputDataError, ManifestError
 from ci2p_cache.record import read_regular
 
-__all__ = ["best_epoch_of", "mean_wait_share", "read_summary", "training_seconds"]
+__all__ = ["best_epoch_of", "has_epoch", "mean_wait_share", "read_summary", "training_seconds"]
 
 _COLUMNS = (
     "epoch",
@@ -26,8 +26,21 @@ _COLUMNS = (
     "epoch_seconds",
 )
 
+_NAME = "summary.csv"
+
 _MAX_BYTES = 2**24
 """About 100,000 epochs."""
+
+
+def has_epoch(run_dir: Path) -> bool:
+    """Says whether an epoch of a run has ended; True where its `summary.csv` cannot be read."""
+    try:
+        text = read_regular(run_dir / _NAME, max_bytes=_MAX_BYTES)
+    except FileNotFoundError:
+        return False
+    except (OSError, ManifestError):
+        return True
+    return len(text.splitlines()) > 1
 
 
 def read_summary(run_dir: Path) -> dict[str, list[float]]:
@@ -37,13 +50,15 @@ def read_summary(run_dir: Path) -> dict[str, list[float]]:
         InputDataError: there is no `summary.csv`, it is damaged or lacks a column, or no epoch has
             ended yet.
     """
-    path = run_dir / "summary.csv"
+    path = run_dir / _NAME
     try:
         text = read_regular(path, max_bytes=_MAX_BYTES).decode("utf-8")
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
         columns = {name: [float(row[name] or "nan") for row in rows] for name in _COLUMNS}
     except FileNotFoundError as error:
-        raise InputDataError(f"{run_dir} is no run folder: it has no {path.name}") from error
+        raise InputDataError(
+            f"{run_dir} has no {path.name}: it is no run folder, or no epoch of it has ended"
+        ) from error
     except (KeyError, TypeError, ValueError, OSError, csv.Error, ManifestError) as error:
         raise InputDataError(f"{path} is damaged: {error}") from error
     if not rows:

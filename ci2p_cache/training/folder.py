@@ -9,6 +9,7 @@
       summary.csv     a row per epoch
       tensorboard/    the same as events
       checkpoints/    see checkpoint.py
+      evaluations/    what `evaluate` found, see inference/evaluation.py
       .lock           only while somebody trains here
 """
 

@@ -57,12 +57,17 @@ class Ranks:
     def from_environment(cls) -> Ranks:
         """Returns who this process is, as torchrun says; alone where it says nothing.
 
+        A world of one is alone too. Job managers (Kubeflow, for example) set WORLD_SIZE=1 and
+        RANK=0 for a single process, and no LOCAL_RANK.
+
         Raises:
             UsageError: only a part of the variables is set, or one is no number that can be.
         """
         found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         if not found:
             return cls()
+        if found.get("WORLD_SIZE") == "1":
+            found = {"RANK": "0", "LOCAL_RANK": "0"} | found
         if len(found) < len(_VARIABLES):
             missing = ", ".join(name for name in _VARIABLES if name not in found)
             raise UsageError(
@@ -80,7 +85,8 @@ class Ranks:
         except ValueError as error:
             raise UsageError(f"torchrun's variables must be whole numbers, got {found}") from error
         if not (
-            0 <= ranks.rank < ranks.world_size and 0 <= ranks.local_rank < ranks.local_world_size
+            0 <= ranks.rank < ranks.world_size
+            and 0 <= ranks.local_rank < ranks.local_world_size <= ranks.world_size
         ):
             raise UsageError(f"torchrun's variables fit no rank: {found}")
         return ranks

@@ -12,6 +12,7 @@ from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.resident import Resident
 from ci2p_cache.machine import raise_open_files, tune_allocator
 from ci2p_cache.models.registry import AnyModelConfig
+from ci2p_cache.outputs import refuse_url
 from ci2p_cache.training.checkpoint import share_checkpoint
 from ci2p_cache.training.checkpoint_folder import TrainState
 from ci2p_cache.training.folder import run_path
@@ -53,7 +54,7 @@ def train(
 
     Called again with the same arguments it goes on where it stopped, and a finished run returns at
     once. On CPU the numbers are the same to the last bit, interrupted or not, as long as the number
-    of threads and the versions stay. SIGINT and SIGTERM end the step, save, and raise.
+    of threads and the versions stay. SIGINT, SIGTERM and SIGHUP end the step, save, and raise.
 
     In processes that torchrun has started it trains on all of them together: each global batch is
     cut in as many slices as there are ranks, and gradients are means over the whole batch. Rank 0
@@ -111,6 +112,7 @@ def train(
         if place.type == "cpu":
             tune_allocator()
         config, splits, settings = _checked(cache, spec, loader, resident, ranks)
+        refuse_url(runs_dir, what="run")
         path = run_path(Path(runs_dir), name, settings)
         stop = stack.enter_context(ranks.stop_signal())
         run = Session(

@@ -15,8 +15,10 @@ __all__ = ["StopSignal"]
 class StopSignal:
     """Notes the first of `stop_signals()` that comes while its block runs.
 
-    A second one meets the handlers that were there before, so it ends the process at once. Outside
-    the main thread, where Python delivers no signals, it notes nothing.
+    A second one meets the handlers that were there before, so it ends the process at once. Only
+    SIGHUP is ignored then: a terminal that closes sends it two or three times, through the kernel
+    and through its shell. Outside the main thread, where Python delivers no signals, it notes
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,8 @@ class StopSignal:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.number = number
         self._put_back()
+        if signal.SIGHUP in self._earlier:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def _put_back(self) -> None:
         for number, handler in self._earlier.items():

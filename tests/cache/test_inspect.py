@@ -20,7 +20,13 @@ from ci2p_cache.cache.card import CacheCard, describe, folder_tree
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.sample_card import SampleCard, describe_sample
 from ci2p_cache.cache.sealed import sealed_bytes
-from ci2p_cache.errors import IncompleteCacheError, ResourceError, SourceError, UsageError
+from ci2p_cache.errors import (
+    IncompleteCacheError,
+    RefusedError,
+    ResourceError,
+    SourceError,
+    UsageError,
+)
 from ci2p_cache.previews import draw_preview
 from tests.support.pictures import picture, write_image_folder
 
@@ -400,3 +406,68 @@ def test_a_place_that_cannot_be_written_is_said_to_be(cache, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ResourceError, match="cannot write the picture"):
         draw_preview(cache, tmp_path / "file" / "a.png", count=1)
+
+
+class TestWhereThePictureGoes:
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.jpeg", "JPEG"), ("a.PNG", "PNG")],
+    )
+    def test_it_is_of_the_format_that_its_name_says(self, cache, tmp_path, name, kind):
+        wanted = png_size(draw_preview(cache, tmp_path / "first.png", count=1).path)
+        for _ in range(2):
+            # The second time in the place of the first.
+            draw_preview(cache, tmp_path / name, count=1)
+            with Image.open(tmp_path / name) as image:
+                image.load()
+                assert (image.format, image.size) == (kind, wanted)
+
+    def test_a_pdf_is_one_and_the_same_again(self, cache, tmp_path):
+        path = tmp_path / "a.pdf"
+        draw_preview(cache, path, count=1)
+        first = path.read_bytes()
+        assert first.startswith(b"%PDF-")
+        draw_preview(cache, path, count=1)
+        assert path.read_bytes() == first
+
+    @pytest.mark.parametrize("name", ["x.svg", "x.webp", "x.txt", "x", "x.png.zip", "png"])
+    def test_another_suffix_is_refused_before_anything_is_shown(self, run, cache, tmp_path, name):
+        ran = run("inspect", cache.path, "--row", "0", "--picture", tmp_path / name)
+        assert (ran.code, ran.out) == (2, "")
+        assert "does not end in .pdf or .jpeg or .jpg or .png" in " ".join(ran.err.split())
+        assert not list(tmp_path.iterdir())
+
+    def test_a_photograph_is_not_replaced(self, run, cache, tmp_path):
+        # Whoever takes --picture for the picture to look at must not lose it.
+        photo = write_image_folder(tmp_path / "photos", {"ant": 1}) / "ant" / "000.jpg"
+        before = photo.read_bytes()
+        ran = run("inspect", cache.path, "--picture", photo)
+        assert (ran.code, ran.out) == (4, "")
+        assert "is no picture of ci2p-cache" in " ".join(ran.err.split())
+        assert photo.read_bytes() == before
+        (tmp_path / "empty.png").touch()
+        with pytest.raises(RefusedError, match=r"empty\.png is there already"):
+            draw_preview(cache, tmp_path / "empty.png")
+
+    def test_a_folder_in_its_place_is_refused_by_name(self, cache, tmp_path):
+        (tmp_path / "a.png").mkdir()
+        for path in (tmp_path, tmp_path / "a.png"):
+            with pytest.raises(UsageError, match="is a folder; wanted a file"):
+                draw_preview(cache, path)
+
+    def test_neither_the_cache_nor_its_images_take_it_in(self, cache, folder, tmp_path):
+        with pytest.raises(UsageError, match="lies in the cache"):
+            draw_preview(cache, cache.path / "look.png")
+        for place in ("ant", "new"):
+            with pytest.raises(UsageError, match=r"among the images.*--rescan"):
+                draw_preview(cache, folder / "images" / place / "look.png")
+        assert not (folder / "images" / "new").exists()
+        (tmp_path / "link").symlink_to(folder / "images" / "ant")
+        with pytest.raises(UsageError, match="among the images"):
+            draw_preview(cache, tmp_path / "link" / "look.png")
+
+    def test_a_url_is_no_folder_of_that_name(self, cache, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UsageError, match="is a URL"):
+            draw_preview(cache, "s3://bucket/look.png")
+        assert not list(tmp_path.iterdir())

@@ -336,3 +336,29 @@ for command in COMMANDS:
     text = code.replace("COMMANDS", repr(commands))
     subprocess.run([sys.executable, "-c", text], check=True, capture_output=True)
     assert list((tmp_path / "runs").glob("*/summary.csv"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "{cache}", "--format", "npy", "--out", "s3://bucket/arrays"),
+        ("convert", "{cache}", "--format", "webdataset", "--out", "s3://bucket/tars"),
+        ("train", "{cache}", "--model", "vitds_nano", "--runs", "gs://bucket/runs"),
+        ("report", "{cache}", "--no-pictures", "--out", "https://host/report.html"),
+        ("inspect", "{cache}", "--picture", "s3://bucket/look.png"),
+        ("demo", "--folder", "s3://bucket/demo"),
+    ],
+    ids=lambda words: "-".join(words[:1]),
+)
+def test_what_is_written_to_a_url_is_refused_and_no_folder_gets_that_name(
+    run: Callable[..., Ran],
+    cache_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run(*(str(cache_dir) if word == "{cache}" else word for word in words))
+    assert ran.code == 2
+    assert "is a URL" in " ".join(ran.err.split())
+    assert not list(tmp_path.iterdir())

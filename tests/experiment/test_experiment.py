@@ -37,6 +37,7 @@ from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import EpochRecord, TrainObserver
 from tests.support.commands import REPO, Ran
 from tests.support.rank_jobs import launch
+from tests.support.trained import evaluation_of
 
 EXPERIMENT = cc.Experiment(
     name="tiny",
@@ -255,7 +256,7 @@ def test_one_call_leaves_cache_run_evaluation_and_report(
     recorded = json.loads((finished / "experiment.json").read_text())
     assert cc.Experiment.from_dict(recorded) == experiment
     assert (finished / "shards" / "cache.json").exists()
-    assert (finished / "runs" / "tiny" / "predictions.parquet").exists()
+    assert evaluation_of(finished / "runs" / "tiny", which=experiment.checkpoint).exists()
     assert (finished / "report.html").read_text("utf-8").startswith("<!")
     assert not (finished / ".lock").exists()
 
@@ -277,7 +278,7 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_numbers(
     assert summary.trained is not None
     assert summary.scores.top1 == summary.trained.last.top1
     ours, theirs = (
-        json.loads((folder / "runs" / "tiny" / "evaluation.json").read_text())
+        json.loads(evaluation_of(folder / "runs" / "tiny", which=experiment.checkpoint).read_text())
         for folder in (out, finished)
     )
     for name in ("checkpoint", "top1", "nll", "ece", "confusion"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +23,17 @@ from ci2p_cache.inference.scores import (
     expected_calibration_error,
 )
 from ci2p_cache.intervals import wilson_interval
+from tests.support.caches import data_digests
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
-from tests.support.trained import folder_of, make_run, rewrite_json, seal_checkpoint
+from tests.support.trained import (
+    evaluation_of,
+    folder_of,
+    make_run,
+    rewrite_json,
+    seal_checkpoint,
+)
+from tests.support.warm import WarmParent
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nano")
 
@@ -37,7 +47,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(made: Path, tmp_path: Path) -> Path:
     """A copy of the run, to be damaged."""
-    return shutil.copytree(made / "runs" / "run", tmp_path / "run")
+    left_out = shutil.ignore_patterns("evaluations")
+    return shutil.copytree(made / "runs" / "run", tmp_path / "run", ignore=left_out)
 
 
 @pytest.mark.parametrize("checkpoint", ["best", "last"])
@@ -69,9 +80,13 @@ def test_images_and_tars_give_the_numbers_of_the_cache(made: Path, tmp_path: Pat
 def test_both_files_say_the_same(made: Path) -> None:
     run = made / "runs" / "run"
     result = cc.evaluate(run)
-    read = cc.Evaluation.from_dict(json.loads((run / "evaluation.json").read_text()))
+    path = evaluation_of(run)
+    read = cc.Evaluation.from_dict(json.loads(path.read_text()))
     assert read == result
-    rows = pq.read_table(run / "predictions.parquet").to_pylist()
+    predictions = path.with_name(result.predictions.path)
+    assert predictions == path.with_suffix(".parquet")
+    assert hashlib.sha256(predictions.read_bytes()).hexdigest() == result.predictions.sha256
+    rows = pq.read_table(predictions).to_pylist()
     assert len(rows) == result.samples == 6
     assert [row["row"] for row in rows] == list(range(6))
     labels = cc.open_cache(made / "shards")["val"].labels
@@ -85,7 +100,7 @@ def test_both_files_say_the_same(made: Path) -> None:
     assert right == sum(c.correct for c in result.per_class) == result.top1 * 6
     assert sum(count for _, _, count in result.confusion) == 6
     assert sum(each.samples for each in result.bins) == 6
-    assert not list(run.glob(".*"))
+    assert not [*run.glob(".*"), *path.parent.glob(".*")]
 
 
 def test_another_split_has_nothing_recorded(made: Path) -> None:
@@ -95,9 +110,118 @@ def test_another_split_has_nothing_recorded(made: Path) -> None:
         cc.evaluate(made / "runs" / "run", split="test")
 
 
+def files_of(run: Path) -> set[str]:
+    return {path.name for path in (run / "evaluations").iterdir()}
+
+
+def both(*names: str) -> set[str]:
+    return {f"{name}{suffix}" for name in names for suffix in (".json", ".parquet")}
+
+
+def test_every_split_and_checkpoint_has_files_of_its_own(copy: Path) -> None:
+    best, last = folder_of(copy).name, folder_of(copy, "last").name
+    val = cc.evaluate(copy)
+    kept = data_digests(copy / "evaluations")
+    train = cc.evaluate(copy, split="train")
+    cc.evaluate(copy, from_images=True)
+    cc.evaluate(copy, checkpoint="last")
+    names = {f"val-{best}", f"train-{best}", f"val-{best}-images", f"val-{last}"}
+    assert files_of(copy) == both(*names)
+    assert data_digests(copy / "evaluations").items() >= kept.items()
+    read = json.loads(evaluation_of(copy).read_text())
+    assert cc.Evaluation.from_dict(read) == val != train
+    # The same again replaces its own two files.
+    assert cc.evaluate(copy) == val
+    assert files_of(copy) == both(*names)
+
+
+def test_another_cache_does_not_replace_what_the_runs_own_gave(
+    made: Path, copy: Path, tmp_path: Path
+) -> None:
+    """The same names and labels with other pixels, as corrupted versions of a data set have."""
+    own = cc.evaluate(copy)
+    kept = data_digests(copy / "evaluations")
+    for name, quality in (("fog", 20), ("snow", 10)):
+        for split in ("train", "val"):
+            counts = {each.name: len(list(each.iterdir())) for each in
+                      (made / "src" / split).iterdir()}  # fmt: skip
+            write_image_folder(tmp_path / name / split, counts, quality=quality)
+        options = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4)
+        cc.encode(tmp_path / name, tmp_path / f"{name}-shards", options)
+        result = cc.evaluate(copy, cache=tmp_path / f"{name}-shards")
+        assert (result.is_own_data, result.recorded_nll) == (False, None)
+        assert result.nll != own.nll
+    assert data_digests(copy / "evaluations").items() > kept.items()
+    assert len(files_of(copy)) == 6
+    # Its own cache stays its own where it has moved to, and in another format.
+    cc.convert(made / "shards", tmp_path / "tars", format="webdataset")
+    assert cc.evaluate(copy, cache=tmp_path / "tars").is_own_data
+    assert len(files_of(copy)) == 6
+
+
+class TestElsewhere:
+    def test_the_run_is_only_read(
+        self, run: Callable[..., Ran], copy: Path, tmp_path: Path
+    ) -> None:
+        before = data_digests(copy)
+        out = tmp_path / "deep" / "er"
+        ran = run("evaluate", copy, "--split", "train", "--out", out)
+        assert ran.code == 0, ran.err
+        path = out / evaluation_of(copy, "train").name
+        assert f"written: {path}, {path.with_suffix('.parquet')}" in ran.out.replace("\n", "")
+        assert cc.Evaluation.from_dict(json.loads(path.read_text())).split == "train"
+        assert sorted(each.name for each in out.iterdir()) == [
+            path.name,
+            path.with_suffix(".parquet").name,
+        ]
+        assert data_digests(copy) == before
+
+    def test_what_is_there_is_not_replaced(self, copy: Path, tmp_path: Path) -> None:
+        cc.evaluate(copy, out=tmp_path / "out")
+        before = data_digests(tmp_path / "out")
+        with pytest.raises(errors.RefusedError, match=r"val-epoch.*\.json is there already"):
+            cc.evaluate(copy, out=tmp_path / "out")
+        assert data_digests(tmp_path / "out") == before
+        assert cc.evaluate(copy, out=tmp_path / "out", split="train").samples == 15
+
+    def test_a_place_that_is_no_folder_of_the_users_is_refused_before_the_work(
+        self, made: Path, copy: Path, tmp_path: Path
+    ) -> None:
+        def works(done: int, total: int) -> None:
+            pytest.fail("it evaluated first")
+
+        (tmp_path / "file").touch()
+        for out, error, match in (
+            (tmp_path / "file", errors.ResourceError, "file is no folder"),
+            (tmp_path / "file" / "out", errors.ResourceError, "file is no folder"),
+            (tmp_path / "a.json", errors.UsageError, "wanted a folder"),
+            (made / "shards" / "out", errors.UsageError, "lies in the cache"),
+            ("s3://bucket/out", errors.UsageError, "is a URL"),
+        ):
+            with pytest.raises(error, match=match):
+                cc.evaluate(copy, out=out, on_progress=works)
+        (copy / "evaluations").symlink_to(tmp_path)
+        with pytest.raises(errors.ManifestError, match="evaluations is a link"):
+            cc.evaluate(copy, on_progress=works)
+
+    def test_a_run_that_cannot_be_written_says_so_before_the_work(
+        self, warm: WarmParent, copy: Path, tmp_path: Path
+    ) -> None:
+        if os.getuid():
+            pytest.skip("without root the run's own folder is writable")
+        copy.chmod(0o555)
+        os.chown(copy, 12345, 12345)
+        ended = warm.run("evaluate", copy, unprivileged=True)
+        assert ended.code == 6
+        assert "not writable" in ended.err
+        (tmp_path / "out").mkdir()
+        ended = warm.run("evaluate", copy, "--out", tmp_path / "out", unprivileged=True)
+        assert ended.code == 0, ended.err
+
+
 def test_a_cache_of_other_settings_or_classes_is_refused(made: Path, tmp_path: Path) -> None:
     run = made / "runs" / "run"
-    before = (run / "evaluation.json").read_bytes() if (run / "evaluation.json").exists() else b""
+    before = data_digests(run)
     options = cc.EncodeOptions(encoder="bundled", size=64, views="none", step=2.0)
     cc.encode(made / "src", tmp_path / "other", options)
     with pytest.raises(errors.FingerprintMismatchError) as caught:
@@ -109,8 +233,7 @@ def test_a_cache_of_other_settings_or_classes_is_refused(made: Path, tmp_path: P
     cc.encode(tmp_path / "src", tmp_path / "dogs", options)
     with pytest.raises(errors.FingerprintMismatchError, match="only in the run: bee, cat; only in"):
         cc.evaluate(run, cache=tmp_path / "dogs")
-    after = (run / "evaluation.json").read_bytes() if (run / "evaluation.json").exists() else b""
-    assert after == before
+    assert data_digests(run) == before
 
 
 def test_other_images_of_the_same_kind_may_be_evaluated(made: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import ci2p_cache as cc
 from tests.support.pictures import write_image_folder
 from tests.support.tiers import thinned
+from tests.support.trained import evaluation_of
 
 KINDS: dict[str, dict[str, Any]] = {
     "averaged weights": {"model": "vitds_nano", "ema": 0.9},
@@ -51,7 +52,7 @@ def test_a_run_of_any_kind_is_evaluated_as_it_was_validated(
     assert (result.folds, result.fold) == (spec.folds, spec.fold)
     classifier = cc.load_classifier(run, device="cpu")
     assert (run / "encoder.safetensors").exists() == (classifier.reads == "latents")
-    rows = pq.read_table(run / "predictions.parquet").to_pylist()
+    rows = pq.read_table(evaluation_of(run).with_suffix(".parquet")).to_pylist()
     split = "train" if spec.folds else "val"
     found = classifier.predict([made / "src" / split / row["key"] for row in rows], batch_size=6)
     # bf16 keeps three digits, and the batch decides how it adds.

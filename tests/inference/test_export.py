@@ -178,8 +178,6 @@ def test_what_cannot_be_exported_says_so_and_leaves_nothing(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = made / "runs" / "run"
-    with pytest.raises(errors.UsageError, match=r"`out` is '.*nowhere/a.onnx'"):
-        cc.export_model(run, tmp_path / "nowhere" / "a.onnx")
     with pytest.raises(errors.UsageError, match="`to` is 'tflite'"):
         cc.export_model(run, tmp_path / "a", to="tflite")  # type: ignore[arg-type]  # on purpose
     with pytest.raises(errors.InputDataError, match=r"missing.jpg cannot be read: there is no su"):
@@ -189,3 +187,80 @@ def test_what_cannot_be_exported_says_so_and_leaves_nothing(
         cc.export_model(run, tmp_path / "a.onnx")
     assert str(caught.value.hint) == "pip install 'ci2p-cache[export]'"
     assert not list(tmp_path.iterdir())
+
+
+class TestWhereItIsWritten:
+    """All of it is decided before the run is opened: there is none at `nowhere`."""
+
+    @pytest.mark.parametrize(
+        ("name", "to", "told"),
+        [
+            ("a.pt2", "onnx", "is named as an export --to torch, and --to is onnx"),
+            ("a.onnx", "torch", "is named as an export --to onnx, and --to is torch"),
+            ("a.bin", "onnx", "does not end in .onnx"),
+            ("a.pt", "torch", "does not end in .pt2"),
+            ("a", "onnx", "does not end in .onnx"),
+            ("model.json", "onnx", "does not end in .onnx"),
+        ],
+    )
+    def test_another_suffix_is_refused(
+        self, run: Callable[..., Ran], tmp_path: Path, name: str, to: str, told: str
+    ) -> None:
+        ran = run("export", tmp_path / "nowhere", "--to", to, "--out", tmp_path / name)
+        assert ran.code == 2
+        assert told in " ".join(ran.err.split())
+        assert not list(tmp_path.iterdir())
+
+    def test_a_file_is_replaced_only_under_its_name(
+        self, run: Callable[..., Ran], made: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "a.pt2"
+        out.write_bytes(b"precious")
+        words = ("export", made / "runs" / "run", "--to", "torch", "--what", "model", "--out", out)
+        refused = run(*words)
+        assert refused.code == 4
+        assert "a.pt2 is there already; nothing was changed" in " ".join(refused.err.split())
+        assert "--overwrite a.pt2 replaces it" in " ".join(refused.err.split())
+        other = run(*words, "--overwrite", "b.pt2")
+        assert other.code == 2
+        assert "--overwrite names 'b.pt2', the file is 'a.pt2'" in " ".join(other.err.split())
+        assert out.read_bytes() == b"precious"
+        assert run(*words, "--overwrite", "a.pt2", "--count", "1").code == 0
+        torch.export.load(out)
+        assert list(tmp_path.iterdir()) == [out]
+
+    def test_a_folder_in_its_place_is_refused_with_or_without_its_name(
+        self, run: Callable[..., Ran], tmp_path: Path
+    ) -> None:
+        (tmp_path / "a.onnx").mkdir()
+        for more in ((), ("--overwrite", "a.onnx")):
+            ran = run("export", tmp_path / "nowhere", "--out", tmp_path / "a.onnx", *more)
+            assert ran.code == 2
+            assert "is a folder; wanted a file" in " ".join(ran.err.split())
+        ran = run("export", tmp_path / "nowhere", "--out", tmp_path)
+        assert ran.code == 2
+
+    def test_a_folder_above_it_is_made_with_it_and_not_before(
+        self, run: Callable[..., Ran], made: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "new" / "er" / "a.pt2"
+        options = ("--to", "torch", "--what", "model", "--count", "1", "--out", out)
+        assert run("export", tmp_path / "nowhere", *options).code == 3
+        assert not list(tmp_path.iterdir())
+        assert run("export", made / "runs" / "run", *options).code == 0
+        assert out.is_file()
+
+    def test_a_file_in_the_place_of_that_folder_is_named(
+        self, run: Callable[..., Ran], tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").touch()
+        ran = run("export", tmp_path / "nowhere", "--out", tmp_path / "file" / "a.onnx")
+        assert ran.code == 6
+        assert f"{tmp_path / 'file'} is no folder" in ran.err.replace("\n", "")
+
+    def test_a_cache_holds_no_export(
+        self, run: Callable[..., Ran], made: Path, tmp_path: Path
+    ) -> None:
+        ran = run("export", tmp_path / "nowhere", "--out", made / "shards" / "a.onnx")
+        assert ran.code == 2
+        assert "lies in the cache" in " ".join(ran.err.split())

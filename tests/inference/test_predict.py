@@ -64,8 +64,9 @@ def test_logits_of_a_picture_are_those_of_its_row(stored: Path) -> None:
     assert (classifier(views) - from_cache).abs().max() <= 1e-5
     assert (classifier(views / 255) - from_cache).abs().max() <= 1e-5
     # And so for the command's own numbers, in batches of another size.
-    cc.evaluate(stored / "runs" / "run")
-    rows = pq.read_table(stored / "runs" / "run" / "predictions.parquet").to_pylist()
+    run = stored / "runs" / "run"
+    made = cc.evaluate(run)
+    rows = pq.read_table(run / "evaluations" / made.predictions.path).to_pylist()
     predictions = classifier.predict(files, batch_size=4)
     for row, prediction, logits in zip(rows, predictions, from_cache, strict=True):
         assert prediction.guesses[0].label == row["predicted"]

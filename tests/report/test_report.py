@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -14,13 +15,15 @@ import yaml
 
 import ci2p_cache as cc
 from ci2p_cache.cache.card import index_parts
-from ci2p_cache.errors import InputDataError, SourceError, UsageError
+from ci2p_cache.errors import InputDataError, RefusedError, SourceError, UsageError
 from ci2p_cache.illustrations import LatentIllustrator
 from ci2p_cache.previews import draw_preview
 from ci2p_cache.report.html import MAX_BYTES, write_report
 from tests.support.pictures import write_image_folder
 from tests.support.run_records import write_evaluation, write_run
+from tests.support.trained import rewrite_json
 
+VAL = "val-epoch-0003-step-000000"
 EVIL = "<script>alert(1)</script>\"'&\u202e"
 
 
@@ -157,11 +160,11 @@ def test_the_figures_are_those_of_the_cache(cache, tmp_path):
 
 def test_the_same_runs_and_caches_give_the_same_bytes(folder, cache, tmp_path):
     run = evaluated(tmp_path / "mine", cache)
-    for name in ("a", "b"):
-        write_report(
-            [run, cache.path], tmp_path / name, illustrator=LatentIllustrator(num_samples=3)
-        )
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    # Without a suffix, with one in capitals, and in the place of an earlier one.
+    pages = [tmp_path / name for name in ("a", "b.HTML", "a")]
+    for page in pages:
+        write_report([run, cache.path], page, illustrator=LatentIllustrator(num_samples=3))
+    assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
 def test_hostile_names_are_shown_and_never_obeyed(cache, tmp_path):
@@ -205,8 +208,7 @@ def test_mistakes_without_their_cache_are_listed_without_pictures(cache, tmp_pat
             args = yaml.safe_load((run / "args.yaml").read_text())
             args["cache"] = str(tmp_path / "gone")
             (run / "args.yaml").write_text(yaml.safe_dump(args))
-            scores = json.loads((run / "evaluation.json").read_text()) | {"cache": "gone"}
-            (run / "evaluation.json").write_text(json.dumps(scores))
+            rewrite_json(run / "evaluations" / f"{VAL}.json", cache="gone")
             write_report([run], tmp_path / "r.html", illustrator=illustrator)
         else:
             write_evaluation(
@@ -223,10 +225,11 @@ def test_mistakes_without_their_cache_are_listed_without_pictures(cache, tmp_pat
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        (f"evaluations/{VAL}.json", b"{"),
+        (f"evaluations/{VAL}.json", b'{"version": 1}'),
+        (f"evaluations/{VAL}.json", b'{"confusion": 3, "bins": [[]]}'),
+        (f"evaluations/{VAL}.parquet", b"PAR1 and no more"),
         ("evaluation.json", b"{"),
-        ("evaluation.json", b'{"version": 1}'),
-        ("evaluation.json", b'{"confusion": 3, "bins": [[]]}'),
-        ("predictions.parquet", b"PAR1 and no more"),
         ("model.json", b"[]"),
     ],
 )
@@ -235,7 +238,7 @@ def test_a_damaged_piece_is_named_and_the_rest_is_told(cache, tmp_path, name, co
     (run / name).write_bytes(content)
     write_report([run], tmp_path / "r.html")
     text = Page(tmp_path / "r.html").text
-    assert f"{name} is damaged" in text
+    assert f"{Path(name).name} is damaged" in text
     assert "best top-1" in text
 
 
@@ -271,7 +274,7 @@ class TestSeveralRuns:
         assert f"{300 / count:+.1f} [" in page.text
         assert "Settings that differ" in page.text
         assert "vit_tiny" in page.text
-        assert "Not evaluated, or without predictions.parquet: plain." in page.text
+        assert "Not evaluated, or without predictions: plain." in page.text
         differing = page.source[page.source.index("<h3>Settings that differ") :]
         head = differing[: differing.index("</thead>")]
         assert ">model<" in head
@@ -317,6 +320,183 @@ class TestSeveralRuns:
         text = Page(tmp_path / "r.html").text
         assert "The 15 worst and the 15 best of 1,000 classes" in text
         assert "Only the first 12 of 13 runs have a section of their own" in text
+
+
+def scored(run: Path, right: int, **about) -> Path:
+    """An evaluation of ten images, so many of which are classified right."""
+    labels = np.zeros(10, int)
+    predicted = (np.arange(10) >= right).astype(int)
+    return write_evaluation(
+        run, rows=range(10), keys=[f"{i}.jpg" for i in range(10)], labels=labels,
+        predicted=predicted, confidence=np.linspace(0.5, 0.9, 10), **about,
+    )  # fmt: skip
+
+
+LAST = "epoch-0009-step-000000"
+
+
+class TestSeveralEvaluations:
+    def told(self, run: Path, tmp_path: Path) -> str:
+        write_report([run], tmp_path / "r.html")
+        return Page(tmp_path / "r.html").text
+
+    @pytest.fixture
+    def run_dir(self, tmp_path: Path) -> Path:
+        """Whose best checkpoint is the third epoch's."""
+        run = write_run(tmp_path / "mine")
+        (run / "checkpoints").mkdir()
+        pointers = {"best": "epoch-0003-step-000000", "last": LAST}
+        (run / "checkpoints" / "last.json").write_text(json.dumps(pointers))
+        return run
+
+    def test_the_train_split_does_not_take_the_place_of_validation(self, run_dir, tmp_path):
+        scored(run_dir, 6)
+        before = self.told(run_dir, tmp_path)
+        scored(run_dir, 10, split="train")
+        text = self.told(run_dir, tmp_path)
+        for part in ("10 images of val; 95 % interval", "evaluated top-1 60.0%"):
+            assert part in before
+            assert part in text
+        assert "All evaluations" not in before
+        assert "All evaluations" in text
+        assert "train epoch-0003-step-000000 the run's cache 10 100.0%" in text
+
+    def test_the_best_checkpoint_comes_before_others_and_own_images_before_others(
+        self, run_dir, tmp_path
+    ):
+        scored(run_dir, 10, split="train")
+        assert "evaluated top-1 100.0%" in self.told(run_dir, tmp_path)
+        scored(run_dir, 2, is_own=False, split="test", cache="elsewhere")
+        assert "evaluated top-1 20.0%" in self.told(run_dir, tmp_path)
+        scored(run_dir, 8, checkpoint=LAST)
+        assert "evaluated top-1 80.0%" in self.told(run_dir, tmp_path)
+        scored(run_dir, 7)
+        text = self.told(run_dir, tmp_path)
+        assert "evaluated top-1 70.0%" in text
+        assert "test epoch-0003-step-000000 elsewhere 10 20.0%" in text
+
+    def test_a_run_of_an_earlier_version_stays_readable(self, run_dir, tmp_path):
+        scored(run_dir, 5, is_old=True)
+        text = self.told(run_dir, tmp_path)
+        assert "evaluated top-1 50.0%" in text
+        assert "Most confident mistakes" in text
+        scored(run_dir, 9, split="train")
+        assert "evaluated top-1 50.0%" in self.told(run_dir, tmp_path)
+        # What is evaluated again comes before it, and it is not told twice.
+        scored(run_dir, 6)
+        text = self.told(run_dir, tmp_path)
+        assert "evaluated top-1 60.0%" in text
+        assert text.count("the run's cache 10") == 2
+
+    def test_runs_are_compared_by_validation_whatever_was_evaluated_last(self, tmp_path):
+        runs = [write_run(tmp_path / name) for name in ("base", "other")]
+        for run, right in zip(runs, (5, 8), strict=True):
+            scored(run, right)
+            scored(run, 10, split="train")
+        write_report(runs, tmp_path / "r.html")
+        assert "+30.0 [" in Page(tmp_path / "r.html").text
+
+    def test_links_and_numbers_of_files_are_bounded(self, run_dir, tmp_path):
+        path = scored(run_dir, 6)
+        path.with_name("zz-link.json").symlink_to(path)
+        assert "is a link" in self.told(run_dir, tmp_path)
+        for number in range(70):
+            shutil.copy(path, path.with_name(f"val-{number:02d}.json"))
+        assert "Of 72 evaluations the first 64 are shown" in self.told(run_dir, tmp_path)
+        shutil.move(path.parent, tmp_path / "moved")
+        path.parent.symlink_to(tmp_path / "moved")
+        assert "This run was not evaluated" in self.told(run_dir, tmp_path)
+
+
+def without_epochs(path: Path, *, has_summary: bool) -> Path:
+    """A run whose first epoch has not ended."""
+    run = write_run(path)
+    summary = run / "summary.csv"
+    summary.write_text(summary.read_text().splitlines()[0] + "\n")
+    if not has_summary:
+        summary.unlink()
+    return run
+
+
+class TestRunsWithoutEpochs:
+    @pytest.mark.parametrize("has_summary", [True, False])
+    def test_they_are_left_out_with_a_remark(self, run, tmp_path, has_summary):
+        done = write_run(tmp_path / "done")
+        begun = without_epochs(tmp_path / "begun", has_summary=has_summary)
+        out = tmp_path / "r.html"
+        ran = run("report", begun, done, "--out", out, "--json")
+        assert ran.code == 0, ran.err
+        told = json.loads(ran.out)
+        assert (told["runs"], told["skipped"]) == (["done"], [str(begun)])
+        assert f"{begun} is left out: no epoch of it has ended yet" in ran.err.replace("\n", " ")
+        assert "Run begun is left out: it has no epoch yet." in Page(out).text
+
+    def test_beside_a_cache_alone_too(self, cache, tmp_path):
+        begun = without_epochs(tmp_path / "begun", has_summary=True)
+        summary = write_report([begun, cache.path], tmp_path / "r.html")
+        assert (summary.runs, len(summary.caches)) == ((), 1)
+
+    @pytest.mark.parametrize("has_summary", [True, False])
+    def test_a_report_of_nothing_else_is_refused(self, tmp_path, has_summary):
+        begun = without_epochs(tmp_path / "begun", has_summary=has_summary)
+        with pytest.raises(InputDataError, match=r"no epoch"):
+            write_report([begun], tmp_path / "r.html")
+        assert not (tmp_path / "r.html").exists()
+
+    def test_a_damaged_summary_is_no_run_without_epochs(self, tmp_path):
+        damaged = write_run(tmp_path / "damaged")
+        (damaged / "summary.csv").write_text("epoch,loss\n1,\n")
+        with pytest.raises(InputDataError, match="is damaged"):
+            write_report([write_run(tmp_path / "done"), damaged], tmp_path / "r.html")
+
+
+class TestWhereItIsWritten:
+    @pytest.fixture
+    def mine(self, tmp_path: Path) -> Path:
+        return write_run(tmp_path / "mine")
+
+    @pytest.mark.parametrize("name", ["report.pdf", "report.md", "notes.txt", "summary.csv"])
+    def test_another_suffix_is_refused(self, run, mine, tmp_path, name):
+        (tmp_path / name).write_text("precious")
+        ran = run("report", mine, "--out", tmp_path / name)
+        assert ran.code == 2
+        assert "does not end in .htm or .html" in " ".join(ran.err.split())
+        assert (tmp_path / name).read_text() == "precious"
+
+    def test_only_an_earlier_report_is_replaced(self, run, mine, tmp_path):
+        out = tmp_path / "page.html"
+        assert run("report", mine, "--out", out).code == 0
+        assert run("report", mine, "--out", out).code == 0
+        out.write_text("<!doctype html><title>another page</title>")
+        ran = run("report", mine, "--out", out)
+        assert ran.code == 4
+        assert "is no report of ci2p-cache; nothing was changed" in " ".join(ran.err.split())
+        assert "another page" in out.read_text()
+
+    def test_folders_above_it_are_made_and_a_folder_in_its_place_is_refused(self, mine, tmp_path):
+        write_report([mine], tmp_path / "a" / "b" / "r.html")
+        with pytest.raises(UsageError, match="is a folder; wanted a file"):
+            write_report([mine], tmp_path / "a")
+        (tmp_path / "c.html").mkdir()
+        with pytest.raises(UsageError, match="is a folder; wanted a file"):
+            write_report([mine], tmp_path / "c.html")
+
+    def test_a_cache_holds_no_report(self, cache, mine):
+        for out in (cache.path / "r.html", cache.path / "index" / "deep" / "r.html"):
+            with pytest.raises(UsageError, match="lies in the cache"):
+                write_report([mine], out)
+
+    def test_a_link_is_replaced_and_what_it_leads_to_is_not(self, mine, tmp_path):
+        (tmp_path / "there.html").write_text("precious")
+        (tmp_path / "r.html").symlink_to("there.html")
+        write_report([mine], tmp_path / "r.html")
+        assert (tmp_path / "there.html").read_text() == "precious"
+        assert not (tmp_path / "r.html").is_symlink()
+
+    def test_a_pipe_in_its_place_is_not_waited_for(self, mine, tmp_path):
+        os.mkfifo(tmp_path / "r.html")
+        with pytest.raises(RefusedError, match="is no report"):
+            write_report([mine], tmp_path / "r.html")
 
 
 class TestCommand:

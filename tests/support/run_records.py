@@ -69,8 +69,18 @@ def write_evaluation(
     confidence: Any,
     split: str = "val",
     cache: str = "gone",
-) -> None:
-    """Writes evaluation.json and predictions.parquet that agree with each other."""
+    checkpoint: str = "epoch-0003-step-000000",
+    is_own: bool = True,
+    is_old: bool = False,
+) -> Path:
+    """Writes an evaluation and its predictions that agree with each other; returns the first.
+
+    The old ones are `evaluation.json` and `predictions.parquet`.
+    """
+    name = f"{split if split.isalnum() else 'odd'}-{checkpoint}" + "-cache-12345678" * (not is_own)
+    path = run / "evaluation.json" if is_old else run / "evaluations" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    predictions = run / "predictions.parquet" if is_old else path.with_suffix(".parquet")
     labels, predicted = np.asarray(labels), np.asarray(predicted)
     confidence = np.asarray(confidence, np.float32)
     correct = labels == predicted
@@ -86,7 +96,7 @@ def write_evaluation(
             "top5": pa.array([[int(p)] for p in predicted], pa.list_(pa.int32())),
         }
     )
-    pq.write_table(table, run / "predictions.parquet", write_page_checksum=True)
+    pq.write_table(table, predictions, write_page_checksum=True)
     place = np.minimum((confidence * 15).astype(int), 14)
     bins = [
         {
@@ -99,9 +109,10 @@ def write_evaluation(
     counts = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
     evaluation = {
         "version": 1,
-        "checkpoint": "epoch-0003-step-000000",
+        "checkpoint": checkpoint,
         "split": split,
         "cache": cache,
+        "is_own_data": is_own,
         "samples": len(labels),
         "top1": float(correct.mean()),
         "top5": 0.99,
@@ -119,4 +130,5 @@ def write_evaluation(
         ],
         "confusion": [[a, b, n] for (a, b), n in sorted(counts.items())],
     }
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    path.write_text(json.dumps(evaluation))
+    return path

@@ -11,7 +11,7 @@ import ci2p_cache as cc
 from tests.support.nano import nano_models
 from tests.support.pictures import write_image_folder
 
-__all__ = ["SPEC", "folder_of", "make_run", "rewrite_json", "seal_checkpoint"]
+__all__ = ["SPEC", "evaluation_of", "folder_of", "make_run", "rewrite_json", "seal_checkpoint"]
 
 SPEC = cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=8)
 
@@ -39,6 +39,11 @@ def folder_of(run: Path, which: str = "best") -> Path:
     """The folder of the best or last checkpoint."""
     name: str = json.loads((run / "checkpoints" / "last.json").read_text())[which]
     return run / "checkpoints" / name
+
+
+def evaluation_of(run: Path, split: str = "val", which: str = "best") -> Path:
+    """The JSON file of an evaluation; the predictions lie beside it."""
+    return run / "evaluations" / f"{split}-{folder_of(run, which).name}.json"
 
 
 def rewrite_json(path: Path, **fields: Any) -> None:

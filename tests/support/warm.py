@@ -16,6 +16,7 @@ import json
 import os
 import pty
 import resource
+import select
 import shutil
 import signal
 import struct
@@ -33,7 +34,10 @@ from typing import Any, Self
 
 from tests.support.commands import REPO
 
-__all__ = ["Child", "Ended", "WarmParent", "build_shim"]
+__all__ = ["LOST_READER", "Child", "Ended", "WarmParent", "build_shim"]
+
+LOST_READER = "|"
+"""A pipe whose reader has left, as after `| head -1`."""
 
 _PR_SET_PDEATHSIG = 1
 _SPARE_ADDRESSES = 6 * 2**30
@@ -86,6 +90,7 @@ class Child:
         self._started = time.monotonic()
         self._shown = b""
         self._reader: threading.Thread | None = None
+        self._hangs_up = threading.Event()
         self.pid = pid
         self.returncode: int | None = None
         """As of `subprocess.Popen`; None while it runs."""
@@ -95,13 +100,24 @@ class Child:
 
     def _read(self, terminal: int) -> None:
         try:
-            while part := os.read(terminal, 65536):
+            while not self._hangs_up.is_set():
+                if not select.select([terminal], [], [], 0.02)[0]:
+                    continue
+                part = os.read(terminal, 65536)
+                if not part:
+                    break
                 self._shown += part
         except OSError:
             # Reading a terminal whose last writer has gone ends in EIO.
             pass
         finally:
             os.close(terminal)
+
+    def hang_up(self) -> None:
+        """Takes its terminal away, as closing the window does: it gets SIGHUP, and writes fail."""
+        assert self._reader is not None
+        self._hangs_up.set()
+        self._reader.join()
 
     def told(self) -> str:
         """Returns what it has written so far, both streams."""
@@ -224,6 +240,7 @@ class WarmParent:
         ignoring: Sequence[int] = (),
         limited: bool = False,
         unprivileged: bool = False,
+        streams: Mapping[int, str | None] | None = None,
         fault: Mapping[str, object] | None = None,
     ) -> Child:
         """Starts a command in a new child that is not waited for.
@@ -237,6 +254,8 @@ class WarmParent:
             ignoring: Signals that it ignores from the start, as under nohup.
             limited: Limits its memory, so that a growth of gigabytes is an error.
             unprivileged: Gives up what lets root read and write everything.
+            streams: Number of a standard stream -> the file that it writes to, LOST_READER, or
+                None for closed.
             fault: What `run` makes of `root`, `at` and `kind`.
         """
         self._started += 1
@@ -256,6 +275,7 @@ class WarmParent:
             "ignoring": [int(number) for number in ignoring],
             "limited": limited,
             "unprivileged": unprivileged,
+            "streams": list((streams or {}).items()),
             "fault": dict(fault or {}),
         }
         child = Child(self, self.asked(started)["pid"], files, terminal)
@@ -351,8 +371,23 @@ def _settle(asked: dict[str, Any]) -> None:
     for stream, descriptor in enumerate(streams):
         os.dup2(descriptor, stream)
     buffering = -1 if asked["terminal"] is None else 1
-    sys.stdout = open(1, "w", buffering, encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    given: dict[int, str | None] = dict(asked["streams"])
+    for stream, path in given.items():
+        if path is None:
+            os.close(stream)
+        elif path == LOST_READER:
+            reader, writer = os.pipe()
+            os.dup2(writer, stream)
+            os.close(reader)
+        else:
+            os.dup2(os.open(path, os.O_WRONLY), stream)
+    # Python starts with None where a stream is closed.
+    if given.get(0, "") is None:
+        sys.stdin = None
+    for stream, name, size in ((1, "stdout", buffering), (2, "stderr", 1)):
+        is_open = given.get(stream, "") is not None
+        file = open(stream, "w", size, encoding="utf-8", closefd=False) if is_open else None  # noqa: SIM115
+        setattr(sys, name, file)
     os.chdir(asked["folder"])
     for name, value in asked["environment"].items():
         os.environ.pop(name, None)
@@ -390,8 +425,8 @@ def _child(asked: dict[str, Any]) -> int:
         traceback.print_exc()
         code = 1
     calls = shim.ci2p_fault_count() if counts else -1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for written in filter(None, (sys.stdout, sys.stderr)):
+        written.flush()
     found = {"calls": calls, "grown_bytes": _memory("VmHWM") - before}
     Path(asked["files"]).with_suffix(".json").write_text(json.dumps(found))
     return code

@@ -21,6 +21,7 @@ from ci2p_cache.encoding.convert.conversion import Conversion
 from ci2p_cache.encoding.interrupt import interruptible
 from ci2p_cache.encoding.place import refuse_foreign_folder
 from ci2p_cache.errors import UsageError
+from ci2p_cache.outputs import refuse_url
 from ci2p_cache.record import Record
 from ci2p_cache.specs import CodecName, FormatName
 
@@ -74,8 +75,8 @@ def convert(
         on_shard: Called with (shards done, shards in all).
 
     Raises:
-        UsageError: `out` lies inside the cache or the cache in it, or codec or level are given for
-            npy or out of range.
+        UsageError: `out` is a URL, lies inside the cache or the cache in it, or codec or level are
+            given for npy or out of range.
         NotACacheError: the cache folder is no cache, or `out` holds something else.
         IncompleteCacheError: encoding has not finished.
         FingerprintMismatchError: `out` holds another cache, or one of another layout.
@@ -118,6 +119,7 @@ def convert(
 
 def _refuse_place(root: Path, cache: Cache) -> None:
     """Refuses a folder inside the cache or around it, and one that holds something else."""
+    refuse_url(root, what="converted cache")
     new, old = root.resolve(), cache.path.resolve()
     if new.is_relative_to(old) or old.is_relative_to(new):
         raise UsageError(

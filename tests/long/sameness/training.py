@@ -83,13 +83,23 @@ def note_run(bench: Bench, run: str = "runs/run") -> None:
     bench.files("run", run, leave_out=clocked | events | {"events"})
 
 
+def _evaluation_files(bench: Bench) -> tuple[Path, Path]:
+    """Where the only evaluation of a run is, in this version or an earlier one."""
+    run = Path("runs/run")
+    for path in (bench.folder / run / "evaluations").glob("*.json"):
+        name = run / "evaluations" / path.name
+        return name, name.with_suffix(".parquet")
+    return run / "evaluation.json", run / "predictions.parquet"
+
+
 def _after_training(bench: Bench) -> None:
     _train_small(bench)
     few = bench.inputs["few"]
     bench.document("evaluate", "evaluate", "runs/run")
-    bench.json_file("evaluation.json", Path("runs/run/evaluation.json"))
+    evaluation, predictions = _evaluation_files(bench)
+    bench.json_file("evaluation.json", evaluation)
     bench.text("evaluate, text", "evaluate", "runs/run")
-    bench.file("predictions.parquet", "runs/run/predictions.parquet")
+    bench.file("predictions.parquet", predictions)
     bench.document("evaluate from images", "evaluate", "runs/run", "--from-images")
     bench.document("evaluate train", "evaluate", "runs/run", "--split", "train")
     bench.document("predict", "predict", "runs/run", few)
