@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ci2p_cache.inference.evaluation import Evaluation
     from ci2p_cache.inference.export import export_model
     from ci2p_cache.inference.scoring import evaluate
-    from ci2p_cache.loader.batches import Batch
+    from ci2p_cache.loader.batch import Batch
     from ci2p_cache.loader.latents import LatentLoader
     from ci2p_cache.loader.online import OnlineLoader
     from ci2p_cache.loader.pixels import PixelLoader
@@ -111,7 +111,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Batch": "loader.batches",
+    "Batch": "loader.batch",
     "CI2PPatchEmbed": "models.patch_embed",
     "Cache": "cache.store",
     "CacheError": "errors",

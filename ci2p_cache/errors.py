@@ -5,10 +5,12 @@
     CacheError                      1   a bug of ours when raised bare
     +-- UsageError                  2   (ValueError) a flag or argument cannot be used
     |   +-- UnknownModelError       2   no model of that name
+    |   +-- UnknownSplitError       2   (KeyError) the cache has no split of that name
     |   +-- MissingDependencyError  2   (ImportError) an optional package is not installed
     +-- InputDataError              3   what was given as data cannot be used
     |   +-- SourceError             3   the image source is empty, unreadable or of no known layout
     |   +-- ImageDecodeError        3   (ValueError) one image; counted, ends no run
+    |   +-- InvalidRowError         3   (LookupError) a row that holds no latent was asked for
     |   +-- TooManyBadImagesError   3   the error budget is used up
     |   +-- WeightsError            3   (ValueError) a weights file does not fit the architecture
     |   +-- TrainingDivergedError   3   the loss stayed non-finite
@@ -34,6 +36,8 @@ from __future__ import annotations
 
 import shlex
 import signal
+from functools import partial
+from typing import Any
 
 __all__ = [
     "CacheError",
@@ -46,6 +50,7 @@ __all__ = [
     "InputDataError",
     "IntegrityError",
     "InterruptedRunError",
+    "InvalidRowError",
     "LockedError",
     "ManifestError",
     "MissingDependencyError",
@@ -59,6 +64,7 @@ __all__ = [
     "TooManyBadImagesError",
     "TrainingDivergedError",
     "UnknownModelError",
+    "UnknownSplitError",
     "UsageError",
     "WeightsError",
     "WeightsUnavailableError",
@@ -92,6 +98,13 @@ class UnknownModelError(UsageError):
     """No model of that name is registered."""
 
 
+class UnknownSplitError(UsageError, KeyError):
+    """A cache has no split of that name."""
+
+    # KeyError shows its argument in quotes.
+    __str__ = Exception.__str__
+
+
 class MissingDependencyError(UsageError, ImportError):
     """A package that this call needs is not installed."""
 
@@ -108,6 +121,13 @@ class SourceError(InputDataError):
 
 class ImageDecodeError(InputDataError, ValueError):
     """One image cannot be decoded; its row becomes invalid and the run goes on."""
+
+
+class InvalidRowError(InputDataError, LookupError):
+    """A row of a split holds no latent: its image could not be decoded, or it is in no subset.
+
+    No IndexError: that would end a loop over rows without a word.
+    """
 
 
 class TooManyBadImagesError(InputDataError):
@@ -200,6 +220,11 @@ class InterruptedRunError(CacheError):
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + signal_number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled by default with the message alone.
+        make = partial(type(self), signal_number=self.exit_code - 128, hint=self.hint)
+        return make, self.args
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

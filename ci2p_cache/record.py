@@ -43,10 +43,15 @@ class Record:
 
     Fields may be str, int, float, bool, None unions of these, Literals, other records,
     `tuple[X, ...]` and `dict[str, X]` of any of them, and Path where the record's own `to_dict`
-    makes it a str.
+    makes it a str. `repr` is short: it leaves out fields that have their default, and cuts values.
     """
 
     __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        # Set before `dataclass` looks, which else writes one that shows everything.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = _short_repr  # type: ignore[method-assign]  # see above
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain JSON values, nested records as dictionaries."""
@@ -127,6 +132,23 @@ def _checked(place: str, wanted: Any, value: Any) -> Any:
     if not fits:
         raise ManifestError(f"{place} wants {wanted}, got {_shown(value)}")
     return value
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxtuple = 3
+
+
+def _short_repr(record: Any) -> str:
+    """Returns a record as the call that makes it, without defaults and with long values cut."""
+    shown = []
+    for field in dataclasses.fields(record):
+        value, default = getattr(record, field.name), field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if value != default:
+            shown.append(f"{field.name}={_SHORT.repr(value)}")
+    return f"{type(record).__name__}({', '.join(shown)})"
 
 
 def _shown(value: Any) -> str:

@@ -124,6 +124,7 @@ def bench_loading(
 def _rate(loader: BatchLoader, *, floats: bool, seconds: float) -> float:
     """Returns images per second over some time, going on where the last call left off."""
     images, started = 0, time.perf_counter()
+    loader.load_state_dict(loader.state_dict())
     while True:
         for batch in loader:
             images += len(batch.rows)

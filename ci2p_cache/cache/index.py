@@ -44,6 +44,7 @@ _BOX = pa.struct(
 
 INDEX_SCHEMA = pa.schema(
     [
+        pa.field("split", pa.string(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
         pa.field("key", pa.string(), nullable=False),
         pa.field("label", pa.int32(), nullable=False),
@@ -67,6 +68,9 @@ INDEX_SCHEMA = pa.schema(
 )
 """Columns of an index part; cache/README.md gives their meaning."""
 
+_OLD_SCHEMA = INDEX_SCHEMA.remove(0)
+"""Columns of the parts of caches made before there was `split`."""
+
 _MAX_TEXT_RATIO = 256
 """Bytes of one text column over those of the file: keys of ours take about twice the file."""
 
@@ -75,7 +79,7 @@ _SUMS_KEY = b"ci2p_channel_sums"
 
 @dataclass(slots=True)
 class IndexRow:
-    """One sample as it was encoded; fields as in `INDEX_SCHEMA`, None where not known."""
+    """One sample as it was encoded; fields as in `INDEX_SCHEMA` but `split`, None if not known."""
 
     row: int
     key: str
@@ -155,14 +159,14 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def read_parquet(
-    path: Path, columns: Sequence[str] | None = None, *, schema: pa.Schema | None = None
+    path: Path, columns: Sequence[str] | None = None, *, schemas: Sequence[pa.Schema] = ()
 ) -> pa.Table:
     """Reads a parquet file with every page's checksum verified; it may come from a stranger.
 
     Args:
         path: The file.
         columns: The columns wanted; None for all.
-        schema: The schema it must have; None for any.
+        schemas: The schemas it may have; none given: any.
 
     Raises:
         OSError: the file is missing, is a link or no file, unpacks to far more than it has, has
@@ -176,7 +180,7 @@ def read_parquet(
         require_small_pages(path)
         with _open_parquet(path) as file:
             known = file.schema_arrow
-        if schema is not None and not known.equals(schema):
+        if schemas and known not in schemas:
             raise OSError(f"{path} has another schema than ci2p-cache writes")  # noqa: TRY301
         # Kept as dictionaries: one long text that many rows refer to would be copied for each.
         texts = [name for name in known.names if _is_text(known.field(name).type)]
@@ -216,13 +220,21 @@ def _without_dictionaries(table: pa.Table, texts: Sequence[str], max_bytes: int)
     return table
 
 
-def index_bytes(rows: Sequence[IndexRow], sums: ChannelSums) -> bytes:
-    """Serialises a shard's index part, its channel sums in the schema's metadata."""
-    attributes = {name: name for name in INDEX_SCHEMA.names} | {"class": "class_name"}
+def index_bytes(rows: Sequence[IndexRow], sums: ChannelSums, *, split: str | None) -> bytes:
+    """Serialises a shard's index part, its channel sums in the schema's metadata.
+
+    Args:
+        rows: Its rows, in order.
+        sums: Its channel sums.
+        split: For the column `split`; None leaves it out, as older caches have it.
+    """
+    attributes = {name: name for name in _OLD_SCHEMA.names} | {"class": "class_name"}
     columns = {
         name: [getattr(row, attribute) for row in rows] for name, attribute in attributes.items()
     }
-    table = pa.table(columns, schema=INDEX_SCHEMA)
+    table = pa.table(columns, schema=_OLD_SCHEMA)
+    if split is not None:
+        table = _with_split(table, split)
     values = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(sums).items()}
     metadata = {_SUMS_KEY: json.dumps(values).encode()}
     return parquet_bytes(table.replace_schema_metadata(metadata))
@@ -233,24 +245,42 @@ def read_index(
 ) -> pa.Table:
     """Reads the index part of a shard, or some of its columns.
 
+    Parts of older caches have no column `split`; it is added here.
+
+    Args:
+        root: The cache folder.
+        split: The split.
+        shard: Number of the shard.
+        columns: Columns of `INDEX_SCHEMA`; None for all. They come in its order.
+
     Raises:
         ShardError: it is missing or damaged.
     """
+    wanted = [name for name in INDEX_SCHEMA.names if columns is None or name in columns]
+    # With `row`, because a table without columns has no length.
+    names = wanted if wanted != ["split"] else ["split", "row"]
     try:
-        return read_parquet(root / index_path(split, shard), columns, schema=INDEX_SCHEMA)
+        table = read_parquet(
+            root / index_path(split, shard), names, schemas=(INDEX_SCHEMA, _OLD_SCHEMA)
+        )
     except OSError as error:
         raise ShardError(
             f"index of {split} shard {shard}: {error}",
             hint=command("verify", root, "--repair"),
         ) from error
+    if "split" in wanted and "split" not in table.column_names:
+        table = _with_split(table, split)
+    return table.select(wanted)
+
+
+def _with_split(table: pa.Table, split: str) -> pa.Table:
+    return table.add_column(0, INDEX_SCHEMA.field("split"), pa.repeat(split, table.num_rows))
 
 
 def index_rows(table: pa.Table) -> list[IndexRow]:
     """Returns the rows of a whole index part; `index_bytes` gives the same part from them again."""
-    return [
-        IndexRow(class_name=values.pop("class"), **values)
-        for values in table.replace_schema_metadata(None).to_pylist()
-    ]
+    table = table.select(_OLD_SCHEMA.names).replace_schema_metadata(None)
+    return [IndexRow(class_name=values.pop("class"), **values) for values in table.to_pylist()]
 
 
 def read_sums(table: pa.Table) -> ChannelSums:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.cache.paths import MANIFEST, commit_path, data_paths, index_path
@@ -77,6 +78,8 @@ class SplitRecord(Record):
     """Symbols saturated at the dtype's limit; None until encoding has finished."""
     exif_turned: int | None = None
     """Images whose EXIF orientation is not 1; None until encoding has finished."""
+    names_split: bool = True
+    """Whether its index parts have the column `split`; older caches do not say, and have none."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -96,6 +99,18 @@ class SplitRecord(Record):
             )
         if self.valid_rows is not None and not 0 <= self.valid_rows <= self.rows:
             raise UsageError(f"a split has {self.valid_rows} valid rows of {self.rows}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuilds a record written by `to_dict`, also one of before `names_split`.
+
+        Raises:
+            ManifestError: a field is unknown, missing, of another type or out of range.
+        """
+        if isinstance(data, Mapping):
+            data = {"names_split": False, **data}
+        # By name: with slots a dataclass is another class than the one that `super()` knows.
+        return super(SplitRecord, cls).from_dict(data)
 
     @property
     def num_shards(self) -> int:
@@ -167,6 +182,11 @@ class Manifest(Record):
         """Refuses splits whose shapes are not what fingerprint and layout make."""
         if not 1 <= len(self.splits) <= _MAX_SPLITS:
             raise UsageError(f"{len(self.splits)} splits; 1 to {_MAX_SPLITS} are possible")
+        if len({record.names_split for record in self.splits.values()}) > 1:
+            raise UsageError(
+                "some splits have index parts with the column `split` and some without; readers of "
+                "`index/` want one form"
+            )
         for name, record in self.splits.items():
             views = self.fingerprint.views.num_views(name)
             if record.views != views:

@@ -15,12 +15,13 @@ import contextlib
 import hashlib
 import os
 import shutil
-import threading
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from ci2p_cache.cache.commit import FileRecord
+from ci2p_cache.cache.open_shards import ForkedLock
 from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.errors import IntegrityError, NotACacheError
@@ -46,7 +47,7 @@ class Mirror:
     def __init__(self, url: str) -> None:
         self.remote = RemoteFolder(url)
         self.path = _folder(self.remote.url)
-        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._locks: defaultdict[str, ForkedLock] = defaultdict(ForkedLock)
         try:
             manifest = self.remote.read(MANIFEST)
         except FileNotFoundError as error:
@@ -62,6 +63,9 @@ class Mirror:
                 staged = self._staged()
                 staged.write_bytes(manifest)
                 staged.replace(mine)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mirror, (self.remote.url,)
 
     def need(self, path: str, record: FileRecord | None = None) -> None:
         """Fetches a file if it is not there yet; one that the remote cache lacks stays away.

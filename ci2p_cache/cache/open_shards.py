@@ -8,6 +8,7 @@ one is its index: where commit record and index were checked anew, a read took f
 
 from __future__ import annotations
 
+import os
 import resource
 import threading
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from ci2p_cache.cache.shard_reader import ShardReader
 from ci2p_cache.errors import ShardError
 
-__all__ = ["OpenShards"]
+__all__ = ["ForkedLock", "OpenShards"]
 
 _OPEN_SHARE = 4
 """One split keeps a quarter of the files that the process may open: 256 of the common 1,024."""
@@ -25,8 +26,23 @@ _MAX_INDEX_BYTES = 256 * 2**20
 """Of the indexes one split keeps of closed shards: 8 million rows with two views."""
 
 
+class ForkedLock:
+    """A lock between threads; in a forked process nobody holds it, whoever held it at the fork."""
+
+    def __init__(self) -> None:
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._pid != os.getpid():
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class OpenShards:
-    """The open shards of one split; safe to use from many threads.
+    """The open shards of one split; safe to use from many threads and forked processes.
 
     Args:
         open_shard: Opens a shard by its number, checked against its commit record.
@@ -37,7 +53,7 @@ class OpenShards:
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._known: dict[int, tuple[Callable[[], ShardReader], int]] = {}
         self._index_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
         self._max_open = _max_open()
 
     def get(self, shard: int) -> ShardReader:

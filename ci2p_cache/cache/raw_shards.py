@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +27,7 @@ import numpy.typing as npt
 import torch
 
 from ci2p_cache.cache.chunk_codec import CRC_BYTES
+from ci2p_cache.cache.open_shards import ForkedLock
 from ci2p_cache.cache.zarr_shards import ShardFile
 from ci2p_cache.errors import ShardError
 
@@ -46,7 +46,7 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class RawShards:
-    """The mapped shards of a split; safe to use from many threads.
+    """The mapped shards of a split; safe to use from many threads and forked processes.
 
     Args:
         open_shard: Opens a shard by its number, checked against its commit record.
@@ -90,7 +90,7 @@ class RawShards:
         self._places = torch.from_numpy(self._bytes).as_strided(
             (size - chunk_bytes + 1, chunk_bytes), (1, 1)
         )
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
 
     def gather(
         self, shards: npt.NDArray[Any], chunks: npt.NDArray[Any], out: npt.NDArray[Any]

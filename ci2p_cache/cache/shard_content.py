@@ -59,6 +59,8 @@ def _latent_problems(split: Split, commit: CommitRecord) -> Iterator[str]:
     if index["row"].to_pylist() != list(rows):
         yield "the index does not list its rows one after another"
         return
+    if set(index["split"].to_pylist()) != {split.name}:
+        yield "the index is that of another split"
     good = np.array([status == "ok" for status in index["status"].to_pylist()], np.bool_)
     stored = file.stored.reshape(split.record.shard_rows, split.num_views)
     if not np.array_equal(stored[: len(rows)], np.repeat(good[:, None], split.num_views, 1)):

@@ -69,8 +69,9 @@ def put_shard(
         files.append(staging.put(tar_path(*place), packed))
         if not layout.has_zarr:
             index_crc = tar_index_crc32c(offsets, shape, latent, place[1])
-    files.append(staging.put(index_path(*place), index_bytes(rows, sums)))
     split, shard = place
+    index = index_bytes(rows, sums, split=split if shape.names_split else None)
+    files.append(staging.put(index_path(*place), index))
     made = record(split=split, shard=shard, files=tuple(files), index_crc32c=index_crc)
     staging.commit(made)
     return made

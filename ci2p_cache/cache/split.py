@@ -1,40 +1,45 @@
-"""`Split`: one split of a cache, with every read checked."""
+"""`Split`: one split of a cache as Python sees it: indexed, looped over, pickled, restricted."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from ci2p_cache.cache.chunk_codec import ChunkCodec
 from ci2p_cache.cache.folder import CacheFolder
-from ci2p_cache.cache.open_shards import OpenShards
-from ci2p_cache.cache.paths import array_path
-from ci2p_cache.cache.raw_shards import RawShards
-from ci2p_cache.cache.shard_files import ShardFiles
-from ci2p_cache.errors import ManifestError, ShardError, UsageError, command
-
-if TYPE_CHECKING:
-    import zarr
+from ci2p_cache.cache.stored_split import StoredSplit
+from ci2p_cache.errors import InvalidRowError, UsageError
 
 __all__ = ["Split"]
 
-_MAX_METADATA_BYTES = 2**20
-"""Of one zarr.json; ours have a few thousand, most of it the offsets."""
 
+class Split(StoredSplit, Dataset[tuple[Tensor, int]]):
+    """One split of a cache; reading is safe from many threads, and from forked processes.
 
-class Split(ShardFiles):
-    """One split of a cache; reading is safe from many threads.
+    ::
 
-    `split[row]` gives the dequantised latents and the label. Rows whose image could not be decoded
-    hold nothing (`valid` is false) and raise. Made by `open_cache`, not by hand.
+        y, label = split[3]                # float32 (V, M, h, w), int; -1 is the last row
+        y, labels = split[[3, 5]]          # float32 (n, V, M, h, w), int64 (n,); a slice, list,
+                                           # array or tensor of rows, or a mask, bool (N,)
+        for y, label in split: ...         # every valid row, ascending
+
+    `len(split)` is N. A row whose image could not be decoded keeps its number but holds nothing:
+    `valid` is false there, and asking for it raises `InvalidRowError`. A loop over the split leaves
+    it out, and so do `split[split.valid]` and `zip(split.valid_rows, split)`.
+
+    It is a map-style dataset for `torch.utils.data.DataLoader`. Where rows are not valid, pass
+    `sampler=SubsetRandomSampler(split.valid_rows)` too. A pickle holds the cache's absolute path or
+    URL, the split's name, and for a subset a bit per row. It opens the cache again, which must
+    still be the same one.
 
     Args:
-        cache: The cache it belongs to.
+        cache: The cache it belongs to; `open_cache` makes both.
         name: Its name.
     """
 
@@ -42,49 +47,60 @@ class Split(ShardFiles):
         super().__init__(cache, name)
         self.scale: float = cache.manifest.scale
         self.offset = np.array(cache.manifest.offset, np.float32)
-        self._shards = OpenShards(self.open_shard)
+        self._is_subset = False
 
-    @property
-    def num_rows(self) -> int:
-        """Planned samples, N, with those that could not be decoded."""
-        return self.record.rows
+    def __repr__(self) -> str:
+        valid = len(self.valid_rows) if self._is_subset else self.record.valid_rows
+        return (
+            f"Split({self.name!r} of {str(self.cache.path)!r}, rows={self.num_rows}, "
+            f"valid_rows={valid}, shape={self.shape[1:]}, dtype={self.latent.dtype})"
+        )
 
-    @property
-    def shape(self) -> tuple[int, int, int, int, int]:
-        """(N, V, M, h, w)."""
-        return (self.num_rows, self.num_views, *self.latent.shape)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Nothing that was read, and no open file.
+        valid = np.packbits(self.valid).tobytes() if self._is_subset else None
+        return _unpickled, (self.cache, self.name, valid)
+
+    def __copy__(self) -> Self:
+        # Shares the open files; without this, copying would go by `__reduce__`.
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
 
     def __len__(self) -> int:
         return self.num_rows
 
-    @cached_property
-    def labels(self) -> npt.NDArray[Any]:
-        """Class index of every row, int32 (N,); -1 where the class is not known."""
-        return self._small_array("labels", np.int32)
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+        return self.cache.classes
 
     @cached_property
-    def valid(self) -> npt.NDArray[Any]:
-        """Which rows hold a latent, bool (N,)."""
-        return self._small_array("valid", np.bool_)
+    def targets(self) -> list[int]:
+        """`labels` as a list, the name that torchvision's datasets have for it."""
+        labels: list[int] = self.labels.tolist()
+        return labels
 
     @cached_property
     def valid_rows(self) -> npt.NDArray[Any]:
         """Rows that hold a latent, ascending, int64."""
         return np.flatnonzero(self.valid).astype(np.int64)
 
-    def subset(self, rows: npt.NDArray[Any]) -> Split:
+    def subset(self, rows: Sequence[int] | npt.NDArray[Any] | Tensor) -> Split:
         """Returns a view of this split that holds some of its valid rows only.
 
         It reads the same files. Row numbers, `num_rows`, `shape`, `labels` and `latents` stay those
         of the whole split; `valid` and `valid_rows`, which loaders go by, are restricted.
 
         Args:
-            rows: Distinct valid rows in any order, integers (n,).
+            rows: Distinct valid rows in any order, (n,), or a mask, bool (N,), as `split[rows]`
+                takes them.
 
         Raises:
             UsageError: a row is named twice, or is not valid here.
+            IndexError, TypeError: as for `split[rows]`.
         """
-        wanted = np.sort(np.asarray(rows, np.int64).reshape(-1))
+        wanted = np.sort(self._numbers(rows))
         odd = np.concatenate(
             [np.setdiff1d(wanted, self.valid_rows), wanted[1:][wanted[1:] == wanted[:-1]]]
         )
@@ -93,159 +109,135 @@ class Split(ShardFiles):
                 f"row {odd[0]} cannot be in a subset of split {self.name!r}: it is named twice, or "
                 f"is none of its {len(self.valid_rows)} valid rows"
             )
-        subset = copy.copy(self)
+        valid = np.zeros(self.num_rows, np.bool_)
+        valid[wanted] = True
+        return self._restricted(valid)
+
+    def _restricted(self, valid: npt.NDArray[np.bool_]) -> Split:
+        subset = self.__copy__()
         # As if read: cached properties are looked up among the instance's attributes first.
-        subset.valid_rows = wanted
-        subset.valid = np.zeros(self.num_rows, np.bool_)
-        subset.valid[wanted] = True
+        subset.valid = valid
+        subset.valid_rows = np.flatnonzero(valid).astype(np.int64)
+        subset._is_subset = True
         return subset
 
-    @cached_property
-    def latents(self) -> zarr.Array[Any]:
-        """The zarr array itself, (N, V, M, h, w), as plain zarr opens it.
+    @overload
+    def __getitem__(
+        self, rows: slice | Sequence[int] | npt.NDArray[Any] | Tensor
+    ) -> tuple[Tensor, Tensor]: ...
 
-        Its metadata is checked; what is then read through zarr is not held against commits.
+    @overload
+    def __getitem__(self, rows: int | np.integer[Any]) -> tuple[Tensor, int]: ...
 
-        Raises:
-            UsageError: the cache holds tars only, or is a remote one: zarr would take what was not
-                fetched for holes.
-            ManifestError: the metadata is not what was committed, or does not fit the manifest.
-        """
-        if not self.layout.has_zarr:
-            raise UsageError(
-                f"{self.cache.path} holds its latents in tars, not in a zarr array",
-                hint=command("convert", self.cache.path, "--out", "NEW", "--format", "zarr"),
-            )
-        import zarr
+    def __getitem__(self, rows: Any) -> tuple[Tensor, Tensor | int]:
+        """Returns the dequantised latents and the label of a row, or of many in the order given.
 
-        if self.cache.mirror is not None:
-            raise UsageError(
-                f"{self.cache.mirror.remote} is a remote cache; zarr itself opens it: "
-                f"zarr.open(URL + '/latents.zarr')['{self.name}/latents']"
-            )
-        folder = array_path(self.name)
-        path = self.cache.path / folder
-        self.cache.read_committed(f"{folder}/zarr.json", max_bytes=_MAX_METADATA_BYTES)
-        try:
-            array = zarr.open_array(path, mode="r")
-            found = (array.shape, array.shards, array.chunks, array.dtype)
-        except Exception as error:
-            # zarr refuses unknown codecs and grids with nearly any type.
-            raise ManifestError(f"{path} cannot be opened: {error}") from error
-        shard = (self.record.shard_rows, *self.shape[1:])
-        wanted = (self.shape, shard, (1, 1, *self.latent.shape), np.dtype(self.latent.dtype))
-        if found != wanted:
-            raise ManifestError(
-                f"{path} has (shape, shards, chunks, dtype) {found}; the manifest says {wanted}"
-            )
-        return array
+        Args:
+            rows: A row, -N <= row < N, where negative ones count from the end. Or many: a slice, a
+                list, range, array or tensor (n,) of rows, with repetitions, or a mask, bool (N,). A
+                tuple is refused, because arrays take it for one index per axis.
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        """Returns the dequantised latents of a row, float32 (V, M, h, w), and its label.
+        Returns:
+            float32 (V, M, h, w) and an int; of many float32 (n, V, M, h, w) and int64 (n,), also
+            where n is 0 or 1. The tensors are new ones on the CPU.
 
         Raises:
-            IndexError: no such row, or the row's image could not be decoded.
-            ShardError: its shard is missing or damaged.
+            IndexError: there is no such row, or a mask has not N entries.
+            InvalidRowError: one of the rows is not valid.
+            TypeError: `rows` is nothing of that kind.
+            ShardError: a shard is missing or damaged.
         """
-        if not -self.num_rows <= row < self.num_rows:
-            raise IndexError(f"row {row} of {self.num_rows} in split {self.name!r}")
-        row %= self.num_rows
-        if not self.valid[row]:
-            raise IndexError(
-                f"row {row} of split {self.name!r} holds no latent, because its image could not "
-                f"be decoded (see {self.cache.path / 'errors.parquet'}), or is not in this subset"
+        if isinstance(rows, slice):
+            return self._samples(np.arange(*rows.indices(self.num_rows), dtype=np.int64))
+        if getattr(rows, "ndim", None) == 0:
+            # A number of numpy's or torch's.
+            rows = rows.item()
+        if not isinstance(rows, int) or isinstance(rows, bool):
+            return self._samples(self._numbers(rows))
+        if not -self.num_rows <= rows < self.num_rows:
+            raise self._no_row(rows)
+        y, labels = self._samples(np.array([rows % self.num_rows]))
+        return y[0], int(labels[0])
+
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Returns what `split[row]` gives for each row, read in one call; DataLoader asks for it.
+
+        Raises:
+            IndexError, InvalidRowError, ShardError: as for `split[rows]`.
+        """
+        y, labels = self[rows]
+        return list(zip(y, labels.tolist(), strict=True))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        """Yields `split[row]` of every valid row, ascending.
+
+        Raises:
+            ShardError: a shard is missing or damaged.
+        """
+        return (self[row] for row in self.valid_rows)
+
+    def __reversed__(self) -> Iterator[tuple[Tensor, int]]:
+        """Yields `split[row]` of every valid row, descending."""
+        return (self[row] for row in self.valid_rows[::-1])
+
+    # Python would read every row for `x in split`, and compare tensors.
+    __contains__ = None
+
+    def _numbers(self, rows: Any) -> npt.NDArray[np.int64]:
+        """Returns the rows that a list, array, tensor or mask names, (n,), 0 <= row < N."""
+        found = rows.numpy(force=True) if isinstance(rows, Tensor) else np.asarray(rows)
+        if found.ndim and found.dtype == np.bool_:
+            if found.shape != (self.num_rows,):
+                raise IndexError(
+                    f"a mask of shape {found.shape} for the {self.num_rows} rows of split "
+                    f"{self.name!r}"
+                )
+            return np.flatnonzero(found).astype(np.int64)
+        if not found.size:
+            # numpy takes an empty list for floats.
+            found = found.astype(np.int64)
+        if found.ndim != 1 or found.dtype.kind not in "iu" or isinstance(rows, tuple):
+            raise TypeError(
+                f"split {self.name!r} takes a row, or a slice, list, array or tensor of rows, or a "
+                f"mask; got {type(rows).__name__} of {found.dtype}, shape {found.shape}"
             )
-        stored = np.empty((self.num_views, *self.latent.shape), self.latent.dtype)
-        for view in range(self.num_views):
-            self.read_into(row, view, stored[view])
-        y = torch.from_numpy(stored.astype(np.float32))
+        outside = found[(found < -self.num_rows) | (found >= self.num_rows)]
+        if len(outside):
+            raise self._no_row(int(outside[0]))
+        return found.astype(np.int64) % max(1, self.num_rows)
+
+    def _no_row(self, row: int) -> IndexError:
+        return IndexError(f"row {row} of {self.num_rows} in split {self.name!r}")
+
+    def _samples(self, rows: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Reads rows (n,) with all their views."""
+        invalid = rows[~self.valid[rows]]
+        if len(invalid):
+            raise InvalidRowError(
+                f"row {invalid[0]} of split {self.name!r} holds no latent, because its image could "
+                f"not be decoded (see {self.cache.path / 'errors.parquet'}), or is not in this "
+                f"subset{'' if self.cache.is_complete else ', or is not encoded yet'}",
+                hint="`split.valid_rows` lists the rows that hold one",
+            )
+        stored = np.empty((len(rows), self.num_views, *self.latent.shape), self.latent.dtype)
+        if len(rows) == 1:
+            # Read by position: for a single row no file is mapped.
+            for view, out in enumerate(stored[0]):
+                self.read_into(int(rows[0]), view, out)
+        else:
+            views = np.tile(np.arange(self.num_views), len(rows))
+            flat = stored.reshape(-1, *self.latent.shape)
+            self.read_batch_into(np.repeat(rows, self.num_views), views, flat)
+        y = torch.from_numpy(stored.astype(np.float32, copy=False))
         if self.latent.is_symbols:
             y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
-        return y, int(self.labels[row])
+        return y, torch.from_numpy(self.labels[rows].astype(np.int64))
 
-    @property
-    def is_mapped(self) -> bool:
-        """Whether reading is copying from mapped files: raw chunks in zarr shards."""
-        return self.layout.has_zarr and self.layout.codec == "none"
 
-    @cached_property
-    def _raw_shards(self) -> RawShards:
-        return RawShards(
-            self._open_zarr,
-            self.damage,
-            num_shards=self.record.num_shards,
-            shard_chunks=self.record.shard_rows * self.num_views,
-            chunk_bytes=self.latent.num_bytes,
-        )
-
-    def read_into(self, row: int, view: int, out: npt.NDArray[Any]) -> None:
-        """Reads one stored latent, not dequantised, checking its checksum.
-
-        Args:
-            row: 0 <= row < N.
-            view: 0 <= view < V.
-            out: C-contiguous (M, h, w) of the stored dtype; overwritten.
-
-        Raises:
-            ShardError: the shard is missing, damaged or not committed, or the row holds nothing.
-        """
-        shard, offset = divmod(row, self.record.shard_rows)
-        chunk = offset * self.num_views + view
-        try:
-            self._shards.get(shard).read_into(chunk, out.reshape(-1).view(np.uint8))
-        except ShardError as error:
-            raise self.damage(shard, str(error)) from error
-
-    def read_batch_into(
-        self, rows: npt.NDArray[Any], views: npt.NDArray[Any], out: npt.NDArray[Any]
-    ) -> None:
-        """Reads many stored latents as `read_into` does, at a fraction of its cost for each.
-
-        Args:
-            rows: int64 (B,), each 0 <= row < N.
-            views: int64 (B,), each 0 <= view < V.
-            out: C-contiguous (B, M, h, w) of the stored dtype; overwritten.
-
-        Raises:
-            ShardError: as for `read_into`; `out` may then hold anything.
-        """
-        if not len(rows):
-            return
-        flat = out.reshape(len(rows), -1).view(np.uint8)
-        shards, offsets = np.divmod(rows, self.record.shard_rows)
-        chunks = offsets * self.num_views + views
-        if self.is_mapped:
-            self._raw_shards.gather(shards, chunks, flat)
-            return
-        places = zip(shards.tolist(), chunks.tolist(), strict=True)
-        shard, get = -1, self._shards.get
-        try:
-            for (shard, chunk), latent in zip(places, flat, strict=True):
-                get(shard).read_into(chunk, latent)
-        except ShardError as error:
-            raise self.damage(shard, str(error)) from error
-
-    def _small_array(self, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
-        """Reads labels or valid by their committed digest, whatever the array's metadata says.
-
-        Not by zarr: it gives fill values for a chunk that is missing, and these look like labels.
-        """
-        folder = array_path(self.name, name)
-        size = self.num_rows * np.dtype(dtype).itemsize
-        codec = ChunkCodec("zstd", level=1, chunk_bytes=size)
-        raw = np.empty(size, np.uint8)
-        try:
-            self.cache.read_committed(f"{folder}/zarr.json", max_bytes=_MAX_METADATA_BYTES)
-            if size:
-                stored = self.cache.read_committed(
-                    f"{folder}/c.0", max_bytes=codec.max_stored_bytes
-                )
-                codec.decode_into(stored, raw)
-        except (ManifestError, ValueError) as error:
-            raise ManifestError(
-                f"{self.cache.path / folder} cannot be read: {error}",
-                hint=self.cache.repair_hint,
-            ) from error
-        if dtype is np.bool_:
-            return raw.astype(np.bool_)
-        return raw.view(np.dtype(dtype).newbyteorder("<")).astype(dtype, copy=False)
+def _unpickled(cache: Mapping[str, Split], name: str, valid: bytes | None) -> Split:
+    """Returns a split of a cache, restricted to the rows whose bit is set if any are given."""
+    split = cache[name]
+    if valid is None:
+        return split
+    bits = np.unpackbits(np.frombuffer(valid, np.uint8), count=split.num_rows)
+    return split._restricted(bits.astype(np.bool_))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ci2p_cache.cache.folder import CacheFolder
 from ci2p_cache.cache.growth import settle_for_reading
 from ci2p_cache.cache.mirror import Mirror
 from ci2p_cache.cache.split import Split
-from ci2p_cache.errors import IncompleteCacheError, UsageError, command
+from ci2p_cache.errors import IncompleteCacheError, RefusedError, UnknownSplitError, command
 from ci2p_cache.remote import url_of
 
 __all__ = ["Cache", "open_cache"]
@@ -66,6 +67,8 @@ def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
 class Cache(CacheFolder, Mapping[str, "Split"]):
     """A cache folder: a mapping from split names to `Split`, with the manifest beside it.
 
+    A pickle holds the absolute path, or the URL, and opens the cache again.
+
     Args:
         path: The folder.
         mirror: What fills the folder, where it is the local copy of a remote cache.
@@ -76,8 +79,15 @@ class Cache(CacheFolder, Mapping[str, "Split"]):
         self._splits = {name: Split(self, name) for name in self.manifest.splits}
 
     def __getitem__(self, name: str) -> Split:
+        """Returns a split.
+
+        Raises:
+            UnknownSplitError: there is none of that name; a KeyError and a UsageError.
+        """
         if name not in self._splits:
-            raise UsageError(f"{self.path} has no split {name!r}; it has {sorted(self._splits)}")
+            raise UnknownSplitError(
+                f"{self.path} has no split {name!r}; it has {sorted(self._splits)}"
+            )
         return self._splits[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -89,6 +99,13 @@ class Cache(CacheFolder, Mapping[str, "Split"]):
     def __len__(self) -> int:
         return len(self._splits)
 
+    def __hash__(self) -> int:
+        # Of a mapping Python makes none. Two are equal if they hold the very same splits.
+        return hash(frozenset(self._splits.values()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.path.absolute(), self.mirror, _identity(self))
+
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits."""
@@ -96,3 +113,19 @@ class Cache(CacheFolder, Mapping[str, "Split"]):
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, splits={self.splits}, classes={len(self.classes)})"
+
+
+def _identity(cache: Cache) -> tuple[str, str]:
+    """Returns what tells whether rows, labels and values are those of another opening."""
+    return cache.manifest.plan.sha256, cache.fingerprint.digest
+
+
+def _unpickled(path: Path, mirror: Mirror | None, identity: tuple[str, str]) -> Cache:
+    cache = Cache(path, mirror)
+    if _identity(cache) != identity:
+        raise RefusedError(
+            f"{path} is another cache than the one that was pickled: its samples or its settings "
+            "have changed since",
+            hint="open it again with `open_cache`, then start the workers anew",
+        )
+    return cache

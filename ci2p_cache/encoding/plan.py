@@ -156,7 +156,7 @@ def read_plan(root: Path, manifest: Manifest) -> Plan:
     path = root / PLAN
     hint = command("verify", root, "--repair")
     try:
-        digest, table = sha256_file(path), read_parquet(path, schema=PLAN_SCHEMA)
+        digest, table = sha256_file(path), read_parquet(path, schemas=(PLAN_SCHEMA,))
     except (OSError, ManifestError) as error:
         raise ManifestError(f"{path} is damaged: {error}", hint=hint) from error
     if digest != manifest.plan.sha256:

@@ -73,6 +73,8 @@ def build_plan(
     names = {*listed, *(plan.splits if plan else ())}
     if not names:
         raise SourceError(f"{source.location()} holds no image")
+    # One form for all index parts: readers of the whole folder take the schema of the first.
+    names_split = all(record.names_split for record in earlier.splits.values()) if earlier else True
     tables, records = {}, {}
     for name in sorted(names, key=lambda n: (SPLIT_ORDER.index(n), n)):
         old = plan.tables.get(name) if plan else None
@@ -82,7 +84,9 @@ def build_plan(
         num_views = views.num_views(name)
         size = shard_rows(layout, latent, num_views)
         tables[name] = _with_shards(table, name, size)
-        records[name] = SplitRecord(rows=table.num_rows, views=num_views, shard_rows=size)
+        records[name] = SplitRecord(
+            rows=table.num_rows, views=num_views, shard_rows=size, names_split=names_split
+        )
     return Plan(tables, records)
 
 

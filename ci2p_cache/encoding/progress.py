@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ci2p_cache.cache.commit import CommitRecord
@@ -80,7 +80,7 @@ class EncodeSummary(Record):
     """Latents stored."""
     classes: int
     """Number of classes."""
-    splits: dict[str, int]
+    splits: dict[str, int] = field(hash=False)
     """Images with latents per split."""
     encoded_now: int
     """Images that this run encoded; fewer than `images` when it resumed."""

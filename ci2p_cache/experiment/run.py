@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -82,7 +82,7 @@ class ExperimentSummary(Record):
     """Evaluation of the experiment's checkpoint."""
     report: str | None
     """The report."""
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(hash=False)
     """Wall time of each stage in this call."""
 
 

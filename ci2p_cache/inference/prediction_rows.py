@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ci2p_cache.cache.split import Split
-from ci2p_cache.loader.batches import Batch
+from ci2p_cache.loader.batch import Batch
 
 __all__ = ["PredictionRows", "keys_of"]
 

@@ -1,10 +1,8 @@
-"""`Batch`, and `BatchLoader`: what every loader shares, wherever its latents come from.
+"""`BatchLoader`: what every loader shares, wherever its latents come from.
 
 ::
 
     order(seed, epoch, step) -> [a loader: stored values, on the device] -> dequantised there
-
-Shapes: B batch, M latent channels, h and w latent rows and columns.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from ci2p_cache.cache.split import Split
 from ci2p_cache.errors import InputDataError, UsageError
+from ci2p_cache.loader.batch import Batch
 from ci2p_cache.loader.order import (
     Rows,
     block_order,
@@ -33,7 +31,7 @@ from ci2p_cache.loader.order import (
 )
 from ci2p_cache.machine import num_cores
 
-__all__ = ["Batch", "BatchLoader", "Shuffle"]
+__all__ = ["BatchLoader", "Shuffle"]
 
 Shuffle = bool | Literal["blocks"]
 """True: any sample may come at any time. blocks: shards come in random order, eight at a time, with
@@ -46,34 +44,13 @@ _READ_AHEAD_RAW = 1
 runs at 0.44 instead of 0.36 of a gather in memory (batches of 128, 49 kB each, busy core)."""
 
 
-@dataclass(slots=True)
-class Batch:
-    """One training batch, or this rank's slice of it: B may then be 0."""
-
-    stored: Tensor
-    """What the cache stores, (B, M, h, w) of its dtype on the loader's device."""
-    labels: Tensor
-    """int64 (B,) on the loader's device."""
-    rows: Tensor
-    """int64 (B,) on CPU: the samples' rows in the split."""
-    global_rows: Tensor
-    """int64 (G,) on CPU: the rows of the whole batch, of all ranks in order; alone, `rows`."""
-    _dequantise: Callable[[Tensor], Tensor] = field(repr=False)
-    _latents: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def latents(self) -> Tensor:
-        """float32 (B, M, h, w) on the loader's device, dequantised when first asked for."""
-        if self._latents is None:
-            self._latents = self._dequantise(self.stored)
-        return self._latents
-
-
 class BatchLoader(ABC):
     """What all loaders share: the order, the place in it, and reading ahead.
 
-    The order is a pure function of (seed, epoch, step); the state is these three integers.
-    Iterating yields the rest of the current epoch and then stands at the start of the next.
+    The order is a pure function of (seed, epoch, step); the state is these three integers. A loop
+    yields the batches of the current epoch and then stands at the start of the next. A loop that
+    was left early starts the same epoch over the next time; `load_state_dict` with what
+    `state_dict` gave goes on behind the last batch instead, and `set_epoch` chooses another order.
     `waited_seconds` sums the time that the consumer waited for data.
 
     With `recycle`, a batch is valid until the next one is asked for, and nothing of a batch's size
@@ -83,23 +60,6 @@ class BatchLoader(ABC):
     Of several ranks each takes its slice of every batch of one global sequence, which is the same
     for any number of ranks, and so is the state. All ranks get equally many batches; where one has
     fewer samples than ranks, the last ranks' slices are empty.
-
-    Args:
-        split: The split to read.
-        batch_size: Samples per batch, of all ranks together; the last of an epoch may be smaller.
-        seed: Seed of the order and of the views.
-        device: Where batches are put.
-        shuffle: Whether to shuffle, and how; False gives the rows in ascending order.
-        views: Which view of a sample: random draws one per (seed, epoch, row), a number fixes it.
-        drop_last: Whether to leave out the last, smaller batch.
-        threads: Threads that read; None: one per core.
-        recycle: Whether the memory of a batch is used again for later ones.
-        rank: This process among those that share the batches, 0 <= rank < world_size.
-        world_size: Number of processes that share the batches.
-
-    Raises:
-        UsageError: a value is out of range.
-        InputDataError: the split holds no latent.
     """
 
     def __init__(
@@ -117,6 +77,27 @@ class BatchLoader(ABC):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        """Makes a loader at the start of epoch 0.
+
+        Args:
+            split: The split to read.
+            batch_size: Samples per batch, of all ranks together; the last of an epoch may be
+                smaller.
+            seed: Seed of the order and of the views.
+            device: Where batches are put.
+            shuffle: Whether to shuffle, and how; False gives the rows in ascending order.
+            views: Which view of a sample: random draws one per (seed, epoch, row), a number fixes
+                it.
+            drop_last: Whether to leave out the last, smaller batch.
+            threads: Threads that read; None: one per core.
+            recycle: Whether the memory of a batch is used again for later ones.
+            rank: This process among those that share the batches, 0 <= rank < world_size.
+            world_size: Number of processes that share the batches.
+
+        Raises:
+            UsageError: a value is out of range.
+            InputDataError: the split holds no latent.
+        """
         if batch_size < 1:
             raise UsageError(f"`batch_size` is {batch_size}; it must be at least 1")
         if views != "random" and not 0 <= views < split.num_views:
@@ -136,6 +117,8 @@ class BatchLoader(ABC):
         self.epoch = 0
         self.step = 0
         self.waited_seconds = 0.0
+        self._first_step: int | None = None
+        self._is_closed = False
         self._shuffle = shuffle
         self._views = views
         self._drop_last = drop_last
@@ -164,14 +147,14 @@ class BatchLoader(ABC):
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of an epoch."""
-        self.epoch, self.step = epoch, 0
+        self.epoch, self.step, self._first_step = epoch, 0, None
 
     def state_dict(self) -> dict[str, int]:
         """Returns the place in the order: seed, epoch, and batches of it handed out."""
         return {"seed": self.seed, "epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes to a place that `state_dict` gave, with this loader's own batch size.
+        """Has the next loop begin at a place that `state_dict` gave, with this loader's batch size.
 
         Raises:
             UsageError: the state is of another seed: the order would be another.
@@ -179,41 +162,74 @@ class BatchLoader(ABC):
         if state["seed"] != self.seed:
             raise UsageError(f"the state has seed {state['seed']}, this loader has {self.seed}")
         self.epoch, self.step = state["epoch"], state["step"]
+        self._first_step = self.step
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads; a loop over a closed loader raises."""
+        self._is_closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
+        self._require_open()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches from the current place to the end of the epoch."""
-        rows, views = self._sequence(self.epoch)
-        upcoming = iter(range(self.step, len(self)))
+        """Yields the batches of the current epoch, from its start or where a state was loaded.
+
+        Raises:
+            UsageError: the loader is closed, now or when a batch is asked for.
+        """
+        self._require_open()
+        if self._first_step is None:
+            # A loop that was left behind its last batch is done with its epoch.
+            self.epoch += 0 < len(self) <= self.step
+        self.step, self._first_step = self._first_step or 0, None
+        return self._batches(self.epoch, self.step)
+
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        rows, views = self._sequence(epoch)
+        upcoming = iter(range(first, len(self)))
         most = _READ_AHEAD_RAW if self.split.is_mapped else _READ_AHEAD
-        ahead: deque[Callable[[], Batch]] = deque()
+        ahead: deque[tuple[int, Callable[[], Batch]]] = deque()
+        futures: set[Future[Any]] = set()
         try:
             while True:
+                self._require_open()
                 while len(ahead) < most and (step := next(upcoming, None)) is not None:
                     part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-                    ahead.append(self._start_batch(rows[part], views[part]))
+                    # Of this loop alone: another one over the loader may begin or end meanwhile.
+                    self._futures = futures
+                    ahead.append((step, self._start_batch(rows[part], views[part])))
                 if not ahead:
                     break
                 asked = time.perf_counter()
-                batch = ahead.popleft()()
+                step, finish = ahead.popleft()
+                batch = finish()
                 self.waited_seconds += time.perf_counter() - asked
-                self.step += 1
+                self.epoch, self.step = epoch, step + 1
                 yield batch
         finally:
             # Left early: what is still being read goes into buffers that nobody uses again.
-            for future in self._futures:
+            for future in futures:
                 future.cancel()
-            self._futures.clear()
-        self.epoch, self.step = self.epoch + 1, 0
+        self.epoch, self.step = epoch + 1, 0
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise UsageError(
+                f"this {type(self).__name__} of split {self.split.name!r} is closed",
+                hint="make a new loader, or loop over it inside its `with` block",
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.split!r}, batch_size={self.batch_size}, "
+            f"seed={self.seed}, device={self.device}, epoch={self.epoch}, step={self.step} of "
+            f"{len(self)})"
+        )
 
     def _sequence(self, epoch: int) -> tuple[Rows, Rows]:
         """Returns the rows of an epoch in order, and the view of each."""

@@ -36,7 +36,7 @@ class LatentLoader(BatchLoader):
     each, one core: 0.70 instead of 0.54 of a gather in memory). Should they become slow to come,
     they are read ahead again.
 
-    Arguments and errors are those of `BatchLoader`.
+    Arguments and errors are those of `__init__`.
 
     Raises:
         ShardError: while iterating: a shard is missing, damaged or not committed.
@@ -58,12 +58,13 @@ class LatentLoader(BatchLoader):
         futures = [
             self._pool.submit(self._read, rows[part], views[part], array[part]) for part in parts
         ]
-        self._futures.update(futures)
+        pending = self._futures
+        pending.update(futures)
 
         def finish() -> Tensor:
             self._give_back()
             seconds = sum(future.result() for future in futures)
-            self._futures.difference_update(futures)
+            pending.difference_update(futures)
             self._judge(array.nbytes, seconds)
             return self._hand_out(buffer, len(rows))
 

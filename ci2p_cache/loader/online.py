@@ -20,7 +20,7 @@ __all__ = ["OnlineLoader"]
 class OnlineLoader(SourceLoader):
     """Loads batches by running the frozen encoder on the source images.
 
-    Arguments and errors are those of `SourceLoader`; the encoder runs on the batches' device.
+    Arguments and errors are those of `__init__`; the encoder runs on the batches' device.
 
     Raises:
         WeightsError: the cache's encoder.safetensors is damaged.

@@ -30,27 +30,7 @@ __all__ = ["PixelLoader", "SourceLoader"]
 
 
 class SourceLoader(BatchLoader):
-    """Loads batches from the images that a cache was made of, read and decoded each time anew.
-
-    Args:
-        split: The split whose images, order, views and settings are used.
-        batch_size: Samples per batch, of all ranks together.
-        seed: Seed of the order and of the views.
-        device: Where batches are put.
-        shuffle: Whether to shuffle, and how.
-        views: random, or the number of one view.
-        drop_last: Whether to leave out the last, smaller batch.
-        threads: Threads that read and decode; None: one per core.
-        recycle: Whether the memory of a batch is used again for later ones.
-        source: Where the images are now; None: where they were when the cache was made.
-        rank: This process among those that share the batches, 0 <= rank < world_size.
-        world_size: Number of processes that share the batches.
-
-    Raises:
-        UsageError: a value is out of range.
-        InputDataError: the split holds no latent; while iterating: an image has changed since.
-        SourceError: the images are not there any more.
-    """
+    """Loads batches from the images that a cache was made of, read and decoded each time anew."""
 
     def __init__(
         self,
@@ -68,6 +48,27 @@ class SourceLoader(BatchLoader):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        """Makes a loader at the start of epoch 0.
+
+        Args:
+            split: The split whose images, order, views and settings are used.
+            batch_size: Samples per batch, of all ranks together.
+            seed: Seed of the order and of the views.
+            device: Where batches are put.
+            shuffle: Whether to shuffle, and how.
+            views: random, or the number of one view.
+            drop_last: Whether to leave out the last, smaller batch.
+            threads: Threads that read and decode; None: one per core.
+            recycle: Whether the memory of a batch is used again for later ones.
+            source: Where the images are now; None: where they were when the cache was made.
+            rank: This process among those that share the batches, 0 <= rank < world_size.
+            world_size: Number of processes that share the batches.
+
+        Raises:
+            UsageError: a value is out of range.
+            InputDataError: the split holds no latent; while iterating: an image has changed since.
+            SourceError: the images are not there any more.
+        """
         self._source = source
         super().__init__(
             split,
@@ -96,14 +97,15 @@ class SourceLoader(BatchLoader):
     def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
         pairs = zip(rows.tolist(), views.tolist(), strict=True)
         futures = [self._pool.submit(self._view, row, view) for row, view in pairs]
-        self._futures.update(futures)
+        pending = self._futures
+        pending.update(futures)
 
         def finish() -> Tensor:
             size = self._fingerprint.image.size
             images_B3HW = torch.empty((len(futures), 3, size, size), dtype=torch.uint8)
             for image_3HW, future in zip(images_B3HW, futures, strict=True):
                 image_3HW.copy_(future.result())
-            self._futures.difference_update(futures)
+            pending.difference_update(futures)
             return self._stored(images_B3HW.to(self.device))
 
         return finish
@@ -138,7 +140,7 @@ class PixelLoader(SourceLoader):
 
     `batch.stored` is uint8 (B, 3, size, size); `batch.latents`, what the model reads, is float32 of
     that shape in [0, 1]: a model that wants another range normalises inside. Arguments and errors
-    are those of `SourceLoader`.
+    are those of `__init__`.
     """
 
     def _stored(self, images_B3HW: Tensor) -> Tensor:

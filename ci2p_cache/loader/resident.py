@@ -77,7 +77,7 @@ class ResidentLoader(BatchLoader):
     """Loads batches from memory: the split is read once, on construction, and verified then.
 
     Gives what `LatentLoader` gives, in the same order. Arguments and errors are those of
-    `BatchLoader`.
+    `__init__`.
 
     Raises:
         ShardError: on construction: a shard is missing, damaged or not committed.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ci2p_cache.loader.batches import Batch, BatchLoader
+from ci2p_cache.loader.batch import Batch
+from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.training.ranks import Ranks
 
 __all__ = ["TrainTotals", "Validation", "autocast", "validate"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ci2p_cache.loader.batches import Batch
+from ci2p_cache.loader.batch import Batch
 from ci2p_cache.loader.order import rank_slice
 from ci2p_cache.training.ema import WeightAverage
 from ci2p_cache.training.flipping import flipped

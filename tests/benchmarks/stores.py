@@ -135,7 +135,9 @@ def write_cache(
                 index_crc32c=index_crc32c(pieces[-1]),
                 files=(
                     staging.put(shard_path("train", shard), pieces),
-                    staging.put(index_path("train", shard), index_bytes(table, sums)),
+                    staging.put(
+                        index_path("train", shard), index_bytes(table, sums, split="train")
+                    ),
                 ),
                 numerics={},
             )

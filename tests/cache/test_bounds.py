@@ -138,7 +138,7 @@ class TestBeforeEncoding:
         ],
     )
     def test_a_split_that_does_not_fit_its_layout_cannot_be_made(
-        self, whole: Path, change: dict[str, int], match: str
+        self, whole: Path, change: dict[str, Any], match: str
     ) -> None:
         manifest = read_manifest(whole)
         with pytest.raises(errors.UsageError, match=match):

@@ -297,7 +297,7 @@ class TestIndex:
         with pytest.raises(OSError, match="is a link"):
             read_parquet(tmp_path / "link")
         with pytest.raises(OSError, match="another schema"):
-            read_parquet(path, schema=pa.schema([("row", pa.int64())]))
+            read_parquet(path, schemas=[pa.schema([("row", pa.int64())])])
 
     def test_a_text_that_many_rows_repeat_is_not_unpacked(self, tmp_path: Path) -> None:
         table = pa.table({"key": ["k" * 2**20] * 64, "number": [1] * 64})
@@ -439,7 +439,7 @@ class TestStore:
         cc.encode(source, tmp_path / "out", with_options(max_errors="1", val_fraction=0))
         split = cc.open_cache(tmp_path / "out")["train"]
         (bad,) = np.flatnonzero(~split.valid)
-        with pytest.raises(IndexError, match=r"holds no latent.*errors\.parquet"):
+        with pytest.raises(errors.InvalidRowError, match=r"holds no latent.*errors\.parquet"):
             _ = split[int(bad)]
 
     def test_a_split_without_rows_or_commits_is_empty(self, cache: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +75,14 @@ def test_batches_from_s3_are_those_of_the_local_cache(
     for one, other in zip(batches(local), batches(away), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert not [name for name in mirrored(tmp_path) if "val/latents/c." in name]
+
+
+def test_a_pickled_split_of_a_remote_cache_holds_its_url(local: Path, away: str) -> None:
+    data = pickle.dumps(cc.open_cache(away)["train"])
+    assert len(data) < 1000
+    assert str(local).encode() not in data
+    pairs = zip(pickle.loads(data), cc.open_cache(local)["train"], strict=True)
+    assert all(torch.equal(y, wanted) and one == other for (y, one), (wanted, other) in pairs)
 
 
 def test_tars_are_read_from_s3_as_well(

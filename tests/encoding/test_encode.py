@@ -345,7 +345,7 @@ class TestBadImages:
         assert [row["key"] for row in bad] == ["ant/003.jpg"]
         assert train.valid.sum() == 16
         assert not train.valid[bad[0]["row"]]
-        with pytest.raises(IndexError, match="could not be decoded"):
+        with pytest.raises(errors.InvalidRowError, match="could not be decoded"):
             train[bad[0]["row"]]
         assert not cc.verify(tmp_path / "out")
 

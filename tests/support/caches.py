@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,17 @@ import numpy as np
 import ci2p_cache as cc
 from ci2p_cache.cache.chunk_codec import ChunkCodec
 from ci2p_cache.cache.commit import CommitRecord
-from ci2p_cache.cache.index import ChannelSums, IndexRow
+from ci2p_cache.cache.index import (
+    ChannelSums,
+    IndexRow,
+    index_bytes,
+    index_rows,
+    read_index,
+    read_sums,
+)
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
-from ci2p_cache.cache.paths import ENCODER, PLAN
+from ci2p_cache.cache.paths import CHECKSUMS, ENCODER, PLAN
 from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.finalise import finalise
@@ -35,8 +43,9 @@ from ci2p_cache.specs import (
     LayoutSpec,
     ViewSpec,
 )
+from tests.support.seals import digest, reseal, write_json
 
-__all__ = ["SMALL", "data_digests", "flip", "make_cache", "swap", "with_options"]
+__all__ = ["SMALL", "data_digests", "flip", "make_cache", "make_old", "swap", "with_options"]
 
 SMALL = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4, val_fraction=0.25)
 
@@ -217,3 +226,26 @@ def _put_shard(
         staging, record, place=(shard.split, shard.shard), layout=layout, shape=shape,
         latent=latent, rows=rows, sums=sums, chunks=chunks, raw=raw,
     )  # fmt: skip
+
+
+def make_old(root: Path) -> Path:
+    """Turns a complete cache into the one that was written before the index had `split`."""
+    manifest = json.loads((root / "cache.json").read_text())
+    for part in sorted((root / "index").iterdir()):
+        name, _, number = part.stem.rpartition("-")
+        table = read_index(root, name, int(number))
+        part.write_bytes(index_bytes(index_rows(table), read_sums(table), split=None))
+    for split in manifest["splits"].values():
+        del split["names_split"]
+        split["bytes"] = 0
+    write_json(root / "cache.json", manifest)
+    reseal(root)
+    for path in (root / "commits").iterdir():
+        commit = json.loads(path.read_text())
+        manifest["splits"][commit["split"]]["bytes"] += sum(f["bytes"] for f in commit["files"])
+    listed = [line.partition("  ")[2] for line in (root / CHECKSUMS).read_text().splitlines()]
+    lines = (f"{digest((root / path).read_bytes())}  {path}\n" for path in listed)
+    (root / CHECKSUMS).write_text("".join(lines))
+    write_json(root / "cache.json", manifest)
+    reseal(root)
+    return root

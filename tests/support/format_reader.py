@@ -35,7 +35,7 @@ FINGERPRINT_FIELDS = {
     "latent": "dtype step channels height width",
 }
 LAYOUT_FIELDS = "val_fraction seed shard_samples limit format codec level"
-SPLIT_FIELDS = "rows views shard_rows valid_rows bytes source_bytes clipped exif_turned"
+SPLIT_FIELDS = "rows views shard_rows valid_rows bytes source_bytes clipped exif_turned names_split"
 FILE_FIELDS = "path bytes sha256"
 COMMIT_FIELDS = (
     "format_version split shard first_row rows valid_rows plan_sha256 fingerprint index_crc32c "
@@ -138,7 +138,7 @@ def open_manifest(folder: Path) -> dict[str, Any]:
         _require_fields(fingerprint[part], fields, path)
     _require_fields(manifest["layout"], LAYOUT_FIELDS, path)
     for split in manifest["splits"].values():
-        _require_fields(split, SPLIT_FIELDS, path)
+        _require_fields({"names_split": False, **split}, SPLIT_FIELDS, path)
     for entry in (manifest["plan"], manifest["encoder"]):
         _require_fields(entry, FILE_FIELDS, path)
     _require(manifest["state"] == "complete", f"state is {manifest['state']!r}", path)
@@ -257,8 +257,12 @@ def read_shard(folder: Path, manifest: dict[str, Any], split: str, shard: int) -
     commit = read_commit(folder, manifest, split, shard)
     name = f"index/{split}-{shard:06d}.parquet"
     part = _read_listed(folder, commit["files"], name)
-    wanted = ["row", "key", "label", "status", "latent_crc32c", "tar_offset"]
+    wanted = ["split", "row", "key", "label", "status", "latent_crc32c", "tar_offset"]
     columns = _columns(part, wanted)
+    named = set(columns.pop("split", [])) == {split}
+    _require(
+        named == manifest["splits"][split].get("names_split", False), "its split", folder / name
+    )
     first_row, rows = commit["first_row"], commit["rows"]
     _require(columns["row"] == [*range(first_row, first_row + rows)], "its rows", folder / name)
     if manifest["layout"]["format"] == "webdataset":

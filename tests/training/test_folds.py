@@ -105,7 +105,7 @@ def test_a_subset_holds_its_rows_only_and_a_subset_of_it_fewer(cache: cc.Cache) 
     assert np.flatnonzero(subset.valid).tolist() == [first, second, third]
     assert (subset.num_rows, subset.shape) == (whole.num_rows, whole.shape)
     assert torch.equal(subset[second][0], whole[second][0])
-    with pytest.raises(IndexError, match="or is not in this subset"):
+    with pytest.raises(errors.InvalidRowError, match="or is not in this subset"):
         subset[outside]
     assert subset.subset(np.array([second])).valid_rows.tolist() == [second]
     invalid = int(np.flatnonzero(~whole.valid)[0])

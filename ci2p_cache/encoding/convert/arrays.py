@@ -3,7 +3,7 @@
 ::
 
     NEW/train.npy       stored values (n, V, M, h, w) of the n valid rows, in row order
-        train.parquet   one line for each, in the same order: row, key, label, class, path, ...
+        train.parquet   one line for each, in the same order: split, row, key, label, class, ...
         latents.json    what turns stored values into y, the classes, the fingerprint
         checksums.sha256
 """

@@ -64,7 +64,7 @@ class Conversion:
                 split = self._cache[name]
                 commit = self._converted(split, shard)
                 if commit is None:
-                    commit = self._convert(split, shard, pool, staging)
+                    commit = self._convert(manifest, split, shard, pool, staging)
                     now += 1
                 commits.append(commit)
                 self._on_shard(done, len(places))
@@ -101,6 +101,7 @@ class Conversion:
                     source_bytes=None,
                     clipped=None,
                     exif_turned=None,
+                    names_split=True,
                 )
                 for name, record in ours.splits.items()
             },
@@ -140,7 +141,12 @@ class Conversion:
         return theirs if intact else None
 
     def _convert(
-        self, split: Split, shard: int, pool: ThreadPoolExecutor, staging: StagingArea
+        self,
+        manifest: Manifest,
+        split: Split,
+        shard: int,
+        pool: ThreadPoolExecutor,
+        staging: StagingArea,
     ) -> CommitRecord:
         values, views = read_values(split, shard, pool), split.num_views
         first = split.record.rows_of(shard).start
@@ -159,7 +165,7 @@ class Conversion:
             partial(dataclasses.replace, values.commit),
             place=(split.name, shard),
             layout=self._layout,
-            shape=split.record,
+            shape=manifest.splits[split.name],
             latent=split.latent,
             rows=values.rows,
             sums=values.sums,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -43,9 +43,9 @@ class DryRunReport(Record):
     """Images planned, committed ones included."""
     classes: int
     """Number of classes."""
-    splits: dict[str, int]
+    splits: dict[str, int] = field(hash=False)
     """Images planned per split."""
-    views: dict[str, int]
+    views: dict[str, int] = field(hash=False)
     """Views of each image, per split."""
     shards: int
     """Shards planned."""
