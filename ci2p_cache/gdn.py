@@ -104,10 +104,11 @@ class GDN(nn.Module):
     ) -> None:
         super().__init__()
         self.inverse = inverse
-        beta = torch.ones(num_channels, device=device)
-        gamma = _GAMMA_INIT * torch.eye(num_channels, device=device)
-        self.beta = nn.Parameter((beta + _PEDESTAL).sqrt())
-        self.gamma = nn.Parameter((gamma + _PEDESTAL).sqrt())
+        beta = torch.ones(num_channels) + _PEDESTAL
+        gamma = _GAMMA_INIT * torch.eye(num_channels) + _PEDESTAL
+        # Moved afterwards: to compute on "meta" would import torch._dynamo, which takes seconds.
+        self.beta = nn.Parameter(beta.sqrt().to(device))
+        self.gamma = nn.Parameter(gamma.sqrt().to(device))
         self.beta_reparam = _Squared(_BETA_MIN, saved=saves_constants)
         self.gamma_reparam = _Squared(0.0, saved=saves_constants)
 

@@ -375,7 +375,10 @@ for words in COMMANDS:
 print(json.dumps(told))
 """
 # What `encode` has no use for in its own process: the decoders' process has torchvision.
-ABSENT = {"compressai", "torchvision", "timm", "tensorboard", "torch.utils.tensorboard", "scipy"}
+ABSENT = {
+    *("compressai", "torchvision", "timm", "tensorboard", "torch.utils.tensorboard", "scipy"),
+    *("torch._dynamo", "sympy", "matplotlib", "webdataset"),
+}
 
 
 def loaded_by(commands: list[list[str]], absent: set[str]) -> dict[str, list[str]]:
