@@ -128,11 +128,19 @@ def _imports() -> Iterator[Diagnosis]:
                 warnings.simplefilter("ignore")
                 importlib.import_module(name)
         except Exception as error:  # whatever a broken installation raises
+            if getattr(error, "name", None) == name == "compressai":
+                yield _note(
+                    name,
+                    "not installed; it has no build for Python 3.13 and later",
+                    "only architectures other than bmshj2018-factorized and training a codec need "
+                    "it: use Python 3.11 or 3.12 for them",
+                )
+                continue
             yield _problem(
                 f"import {name}",
                 f"{type(error).__name__}: {error}".splitlines()[0],
-                "torch, torchvision and compressai must be of one release, numpy below 2: "
-                "make a fresh environment and pip install ci2p-cache into it",
+                "torch, torchvision, numpy and compressai, if it is there, must fit together: make "
+                "a fresh environment and pip install ci2p-cache into it",
             )
 
 

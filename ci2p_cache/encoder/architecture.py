@@ -1,29 +1,36 @@
-"""CompressAI's architectures: which there are, and how a file's tensors become a model of one.
-
-Importing compressai takes seconds, so functions import it when they need it.
-"""
+"""How a weights file's tensors become a model of one of the zoo's architectures."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args
 
 import torch
 from torch import Tensor
 
+from ci2p_cache.encoder.factorized import FactorizedPrior
 from ci2p_cache.encoder.weights import Metric, WeightsFile
-from ci2p_cache.errors import UsageError, WeightsError
+from ci2p_cache.encoder.zoo import ARCH, ZOO, compressai_model, require_arch
+from ci2p_cache.errors import MissingDependencyError, UsageError, WeightsError
 
 if TYPE_CHECKING:
     from compressai.models import CompressionModel
 
-__all__ = ["build_model", "check_choice", "has_factorized_prior", "new_model", "value_tensors"]
+__all__ = ["Codec", "build_model", "check_choice", "own_model", "value_tensors"]
+
+Codec: TypeAlias = Union[FactorizedPrior, "CompressionModel"]
+"""What has g_a, g_s and M: our own model of ARCH, compressai's of another architecture."""
 
 # Tables for the entropy coder, and the goal of a training loss: they change no y, y_hat or x_hat,
 # and are there or not depending on who saved the file.
 _DERIVED = ("_quantized_cdf", "_offset", "_cdf_length", "scale_table", "target")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NUM_SHOWN = 3
+
+# What earlier versions of CompressAI call the entropy model's parameters: _matrices.0, _matrix0.
+_OLD_NAME = re.compile(r"entropy_bottleneck\._(matri(?:x|ces\.)|bias(?:es\.)?|factor(?:s\.)?)(\d)")
+_NEW_NAMES = {"m": "matrices", "b": "biases", "f": "factors"}
 
 
 def check_choice(arch: str, quality: int, metric: str) -> None:
@@ -32,49 +39,43 @@ def check_choice(arch: str, quality: int, metric: str) -> None:
     Raises:
         UsageError: arch, quality or metric is unknown.
     """
-    from compressai.zoo.image import cfgs, model_urls
-
-    if arch not in model_urls:
-        raise UsageError(f"`arch` is {arch!r}; wanted one of {', '.join(model_urls)}")
-    if quality not in cfgs[arch]:
-        raise UsageError(f"`quality` is {quality}; {arch} has {_span(cfgs[arch])}")
+    if arch not in ZOO:
+        raise UsageError(f"`arch` is {arch!r}; wanted one of {', '.join(ZOO)}")
+    if not 1 <= quality <= len(ZOO[arch]):
+        raise UsageError(f"`quality` is {quality}; {arch} has qualities 1 to {len(ZOO[arch])}")
     if metric not in get_args(Metric):
         raise UsageError(f"`metric` is {metric!r}; wanted one of {', '.join(get_args(Metric))}")
 
 
-def has_factorized_prior(model: CompressionModel) -> bool:
-    """Whether y itself is coded with fixed medians, so that symbols exist without a hyperprior."""
-    from compressai.models import FactorizedPrior
-
-    return isinstance(model, FactorizedPrior)
-
-
-def value_tensors(model: CompressionModel) -> dict[str, Tensor]:
+def value_tensors(model: Codec) -> dict[str, Tensor]:
     """Gives the parameters and buffers that change a value, by their name in the state dict."""
     state = model.state_dict()
     return {name: tensor for name, tensor in state.items() if not _is_derived(name)}
 
 
-def build_model(file: WeightsFile, arch: str, quality: int) -> CompressionModel:
-    """Builds CompressAI's model of `arch` and `quality` with the weights of a file.
+def build_model(file: WeightsFile, arch: str, quality: int) -> Codec:
+    """Builds the model of `arch` and `quality` with the weights of a file.
 
     Key names of older CompressAI versions and of DataParallel are understood. Constants of the
     architecture (bounds, pedestals) come from the file where it has them, else from CompressAI.
     Float16 and bfloat16 tensors become float32, which is exact.
 
     Args:
-        file: The tensors.
+        file: The tensors; copied.
         arch: A zoo name that `check_choice` accepts.
         quality: A quality that the arch has; it fixes N and M.
 
     Returns:
-        The float32 model on the CPU, its entropy coder's tables not yet made (`update()`).
+        The float32 model on the CPU; compressai's has its entropy coder's tables not yet made
+        (`update()`).
 
     Raises:
         WeightsError: the file does not fit; says which keys and shapes, and what it does fit.
+        MissingDependencyError: the architecture is compressai's, which cannot be imported.
     """
+    require_arch(arch)
     state = _canonical(file)
-    model = new_model(arch, quality)
+    model = _unfilled(arch, quality)
     misfit = _misfit(state, model)
     if misfit:
         raise WeightsError(
@@ -87,39 +88,62 @@ def build_model(file: WeightsFile, arch: str, quality: int) -> CompressionModel:
                 f"weights file {file.path}: {name!r} is {tensor.dtype} or holds values that are "
                 "not finite; wanted finite float32, float16 or bfloat16"
             )
+    if arch == ARCH:
+        return own_model(quality, state)
     model.load_state_dict({**model.state_dict(), **state})
     return model
 
 
+def own_model(quality: int, tensors: Mapping[str, Tensor]) -> FactorizedPrior:
+    """Builds our own model of ARCH on the CPU, in float32.
+
+    Args:
+        quality: Fixes N and M.
+        tensors: Weights by their names in the state dict, all of them, on any device; copied.
+            Constants that are missing are CompressAI's.
+    """
+    model = _unfilled_own(quality)
+    # A copy, because the file behind a tensor that safetensors maps into memory may change.
+    copies = {
+        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
+    model.load_state_dict({**model.state_dict(), **copies}, assign=True)
+    return model
+
+
+def _unfilled(arch: str, quality: int) -> Codec:
+    """Builds a model of the right shapes: our own without weights, compressai's with drawn ones."""
+    return _unfilled_own(quality) if arch == ARCH else compressai_model(arch, quality)
+
+
+def _unfilled_own(quality: int) -> FactorizedPrior:
+    width, latent_channels = ZOO[ARCH][quality - 1]
+    return FactorizedPrior(width, latent_channels, device="meta")
+
+
 def _canonical(file: WeightsFile) -> dict[str, Any]:
     """Returns the file's state dict under today's names, without derived tables."""
-    from compressai.models.utils import remap_old_keys
-    from compressai.zoo.pretrained import load_pretrained
-
-    try:
-        state = remap_old_keys("entropy_bottleneck", load_pretrained(dict(file.tensors)))
-    except IndexError as error:
-        raise WeightsError(
-            f"weights file {file.path} has keys that no CompressAI version writes"
-        ) from error
+    state = {_todays(name): value for name, value in file.tensors.items()}
+    if any(re.match(r"entropy_bottleneck(?!\.)", name) for name in state):
+        raise WeightsError(f"weights file {file.path} has keys that no CompressAI version writes")
     if len(state) != len(file.tensors):
         raise WeightsError(f"weights file {file.path} has the same tensor under two names")
     return {name: value for name, value in state.items() if not _is_derived(name)}
+
+
+def _todays(name: str) -> str:
+    """Returns CompressAI's name of today for a tensor."""
+    name = name.removeprefix("module.").replace(".downsample.", ".skip.")
+    old = _OLD_NAME.fullmatch(name)
+    return f"entropy_bottleneck.{_NEW_NAMES[old[1][0]]}.{old[2]}" if old else name
 
 
 def _is_derived(name: str) -> bool:
     return name.rpartition(".")[2] in _DERIVED
 
 
-def new_model(arch: str, quality: int) -> CompressionModel:
-    """Builds CompressAI's model with drawn weights; torch's global generator stays as it was."""
-    from compressai.zoo.image import cfgs, model_architectures
-
-    with torch.random.fork_rng(devices=[]):
-        return model_architectures[arch](*cfgs[arch][quality])
-
-
-def _misfit(state: Mapping[str, Any], model: CompressionModel) -> str:
+def _misfit(state: Mapping[str, Any], model: Codec) -> str:
     """Says how a state dict differs from what a model wants; empty where it fits."""
     wanted = value_tensors(model)
     required = {name for name, _ in model.named_parameters()}
@@ -160,21 +184,29 @@ def _few(names: list[str]) -> str:
 
 def _looks_like(state: Mapping[str, Any]) -> str:
     """Says which architecture and qualities a state dict does fit."""
-    from compressai.zoo.image import cfgs, model_urls
-
     if not any(name.startswith("g_a.") for name in state):
         return "It holds no g_a, so it is no CompressAI encoder"
-    for arch in model_urls:
-        for sizes in dict.fromkeys(cfgs[arch].values()):
-            same = [quality for quality, other in cfgs[arch].items() if other == sizes]
-            if not _misfit(state, new_model(arch, same[0])):
-                return f"It fits {arch} {_span(same)} {_sizes(arch, same[0])}"
+    first = [value for name, value in state.items() if name.startswith("g_a.0.")]
+    widths = {
+        kernel.shape[0] for kernel in first if isinstance(kernel, Tensor) and kernel.ndim == 4
+    }
+    # All but ARCH have one; to build these takes seconds, and compressai.
+    hyperprior = any(name.startswith("h_a.") for name in state)
+    try:
+        for arch in ZOO if hyperprior else (ARCH,):
+            require_arch(arch)
+            for sizes in dict.fromkeys(ZOO[arch]):
+                same = [quality for quality, other in enumerate(ZOO[arch], 1) if other == sizes]
+                if sizes[0] in widths and not _misfit(state, _unfilled(arch, same[0])):
+                    return f"It fits {arch} {_span(same)} {_sizes(arch, same[0])}"
+    except MissingDependencyError:
+        return f"It has a hyperprior (h_a), and {ARCH} has none"
     shapes = [state.get(f"g_a.{layer}.weight") for layer in (0, 6)]
     if all(isinstance(weight, Tensor) and weight.ndim == 4 for weight in shapes):
         return "Its g_a has N={}, M={}, which fits no architecture with the other keys".format(
             *(len(weight) for weight in shapes if weight is not None)
         )
-    return f"It fits none of {', '.join(model_urls)}"
+    return f"It fits none of {', '.join(ZOO)}"
 
 
 def _span(qualities: Iterable[int]) -> str:
@@ -183,7 +215,5 @@ def _span(qualities: Iterable[int]) -> str:
 
 
 def _sizes(arch: str, quality: int) -> str:
-    from compressai.zoo.image import cfgs
-
-    sizes = cfgs[arch][quality]
+    sizes = ZOO[arch][quality - 1]
     return f"(N={sizes[0]}, M={sizes[-1]})"

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ci2p_cache.encoder.zoo import published_url
 from ci2p_cache.errors import (
     DigestError,
     DiskFullError,
@@ -73,23 +74,16 @@ class _DownloadRecord(Record):
 
 
 def official_url(arch: str, quality: int, metric: str) -> str:
-    """Gives the published URL of an official checkpoint, from CompressAI's own table.
+    """Gives the published URL of an official checkpoint.
 
     The environment variable CI2P_CACHE_WEIGHTS_URL names a mirror: it replaces everything before
     the published file name, and the file is held to the same digest.
 
     Raises:
         UsageError: no weights are published for that combination.
+        MissingDependencyError: the architecture is compressai's, which cannot be imported.
     """
-    from compressai.zoo.image import model_urls
-
-    try:
-        published = str(model_urls[arch][metric][quality])
-    except KeyError as error:
-        raise UsageError(
-            f"no official weights are published for arch {arch!r}, metric {metric!r}, "
-            f"quality {quality}; with weights of your own use --weights FILE"
-        ) from error
+    published = published_url(arch, quality, metric)
     mirror = os.environ.get("CI2P_CACHE_WEIGHTS_URL")
     return f"{mirror.rstrip('/')}/{published.rpartition('/')[2]}" if mirror else published
 

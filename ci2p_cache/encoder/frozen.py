@@ -18,22 +18,19 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ci2p_cache.encoder import quantize as quantizer
-from ci2p_cache.encoder.architecture import has_factorized_prior, value_tensors
+from ci2p_cache.encoder.architecture import Codec, value_tensors
 from ci2p_cache.encoder.arithmetic import fixed_arithmetic
+from ci2p_cache.encoder.factorized import EntropyBottleneck, FactorizedPrior
 from ci2p_cache.encoder.weights import WeightsCard, weights_bytes
 from ci2p_cache.errors import UsageError
 from ci2p_cache.machine import checked_device
 from ci2p_cache.record import write_synced
 from ci2p_cache.specs import DOWNSAMPLING, EncoderSpec
-
-if TYPE_CHECKING:
-    from compressai.models import CompressionModel
 
 __all__ = ["FrozenEncoder"]
 
@@ -49,7 +46,7 @@ class FrozenEncoder:
     deep-copied.
 
     Args:
-        model: CompressAI's model with its weights; belongs to the encoder from then on.
+        model: Our own model or compressai's, with its weights; belongs to the encoder from then on.
         spec: What it is.
         device: Where it runs; cpu or cuda.
 
@@ -60,15 +57,13 @@ class FrozenEncoder:
     downsampling = DOWNSAMPLING
     """Pixels of a side per latent row or column."""
 
-    def __init__(
-        self, model: CompressionModel, spec: EncoderSpec, *, device: str | torch.device
-    ) -> None:
+    def __init__(self, model: Codec, spec: EncoderSpec, *, device: str | torch.device) -> None:
         self.spec = spec
         self.device = checked_device(device)
         self.num_channels = int(model.M)
-        self.has_symbols = has_factorized_prior(model)
+        self.has_symbols = isinstance(model, FactorizedPrior)
         self._model = model.eval().requires_grad_(False)
-        self._model.to(device=self.device, memory_format=torch.channels_last)
+        self._model.to(self.device).to(memory_format=torch.channels_last)
         self._g_a = self._model.g_a
         self._dtype = torch.float32
         if spec.precision == "bf16":
@@ -195,9 +190,7 @@ class FrozenEncoder:
         y_hat = y_hat_BMhw.to(self.device, torch.float32)
         values_M1K = y_hat.transpose(0, 1).reshape(self.num_channels, 1, -1)
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            lower = bottleneck._logits_cumulative(values_M1K - step / 2, stop_gradient=True)
-            upper = bottleneck._logits_cumulative(values_M1K + step / 2, stop_gradient=True)
-            mass = bottleneck.likelihood_lower_bound(torch.sigmoid(upper) - torch.sigmoid(lower))
+            mass = bottleneck.bin_mass(values_M1K, step)
             bits_MBK = -torch.log2(mass.double()).reshape(self.num_channels, len(y_hat), -1)
             bits: Tensor = bits_MBK.sum(dim=(0, 2))
         return bits.clone()
@@ -213,8 +206,8 @@ class FrozenEncoder:
         """Writes `to_bytes` to `path`, synced; renaming into place is the caller's business."""
         write_synced(path, self.to_bytes())
 
-    def _bottleneck(self) -> Any:
-        if not self.has_symbols:
+    def _bottleneck(self) -> EntropyBottleneck:
+        if not isinstance(self._model, FactorizedPrior):
             raise UsageError(
                 f"encoder {self.spec.arch} has no symbols: the means of its latents depend on a "
                 "hyperprior. Such encoders are cached as float16 or float32",

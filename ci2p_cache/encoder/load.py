@@ -59,6 +59,7 @@ def load_encoder(
 
     Raises:
         UsageError: an argument is unknown, or source and the others do not go together.
+        MissingDependencyError: the architecture is compressai's, which cannot be imported.
         WeightsError: the file does not fit, is damaged, or says it is of another quality.
         WeightsUnavailableError: official weights cannot be fetched; names the three ways.
         DigestError: the official file is not the published one.
@@ -98,6 +99,7 @@ def load_saved_encoder(
 
     Raises:
         WeightsError: the file is missing, foreign or damaged, or its digest is another.
+        MissingDependencyError: the architecture is compressai's, which cannot be imported.
         UsageError: precision or device is unknown.
     """
     file = read_weights(Path(path))

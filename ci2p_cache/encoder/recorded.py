@@ -24,6 +24,7 @@ def load_recorded_encoder(path: Path, spec: EncoderSpec) -> FrozenEncoder:
         DigestError: the file holds another encoder, intact as it may be.
         ManifestError: it is a link or no regular file.
         WeightsError: it is missing, foreign or damaged.
+        MissingDependencyError: the architecture is compressai's, which cannot be imported.
     """
     try:
         with regular_file(path):

@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ci2p_cache.encoder.architecture import new_model, value_tensors
+from ci2p_cache.encoder.architecture import own_model, value_tensors
 from ci2p_cache.encoder.codec_checkpoint import CodecPlace, CodecState, CodecStore
 from ci2p_cache.encoder.codec_optimizers import CodecOptimizers
 from ci2p_cache.encoder.codec_spec import CODEC_ARCH, CodecSpec
 from ci2p_cache.encoder.crops import Crops, TrainingImages
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.weights import tensor_digest
+from ci2p_cache.encoder.zoo import compressai_model, require_compressai
 from ci2p_cache.errors import CheckpointError, RunMismatchError, TrainingDivergedError, UsageError
 from ci2p_cache.machine import checked_device
 from ci2p_cache.record import differing_fields
@@ -98,11 +99,15 @@ def train_codec(
     Raises:
         UsageError: an image is smaller than the crop or not uint8 (3, H, W), the draws do not
             belong to the images, `start` is another architecture, or there is no such device.
+        MissingDependencyError: compressai cannot be imported.
         RunMismatchError: `out` holds a run with other settings, images or start.
         CheckpointError: its checkpoint is damaged.
         TrainingDivergedError: the loss is not finite; the last checkpoint is kept.
         ResourceError: a checkpoint cannot be written.
     """
+    require_compressai(
+        "training a codec", instead="train on Python 3.11 or 3.12; encoding works on any"
+    )
     crops = Crops(data, spec)
     run = _Run(spec, start, checked_device(device))
     store = CodecStore(out)
@@ -132,7 +137,7 @@ class _Run:
         self._device = device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            model = new_model(CODEC_ARCH, spec.quality)
+            model = compressai_model(CODEC_ARCH, spec.quality)
         if start is not None:
             if (start.spec.arch, start.spec.quality) != (CODEC_ARCH, spec.quality):
                 raise UsageError(
@@ -218,9 +223,7 @@ class _Run:
 
     def encoder(self) -> FrozenEncoder:
         """Gives the averaged weights as an encoder of their own."""
-        model = new_model(CODEC_ARCH, self.spec.quality)
-        mean = {name: tensor.detach().cpu().clone() for name, tensor in self._mean.items()}
-        model.load_state_dict({**model.state_dict(), **mean})
+        model = own_model(self.spec.quality, self._mean)
         spec = EncoderSpec(
             arch=CODEC_ARCH,
             quality=self.spec.quality,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -20,11 +21,19 @@ import torch
 
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.quantize import saturate
+from ci2p_cache.encoder.zoo import ARCH
 from ci2p_cache.errors import SaturationError
 from ci2p_cache.machine import chosen_devices, tune_allocator
 from ci2p_cache.specs import LatentSpec
 
-__all__ = ["Lane", "encode_views", "make_lanes", "numerics", "single_threaded"]
+__all__ = [
+    "Lane",
+    "changed_numerics",
+    "encode_views",
+    "make_lanes",
+    "numerics",
+    "single_threaded",
+]
 
 
 _LANES_PER_CUDA_DEVICE = 2
@@ -127,6 +136,7 @@ def encode_views(
 def numerics(lane: Lane, batch_size: int) -> dict[str, str | int]:
     """Returns what a bit-identical repetition needs to know; every commit record holds it."""
     cpu = lane.device.type == "cpu"
+    own = lane.encoder.spec.arch == ARCH
     return {
         "device_type": lane.device.type,
         "device": torch.backends.cpu.get_cpu_capability()
@@ -137,5 +147,18 @@ def numerics(lane: Lane, batch_size: int) -> dict[str, str | int]:
         "memory_format": "channels_last",
         "torch": torch.__version__,
         "numcodecs": version("numcodecs"),
-        "compressai": version("compressai"),
+        **({"encoder": "ci2p_cache"} if own else {"compressai": version("compressai")}),
     }
+
+
+def changed_numerics(
+    then: Mapping[str, str | int], now: Mapping[str, str | int]
+) -> dict[str, tuple[str | int | None, str | int | None]]:
+    """Returns what of `numerics` was another then, and may have given other bits: name -> both.
+
+    Who computed the paper's encoder is left out, compressai once or this package: the bits are the
+    same.
+    """
+    left_out = {"encoder", "compressai"} if "encoder" in now else set()
+    names = [name for name in {**now, **then} if name not in left_out]
+    return {n: (then.get(n), now.get(n)) for n in names if then.get(n) != now.get(n)}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ci2p_cache.errors import UsageError
+from ci2p_cache.gdn import AnalysisTransform
 from ci2p_cache.models.ci2p_vit import (
     LAYER_NORM_EPS,
     CI2PViT,
@@ -30,7 +31,6 @@ from ci2p_cache.models.fields import (
     require_rate,
     require_version,
 )
-from ci2p_cache.models.gdn import AnalysisTransform
 from ci2p_cache.models.patch_reshape import to_tokens
 from ci2p_cache.record import Record
 from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX

@@ -18,6 +18,7 @@ import ci2p_cache as cc
 from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.cli.encode import encode as encode_command
 from ci2p_cache.cli.train import train as train_command
+from ci2p_cache.encoder.factorized import FactorizedPrior
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
 from tests.support.warm import WarmParent
@@ -216,8 +217,6 @@ class TestBadInput:
     def test_weights_of_another_architecture(
         self, run: Callable[..., Ran], image_folder: Path, tmp_path: Path
     ) -> None:
-        from compressai.models import FactorizedPrior
-
         torch.save(FactorizedPrior(16, 24).state_dict(), tmp_path / "small.pth.tar")
         ran = run(
             "encode", image_folder, "--out", tmp_path / "out", "--weights",

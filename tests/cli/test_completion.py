@@ -12,6 +12,7 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache.cli import choices
+from ci2p_cache.encoder.zoo import ZOO
 
 # What completes is the program of that name, not `python -m`.
 START = """
@@ -73,9 +74,7 @@ def test_words_complete_without_loading_anything_heavy(line: str, wanted: list[s
 def test_what_completes_is_what_there_is() -> None:
     own = {name for name in choices.models("") if not name.endswith(":")}
     assert own == set(cc.list_models())
-    from compressai.zoo.image import model_urls
-
-    assert choices.archs("") == list(model_urls)
+    assert choices.archs("") == list(ZOO)
     for name in choices.views(""):
         assert cc.EncodeOptions(views=name + "4" if name.endswith(":") else name)
 

@@ -21,11 +21,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import ci2p_cache as cc
+from ci2p_cache.encoder.architecture import value_tensors
 from ci2p_cache.encoder.arithmetic import fixed_arithmetic
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder, load_saved_encoder, save_half
 from ci2p_cache.encoder.quantize import dequantize, quantize, saturate
+from ci2p_cache.encoder.zoo import compressai_model
 from ci2p_cache.errors import UsageError, WeightsError
+from tests.support.encoders import lively_state, needs_compressai, reference_of
 from tests.support.pictures import picture
 
 if TYPE_CHECKING:
@@ -49,22 +52,10 @@ def images(*seeds: int, width: int = 96, height: int = 64) -> torch.Tensor:
     return torch.from_numpy(stack).permute(0, 3, 1, 2).float().div(255)
 
 
-def lively_model(arch: str, quality: int, seed: int) -> CompressionModel:
-    """A random model whose latents spread over many symbols and whose medians are not zero."""
-    torch.manual_seed(seed)
-    from compressai.zoo.image import cfgs, model_architectures
-
-    model = model_architectures[arch](*cfgs[arch][quality]).eval()
-    with torch.no_grad():
-        if arch == "bmshj2018-factorized":
-            model.g_a[6].weight *= 60
-        model.entropy_bottleneck.quantiles += torch.rand(model.entropy_bottleneck.channels, 1, 1)
-    return model
-
-
-def reference(model: CompressionModel) -> CompressionModel:
-    """The model in the reference setting: eval, channels_last."""
-    return model.eval().to(memory_format=torch.channels_last)
+def drawn_model(arch: str) -> CompressionModel:
+    """compressai's model of quality 1, drawn as it draws them."""
+    torch.manual_seed(3)
+    return compressai_model(arch, 1).eval()
 
 
 @pytest.fixture(scope="module")
@@ -72,36 +63,26 @@ def bundled() -> FrozenEncoder:
     return load_encoder("bundled")
 
 
-@pytest.fixture(scope="module")
-def bundled_reference() -> CompressionModel:
-    """The bundled weights in plain CompressAI, read without our code."""
-    path = importlib.resources.files("ci2p_cache.encoder") / "bundled" / BUNDLED_FILE
-    weights = safetensors.torch.load(path.read_bytes())
-    from compressai.models import FactorizedPrior
-
-    model = FactorizedPrior(128, 192)
-    floats = {name: tensor.float() for name, tensor in weights.items()}
-    model.load_state_dict({**model.state_dict(), **floats})
-    return reference(model)
-
-
 @pytest.fixture(scope="module", params=["bundled", "random quality 1"])
-def pair(request, bundled, bundled_reference, tmp_path_factory):
-    """(our encoder, CompressAI's model) with the same weights."""
+def pair(request, bundled, tmp_path_factory):
+    """(our encoder, the tensors of its file read without our code)."""
     if request.param == "bundled":
-        return bundled, bundled_reference
-    model = lively_model("bmshj2018-factorized", 1, seed=11)
+        path = importlib.resources.files("ci2p_cache.encoder") / "bundled" / BUNDLED_FILE
+        return bundled, safetensors.torch.load(path.read_bytes())
     path = tmp_path_factory.mktemp("weights") / "q1.pth.tar"
-    torch.save(model.state_dict(), path)
-    return load_encoder(weights=path, quality=1), reference(model)
+    state = lively_state(1, seed=11)
+    torch.save(state, path)
+    return load_encoder(weights=path, quality=1), state
 
 
 # Sameness with CompressAI
 
 
+@needs_compressai
 @pytest.mark.parametrize(("width", "height"), [(96, 64), (32, 80)])
 def test_every_stage_equals_plain_compressai_bit_for_bit(pair, width, height):
-    encoder, model = pair
+    encoder, tensors = pair
+    model = reference_of(tensors, encoder.spec.quality)
     x = images(1, 2, width=width, height=height)
     with torch.inference_mode():
         inputs = x.contiguous(memory_format=torch.channels_last)
@@ -306,11 +287,10 @@ def test_the_mass_of_a_bin_is_the_sum_of_the_bins_it_splits_into(bundled):
     assert sum(mass(middle + k, 1.0) for k in range(-60, 61)) == pytest.approx(1.0, abs=1e-3)
 
 
+@needs_compressai
 @pytest.mark.slow
-def test_bundled_weights_compress_photographs_as_their_card_says(
-    shared_data, bundled, bundled_reference
-):
-    model = copy.deepcopy(bundled_reference)
+def test_bundled_weights_compress_photographs_as_their_card_says(shared_data, bundled):
+    model = reference_of(value_tensors(bundled._model), 5)
     model.update()
     paths = sorted((shared_data / "kodak").glob("*.png"))[1:3]
     if len(paths) < 2:
@@ -332,17 +312,19 @@ def test_bundled_weights_compress_photographs_as_their_card_says(
 # Other architectures
 
 
+@needs_compressai
 @pytest.mark.parametrize(
     "arch",
     ["bmshj2018-hyperprior", "mbt2018-mean", "mbt2018", "cheng2020-anchor", "cheng2020-attn"],
 )
 def test_hyperprior_encoders_give_y_and_refuse_symbols(arch, tmp_path):
-    model = lively_model(arch, 1, seed=3)
+    model = drawn_model(arch)
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "weights.pth.tar")
     encoder = load_encoder(weights=tmp_path / "weights.pth.tar", arch=arch, quality=1)
     x = images(1, width=80, height=48)
     with torch.inference_mode():
-        wanted = reference(model).g_a(x.contiguous(memory_format=torch.channels_last))
+        model.to(memory_format=torch.channels_last)
+        wanted = model.g_a(x.contiguous(memory_format=torch.channels_last))
         wanted_x = model.g_s(wanted.contiguous())
     y = encoder(x)
     assert torch.equal(y, wanted)
@@ -361,8 +343,7 @@ def test_hyperprior_encoders_give_y_and_refuse_symbols(arch, tmp_path):
 
 
 def test_the_number_of_channels_follows_the_architecture(tmp_path):
-    model = lively_model("bmshj2018-factorized", 7, seed=1)
-    torch.save(model.state_dict(), tmp_path / "q7.pth")
+    torch.save(lively_state(7, seed=1), tmp_path / "q7.pth")
     encoder = load_encoder(weights=tmp_path / "q7.pth", quality=7, metric="ms-ssim")
     assert encoder.num_channels == 320
     assert encoder.spec.metric == "ms-ssim"
@@ -447,8 +428,7 @@ def test_a_foreign_file_is_no_saved_encoder(tmp_path):
 
 
 def test_half_precision_files_hold_the_rounded_encoder(tmp_path):
-    model = lively_model("bmshj2018-factorized", 2, seed=4)
-    torch.save(model.state_dict(), tmp_path / "q2.pth")
+    torch.save(lively_state(2, seed=4), tmp_path / "q2.pth")
     encoder = load_encoder(weights=tmp_path / "q2.pth", quality=2)
     halved = save_half(encoder, tmp_path / "half.safetensors")
     again = load_saved_encoder(tmp_path / "half.safetensors")
@@ -460,10 +440,9 @@ def test_half_precision_files_hold_the_rounded_encoder(tmp_path):
 
 
 def test_weights_too_large_for_float16_are_refused(tmp_path):
-    model = lively_model("bmshj2018-factorized", 2, seed=4)
-    with torch.no_grad():
-        model.g_s[0].bias[3] = 70_000.0
-    torch.save(model.state_dict(), tmp_path / "q2.pth")
+    state = lively_state(2, seed=4)
+    state["g_s.0.bias"][3] = 70_000.0
+    torch.save(state, tmp_path / "q2.pth")
     encoder = load_encoder(weights=tmp_path / "q2.pth", quality=2)
     with pytest.raises(WeightsError, match=r"'g_s\.0\.bias' .* not finite"):
         save_half(encoder, tmp_path / "half.safetensors")

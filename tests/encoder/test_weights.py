@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from ci2p_cache.encoder import zoo
 from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.weights import fetch_weights, official_url, weights_folder
 from ci2p_cache.errors import (
@@ -29,6 +30,7 @@ from ci2p_cache.errors import (
     WeightsError,
     WeightsUnavailableError,
 )
+from tests.support.encoders import lively_state, needs_compressai, reference_of
 
 BODY = bytes(range(256)) * 3000
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -304,18 +306,21 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     assert "XDG_CACHE_HOME" in (caught.value.hint or "")
 
 
-def test_official_urls_are_compressais_own_unless_a_mirror_is_named(monkeypatch):
+def test_official_urls_are_those_published_unless_a_mirror_is_named(monkeypatch):
     monkeypatch.delenv("CI2P_CACHE_WEIGHTS_URL", raising=False)
-    from compressai.zoo.image import model_urls
-
-    published = model_urls["bmshj2018-factorized"]["mse"][5]
-    assert official_url("bmshj2018-factorized", 5, "mse") == published
-    assert official_url("cheng2020-attn", 6, "ms-ssim").endswith("-216423ec.pth.tar")
+    published = official_url("bmshj2018-factorized", 5, "mse")
+    assert published.startswith("https://compressai.s3.amazonaws.com/")
+    assert published.endswith("/bmshj2018-factorized-prior-5-866ba797.pth.tar")
     monkeypatch.setenv("CI2P_CACHE_WEIGHTS_URL", "https://mirror.example/compressai/")
     mirrored = official_url("bmshj2018-factorized", 5, "mse")
     assert mirrored == "https://mirror.example/compressai/" + published.rpartition("/")[2]
-    with pytest.raises(UsageError, match="no official weights are published"):
-        official_url("bmshj2018-factorized", 9, "mse")
+    for arch, quality, metric in (
+        ("bmshj2018-factorized", 9, "mse"),
+        ("bmshj2018-factorized", 5, "lpips"),
+        ("resnet50", 5, "mse"),
+    ):
+        with pytest.raises(UsageError, match="no official weights are published"):
+            official_url(arch, quality, metric)
 
 
 def test_the_official_encoder_is_fetched_once_and_then_needs_no_network(
@@ -328,11 +333,8 @@ def test_the_official_encoder_is_fetched_once_and_then_needs_no_network(
     server.bodies[name] = data
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CI2P_CACHE_WEIGHTS_URL", f"{server.url}/ok")
-    # The real file cannot be had here, so CompressAI's table names one that this test has made.
-    from compressai.zoo.image import model_urls
-
-    table = model_urls["bmshj2018-factorized"]["mse"]
-    monkeypatch.setitem(table, 1, f"https://published.example/v1/{name}")
+    # The real file cannot be had here, so the table names one that this test has made.
+    monkeypatch.setitem(zoo._PUBLISHED["mse"], 1, f"https://published.example/v1/{name}")
     seen = []
     first = load_encoder(quality=1, progress=lambda *now: seen.append(now))
     assert seen[-1] == (len(data), len(data))
@@ -357,10 +359,7 @@ def test_official_weights_that_cannot_be_had_never_fall_back(server, tmp_path, m
 
 def small_state(seed: int = 0) -> dict[str, torch.Tensor]:
     """A state dict of quality 1 to 5."""
-    torch.manual_seed(seed)
-    from compressai.models import FactorizedPrior
-
-    return dict(FactorizedPrior(128, 192).state_dict())
+    return lively_state(1, seed)
 
 
 def saved(state: object, path: Path, *, modern: bool = True) -> Path:
@@ -378,12 +377,10 @@ def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
+@needs_compressai
 def test_the_digest_is_that_of_the_weights_whatever_file_holds_them(tmp_path):
     state = small_state()
-    from compressai.models import FactorizedPrior
-
-    model = FactorizedPrior(128, 192)
-    model.load_state_dict(state)
+    model = reference_of(state, 1).to(memory_format=torch.contiguous_format)
     model.update()
     parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
     training = {"epoch": 3, "state_dict": state, "optimizer": {"lr": 1e-4}, "loss": 0.5}
@@ -418,9 +415,7 @@ def test_half_precision_files_are_read_exactly(tmp_path):
 
 
 def test_weights_of_another_quality_name_the_shapes_and_what_they_fit(tmp_path):
-    from compressai.models import FactorizedPrior
-
-    path = saved(dict(FactorizedPrior(192, 320).state_dict()), tmp_path / "q8.pth.tar")
+    path = saved(lively_state(8, seed=0), tmp_path / "q8.pth.tar")
     with pytest.raises(WeightsError) as caught:
         load_encoder(weights=path, quality=5)
     message = str(caught.value)
@@ -432,6 +427,7 @@ def test_weights_of_another_quality_name_the_shapes_and_what_they_fit(tmp_path):
     assert caught.value.exit_code == 3
 
 
+@needs_compressai
 def test_weights_of_another_architecture_name_the_keys(tmp_path):
     from compressai.models import ScaleHyperprior
 

@@ -45,12 +45,12 @@ def cache_dir(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def reference_model(cache_dir: Path) -> FactorizedPrior:
     """CompressAI's own class on the encoder that lies in the cache, as a stranger would load it."""
-    from compressai.models import FactorizedPrior
-
-    model = FactorizedPrior(128, 192)
+    models = pytest.importorskip("compressai.models")
+    model = models.FactorizedPrior(128, 192)
     state = {**model.state_dict(), **load_file(cache_dir / "encoder.safetensors")}
     model.load_state_dict(state, strict=False)
-    return model.eval()
+    reference: FactorizedPrior = model.eval()
+    return reference
 
 
 def reference_y(model: FactorizedPrior, file: Path, size: int, mirrored: bool) -> torch.Tensor:
@@ -459,9 +459,8 @@ def test_symbols_of_an_encoder_that_has_none_are_refused_with_what_to_store(
 ) -> None:
     arch = "bmshj2018-hyperprior"
     weights = tmp_path / "weights.pth.tar"
-    from compressai.zoo import image_models
-
-    torch.save({"state_dict": image_models[arch](1, "mse").state_dict()}, weights)
+    zoo = pytest.importorskip("compressai.zoo")
+    torch.save({"state_dict": zoo.image_models[arch](1, "mse").state_dict()}, weights)
     options = with_options(encoder="official", arch=arch, quality=1, weights=weights)
     with pytest.raises(errors.UsageError, match="no symbols of its own") as caught:
         cc.encode(image_folder, tmp_path / "out", options)

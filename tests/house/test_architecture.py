@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -36,9 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "remote": {"errors"},
     "outputs": {"errors", "remote"},
     "images": {"errors", "parquet_pages", "record", "remote", "specs"},
-    "encoder": {"machine", "errors", "record", "specs"},
+    "gdn": set(),
+    "encoder": {"machine", "errors", "record", "specs", "gdn"},
     "cache": {"errors", "parquet_pages", "record", "remote", "specs"},
-    "models": {"errors", "record", "specs"},
+    "models": {"errors", "record", "specs", "gdn"},
     "encoding": {
         *("machine", "errors", "outputs", "record", "remote", "specs", "images", "encoder"),
         "cache",
@@ -364,3 +366,53 @@ def test_importing_the_package_and_every_help_load_nothing_heavy() -> None:
     assert shown.returncode == 0, shown.stderr
     # The root, the commands, and those of `bench`: none was left out.
     assert int(shown.stdout) >= 19
+
+
+COLD = """
+import contextlib, io, json, sys
+
+told = {}
+for words in COMMANDS:
+    from ci2p_cache.cli.app import run_command
+    sys.argv = ["ci2p-cache", *words]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        run_command()
+    told[words[0]] = sorted(ABSENT & set(sys.modules))
+print(json.dumps(told))
+"""
+# What `encode` has no use for in its own process: the decoders' process has torchvision.
+ABSENT = {
+    *("compressai", "torchvision", "timm", "tensorboard", "torch.utils.tensorboard", "scipy"),
+    *("torch._dynamo", "sympy", "matplotlib", "webdataset"),
+}
+
+
+def loaded_by(commands: list[list[str]], absent: set[str]) -> dict[str, list[str]]:
+    """Runs commands one after another in a new process; returns what each has loaded by its end."""
+    code = f"ABSENT = {absent!r}\nCOMMANDS = {commands!r}\n{COLD}"
+    shown = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True
+    )
+    return cast("dict[str, list[str]]", json.loads(shown.stdout))
+
+
+def test_a_cold_encode_loads_only_what_it_uses(image_folder: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "shards")
+    words = ["encode", str(image_folder), "--out", out, "--encoder", "bundled", "--size", "32"]
+    told = loaded_by([words, ["verify", out], ["inspect", out]], ABSENT)
+    assert Path(out, "cache.json").is_file()
+    assert told == {"encode": [], "verify": [], "inspect": []}
+
+
+@pytest.mark.slow
+def test_a_cold_training_loads_neither_compressai_nor_torchvision(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    ci2p_cache.encode(image_folder, out, ci2p_cache.EncodeOptions(encoder="bundled", size=32))
+    words = ["train", str(out), "--model", "vitds_tiny", "--epochs", "1"]
+    runs = tmp_path / "runs"
+    assert loaded_by([[*words, "--runs", str(runs)]], {"compressai", "torchvision", "scipy"}) == {
+        "train": []
+    }
+    assert list(runs.iterdir())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import pty
@@ -467,7 +467,10 @@ def _main() -> None:
     # It imports torch while this process does.
     start_decoder_server()
     # What the commands import late; nothing here computes or starts a thread.
-    for name in ("compressai.zoo.image", "torch.utils.tensorboard", "rich.table"):
+    names = ["torch.utils.tensorboard", "rich.table"]
+    if importlib.util.find_spec("compressai") is not None:
+        names.append("compressai.zoo.image")
+    for name in names:
         importlib.import_module(name)
     for module in (
         "cli.app", "cli.watch", "encoding.whole", "previews", "report.plots", "training.run",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ci2p_cache.cache.paths import commit_path, data_paths
 from ci2p_cache.cache.staging import StagingArea, remove_path
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoding.budget import ErrorBudget
-from ci2p_cache.encoding.lane import make_lanes, numerics
+from ci2p_cache.encoding.lane import changed_numerics, make_lanes, numerics
 from ci2p_cache.encoding.plan import ShardPlan
 from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
 from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
@@ -192,7 +192,12 @@ class Replay:
             ) as encoder,
         ):
             records = encoder.encode(shard.plan for shard in group)
-            for shard, record in zip(group, records, strict=True):
+            for shard, made in zip(group, records, strict=True):
+                record = made
+                if not changed_numerics(shard.numerics, made.numerics):
+                    # Whoever computed the same bits first stays named: the record is as it was.
+                    record = replace(made, numerics=dict(shard.numerics))
+                    beside.commit(record)
                 yield record, self._put_in_place(scratch, shard, record)
         remove_path(scratch)
 
@@ -225,9 +230,8 @@ class Replay:
     ) -> None:
         then = next((shard.numerics for shard in group if shard.numerics), here)
         changes = [
-            f"{name} {then.get(name)} then, {value} now"
-            for name, value in here.items()
-            if then.get(name) != value
+            f"{name} {before} then, {value} now"
+            for name, (before, value) in changed_numerics(then, here).items()
         ]
         if changes:
             self._observer.notice(
