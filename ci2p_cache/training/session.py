@@ -11,6 +11,7 @@ from ci2p_cache.errors import InterruptedRunError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.machine import bf16_notice
 from ci2p_cache.models.registry import AnyModelConfig
+from ci2p_cache.training.batch_norm import BatchNormStatistics
 from ci2p_cache.training.checkpoint import Checkpoint
 from ci2p_cache.training.checkpoint_folder import TrainState, checkpoint_path
 from ci2p_cache.training.learner import Learner
@@ -68,6 +69,7 @@ class Session:
         state: TrainState,
         learner: Learner,
         loaders: tuple[BatchLoader, BatchLoader | None],
+        statistics: BatchNormStatistics | None,
         writer: RunWriter | None,
         *,
         save_every_steps: int | None,
@@ -78,6 +80,7 @@ class Session:
             state: Where training begins or goes on.
             learner: Model, optimiser and averages as they are there.
             loaders: Of the train and the val split.
+            statistics: Of the learner's models; None where they have no BatchNorm.
             writer: Saves what was trained; None on ranks other than 0.
             save_every_steps: Steps between checkpoints inside an epoch; None: only at its end.
 
@@ -103,6 +106,7 @@ class Session:
                 model=learner.model,
                 optimizer=learner.optimizer,
                 average=learner.average,
+                statistics=statistics,
                 train_loader=loaders[0],
                 val_loader=loaders[1],
                 save=save,
