@@ -55,7 +55,8 @@ class BatchNormStatistics:
 
     Args:
         models: Of one architecture, on the loader's device.
-        loader: Gives this rank's batches, the same ones in each pass; None where it has none.
+        loader: Gives this rank's batches, in each pass from where it stands now; None where it has
+            none.
         precision: float32 or bf16.
         ranks: Those that share the batches.
     """
@@ -70,6 +71,7 @@ class BatchNormStatistics:
     ) -> None:
         self._models = models
         self._loader = loader
+        self._start = None if loader is None else loader.state_dict()
         self._precision = precision
         self._ranks = ranks
         self._calls = 0
@@ -108,9 +110,9 @@ class BatchNormStatistics:
                 buffer.copy_(sums[-1])
 
     def _batches(self) -> Iterator[Tensor]:
-        if self._loader is None:
+        if self._loader is None or self._start is None:
             return
-        self._loader.set_epoch(0)
+        self._loader.load_state_dict(self._start)
         for batch in self._loader:
             yield batch.latents.contiguous(memory_format=torch.channels_last)
 
@@ -196,25 +198,28 @@ def opened_statistics(
                 threads=threads or ranks.num_threads,
                 recycle=True,
             )
-            stack.enter_context(loader)
+            stack.enter_context(loader).set_epoch(spec.epochs)
         yield BatchNormStatistics(models, loader, precision=spec.precision, ranks=ranks)
 
 
 def _own_rows(train: Split, spec: TrainSpec, ranks: Ranks, *, share: float) -> tuple[int, Rows]:
     """Returns the batch size, and the rows of this rank's batches, of which none is smaller.
 
-    The first samples of the run's order: any draw would do, and this one suits its storage.
+    They are the first samples of the order that the epoch after the last would have, which suits
+    the storage. Not of the first epoch's: what a run was trained on first its weights fit best, and
+    a short run on 880 flowers was shown with losses that were 0.01 to 0.02 too high.
     """
+    epoch = spec.epochs
     rows = train.valid_rows
     wanted = min(max(int(len(rows) * share), _LEAST_SAMPLES), _MOST_SAMPLES)
     size = min(spec.batch_size, _BATCH_SIZE, len(rows))
     num_batches = min(-(-wanted // size), len(rows) // size)
     if spec.order == "blocks":
-        rows = block_order(rows, train.record.shard_rows, seed=spec.seed, epoch=0)
+        rows = block_order(rows, train.record.shard_rows, seed=spec.seed, epoch=epoch)
         rows = rows[: num_batches * size]
     own = rank_slice(num_batches, rank=ranks.rank, world_size=ranks.world_size)
     # Sorted by the loader's own order, which a part of the rows keeps.
-    return size, epoch_order(rows, seed=spec.seed, epoch=0)[own.start * size : own.stop * size]
+    return size, epoch_order(rows, seed=spec.seed, epoch=epoch)[own.start * size : own.stop * size]
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -12,7 +12,6 @@ from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.resident import Resident
 from ci2p_cache.machine import raise_open_files, tune_allocator
 from ci2p_cache.models.registry import AnyModelConfig
-from ci2p_cache.training.batch_norm import opened_statistics
 from ci2p_cache.training.checkpoint import share_checkpoint
 from ci2p_cache.training.checkpoint_folder import TrainState
 from ci2p_cache.training.folder import run_path
@@ -151,19 +150,8 @@ def train(
         del checkpoint
         if compile_model:
             learner.compile()
-        statistics = stack.enter_context(
-            opened_statistics(
-                learner.modules,
-                splits[0],
-                spec,
-                device=place,
-                reads=config.reads,
-                threads=threads,
-                ranks=ranks,
-            )
-        )
         ended = run.train(
-            begun, learner, loaders, statistics, writer, save_every_steps=save_every_steps
+            begun, learner, loaders, writer, threads=threads, save_every_steps=save_every_steps
         )
     return run.summary(begun, ended)
 

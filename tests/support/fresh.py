@@ -20,10 +20,10 @@ __all__ = ["fresh_model", "statistics_of"]
 def fresh_model(
     cache: cc.Cache, spec: cc.TrainSpec, weights: Mapping[str, Tensor], *, samples: int = 128
 ) -> nn.Module:
-    """Returns a run's model with these weights and with statistics of the run's first samples.
+    """Returns a run's model with these weights, and with statistics of some of its samples.
 
-    In whole batches of at most 64, the first of the order that a process alone trains in; all
-    samples where `samples` says no less.
+    In whole batches of at most 64: the first of what would come after the run's last epoch, all
+    where `samples` says no less.
     """
     model = build_model(model_config_for(cache, dataclasses.replace(spec, drop_path=0.0)))
     model.load_state_dict(dict(weights))
@@ -32,9 +32,11 @@ def fresh_model(
     count = min(-(-samples // size), len(train.valid_rows) // size)
     shuffle = True if spec.order == "random" else spec.order
     with cc.LatentLoader(train, batch_size=size, seed=spec.seed, shuffle=shuffle) as loader:
+        loader.set_epoch(spec.epochs)
         first = [batch.rows for batch in loader][:count]
     subset = train.subset(torch.cat(first).numpy())
     with cc.LatentLoader(subset, batch_size=size, seed=spec.seed) as loader:
+        loader.set_epoch(spec.epochs)
         with torch.autocast("cpu", torch.bfloat16, enabled=spec.precision == "bf16"):
             update_bn([batch.latents for batch in loader], model)
     return model.eval()
