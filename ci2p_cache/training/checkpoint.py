@@ -4,7 +4,7 @@
 
     checkpoints/
       epoch-0003-step-000000/     3 epochs done and 0 steps of the next
-        model.safetensors         parameters and buffers, as the optimiser left them
+        model.safetensors         parameters, and BatchNorm statistics estimated for them
         ema.safetensors           their averages under the same names, where the run makes them:
                                   these are what was validated (`weights_of` picks the right file)
         optimizer.safetensors     Adam's moments, exp_avg/<parameter> and so on

@@ -33,21 +33,16 @@ def early_notice(record: EpochRecord, *, steps: int, num_classes: int, num_val: 
             f"{record.loss:.3f}, guessing among {num_classes} classes gives {guessing:.3f}. "
             "A lower learning rate or a longer warm-up may help; so may a look at the labels."
         )
-    if record.top1 is None or not num_val or not (is_warm_now or record.epoch == 1):
+    if record.top1 is None or not num_val or not is_warm_now:
         return None
     # Of a few validation images nothing can be told: even what training reaches may be luck there.
     learns = record.train_top1 > _highest_guess(num_classes, min(record.images, num_val))
     if not learns or record.top1 > _highest_guess(num_classes, num_val):
         return None
-    what = (
+    return (
         f"validation ({record.top1:.1%} of {num_val:,}) cannot be told from guessing while "
         f"training is ahead of it ({record.train_top1:.1%}), after {steps} steps. "
-    )
-    if is_warm_now:
-        return what + "See whether both splits have the same classes and kind of images."
-    return what + (
-        f"In the first {_WARM_STEPS} steps that is usual: BatchNorm validates with running "
-        "averages, which lag behind weights that move fast."
+        "See whether both splits have the same classes and kind of images."
     )
 
 

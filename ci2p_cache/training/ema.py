@@ -28,8 +28,8 @@ def decay_at(step: int, decay: float) -> float:
 class WeightAverage:
     """A model whose floating-point parameters and buffers are the averages of another's.
 
-    BatchNorm's running statistics are averaged like weights, other buffers (counts, tables) copied.
-    Nothing waits for the device.
+    BatchNorm's running statistics are averaged like weights until `BatchNormStatistics` replaces
+    them; other buffers (counts, tables) are copied. Nothing waits for the device.
 
     Args:
         model: On its device, with the weights to start from; copied. Not compiled yet.
@@ -46,7 +46,7 @@ class WeightAverage:
     def follow(self, model: nn.Module) -> None:
         """Takes the averages of this model from now on: the one it was copied from.
 
-        Call it again whenever the model's tensors are replaced by others, as `StepGuard` does.
+        Call it again whenever the model's tensors are replaced by others.
         """
         ours = [*self.module.parameters(), *self.module.buffers()]
         theirs = [*model.parameters(), *model.buffers()]

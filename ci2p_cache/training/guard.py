@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ci2p_cache.errors import TrainingDivergedError
@@ -34,38 +32,22 @@ class StepGuard:
 
     ::
 
-        guard.before()                        copies BatchNorm's running statistics
         forward, backward
-        guard.step(is_finite, epoch, step, rows)
-                                              the fused optimiser skips itself where the flag says
-                                              so, and the statistics are put back
-        guard.read()                          now and then: waits for the device, gives bad steps
+        guard.step(is_finite, bad_step)     the fused optimiser skips itself where the flag says so
+        guard.read()                        now and then: waits for the device, gives bad steps
 
-    Where everything is finite no value changes. All ranks give the same flag.
+    Where everything is finite no value changes. All ranks give the same flag. BatchNorm's running
+    statistics may take up what was not finite; `BatchNormStatistics` replaces them before any use.
 
     Args:
-        model: On its device; its BatchNorm statistics become views of one tensor per dtype, so
-            that saving and putting back is one kernel each.
         optimizer: Fused; steps only through the guard.
         in_a_row: Bad steps directly before, of the run that is resumed.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, in_a_row: int = 0) -> None:
+    def __init__(self, optimizer: Optimizer, *, in_a_row: int = 0) -> None:
         self.in_a_row = in_a_row
         self._optimizer = optimizer
-        self._statistics = _pool_statistics(model)
-        self._saved = [torch.empty_like(pool) for pool in self._statistics]
         self._pending: list[tuple[BadStep, Tensor]] = []
-
-    @property
-    def averages(self) -> list[Tensor]:
-        """BatchNorm's running means and variances, to be changed in place."""
-        return [pool for pool in self._statistics if pool.is_floating_point()]
-
-    def before(self) -> None:
-        """Remembers the statistics; to be called before each forward pass of a step."""
-        for saved, pool in zip(self._saved, self._statistics, strict=True):
-            saved.copy_(pool)
 
     def step(self, is_finite: Tensor, bad_step: BadStep) -> None:
         """Makes the optimiser's step, or leaves everything as it was before.
@@ -77,8 +59,6 @@ class StepGuard:
         # The fused kernels read this attribute; torch's GradScaler uses the same door.
         self._optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # not declared
         self._optimizer.step()
-        for saved, pool in zip(self._saved, self._statistics, strict=True):
-            pool.copy_(torch.where(is_finite, pool, saved))
         self._pending.append((bad_step, is_finite))
 
     def read(self) -> list[BadStep]:
@@ -109,22 +89,3 @@ class StepGuard:
 
 def _short(rows: list[int]) -> str:
     return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-
-
-def _pool_statistics(model: nn.Module) -> list[Tensor]:
-    """Moves BatchNorm's buffers into one tensor per dtype and returns these tensors."""
-    by_dtype: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = {}
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            for name, buffer in module.named_buffers(recurse=False):
-                by_dtype.setdefault(buffer.dtype, []).append((module, name, buffer))
-    pools = []
-    for places in by_dtype.values():
-        pool = torch.cat([buffer.reshape(-1) for _, _, buffer in places])
-        ends = [0]
-        for _, _, buffer in places:
-            ends.append(ends[-1] + buffer.numel())
-        for (module, name, buffer), (start, end) in zip(places, pairwise(ends), strict=True):
-            module._buffers[name] = pool[start:end].view(buffer.shape)
-        pools.append(pool)
-    return pools

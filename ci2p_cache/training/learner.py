@@ -44,6 +44,11 @@ class Learner:
         average = WeightAverage(model, spec.ema) if spec.ema else None
         return cls(model, make_optimizer(model, spec), average)
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model, and the average of its weights where there is one."""
+        return [self.model] if self.average is None else [self.model, self.average.module]
+
     def restore(self, checkpoint: Checkpoint, path: Path) -> None:
         """Puts back what `checkpoint` gave.
 
@@ -64,14 +69,13 @@ class Learner:
 
     def share(self, ranks: Ranks) -> None:
         """Gives all ranks the weights and averages of rank 0."""
-        for module in [self.model] if self.average is None else [self.model, self.average.module]:
+        for module in self.modules:
             ranks.share_tensors(list(module.state_dict().values()))
 
     def compile(self) -> None:
         """Compiles the modules in place, so the names of the weights stay; at the first step."""
-        self.model.compile()
-        if self.average is not None:
-            self.average.module.compile()
+        for module in self.modules:
+            module.compile()
 
     def checkpoint(self, state: TrainState) -> Checkpoint:
         """Returns the tensors as they are now, with the place that they belong to."""

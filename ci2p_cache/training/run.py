@@ -152,7 +152,9 @@ def train(
         del checkpoint
         if compile_model:
             learner.compile()
-        ended = run.train(begun, learner, loaders, writer, save_every_steps=save_every_steps)
+        ended = run.train(
+            begun, learner, loaders, writer, threads=threads, save_every_steps=save_every_steps
+        )
     return run.summary(begun, ended)
 
 

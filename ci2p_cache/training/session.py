@@ -11,6 +11,7 @@ from ci2p_cache.errors import InterruptedRunError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.machine import bf16_notice
 from ci2p_cache.models.registry import AnyModelConfig
+from ci2p_cache.training.batch_norm import opened_statistics
 from ci2p_cache.training.checkpoint import Checkpoint
 from ci2p_cache.training.checkpoint_folder import TrainState, checkpoint_path
 from ci2p_cache.training.learner import Learner
@@ -70,6 +71,7 @@ class Session:
         loaders: tuple[BatchLoader, BatchLoader | None],
         writer: RunWriter | None,
         *,
+        threads: int | None,
         save_every_steps: int | None,
     ) -> TrainState:
         """Trains from `state` to the end, and returns the state there.
@@ -79,6 +81,7 @@ class Session:
             learner: Model, optimiser and averages as they are there.
             loaders: Of the train and the val split.
             writer: Saves what was trained; None on ranks other than 0.
+            threads: Threads that read the samples of BatchNorm's statistics; None: one per core.
             save_every_steps: Steps between checkpoints inside an epoch; None: only at its end.
 
         Raises:
@@ -98,19 +101,29 @@ class Session:
         try:
             if writer is not None:
                 writer.open_board(state)
-            state = Trainer(
-                spec=self.spec,
-                model=learner.model,
-                optimizer=learner.optimizer,
-                average=learner.average,
-                train_loader=loaders[0],
-                val_loader=loaders[1],
-                save=save,
-                should_stop=should_stop,
+            with opened_statistics(
+                learner.modules,
+                loaders[0].split,
+                self.spec,
+                device=self.device,
+                reads=self.config.reads,
+                threads=threads,
                 ranks=self.ranks,
-                observer=self.observer,
-                save_every_steps=save_every_steps,
-            ).run(state)
+            ) as statistics:
+                state = Trainer(
+                    spec=self.spec,
+                    model=learner.model,
+                    optimizer=learner.optimizer,
+                    average=learner.average,
+                    statistics=statistics,
+                    train_loader=loaders[0],
+                    val_loader=loaders[1],
+                    save=save,
+                    should_stop=should_stop,
+                    ranks=self.ranks,
+                    observer=self.observer,
+                    save_every_steps=save_every_steps,
+                ).run(state)
         finally:
             if writer is not None:
                 writer.close()

@@ -34,12 +34,11 @@ class OptimizerStep:
     """Takes the steps of a run, one batch each.
 
     All randomness of a step comes from (seed, epoch, step, rank). After each step all ranks hold
-    the same weights, moments, BatchNorm statistics and sums.
+    the same weights, moments and sums.
 
     Args:
         spec: What to do.
-        model: On its device, in training mode when a step is taken; its BatchNorm statistics become
-            views of other tensors, see `StepGuard`.
+        model: On its device, in training mode when a step is taken.
         optimizer: Fused; steps only through this.
         average: Follows the weights; None where the spec has no `ema`.
         ranks: Those that train together.
@@ -64,10 +63,9 @@ class OptimizerStep:
         self._average = average
         self._ranks = ranks
         self._steps_per_epoch = steps_per_epoch
-        self._guard = StepGuard(model, optimizer, in_a_row=bad_in_a_row)
+        self._guard = StepGuard(optimizer, in_a_row=bad_in_a_row)
         self._parameters = list(model.parameters())
         if average is not None:
-            # Now, for the guard has just put other tensors in place.
             average.follow(model)
 
     @property
@@ -103,7 +101,6 @@ class OptimizerStep:
         spec, images = self._spec, len(batch.global_rows)
         set_lr(self._optimizer, self.lr(epoch, step))
         torch.manual_seed(_step_seed(spec.seed, epoch, step, self._ranks.rank))
-        self._guard.before()
         inputs_BCHW, targets = self._augmented(batch, epoch=epoch, step=step)
         loss = correct = torch.zeros((), device=inputs_BCHW.device)
         for part_BCHW, wanted in zip(
@@ -115,7 +112,7 @@ class OptimizerStep:
             part_loss, part_correct = self._backward(part_BCHW, wanted, share=share)
             loss, correct = loss + part_loss, correct + part_correct
         if self._ranks.world_size > 1:
-            loss, correct = self._combine(loss, correct, share=len(batch.rows) / images)
+            loss, correct = self._combine(loss, correct)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self._parameters, spec.clip_grad_norm or float("inf"), foreach=True
         )
@@ -160,29 +157,23 @@ class OptimizerStep:
         loss.backward()  # type: ignore[no-untyped-call]  # torch stub
         return loss.detach(), targets.hits(logits.detach())
 
-    def _combine(self, loss: Tensor, correct: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
+    def _combine(self, loss: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
         """Makes the sums over a slice those over the whole batch, on all ranks alike.
 
-        Gradients and loss are weighted by their images already. BatchNorm normalises by its slice;
-        its running statistics become the ranks' mean, weighted by images, in each step rather than
-        before each evaluation: they are linear in the batches, so that is the same but for
-        rounding, and a run may be saved and taken up anywhere without a change. What is not finite
-        on one rank is so on all, which therefore skip the same steps.
+        Gradients and loss are weighted by their images already. What is not finite on one rank is
+        so on all, which therefore skip the same steps. BatchNorm normalises by its slice, and its
+        running statistics stay each rank's own until `BatchNormStatistics` replaces them.
 
         Args:
             loss: This rank's share of the loss, a scalar.
             correct: Its hits, a scalar.
-            share: Its share of the batch's images, 0 to 1.
         """
         scores = torch.stack([loss, correct.to(loss.dtype)])
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        averages = self._guard.averages
-        for average in averages:
-            average.mul_(share)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        self._ranks.add_up([*gradients, *averages, scores])
+        self._ranks.add_up([*gradients, scores])
         return scores[0], scores[1]
 
 

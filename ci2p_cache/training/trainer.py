@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.machine import ieee_float32
+from ci2p_cache.training.batch_norm import BatchNormStatistics
 from ci2p_cache.training.checkpoint_folder import TrainState
 from ci2p_cache.training.early import early_notice
 from ci2p_cache.training.ema import WeightAverage
@@ -41,7 +42,8 @@ class Trainer:
     anywhere goes on to the same last bit on CPU, with the same ranks, threads and versions.
 
     Of several ranks each runs this loop over its slices of the same batches. After each step all
-    hold the same weights, moments, BatchNorm statistics and sums, so what rank 0 saves is all.
+    hold the same weights, moments and sums, and when a checkpoint is saved the same BatchNorm
+    statistics, so what rank 0 saves is all.
     """
 
     spec: TrainSpec
@@ -66,7 +68,10 @@ class Trainer:
     """Steps between checkpoints inside an epoch; None saves at the end of epochs only."""
     average: WeightAverage | None = None
     """Follows the weights and is validated in their place; None where the spec has no `ema`."""
+    statistics: BatchNormStatistics | None = None
+    """Of model and average, estimated before each validation and save; None: no BatchNorm."""
     _step: OptimizerStep = field(init=False)
+    _estimated_at: int | None = field(init=False, default=None)
     _last_tick: float = field(init=False, default=0.0)
 
     def run(self, state: TrainState) -> TrainState:
@@ -96,7 +101,7 @@ class Trainer:
                 state = self._train_epoch(state)
                 if state.step == len(self.train_loader) and not self.should_stop():
                     state = self._end_epoch(state)
-                self.save(state)
+                self._save(state)
         return state
 
     def _train_epoch(self, state: TrainState) -> TrainState:
@@ -123,7 +128,7 @@ class Trainer:
             if stop:
                 break
             if due:
-                self.save(state)
+                self._save(state)
             self._tell_progress(state.epoch, done, (loss, top1), clock)
         return state
 
@@ -132,6 +137,7 @@ class Trainer:
         started = time.perf_counter()
         validation = None
         if self.val_loader is not None:
+            self._estimate_statistics(state)
             validation = validate(
                 self.model if self.average is None else self.average.module,
                 self.val_loader,
@@ -176,6 +182,17 @@ class Trainer:
             waited_seconds=0.0,
             history=(*state.history, record),
         )
+
+    def _save(self, state: TrainState) -> None:
+        self._estimate_statistics(state)
+        self.save(state)
+
+    def _estimate_statistics(self, state: TrainState) -> None:
+        """Estimates the BatchNorm statistics of the weights at `state`, unless that was done."""
+        step = state.epoch * len(self.train_loader) + state.step
+        if self.statistics is not None and step != self._estimated_at:
+            self.statistics.estimate()
+            self._estimated_at = step
 
     def _tell_bad_steps(self) -> None:
         for bad in self._step.read_bad():

@@ -24,6 +24,7 @@ from ci2p_cache import errors
 from ci2p_cache.loader.order import epoch_order, rank_slice
 from ci2p_cache.training import rank_link, ranks
 from tests.support.caches import make_cache
+from tests.support.fresh import fresh_model, statistics_of
 from tests.support.pictures import write_image_folder
 from tests.support.rank_jobs import (
     CLOCK,
@@ -120,11 +121,11 @@ def batches(seen: list[Any]) -> list[list[int]]:
     return found
 
 
-def weights(run: Path, *, averages: bool = False) -> dict[str, torch.Tensor]:
-    """The last weights without BatchNorm's running averages, or these alone."""
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The last weights without BatchNorm's statistics."""
     last = run / "checkpoints" / json.loads((run / "checkpoints/last.json").read_text())["last"]
     tensors = load_file(last / "model.safetensors")
-    return {k: v for k, v in tensors.items() if (".running_" in k) == averages and v.ndim}
+    return {k: v for k, v in tensors.items() if ".running_" not in k and v.ndim}
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -205,42 +206,28 @@ def test_tars_give_ranks_the_batches_and_losses_of_zarr_shards(
     assert numbers(runs[0]) == numbers(runs[1])
 
 
-def nano_model() -> torch.nn.Module:
-    return cc.create_model(
-        "vitds_nano", num_classes=3, latent_channels=4, latent_size=4, drop_path_rate=0.0
-    )
-
-
-def test_the_checkpoint_holds_the_mean_statistics_and_evaluation_counts_each_image_once(
-    folder: Path, two: dict[str, list[Any]]
+def test_checkpoints_hold_the_statistics_of_one_process_and_evaluation_counts_each_image_once(
+    folder: Path, two: dict[str, list[Any]], four: dict[str, list[Any]]
 ) -> None:
     cache = cc.open_cache(folder / "cache")
-    torch.manual_seed(0)
-    models = [nano_model()]
-    models.append(nano_model())
-    models[1].load_state_dict(models[0].state_dict())
-    shares = []
-    for rank, model in enumerate(models):
-        with cc.LatentLoader(
-            cache["train"], batch_size=TRAIN, rank=rank, world_size=2
-        ) as loader, torch.no_grad():  # fmt: skip
-            (batch,) = loader
-            model.train()(batch.latents)
-            shares.append(len(batch.rows) / TRAIN)
-    assert shares == [13 / 25, 12 / 25]
-    summary = two["one-step"][0]["summary"]
-    saved = weights(Path(summary["path"]), averages=True)
-    assert len(saved) > 4
-    states = [model.state_dict() for model in models]
-    for name, value in saved.items():
-        mean = sum(share * state[name] for share, state in zip(shares, states, strict=True))
-        torch.testing.assert_close(value, mean, rtol=1e-5, atol=1e-6)
-        assert not torch.allclose(value, states[0][name], rtol=1e-5, atol=1e-6)
+    # Two ranks with two batches each, also of averages; four with one each; one has the only batch.
+    for seen, spec in (
+        (two["tools"], TOOLS),
+        (two["exact-2"], EXACT),
+        (four["exact-4"], EXACT),
+        (two["one-step"], ONE_STEP),
+    ):
+        last = Path(seen[0]["summary"]["last_checkpoint"])
+        for file in set(last.glob("*.safetensors")) - {last / "optimizer.safetensors"}:
+            saved = load_file(file)
+            model = fresh_model(cache, spec, saved)
+            wanted = statistics_of(model.state_dict())
+            assert len(wanted) > 4
+            torch.testing.assert_close(statistics_of(saved), wanted, rtol=1e-5, atol=1e-6)
 
-    models[0].load_state_dict(load_file(Path(summary["last_checkpoint"]) / "model.safetensors"))
     val = cache["val"]
     with torch.inference_mode():
-        logits = models[0].eval()(torch.stack([val[row][0][0] for row in range(VAL)]))
+        logits = model(torch.stack([val[row][0][0] for row in range(VAL)]))
     labels = torch.from_numpy(val.labels.astype(np.int64))
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     for rank in two["one-step"]:

@@ -160,7 +160,7 @@ def test_one_epoch_equals_a_plain_loop_written_out(cache_dir: Path, tmp_path: Pa
             total += loss.item() * len(batch.labels)
     assert summary.last.loss == total / 24
     saved = load_file(Path(summary.last_checkpoint) / "model.safetensors")
-    for name, value in model.state_dict().items():
+    for name, value in model.named_parameters():
         assert torch.equal(saved[name], value), name
 
 
