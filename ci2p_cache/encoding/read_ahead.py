@@ -17,7 +17,7 @@ from ci2p_cache.cache.index import IndexRow
 from ci2p_cache.encoding.plan import Sample, ShardPlan
 from ci2p_cache.errors import ImageDecodeError
 from ci2p_cache.images.decoders import Decoders
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.source import ImageReader
 
 __all__ = ["Awaited", "LoadedImage", "ReadAhead"]
 
@@ -49,7 +49,7 @@ class ReadAhead:
 
     def __init__(
         self,
-        source: ImageSource,
+        source: ImageReader,
         decoders: Decoders,
         pool: ThreadPoolExecutor,
         *,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ci2p_cache import __version__
 from ci2p_cache.cache.commit import CommitRecord, read_commit
-from ci2p_cache.cache.manifest import Manifest, read_manifest, refuse_difference
+from ci2p_cache.cache.manifest import Manifest, class_order, read_manifest, refuse_difference
 from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.traces import gaps, named_ranges
@@ -189,6 +189,7 @@ def begin(
         source=_location_text(images),
         classes=intent.classes,
         class_titles=images.class_titles,
+        class_order=class_order(intent.classes),
         splits=intent.plan.splits,
         plan=staging.put(PLAN, intent.plan.to_bytes()),
         encoder=staging.put(ENCODER, encoder.to_bytes()),
