@@ -478,7 +478,12 @@ def test_an_option_that_a_folder_has_no_use_for_is_refused(images: Path, option:
         open_source(images, SourceOptions(**{option: "x"}))
 
 
-def test_a_cache_of_a_list_with_a_root_is_read_again_without_options(run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "executor", ["local", pytest.param("processes", marks=pytest.mark.slow)]
+)
+def test_a_cache_of_a_list_with_a_root_is_read_again_without_options(
+    run, tmp_path: Path, executor: str
+) -> None:
     root = write_image_folder(tmp_path / "images", {"ant": 3, "bee": 3})
     (tmp_path / "lists").mkdir()
     lines = ["file;kind", *(f"{p};{p.parent.name}" for p in sorted(root.rglob("*.jpg")))]
@@ -486,7 +491,7 @@ def test_a_cache_of_a_list_with_a_root_is_read_again_without_options(run, tmp_pa
     path.write_text("\n".join(lines))
     out = tmp_path / "out"
     command = ["encode", path, "--out", out, "--encoder", "bundled", "--size", "32", "--root", root,
-               "--image-column", "file", "--label-column", "kind", "--executor", "processes",
+               "--image-column", "file", "--label-column", "kind", "--executor", executor,
                "--devices", "cpu:1"]  # fmt: skip
     ran = run(*command)
     assert ran.code == 0, ran.err
