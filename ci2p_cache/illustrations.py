@@ -22,7 +22,7 @@ from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.errors import UsageError
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.source import ImageReader
 from ci2p_cache.reconstructions import (
     bits_per_pixel,
     decoded_pixels,
@@ -101,7 +101,7 @@ class LatentIllustrator:
     def _val_first(cache: Cache) -> list[Split]:
         return sorted(cache.values(), key=lambda split: split.name != "val")
 
-    def _images(self, cache: Cache) -> ImageSource | None:
+    def _images(self, cache: Cache) -> ImageReader | None:
         if self._source is None and url_of(cache.manifest.source) is not None:
             return None
         return open_images(cache, self._source)
@@ -116,7 +116,7 @@ class LatentIllustrator:
         decoder = self._decoder(split.cache)
         return decoded_pixels(decoder.decode(stored_latent(split, row, 0)[None])[0])
 
-    def _measured(self, split: Split, row: int, images: ImageSource | None) -> MeasuredRow:
+    def _measured(self, split: Split, row: int, images: ImageReader | None) -> MeasuredRow:
         entry = read_row(split, row)
         views, state = original_views(split, entry, images)
         decoder = self._decoder(split.cache)
@@ -141,7 +141,7 @@ class LatentIllustrator:
         split: Split,
         measured: MeasuredRow,
         group: Literal["worst", "median", "random"],
-        images: ImageSource | None,
+        images: ImageReader | None,
     ) -> Reconstruction:
         entry = read_row(split, measured.row)
         views, _ = original_views(split, entry, images)

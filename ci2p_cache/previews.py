@@ -28,7 +28,7 @@ from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.errors import UsageError
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.source import ImageReader
 from ci2p_cache.outputs import check_output, write_whole
 from ci2p_cache.preview_figure import MARK, PreviewRow, Square, draw_figure
 from ci2p_cache.reconstructions import (
@@ -206,7 +206,7 @@ def _footer(cache: Cache) -> tuple[str, str]:
 
 
 def _measure(
-    split: Split, row: int, images: ImageSource | None, encoder: FrozenEncoder
+    split: Split, row: int, images: ImageReader | None, encoder: FrozenEncoder
 ) -> tuple[PreviewSample, PreviewRow]:
     """Reads, decodes and measures one sample."""
     entry = read_row(split, row)

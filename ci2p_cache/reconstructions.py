@@ -28,8 +28,8 @@ from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.decode import decode_image
-from ci2p_cache.images.locate import open_source
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.locate import open_reader
+from ci2p_cache.images.source import ImageReader
 from ci2p_cache.images.views import image_views
 
 __all__ = [
@@ -63,7 +63,7 @@ def load_decoder(cache: CacheFolder) -> FrozenEncoder:
     return load_recorded_encoder(cache.encoder_path, spec)
 
 
-def open_images(cache: CacheFolder, source: str | Path | None = None) -> ImageSource | None:
+def open_images(cache: CacheFolder, source: str | Path | None = None) -> ImageReader | None:
     """Opens the images that a cache was made from; None where they are no longer there.
 
     Args:
@@ -74,15 +74,15 @@ def open_images(cache: CacheFolder, source: str | Path | None = None) -> ImageSo
         SourceError: `source` is given and cannot be opened.
     """
     if source is not None:
-        return open_source(source)
+        return open_reader(source)
     try:
-        return open_source(cache.manifest.source)
+        return open_reader(cache.manifest.source)
     except (SourceError, ResourceError):
         return None
 
 
 def original_views(
-    split: Split, entry: IndexRow, images: ImageSource | None
+    split: Split, entry: IndexRow, images: ImageReader | None
 ) -> tuple[Tensor | None, SourceState]:
     """Reads the views of a sample's image again, if it is the file that was encoded.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -26,8 +26,10 @@ from ci2p_cache.specs import FORMAT_VERSION, MAX_LATENT_BYTES, Fingerprint, Late
 
 __all__ = [
     "MAX_SHARD_BYTES",
+    "ClassOrder",
     "Manifest",
     "SplitRecord",
+    "class_order",
     "read_manifest",
     "refuse_difference",
     "shard_rows",
@@ -56,6 +58,19 @@ _LOST = (
 """What gets on where the manifest is damaged: no other file holds all of its fields."""
 
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
+
+ClassOrder = Literal["number", "text", "declared"]
+"""How classes are ordered: by the numbers that they are, as text like torchvision's ImageFolder, or
+otherwise: as the source declares them, or as they came when the cache grew."""
+
+
+def class_order(classes: Sequence[str]) -> ClassOrder:
+    """Returns the order that a list of classes is in; number where both are the same."""
+    names, are_numbers = list(classes), all(map(_NUMBER.fullmatch, classes))
+    if are_numbers and names == sorted(names, key=lambda name: (int(name), name)):
+        return "number"
+    return "text" if names == sorted(names) else "declared"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +158,8 @@ class Manifest(Record):
     """Class names; a label is an index into them."""
     class_titles: tuple[str, ...]
     """Names for humans, in the order of `classes`."""
+    class_order: ClassOrder = "text"
+    """What the order of `classes` is; caches of before have it added when they are read."""
     splits: dict[str, SplitRecord]
     """Shape of each split, in the order train, val, test."""
     plan: FileRecord
@@ -250,11 +267,18 @@ def read_manifest(root: Path) -> Manifest:
     if not intact:
         raise ManifestError(f"{path} is damaged: its own sha256 does not fit it", hint=_LOST)
     try:
-        manifest = Manifest.from_dict(data)
+        manifest = Manifest.from_dict(_with_class_order(data))
     except ManifestError as error:
         raise ManifestError(f"{path} is damaged: {error}", hint=_LOST) from error
     _refuse_links(root, manifest)
     return manifest
+
+
+def _with_class_order(data: dict[str, Any]) -> dict[str, Any]:
+    """Adds the order of the classes where it was not recorded; the classes stay as they are."""
+    names = data.get("classes")
+    given = {"class_order": class_order(list(map(str, names)))} if isinstance(names, list) else {}
+    return given | data
 
 
 def _refuse_links(root: Path, manifest: Manifest) -> None:

@@ -32,6 +32,19 @@ def encode(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Cache folder; made if it is not there.")],
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that the paths of a list start from [default: the list's own].",
+            readable=False,
+        ),
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of the images, or of their paths in a list.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of the labels; in tars a field of the .json.")
+    ] = None,
     encoder: Annotated[
         Literal["official", "bundled"],
         typer.Option(help="CompressAI's published weights (fetched once), or the ones shipped."),
@@ -103,7 +116,7 @@ def encode(
         ),
     ] = "auto",
     max_errors: Annotated[
-        str, typer.Option(help="Images that may fail before the run stops: share or count.")
+        str, typer.Option(help="Images that may fail: a share (at least one image) or a count.")
     ] = "0.1%",
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Read images again that failed.")
@@ -158,9 +171,10 @@ def encode(
       ci2p-cache encode imagenet/ --out shards/ --shard-range 2/4  the second of four machines
 
     SRC is a folder of CLASS/..., of {train,val,test}/CLASS/..., or ImageNet's own; WebDataset tars
-    ('train-{000..146}.tar'); Hugging Face parquet; or a .csv with path and label. Run the same
-    command again to go on after any interruption. Settings that change what is stored are
-    bound to the folder: a command with others is refused, with the difference.
+    ('train-{000..146}.tar'), tars of CLASS/... or of class tars; Hugging Face parquet; or a list
+    with path and label (others: --image-column, --label-column, --root). Run the same command
+    again to go on after any interruption. Settings that change what is stored are bound to the
+    folder: a command with others is refused, with the difference.
     """
     from ci2p_cache.cli.watch import EncodeWatch
     from ci2p_cache.encoding.options import EncodeOptions
@@ -172,7 +186,8 @@ def encode(
             hint=f"--overwrite {shlex.quote(out.resolve().name)} to remove that cache first",
         )
     options = EncodeOptions(
-        encoder=encoder, weights=weights, arch=arch, quality=quality, metric=metric, size=size,
+        root=root, image_column=image_column, label_column=label_column, encoder=encoder,
+        weights=weights, arch=arch, quality=quality, metric=metric, size=size,
         resize_side=resize_side, interpolation=interpolation, exif=exif, max_pixels=max_pixels,
         views=views, dtype=dtype, step=step, precision=precision, format=format,
         codec=codec, level=level, shard_samples=shard_samples, val_fraction=val_fraction, seed=seed,

@@ -22,7 +22,8 @@ def parse_max_errors(text: str, total: int) -> int:
     """Reads `--max-errors`: a share such as "0.1%", or a number of images.
 
     Returns:
-        The number of bad images allowed among `total`.
+        The number of bad images allowed among `total`. A share above 0 allows at least one, but
+        never all: 0.1% of 60 images would be none.
 
     Raises:
         UsageError: the text is neither.
@@ -31,7 +32,8 @@ def parse_max_errors(text: str, total: int) -> int:
         if text.endswith("%"):
             share = float(text[:-1]) / 100
             if 0 <= share <= 1:
-                return int(share * total + 1e-9)
+                least = min(1, total - 1) if share else 0
+                return max(int(share * total + 1e-9), least)
         elif int(text) >= 0:
             return int(text)
     except ValueError:

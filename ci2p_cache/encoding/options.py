@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.errors import UsageError
+from ci2p_cache.images.source import SourceOptions
 from ci2p_cache.record import Record
 from ci2p_cache.specs import (
     CodecName,
@@ -32,6 +33,12 @@ class EncodeOptions(Record):
         UsageError: a value is out of range, on construction.
     """
 
+    root: Path | None = None
+    """Folder that the paths of a list of images start from; None: the list's own."""
+    image_column: str | None = None
+    """Column of the images, or of their paths in a list; see `SourceOptions`."""
+    label_column: str | None = None
+    """Column or field of the labels; see `SourceOptions`."""
     encoder: Literal["official", "bundled"] = "official"
     """CompressAI's published weights, fetched once, or the ones in this package."""
     weights: Path | None = None
@@ -156,9 +163,19 @@ class EncodeOptions(Record):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain JSON values, `weights` as a str."""
-        weights = None if self.weights is None else str(self.weights)
-        return Record.to_dict(self) | {"weights": weights}
+        """Returns the fields as plain JSON values, paths as str."""
+        paths = {"weights": self.weights, "root": self.root}
+        return Record.to_dict(self) | {
+            name: None if path is None else str(path) for name, path in paths.items()
+        }
+
+    def source_options(self) -> SourceOptions:
+        """Returns what the user says of the source."""
+        return SourceOptions(
+            root=None if self.root is None else str(self.root),
+            image_column=self.image_column,
+            label_column=self.label_column,
+        )
 
     def part(self) -> ShardRange | None:
         """Returns the range of shards that is asked for; auto is read from the environment.

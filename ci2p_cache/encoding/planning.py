@@ -74,7 +74,7 @@ def build_plan(
     if not names:
         raise SourceError(f"{source.location()} holds no image")
     # One form for all index parts: readers of the whole folder take the schema of the first.
-    names_split = all(record.names_split for record in earlier.splits.values()) if earlier else True
+    names_split = all(record.names_split for record in plan.splits.values()) if plan else True
     tables, records = {}, {}
     for name in sorted(names, key=lambda n: (SPLIT_ORDER.index(n), n)):
         old = plan.tables.get(name) if plan else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,8 @@ __all__ = [
 ]
 
 _TICK_SECONDS = 0.1
+_WARM_UP_SECONDS = 2.0
+"""From the first image on: decoders start and fill the queues, which no rate should count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +39,7 @@ class EncodeProgress:
     images_per_second: float
     """Of this run so far."""
     eta_seconds: float | None
-    """Expected rest; None before the first image."""
+    """Expected rest, by the rate since the warm-up; None until then."""
     waiting_share: float
     """Share of the time that g_a stood still, waiting for images: 0 is best."""
 
@@ -113,22 +115,34 @@ class ProgressMeter:
         total: Images planned.
         done: Images committed by earlier runs.
         bad: Bad ones among these.
+        clock: Gives the time in seconds.
     """
 
-    def __init__(self, observer: EncodeObserver, *, total: int, done: int, bad: int) -> None:
+    def __init__(
+        self,
+        observer: EncodeObserver,
+        *,
+        total: int,
+        done: int,
+        bad: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._clock = clock
         self._observer = observer
         self._total = total
         self._first = done
         self._done = done
         self._bad = bad
-        self._started = time.perf_counter()
+        self._started = clock()
         self._next_tick = 0.0
+        self._first_image: float | None = None
+        self._warm: tuple[float, int] | None = None
         self.busy_seconds = 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds since the meter was made."""
-        return time.perf_counter() - self._started
+        return self._clock() - self._started
 
     @property
     def bad(self) -> int:
@@ -150,6 +164,10 @@ class ProgressMeter:
         self._done += 1
         self._bad += not good
         self.busy_seconds = busy_seconds
+        if self._first_image is None:
+            self._first_image = self.seconds
+        if self._warm is None and self.seconds >= self._first_image + _WARM_UP_SECONDS:
+            self._warm = (self.seconds, self.images_now)
         if self.seconds >= self._next_tick:
             self._next_tick = self.seconds + _TICK_SECONDS
             self.report()
@@ -162,13 +180,18 @@ class ProgressMeter:
     def report(self) -> None:
         """Tells the observer."""
         rate = self.images_now / max(self.seconds, 1e-9)
+        eta = None
+        if self._warm is not None and self.images_now > self._warm[1]:
+            since, counted = self._warm
+            left = self._total - self._done
+            eta = left * (self.seconds - since) / (self.images_now - counted)
         self._observer.progress(
             EncodeProgress(
                 done=self._done,
                 total=self._total,
                 bad=self._bad,
                 images_per_second=rate,
-                eta_seconds=(self._total - self._done) / rate if rate else None,
+                eta_seconds=eta,
                 waiting_share=self.waiting_share,
             )
         )

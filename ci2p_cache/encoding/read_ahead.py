@@ -21,7 +21,7 @@ from ci2p_cache.encoding.carry import Carrier
 from ci2p_cache.encoding.plan import Sample, ShardPlan
 from ci2p_cache.errors import ImageDecodeError
 from ci2p_cache.images.decoders import Decoders
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.source import ImageReader
 
 __all__ = ["Awaited", "LoadedImage", "ReadAhead"]
 
@@ -61,7 +61,7 @@ class ReadAhead:
 
     def __init__(
         self,
-        source: ImageSource,
+        source: ImageReader,
         decoders: Decoders,
         pool: ThreadPoolExecutor,
         *,

@@ -30,8 +30,8 @@ from ci2p_cache.encoding.lane import (
 from ci2p_cache.encoding.same_decoder import refuse_other_decoder
 from ci2p_cache.errors import ImageDecodeError, ShardError, UsageError
 from ci2p_cache.images.decode import decode_image
-from ci2p_cache.images.locate import open_source
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.locate import open_reader
+from ci2p_cache.images.source import ImageReader
 from ci2p_cache.images.views import image_views
 from ci2p_cache.record import Record
 
@@ -101,7 +101,7 @@ def reencode(
         raise UsageError(f"`reencode` is {count}; it must be at least 1")
     cache = open_cache(path)
     refuse_other_decoder(cache.fingerprint)
-    images = open_source(cache.manifest.source if source is None else source)
+    images = open_reader(cache.manifest.source if source is None else source)
     lanes = _Lanes(cache)
     chosen = _drawn(cache, count, seed)
     tally, changed, findings = _Tally(), [], []
@@ -160,7 +160,7 @@ def _drawn(cache: Cache, count: int, seed: int) -> list[tuple[Split, int]]:
 
 
 def _compare(
-    split: Split, row: int, images: ImageSource, lanes: _Lanes, tally: _Tally
+    split: Split, row: int, images: ImageReader, lanes: _Lanes, tally: _Tally
 ) -> Finding | str | None:
     """Compares one row: gives a finding, the name of a changed source image, or None."""
     shard = row // split.record.shard_rows
@@ -218,7 +218,7 @@ def _compare(
     return None
 
 
-def _views(split: Split, entry: dict[str, Any], images: ImageSource) -> list[torch.Tensor] | str:
+def _views(split: Split, entry: dict[str, Any], images: ImageReader) -> list[torch.Tensor] | str:
     """Makes the views of a row again, uint8 (3, size, size) each, or says why that is not fair."""
     fingerprint = split.cache.fingerprint
     try:

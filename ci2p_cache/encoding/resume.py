@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ci2p_cache import __version__
 from ci2p_cache.cache.growth import GROWTH, growth_of
-from ci2p_cache.cache.manifest import Manifest, read_manifest, refuse_difference
+from ci2p_cache.cache.manifest import Manifest, class_order, read_manifest, refuse_difference
 from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.frozen import FrozenEncoder
@@ -254,6 +254,7 @@ def begin(
         source=_location_text(images),
         classes=intent.classes,
         class_titles=intent.class_titles,
+        class_order=class_order(intent.classes),
         splits=intent.plan.splits,
         plan=staging.put(PLAN, intent.plan.to_bytes()),
         encoder=staging.put(ENCODER, encoder.to_bytes()),

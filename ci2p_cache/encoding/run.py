@@ -71,7 +71,7 @@ def encode(
             hint="once: --plan-only --overwrite NAME; then each range without --overwrite",
         )
     refuse_place(root, Path(source))
-    images = open_source(source)
+    images = open_source(source, options.source_options())
     with interruptible(f"interrupted; every committed shard in {root} is safe"), _made(root):
         # Who loses the race for the folder is told at once: torch, which takes seconds to import,
         # is imported only afterwards.

@@ -40,7 +40,7 @@ from ci2p_cache.encoding.lane import Lane, encode_views, numerics, single_thread
 from ci2p_cache.encoding.plan import ShardPlan
 from ci2p_cache.encoding.read_ahead import Awaited, LoadedImage, ReadAhead
 from ci2p_cache.images.decoders import Decoders
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.source import ImageReader
 from ci2p_cache.specs import Fingerprint, LatentSpec, LayoutSpec
 
 __all__ = ["EncodeSettings", "ShardEncoder"]
@@ -95,7 +95,7 @@ class ShardEncoder:
 
     def __init__(
         self,
-        source: ImageSource,
+        source: ImageReader,
         settings: EncodeSettings,
         lanes: list[Lane],
         staging: StagingArea,

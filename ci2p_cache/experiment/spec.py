@@ -33,6 +33,7 @@ FREE_FIELDS = frozenset(
     {
         "claim",
         "source",
+        "encode.root",
         "encode.batch_size",
         "encode.workers",
         "encode.devices",
@@ -110,7 +111,11 @@ def read_experiment(folder: Path) -> Experiment | None:
     """
     path = folder / EXPERIMENT
     try:
-        return Experiment.from_dict(read_json(path))
+        data = read_json(path)
+        if isinstance(data.get("encode"), dict):
+            # Options that came later have their defaults in a folder of before.
+            data["encode"] = EncodeOptions().to_dict() | data["encode"]
+        return Experiment.from_dict(data)
     except FileNotFoundError:
         return None
     except (ManifestError, OSError) as error:

@@ -29,7 +29,7 @@ from ci2p_cache.remote import RemoteFolder, mirrors_folder, shown
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ci2p_cache.images.source import ImageRef, ImageSource
+    from ci2p_cache.images.source import ImageReader, ImageRef, ImageSource, SourceOptions
 
 __all__ = ["FetchedSource"]
 
@@ -50,15 +50,25 @@ class FetchedSource:
         url: A folder, a file, or a pattern in the last part, as `remote.url_of` gives it. A web
             server cannot be listed: there, only single tar and parquet files are possible.
         open_local: Opens what was fetched.
+        open_reader: Opens it for reading alone.
+        options: The columns of a list or of parquet files, where they are named.
 
     Raises:
         MissingDependencyError: the library for this kind of URL is not installed.
         ResourceError: the library refuses the URL or its own settings.
     """
 
-    def __init__(self, url: str, open_local: Callable[[Path], ImageSource]) -> None:
+    def __init__(
+        self,
+        url: str,
+        open_local: Callable[[Path, SourceOptions], ImageSource],
+        open_reader: Callable[[Path], ImageReader],
+        options: SourceOptions,
+    ) -> None:
         self._url = url.rstrip("/")
         self._open_local = open_local
+        self._open_reader = open_reader
+        self._options = options
         parent, _, name = self._url.rpartition("/")
         lowered = name.lower().encode()
         is_pattern = any(sign in name for sign in "*?[{")
@@ -71,6 +81,7 @@ class FetchedSource:
         own = hashlib.sha256(self._url.encode()).hexdigest()[:16]
         self._record = mirrors_folder() / f"images-{place}-{own}.json"
         self._source: ImageSource | None = None
+        self._reader: ImageReader | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -99,7 +110,7 @@ class FetchedSource:
             SourceError: there is no such folder or file, or a name leads out of it.
             ResourceError: the server does not answer, or the disk is full.
         """
-        self._source = None
+        self._source = self._reader = None
         return self._fetched().scan()
 
     def read(self, path: bytes) -> bytes:
@@ -107,9 +118,11 @@ class FetchedSource:
 
         Where everything was fetched before, the server is not asked.
         """
-        if self._source is None and self._is_complete():
-            self._source = self._open_local(self._folder / self._name)
-        return self._fetched().read(path)
+        if self._reader is None:
+            is_here = self._source is None and self._is_complete()
+            place = self._folder / self._name
+            self._reader = self._open_reader(place) if is_here else self._fetched()
+        return self._reader.read(path)
 
     def file_of(self, path: bytes) -> None:
         """Returns None: what was fetched tells nothing of what the server has now."""
@@ -121,14 +134,14 @@ class FetchedSource:
             if self._is_file and self._name.lower().endswith(".parquet"):
                 from ci2p_cache.images.table import is_table
 
-                if is_table(os.fsencode(self._folder / self._name)):
+                if is_table(os.fsencode(self._folder / self._name), self._options):
                     # It names images that lie beside it.
                     self._is_file = False
                     wanted = self._wanted()
                     self._fetch_all(wanted)
             with self._writing(self._record) as staged:
                 staged.write_text(json.dumps(wanted), "utf-8")
-            self._source = self._open_local(self._folder / self._name)
+            self._source = self._open_local(self._folder / self._name, self._options)
         return self._source
 
     def _is_complete(self) -> bool:

@@ -19,7 +19,8 @@ from ci2p_cache.images.imagenet import (
     label_folders,
     read_titles,
 )
-from ci2p_cache.images.kinds import is_image
+from ci2p_cache.images.kinds import has_image, is_image
+from ci2p_cache.images.labels import order_notices, ordered_classes
 from ci2p_cache.images.listing import list_folder, walk
 from ci2p_cache.images.names import as_key, for_display, join
 from ci2p_cache.images.reading import read_file
@@ -82,14 +83,16 @@ class FolderSource:
         self._label_folders = label_folders(self._root, data)
         self._parts = self._find_parts(data)
         self.layout = "ImageNet" if data else self._layout_words()
-        self._classes = tuple(sorted({n for part in self._parts for n in part.class_names()}))
+        self._empty_classes = self._without_images()
+        found = {name for part in self._parts for name in part.class_names()}
+        self._classes = ordered_classes(found - set(self._empty_classes))
         self._labels = {name: label for label, name in enumerate(self._classes)}
         self._titles, notices = read_titles(self._label_folders, self._classes)
-        self._notices += [*notices, *self._unknown_to_train()]
+        self._notices += [*notices, *order_notices(self._classes), *self._unknown_to_train()]
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names: folder names in the order of `sorted`, over all splits."""
+        """Class names: folders with images, over all splits, in the order of `ordered_classes`."""
         return self._classes
 
     @property
@@ -102,7 +105,7 @@ class FolderSource:
         """What the user should know, one sentence each; complete once `scan` has ended."""
         found = [*self._notices, *self._found_at_start.notices(), *self._scanned.notices()]
         if self._empty_classes:
-            found.append(f"{_listed(self._empty_classes)}: no image; the class stays in the list")
+            found.append(f"{_listed(self._empty_classes)}: no image, so no class")
         return tuple(found)
 
     def location(self) -> str:
@@ -117,19 +120,19 @@ class FolderSource:
             ResourceError: listing failed again and again.
         """
         tally = self._scanned = Tally()
-        self._empty_classes = ()
-        with_images: set[str] = set()
+        count = 0
         for part in self._parts:
             for name, path in self._files_of(part, tally):
-                with_images.add(name)
+                count += 1
                 key = as_key(path[len(part.path) + 1 :] if part.path else path)
+                if name not in self._labels:
+                    raise SourceError(f"{for_display(path)} came while the source was listed")
                 yield ImageRef(key, part.split, self._labels[name], path)
-        if not with_images:
+        if not count:
             raise SourceError(
-                f"{for_display(self._root)} has {len(self._classes)} class folders and no image in "
-                f"them; {'; '.join(self.notices) or 'they are empty'}"
+                f"{for_display(self._root)} has {len(self._empty_classes)} class folders and no "
+                f"image in them; {'; '.join(self.notices) or 'they are empty'}"
             )
-        self._empty_classes = tuple(n for n in self._classes if n not in with_images)
 
     def read(self, path: bytes) -> bytes:
         """Returns the whole content of one image; any number of threads may call it.
@@ -239,6 +242,16 @@ class FolderSource:
         labels, where = flat_val_labels(self._label_folders, images, join(self._root, path))
         self._notices.append(f"the labels of {shown} come from {where}")
         return _Part(split, path, (), labels)
+
+    def _without_images(self) -> tuple[str, ...]:
+        """Returns the names of class folders that hold no image in any split."""
+        names = {name for part in self._parts for name in part.class_names()}
+        for part in self._parts:
+            names -= set(part.labels.values())
+            for folder in part.folders:
+                if as_key(folder) in names and has_image(self._root, join(part.path, folder)):
+                    names.remove(as_key(folder))
+        return tuple(sorted(names))
 
     def _files_of(self, part: _Part, tally: Tally) -> Iterator[tuple[str, bytes]]:
         """Yields (class, path below the root) of every image of a part."""

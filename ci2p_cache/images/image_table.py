@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import threading
@@ -14,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +22,17 @@ import pyarrow.parquet as pq
 
 from ci2p_cache.errors import ImageDecodeError, SourceError
 from ci2p_cache.images.archives import read_archive
+from ci2p_cache.images.columns import (
+    holds_paths,
+    image_column,
+    label_column,
+    label_values,
+    plain,
+)
 from ci2p_cache.images.labels import LabelTable
 from ci2p_cache.images.names import for_display
 from ci2p_cache.images.reading import MAX_FILE_BYTES
+from ci2p_cache.images.source import SourceOptions
 from ci2p_cache.images.tally import Tally
 from ci2p_cache.parquet_pages import RowGroup, require_small_pages
 
@@ -33,7 +40,6 @@ __all__ = ["ImageTable", "guarded", "open_parquet"]
 
 _T = TypeVar("_T")
 
-_LABEL = "ClassLabel"
 _MAX_GROUP_BYTES = 2**30
 """Of one row group, unpacked: it is read as a whole. `datasets` writes 100 images in each."""
 _KEPT_GROUPS = 2
@@ -46,21 +52,20 @@ class ImageTable:
 
     Args:
         full: Its absolute path.
+        options: Its columns, where they are named; the one of labels matters for `listing` alone.
 
     Raises:
         SourceError: it is damaged, hostile, or has other columns.
         OSError: it cannot be read.
     """
 
-    class_names: tuple[str, ...]
-    """Names of numbered labels, from its metadata; empty for none."""
-
-    def __init__(self, full: bytes) -> None:
+    def __init__(self, full: bytes, options: SourceOptions | None = None) -> None:
         self._full = full
+        self._options = options or SourceOptions()
         self._identity = _identity(full)
         self._groups: OrderedDict[int, pa.Array] = OrderedDict()
         self._lock = threading.Lock()
-        groups, schema = guarded(full, self._open)
+        groups, self._schema, self._holds_paths = guarded(full, self._open)
         self._first_rows = [0, *accumulate(group.rows for group in groups)]
         largest = max((group.unpacked_bytes for group in groups), default=0)
         if largest > _MAX_GROUP_BYTES:
@@ -69,11 +74,10 @@ class ImageTable:
                 f"and at most {_MAX_GROUP_BYTES} bytes are",
                 hint="write the file again with row groups of about 100 images",
             )
-        features = _features(schema)
-        self._image, self._label = self._columns(schema, features)
-        names = features.get(self._label, {}).get("names")
-        is_list = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
-        self.class_names = tuple(names) if isinstance(names, list) and is_list else ()
+        with self._named():
+            self._image = image_column(self._schema, self._options.image_column)
+        self._is_struct = pa.types.is_struct(self._schema.field(self._image).type)
+        self.class_names: tuple[str, ...] = ()
 
     def listing(self, labels: LabelTable, split: str | None, tally: Tally) -> pa.Table:
         """Returns row (int64), path (string, may be null) and label (int32, a place in `labels`).
@@ -81,15 +85,25 @@ class ImageTable:
         Rows of the test split that have no label (-1, null) are tallied and left out.
 
         Raises:
-            SourceError: the file is damaged, or a row of another split has no label.
+            SourceError: the file is damaged, has no column of labels or only paths of images, or a
+                row of another split has no label.
             ResourceError: reading failed again and again.
         """
-        wanted = [f"{self._image}.path", self._label]
+        with self._named():
+            label, self.class_names = label_column(self._schema, self._options.label_column)
+        wanted = [f"{self._image}.path", label] if self._is_struct else [label]
         table = self._read(lambda file: file.read(columns=wanted))
-        paths = pc.struct_field(table[self._image], "path").cast(pa.string())
-        given = pc.dictionary_encode(table[self._label].combine_chunks())
-        values, indices = given.dictionary.to_pylist(), given.indices
-        known = {place: value for place, value in enumerate(values) if value != -1}
+        paths = pa.nulls(table.num_rows, pa.string())
+        if self._is_struct:
+            paths = plain(pc.struct_field(table[self._image], "path")).cast(pa.string())
+        self._refuse_paths(paths)
+        try:
+            values, indices = label_values(table[label])
+        except SourceError as error:
+            raise SourceError(
+                f"{for_display(self._full)} {error}; wanted whole numbers or names"
+            ) from error
+        known = {place: value for place, value in enumerate(values) if value is not None}
         rows = pa.array(np.arange(table.num_rows))
         has_label = pc.is_in(indices, pa.array(list(known), indices.type))
         missing = rows.filter(pc.invert(has_label))
@@ -120,13 +134,15 @@ class ImageTable:
             if group in self._groups:
                 self._groups.move_to_end(group)
             else:
-                columns = [f"{self._image}.bytes"]
+                name = self._image
+                columns = [f"{name}.bytes" if self._is_struct else name]
                 table = self._read(lambda file: file.read_row_group(group, columns=columns))
-                self._groups[group] = table[self._image]
+                found = pc.struct_field(table[name], "bytes") if self._is_struct else table[name]
+                self._groups[group] = plain(found)
                 if len(self._groups) > _KEPT_GROUPS:
                     self._groups.popitem(last=False)
             value = self._groups[group][row - self._first_rows[group]]
-        data = value["bytes"].as_buffer() if value.is_valid and value["bytes"].is_valid else None
+        data = value.as_buffer() if value.is_valid else None
         if data is None:
             raise ImageDecodeError("the row holds no bytes")
         if data.size > MAX_FILE_BYTES:
@@ -135,9 +151,28 @@ class ImageTable:
             )
         return bytes(data)
 
-    def _open(self) -> tuple[list[RowGroup], pa.Schema]:
+    def _open(self) -> tuple[list[RowGroup], pa.Schema, bool]:
         with open_parquet(self._full) as (file, groups):
-            return groups, file.schema_arrow
+            return groups, file.schema_arrow, holds_paths(file, self._options.image_column)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Adds the file's name to errors that do without."""
+        try:
+            yield
+        except SourceError as error:
+            raise SourceError(f"{for_display(self._full)} {error}", hint=error.hint) from error
+
+    def _refuse_paths(self, paths: pa.Array) -> None:
+        """Refuses a file whose images lie elsewhere."""
+        if self._holds_paths:
+            first = next((path.as_py() for path in paths[:1]), None)
+            raise SourceError(
+                f"{for_display(self._full)} has paths of images in `{self._image}`, for example "
+                f"{for_display(str(first).encode()[:200])}, and no bytes; wanted the images",
+                hint="encode this file alone, which reads it as a list: --root names the folder "
+                "that its paths start from",
+            )
 
     def _read(self, action: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
         def attempt() -> pa.Table:
@@ -154,26 +189,6 @@ class ImageTable:
             return guarded(self._full, inner)
 
         return read_archive(attempt, self._full)
-
-    def _columns(self, schema: pa.Schema, features: dict[str, Any]) -> tuple[str, str]:
-        images = [field.name for field in schema if _is_image_struct(field.type)]
-        labels = [name for name in schema.names if features.get(name, {}).get("_type") == _LABEL]
-        if "label" in schema.names:
-            labels = ["label"]
-        shown = ", ".join(f"{field.name}: {field.type}"[:80] for field in schema)[:600]
-        if len(images) != 1 or len(labels) != 1:
-            what = "image" if len(images) != 1 else "label"
-            raise SourceError(
-                f"{for_display(self._full)} has no single {what} column; wanted `image`, a struct "
-                f"of `bytes` and `path`, and `label`; it has {for_display(shown.encode())}"
-            )
-        kind = schema.field(labels[0]).type
-        if not (pa.types.is_integer(kind) or pa.types.is_string(kind)):
-            raise SourceError(
-                f"{for_display(self._full)} has a column `{for_display(labels[0].encode())}` of "
-                f"type {str(kind)[:80]}; wanted whole numbers or names"
-            )
-        return images[0], labels[0]
 
 
 @contextmanager
@@ -230,27 +245,3 @@ def _identity(full: bytes) -> tuple[int, ...]:
     if not stat.S_ISREG(found.st_mode):
         raise SourceError(f"{for_display(full)} is no regular file")
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _is_image_struct(kind: pa.DataType) -> bool:
-    if not pa.types.is_struct(kind):
-        return False
-    fields = {kind.field(number).name: kind.field(number).type for number in range(kind.num_fields)}
-    data, path = fields.get("bytes"), fields.get("path")
-    return (
-        data is not None
-        and path is not None
-        and (pa.types.is_binary(data) or pa.types.is_large_binary(data))
-        and (pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path))
-    )
-
-
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    """Returns what the metadata says of each column, as `datasets` writes it; empty for nothing."""
-    try:
-        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {name: value for name, value in found.items() if isinstance(value, dict)}

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 
+from ci2p_cache.errors import CacheError
 from ci2p_cache.images.headers import foreign_format, sniff_format
+from ci2p_cache.images.listing import walk
 from ci2p_cache.images.names import join
 from ci2p_cache.images.tally import Tally
 
-__all__ = ["IMAGE_SUFFIXES", "SNIFF_BYTES", "is_image", "is_image_content"]
+__all__ = ["IMAGE_SUFFIXES", "SNIFF_BYTES", "has_image", "is_image", "is_image_content"]
 
 IMAGE_SUFFIXES = frozenset(
     {b".jpg", b".jpeg", b".jpe", b".jfif", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff"}
@@ -46,6 +48,25 @@ def is_image(root: bytes, path: bytes, tally: Tally) -> bool:
         tally.add("unreadable", path)
         return False
     return is_image_content(path, prefix, tally)
+
+
+def has_image(root: bytes, folder: bytes) -> bool:
+    """Whether a folder holds an image at any depth; one that cannot be listed may hold one.
+
+    Args:
+        root: Absolute path of the source.
+        folder: Path below it.
+    """
+    try:
+        with os.scandir(join(root, folder)) as entries:
+            # Most often the first entry is one, and the others need not be listed.
+            for entry in entries:
+                suffix = os.path.splitext(entry.name)[1].lower()
+                if suffix in IMAGE_SUFFIXES and entry.name[:1] != b"." and entry.is_file():
+                    return True
+        return any(is_image(root, path, Tally()) for path in walk(root, folder, Tally()))
+    except (OSError, CacheError):
+        return True
 
 
 def is_image_content(path: bytes, prefix: bytes, tally: Tally) -> bool:

@@ -1,4 +1,4 @@
-"""Labels as archives and tables write them: names or numbers -> classes and indices into them."""
+"""Labels as sources write them -> classes, one order for all sources, and indices into them."""
 
 # Paths are bytes here, which pathlib does not have.
 # ruff: noqa: PTH113
@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +18,18 @@ import numpy.typing as npt
 
 from ci2p_cache.errors import SourceError
 from ci2p_cache.images.imagenet import read_titles, text_lines
-from ci2p_cache.images.names import for_display, join
+from ci2p_cache.images.names import as_key, for_display, join
 
-__all__ = ["Classes", "LabelTable"]
+__all__ = ["NO_LABEL", "Classes", "LabelTable", "order_notices", "ordered_classes", "written"]
 
-_MAX_CLASSES = 2**18
-"""Of numbered labels: a data set of a million classes of a picture each is taken for a mistake."""
+NO_LABEL = "-1"
+"""Means that an image has no label, as `datasets` writes it."""
+
 _MAX_LABEL_BYTES = 4096
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
+_POINT_ZERO = re.compile(r"-?[0-9]{1,18}\.0")
 _WNID = re.compile(r"(n[0-9]{8})\s+(.*\S)\s*")
+_HINT = "name the classes in classes.txt beside the images, one a line, 0 first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +41,70 @@ class Classes:
     titles: tuple[str, ...]
     """Names for people, in the same order."""
     notices: tuple[str, ...] = ()
-    """Where the names come from, where that is not plain."""
+    """Where the names or their order come from, where that is not plain."""
+
+
+def ordered_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns distinct class names in the order that every source gives them.
+
+    Whole numbers are ordered by value, so that labels 0 to K-1 keep their numbers; two spellings of
+    one number ("1", "01") are two classes. If any name is no whole number, all are sorted as text,
+    as torchvision's ImageFolder sorts them.
+    """
+    distinct = set(names)
+    if all(_NUMBER.fullmatch(name) for name in distinct):
+        return tuple(sorted(distinct, key=lambda name: (int(name), name)))
+    return tuple(sorted(distinct))
+
+
+def order_notices(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns a sentence where the order is not that of torchvision's ImageFolder."""
+    notices = []
+    as_text = sorted(names)
+    if list(names) != as_text:
+        kind = "by their numbers" if list(names) == list(ordered_classes(names)) else "as declared"
+        at = next(n for n, (one, other) in enumerate(zip(names, as_text, strict=True))
+                  if one != other)  # fmt: skip
+        notices.append(
+            f"classes are ordered {kind}: label {at} is {names[at]}; torchvision's ImageFolder "
+            f"sorts them as text, there label {at} is {as_text[at]}"
+        )
+    if names and all(_NUMBER.fullmatch(name) for name in names):
+        spellings = Counter(int(name) for name in names)
+        if len(spellings) < len(names):
+            number = next(n for n, count in spellings.items() if count > 1)
+            same = " and ".join(name for name in names if int(name) == number)
+            notices.append(f"{same} are one number in different spellings; they are two classes")
+    return tuple(notices)
+
+
+def written(label: object) -> str | int | None:
+    """Returns a label as a table or JSON holds it: text or a whole number; None where it is none.
+
+    Floats that are whole become numbers (pandas turns a column into floats where a value is
+    missing); None, NaN, -1 and "-1" are missing labels.
+
+    Raises:
+        SourceError: it is anything else; the message does not say where.
+    """
+    if isinstance(label, bytes):
+        label = as_key(label)
+    if isinstance(label, float) and (math.isnan(label) or label.is_integer()):
+        label = None if math.isnan(label) else int(label)
+    if label is None or str(label).strip() in (NO_LABEL, f"{NO_LABEL}.0"):
+        return None
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise SourceError(f"a label {label!r:.80}")
+    return label
 
 
 class LabelTable:
     """Collects the labels of a source, each as it was written, and settles what they mean.
 
-    Labels are numbers if all of them are whole numbers, otherwise names. Names are sorted, as
-    folders are. Numbers are indices into the names that the source itself carries, or that
-    `classes.json` or `classes.txt` beside it give, or else into "0", "1", ... -1 means that there
-    is no label.
+    Labels are numbers if all of them are whole numbers, otherwise names. Numbers are indices into
+    the names that the source itself carries, or that `classes.json` or `classes.txt` beside it
+    give. Without these, and for names, the classes are the labels that occur, as they are spelled,
+    in the order of `ordered_classes`. The label -1 means that there is none.
     """
 
     def __init__(self) -> None:
@@ -61,8 +119,6 @@ class LabelTable:
         text = str(label).strip()
         if not text or len(text.encode("utf-8", "surrogatepass")) > _MAX_LABEL_BYTES:
             raise SourceError(f"a label of {len(text)} characters; wanted 1 to {_MAX_LABEL_BYTES}")
-        if text.isascii() and _NUMBER.fullmatch(text):
-            text = str(int(text))
         return self._ids.setdefault(text, len(self._ids))
 
     def settle(
@@ -80,52 +136,67 @@ class LabelTable:
         Raises:
             SourceError: a number has no name, or the file of names cannot be used.
         """
+        known, notices = self._spellings()
+        wanted = [text for text in known if text != NO_LABEL]
+        if all(_NUMBER.fullmatch(text) for text in wanted):
+            numbers = [int(text) for text in wanted]
+            lowest, highest = min(numbers, default=0), max(numbers, default=0)
+            classes = _distinct(folders, tuple(own)) if own else _named(folders, wanted)
+            size = None if classes is None else len(classes.names)
+            if lowest < 0 or (size is not None and highest >= size):
+                wrong = lowest if lowest < 0 else highest
+                among = "" if size is None else f", but {size} classes"
+                upto = "or more" if size is None else f"to {size - 1}"
+                raise SourceError(
+                    f"there is a label {wrong}{among}; wanted 0 {upto}, or -1 for none",
+                    hint=_HINT if lowest >= 0 else "write such labels as names, not as numbers",
+                )
+            if classes is not None:
+                labels = [-1 if text == NO_LABEL else int(text) for text in known]
+                told = (*notices, *classes.notices, *order_notices(classes.names))
+                return Classes(classes.names, classes.titles, told), np.array(labels, np.int32)
+            if wanted:
+                notices.append(
+                    f"labels are {len(wanted)} numbers without names, {lowest} to {highest}; "
+                    "classes.txt beside the images, one name a line, would give them"
+                )
+        names = ordered_classes(wanted)
+        titles, told = read_titles(folders, names)
+        place = {name: label for label, name in enumerate(names)} | {NO_LABEL: -1}
+        labels = [place[text] for text in known]
+        told = (*notices, *told, *order_notices(names))
+        return Classes(names, titles, told), np.array(labels, np.int32)
+
+    def _spellings(self) -> tuple[list[str], list[str]]:
+        """Returns the labels in the order of their places, and notices."""
         known = list(self._ids)
-        if not all(_NUMBER.fullmatch(text) for text in known):
-            names = tuple(sorted(known))
-            place = {name: label for label, name in enumerate(names)}
-            titles, notices = read_titles(folders, names)
-            labels = np.array([place[text] for text in known], np.int32)
-            return Classes(names, titles, notices), labels
-        numbers = [int(text) for text in known]
-        classes = _numbered(folders, tuple(own), max(numbers, default=-1) + 1)
-        wrong = next((n for n in numbers if not -1 <= n < len(classes.names)), None)
-        if wrong is not None:
-            raise SourceError(
-                f"there is a label {wrong}, but {len(classes.names)} classes; wanted 0 to "
-                f"{len(classes.names) - 1}, or -1 for none",
-                hint="name the classes in classes.txt beside the images, one a line, 0 first",
-            )
-        return classes, np.array(numbers, np.int32)
+        floats = [text for text in known if text != NO_LABEL]
+        if floats and all(_POINT_ZERO.fullmatch(text) for text in floats):
+            notice = f"labels are written as {floats[0]}; the .0 was taken off"
+            return [text.removesuffix(".0") for text in known], [notice]
+        return known, []
 
 
-def _numbered(folders: Sequence[bytes], own: tuple[str, ...], count: int) -> Classes:
-    """Finds the names of numbered classes."""
-    if own:
-        return _distinct(folders, own)
+def _named(folders: Sequence[bytes], labels: Sequence[str]) -> Classes | None:
+    """Finds names of numbered classes; None where no file gives any."""
     for folder in folders:
         for name in (b"classes.json", b"classes.txt"):
             path = join(folder, name)
             if not os.path.isfile(path):
                 continue
-            pairs = _json_names(path) if name.endswith(b".json") else _line_names(path)
+            if name.endswith(b".json"):
+                found = _json_names(path, labels)
+                if found is None:
+                    return None
+                pairs = [(each, each) for each in found]
+            else:
+                pairs = _line_names(path)
             if len({name for name, _ in pairs}) != len(pairs):
                 raise SourceError(f"{for_display(path)} names a class twice")
             names, titles = tuple(n for n, _ in pairs), tuple(t for _, t in pairs)
             notice = f"labels are numbers; their names come from {for_display(path)}"
             return Classes(names, titles, (notice,))
-    if count > _MAX_CLASSES:
-        raise SourceError(
-            f"there is a label {count - 1} and no names of classes; numbers up to "
-            f"{_MAX_CLASSES - 1} are taken without",
-            hint="name the classes in classes.txt beside the images, one a line, 0 first",
-        )
-    names = tuple(str(number) for number in range(count))
-    notice = (
-        f"labels are numbers, 0 to {count - 1}, without names; classes.txt beside the images, one "
-        "name a line, would give them"
-    )
-    return Classes(names, names, (notice,) if count else ())
+    return None
 
 
 def _distinct(folders: Sequence[bytes], own: tuple[str, ...]) -> Classes:
@@ -139,20 +210,25 @@ def _distinct(folders: Sequence[bytes], own: tuple[str, ...]) -> Classes:
     return Classes(names, titles, notices)
 
 
-def _json_names(path: bytes) -> list[tuple[str, str]]:
-    """Reads a list of names, or an object {"0": name, "1": name, ...}."""
+def _json_names(path: bytes, labels: Sequence[str]) -> list[str] | None:
+    """Reads a list of names, or an object {"0": name, "1": name, ...}.
+
+    None where it is an object that gives each label a title, whatever number it is.
+    """
     try:
         found = json.loads("\n".join(text_lines(path)))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{for_display(path)} is no JSON: {error}") from error
     if isinstance(found, dict) and found.keys() == {str(n) for n in range(len(found))}:
         found = [found[str(number)] for number in range(len(found))]
+    elif isinstance(found, dict) and labels and found.keys() >= set(labels):
+        return None
     if not isinstance(found, list) or not all(isinstance(n, str) and n for n in found):
         raise SourceError(
             f"{for_display(path)} gives no names for labels that are numbers; wanted a list of "
             'names, or an object {"0": name, "1": name, ...}'
         )
-    return [(name, name) for name in found]
+    return found
 
 
 def _line_names(path: bytes) -> list[tuple[str, str]]:

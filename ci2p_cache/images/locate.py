@@ -1,21 +1,28 @@
 """The door to the sources: a location as the user gives it -> the source that reads it."""
 
+# Paths are bytes here, which pathlib does not have.
+# ruff: noqa: PTH100, PTH112, PTH113, PTH120, PTH208
+
 from __future__ import annotations
 
 import os
 
-from ci2p_cache.errors import SourceError
+from ci2p_cache.errors import SourceError, UsageError
 from ci2p_cache.images.archives import PARQUET_SUFFIXES, TAR_SUFFIXES, kind_of_folder
 from ci2p_cache.images.folder import FolderSource
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.names import for_display
+from ci2p_cache.images.reading import read_file
+from ci2p_cache.images.source import ImageReader, ImageSource, SourceOptions
 from ci2p_cache.remote import url_of
 
-__all__ = ["open_source"]
+__all__ = ["open_reader", "open_source"]
 
 _LIST_SUFFIXES = (b".csv", b".tsv")
 
 
-def open_source(location: str | os.PathLike[str]) -> ImageSource:
+def open_source(
+    location: str | os.PathLike[str], options: SourceOptions | None = None
+) -> ImageSource:
     """Opens the images at a path.
 
     Args:
@@ -23,22 +30,26 @@ def open_source(location: str | os.PathLike[str]) -> ImageSource:
 
             - a folder of images: `SRC/CLASS/...`, `SRC/{train,val,test}/CLASS/...`, or ImageNet as
               it comes (see `folder.FolderSource`);
-            - tar files as WebDataset has them: a file, a folder that holds only tars, or a pattern
-              (`train-{000000..000012}.tar`, `'*.tar.gz'`; see `tar.TarSource`);
+            - tar files as WebDataset has them, or with class folders or class tars in them: a file,
+              a folder that holds only tars, or a pattern (`train-{000000..000012}.tar`,
+              `'*.tar.gz'`; see `tar.TarSource`);
             - parquet files with the images in them: a file, a folder, a pattern (see
               `parquet.ParquetSource`);
             - any of these behind `s3://`, `gs://` or `http(s)://` (see `fetched.FetchedSource`);
             - a list of paths and labels: a CSV or parquet file (see `table.TableSource`).
+        options: What the names of columns and the folder of a list are, where they are not the
+            usual ones.
 
     Returns:
         The source; its images are not listed yet.
 
     Raises:
         SourceError: nothing is there, it is of no known kind, or its layout is not understood.
-        UsageError: it is a URL of a kind that is not read.
+        UsageError: it is a URL of a kind that is not read, or an option does not fit this kind.
         MissingDependencyError: the library for this kind of URL is not installed.
         ResourceError: the file system failed again and again.
     """
+    options = options or SourceOptions()
     name = os.fsencode(location)
     if not name:
         raise SourceError("the location of the images is empty; wanted a folder or file")
@@ -51,33 +62,91 @@ def open_source(location: str | os.PathLike[str]) -> ImageSource:
     if url is not None:
         from ci2p_cache.images.fetched import FetchedSource
 
-        return FetchedSource(url, open_source)
+        _refuse(options, "root", "images behind a URL")
+        return FetchedSource(url, open_source, open_reader, options)
     lowered = name.lower()
-    if os.path.isdir(name):  # noqa: PTH112
-        kind = kind_of_folder(os.path.abspath(name))  # noqa: PTH100
+    if os.path.isdir(name):
+        kind = kind_of_folder(os.path.abspath(name))
         if kind is None:
+            _refuse(options, "root image_column label_column", "a folder of images")
             return FolderSource(location)
         lowered = kind[0]
     # Only now: pyarrow takes a while to be imported.
     if lowered.endswith(TAR_SUFFIXES):
         from ci2p_cache.images.tar import TarSource
 
-        return TarSource(location)
+        _refuse(options, "root", "tar files")
+        return TarSource(location, options)
     if lowered.endswith(PARQUET_SUFFIXES):
         from ci2p_cache.images.table import TableSource, is_table
 
-        if is_table(name):
-            return TableSource(location)
+        if is_table(name, options):
+            return TableSource(location, options)
         from ci2p_cache.images.parquet import ParquetSource
 
-        return ParquetSource(location)
+        _refuse(options, "root", "parquet files with images in them")
+        return ParquetSource(location, options)
     if lowered.endswith(_LIST_SUFFIXES):
         from ci2p_cache.images.table import TableSource
 
-        return TableSource(location)
+        return TableSource(location, options)
     if lowered.endswith(b".zip"):
         raise SourceError(
             f"{os.fsdecode(location)} is a zip archive, which is not read",
             hint="unpack it into one folder per class",
         )
     return FolderSource(location)
+
+
+def open_reader(location: str | os.PathLike[str]) -> ImageReader:
+    """Opens images that were listed before, for reading alone.
+
+    Nothing is listed and no layout found out: it is enough that the files are there.
+
+    Args:
+        location: As `ImageSource.location` gave it, or where the same files are now.
+
+    Raises:
+        SourceError, UsageError, MissingDependencyError, ResourceError: as `open_source` has them.
+    """
+    name = os.fsencode(location)
+    url = url_of(os.fsdecode(name))
+    if url is not None:
+        from ci2p_cache.images.fetched import FetchedSource
+
+        return FetchedSource(url, open_source, open_reader, SourceOptions())
+    full = os.path.abspath(name)
+    if os.path.isdir(full) and os.listdir(full) and kind_of_folder(full) is None:
+        return _Files(full)
+    if os.path.isfile(name) and name.lower().endswith((*_LIST_SUFFIXES, *PARQUET_SUFFIXES)):
+        from ci2p_cache.images.table import is_table
+
+        if name.lower().endswith(_LIST_SUFFIXES) or is_table(name):
+            return _Files(os.path.dirname(full))
+    return open_source(location)
+
+
+class _Files:
+    """An `ImageReader` over the files below a folder."""
+
+    def __init__(self, root: bytes) -> None:
+        self._root = root
+
+    def location(self) -> str:
+        return os.fsdecode(self._root)
+
+    def read(self, path: bytes) -> bytes:
+        if path.startswith(b"/") or b".." in path.split(b"/") or b"\0" in path:
+            raise SourceError(f"{for_display(path)} is no path below {for_display(self._root)}")
+        return read_file(self._root, path)
+
+
+def _refuse(options: SourceOptions, names: str, kind: str) -> None:
+    """Refuses options that would be ignored."""
+    for name in names.split():
+        if getattr(options, name) is not None:
+            raise UsageError(
+                f"`{name}` is {getattr(options, name)!r}, and the images are {kind}, where it has "
+                "no meaning",
+                hint=f"leave --{name.replace('_', '-')} out",
+            )

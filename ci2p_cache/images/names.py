@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["as_key", "for_display", "join"]
+import hashlib
+
+__all__ = ["as_key", "for_display", "hash64", "is_hidden", "join"]
 
 
 def as_key(path: bytes) -> str:
@@ -21,3 +23,13 @@ def for_display(path: bytes) -> str:
 def join(folder: bytes, name: bytes) -> bytes:
     """Returns a path below a folder; either may be empty."""
     return folder + b"/" + name if folder and name else folder + name
+
+
+def is_hidden(path: bytes) -> bool:
+    """Whether a path has a part that file systems hide, or that macOS adds to archives."""
+    return any(part.startswith(b".") or part == b"__MACOSX" for part in path.split(b"/"))
+
+
+def hash64(name: bytes) -> int:
+    """Returns 64 bits of a name's hash."""
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")

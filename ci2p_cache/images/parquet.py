@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ from ci2p_cache.images.image_table import ImageTable
 from ci2p_cache.images.kept import Kept
 from ci2p_cache.images.labels import LabelTable
 from ci2p_cache.images.names import for_display, join
-from ci2p_cache.images.source import ImageRef
+from ci2p_cache.images.source import ImageRef, SourceOptions
 from ci2p_cache.images.tally import Tally
 
 __all__ = ["ParquetSource"]
@@ -42,10 +43,13 @@ _LEADS_OUT = r"^$|^/|\\|\x00|(^|/)\.{1,2}(/|$)|//|^[A-Za-z][A-Za-z0-9+.-]*:"
 class ParquetSource(ArchiveSource):
     """An `ImageSource` over parquet files with the images in them.
 
-    The image column is the only struct of `bytes` and `path`, the label column `label`, or else
-    the only one that the schema's metadata calls a ClassLabel. Paths and labels are read once, when
-    `scan` or `classes` is first asked for. Rows follow file and row, so encoding reads each row
-    group once per split that is drawn from it; in random order each image costs a whole group.
+    The image column is the only struct of `bytes` and `path`, or else the only one of bytes; the
+    label column is `label`, or else the only one that the schema's metadata calls a ClassLabel.
+    Options name others.
+
+    Paths and labels are read once, when `scan` or `classes` is first asked for. Rows follow file
+    and row, so encoding reads each row group once per split that is drawn from it; in random order
+    each image costs a whole group.
 
     A key is the row's `path` where all rows of all files have one, relative and unlike the others
     of its split; otherwise it is file and row ("data/train-00000-of-00294.parquet/817").
@@ -53,6 +57,7 @@ class ParquetSource(ArchiveSource):
     Args:
         location: A parquet file, a folder that holds only such files, perhaps below `data/`, a
             wildcard or a brace pattern; see `find_archives`, also for splits.
+        options: Which columns hold the images and the labels.
 
     Raises:
         SourceError: nothing is there, a named file is missing, or the splits are unclear.
@@ -63,8 +68,17 @@ class ParquetSource(ArchiveSource):
     place = re.compile(rb"(.+)#(\d{1,18})", re.DOTALL)
     words = ("row of a file", "parquet file", "files")
 
-    def __init__(self, location: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, location: str | os.PathLike[str], options: SourceOptions | None = None
+    ) -> None:
         super().__init__(location)
+        self._options = options or SourceOptions()
+        self._column = os.fsencode(self._options.image_column or "")
+        if set(self._column) & set(b"#/"):
+            raise SourceError(
+                f"the column {for_display(self._column)} cannot be read: its name has # or / in it",
+                hint="write the file again with another name for it",
+            )
         self._listing: list[tuple[Archive, pa.Table]] | None = None
         self._has_paths = False
         self._labels: npt.NDArray[np.int32] = np.zeros(0, np.int32)
@@ -84,6 +98,9 @@ class ParquetSource(ArchiveSource):
                 columns = (batch.column(name).to_pylist() for name in ("row", "path", "label"))
                 for row, name, label_id in zip(*columns, strict=True):
                     path = b"%b#%d" % (archive.path, row)
+                    if self._column:
+                        # `read` knows nothing of the options.
+                        path += b"=" + self._column
                     shown = os.fsdecode(archive.path).encode("utf-8", "backslashreplace").decode()
                     key = name if self._has_paths else f"{shown}/{row}"
                     label = int(self._labels[label_id])
@@ -98,9 +115,15 @@ class ParquetSource(ArchiveSource):
             SourceError: `path` is none below the source, or the file is damaged or was changed.
             ResourceError: reading failed again and again, or the file has gone.
         """
-        full, (row,) = self._found(path)
-        file = self._files.get(full, lambda: read_archive(lambda: ImageTable(full), full))
-        return file.image(row)
+        file, _, place = path.rpartition(b"#")
+        number, _, column = place.partition(b"=")
+        full, (row,) = self._found(b"%b#%b" % (file, number))
+        options = SourceOptions(image_column=os.fsdecode(column) or None)
+        table = self._files.get(
+            full + b"#" + column,
+            lambda: read_archive(lambda: ImageTable(full, options), full),
+        )
+        return table.image(row)
 
     def _list(self) -> list[tuple[Archive, pa.Table]]:
         """Reads paths and labels of all files; once."""
@@ -110,14 +133,14 @@ class ParquetSource(ArchiveSource):
         tally, names = Tally(), None
         for archive in self._archives.files:
             full = join(self._archives.root, archive.path)
-            file = read_archive(lambda full=full: ImageTable(full), full)  # type: ignore[misc]
+            file = read_archive(partial(ImageTable, full, self._options), full)
+            listing.append((archive, file.listing(labels, archive.split, tally)))
             if names is not None and names != file.class_names:
                 raise SourceError(
                     f"{for_display(full)} has other class names in its metadata than the first "
                     "file; a label would not mean the same in both"
                 )
             names = file.class_names
-            listing.append((archive, file.listing(labels, archive.split, tally)))
         folder = self._archives.files[0].path.rpartition(b"/")[0]
         folders = dict.fromkeys([self._archives.root, join(self._archives.root, folder)])
         self._labels = self._settle(

@@ -6,7 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["ImageRef", "ImageSource"]
+__all__ = ["ImageReader", "ImageRef", "ImageSource", "SourceOptions"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceOptions:
+    """What the user says of a source whose own names do not say it."""
+
+    root: str | None = None
+    """Folder that the paths of a list start from; None: the list's own."""
+    image_column: str | None = None
+    """Column of the images or of their paths; in tars the extension of the images. None: `path` in
+    a list, the only image column of a parquet file, every image of a tar."""
+    label_column: str | None = None
+    """Column of the labels; in tars an extension, or a field of the .json. None: `label`, the only
+    ClassLabel column of a parquet file, `.cls` or the usual fields of `.json`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,49 +43,11 @@ class ImageRef:
     be read in any order. The plan keeps this order."""
 
 
-class ImageSource(Protocol):
-    """Lists images and gives their bytes.
-
-    `scan` belongs to one thread at a time; `read` may be called from any number of threads.
-    """
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names, sorted as torchvision sorts them; one list over all splits.
-
-        Where labels are numbers, in their order. Archives and tables are listed for it.
-        """
-
-    @property
-    def class_titles(self) -> tuple[str, ...]:
-        """Names for people, in the order of `classes`; the class name where there is no other."""
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What the user should know, one sentence each; complete once `scan` has ended."""
+class ImageReader(Protocol):
+    """Gives the bytes of images that were listed before; any number of threads may call it."""
 
     def location(self) -> str:
-        """Returns the absolute path or URL, for display and for opening the source again."""
-
-    def scan(self) -> Iterator[ImageRef]:
-        """Yields every image once, in an order that depends on names alone.
-
-        Streams: memory grows with the largest folder, not with the source. Archives and tables keep
-        their list, some 20 bytes and the name per image, and list anew only when opened anew.
-
-        Raises:
-            SourceError: a folder cannot be listed, or there is no image at all.
-            ResourceError: listing failed again and again; the same call may succeed later.
-        """
-
-    def file_of(self, path: bytes) -> tuple[bytes, bool] | None:
-        """Returns the local file that holds an image, absolute, and whether it holds nothing else.
-
-        None where the images are fetched from a server. Neither is looked at.
-
-        Raises:
-            SourceError: `path` is none below the source.
-        """
+        """Returns the absolute path or URL, for display and for opening a reader again."""
 
     def read(self, path: bytes) -> bytes:
         """Returns the whole content of one image, by `ImageRef.path`.
@@ -82,4 +58,44 @@ class ImageSource(Protocol):
             SourceError: `path` is none below the source, or an archive or table is damaged or not
                 what was listed.
             ResourceError: reading failed again and again, or the source as a whole has gone.
+        """
+
+
+class ImageSource(ImageReader, Protocol):
+    """Lists images and gives their bytes; `scan` belongs to one thread at a time."""
+
+    def file_of(self, path: bytes) -> tuple[bytes, bool] | None:
+        """Returns the local file that holds an image, absolute, and whether it holds nothing else.
+
+        None where the images are fetched from a server. Neither is looked at.
+
+        Raises:
+            SourceError: `path` is none below the source.
+        """
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of `labels.ordered_classes`; one list over all splits.
+
+        Classes that the source declares (a ClassLabel, `classes.txt`) keep the order they have
+        there. Archives and tables are listed for it.
+        """
+
+    @property
+    def class_titles(self) -> tuple[str, ...]:
+        """Names for people, in the order of `classes`; the class name where there is no other."""
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know, one sentence each; complete once `scan` has ended."""
+
+    def scan(self) -> Iterator[ImageRef]:
+        """Yields every image once, in an order that depends on names alone.
+
+        Streams: memory grows with the largest folder, not with the source. Archives and tables keep
+        their list, some 20 bytes and the name per image, and list anew only when opened anew.
+
+        Raises:
+            SourceError: a folder cannot be listed, or there is no image at all.
+            ResourceError: listing failed again and again; the same call may succeed later.
         """

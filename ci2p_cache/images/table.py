@@ -1,30 +1,31 @@
-"""Images named by a table: a CSV or parquet file with a `path` and a `label` for each."""
+"""Images named by a table: a CSV or parquet file with the path and the label of each."""
 
 # Paths are bytes here, which pathlib does not have.
-# ruff: noqa: PTH100, PTH113, PTH116, PTH120, PTH123
+# ruff: noqa: PTH100, PTH112, PTH113, PTH116, PTH120
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterator
-
-import pyarrow as pa
+from itertools import islice
 
 from ci2p_cache.errors import SourceError
 from ci2p_cache.images.archives import PARQUET_SUFFIXES, SPLIT_NAMES, read_archive
+from ci2p_cache.images.columns import holds_paths
 from ci2p_cache.images.image_table import guarded, open_parquet
-from ci2p_cache.images.labels import Classes, LabelTable
+from ci2p_cache.images.labels import NO_LABEL, Classes, LabelTable
+from ci2p_cache.images.list_paths import ListPaths
+from ci2p_cache.images.list_rows import CsvRows, ListRows, ParquetRows
 from ci2p_cache.images.names import as_key, for_display, join
 from ci2p_cache.images.reading import read_file
-from ci2p_cache.images.source import ImageRef
+from ci2p_cache.images.source import ImageRef, SourceOptions
 from ci2p_cache.images.tally import Tally
 
 __all__ = ["TableSource", "is_table"]
 
-_COLUMNS = ("path", "label", "split")
-_BATCH_ROWS = 2**14
 _NO_LABEL = -1
+_FIRST_ROWS = 1000
+"""Of a list: they show which folder its paths start from."""
 
 _Row = tuple[bytes, str | int, str]
 
@@ -32,36 +33,53 @@ _Row = tuple[bytes, str | int, str]
 class TableSource:
     """An `ImageSource` over the files that a table names.
 
-    The table is a `.csv` (comma), `.tsv` (tab) or `.parquet` file with columns `path`, `label` and,
-    if it likes, `split` (train, val or test); others are ignored. Paths are relative to the table's
-    folder, which none may leave. A key is the path, without the folder of its split in front. The
-    files are not looked at before they are read.
+    The table is a `.csv`, `.tsv` or `.parquet` file with columns `path`, `label` and, if it likes,
+    `split` (train, val or test); options name others for the first two. The delimiter of a text is
+    found out. Paths start from the table's folder or from a root that is named, which none may
+    leave; absolute ones below it are taken too. A key is the path below the root, without the
+    folder of its split in front. The files are not looked at before they are read, but the first
+    few, and those whose paths have backslashes.
 
     Args:
         location: The table.
+        options: The columns of paths and labels, and the folder that paths start from.
 
     Raises:
         SourceError: it is missing, is no file, or has not those columns.
         ResourceError: the file system failed again and again.
     """
 
-    def __init__(self, location: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, location: str | os.PathLike[str], options: SourceOptions | None = None
+    ) -> None:
+        options = options or SourceOptions()
         self._path = os.path.abspath(os.fsencode(location))
-        self._root = os.path.dirname(self._path)
+        folder = os.path.dirname(self._path)
+        root = None if options.root is None else os.path.abspath(os.fsencode(options.root))
+        self._root = root or folder
+        is_parquet = self._path.lower().endswith(PARQUET_SUFFIXES)
+        by_folder = root is not None or (is_parquet and options.image_column is not None)
+        self._location = self._root if by_folder else self._path
         self._shown = for_display(self._path)
         self._tally = Tally()
-        self._table = LabelTable()
+        self._labels_of = LabelTable()
         self._classes: Classes | None = None
         self._labels: list[int] = []
         self._identity: tuple[int, int] | None = None
         if not os.path.isfile(self._path):
             kind = "is no file" if os.path.lexists(self._path) else "does not exist"
             raise SourceError(f"{self._shown} {kind}; wanted a table of paths and labels")
+        if root is not None and not os.path.isdir(root):
+            raise SourceError(f"--root {for_display(root)} is no folder; wanted one with images")
+        self._table: ListRows = CsvRows(self._path, options)
+        if is_parquet:
+            self._table = ParquetRows(self._path, options)
+        self._paths = ListPaths(self._root, folder)
         next(self._rows(), None)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names: sorted where labels are names, by number where they are numbers."""
+        """Class names in the order of `ordered_classes`, or as they are declared."""
         return self._settled().names
 
     @property
@@ -73,11 +91,14 @@ class TableSource:
     def notices(self) -> tuple[str, ...]:
         """What the user should know, one sentence each; complete once `scan` has ended."""
         notices = self._classes.notices if self._classes else ()
-        return (*notices, *self._tally.notices())
+        return (*notices, *self._tally.notices(), *self._paths.notices())
 
     def location(self) -> str:
-        """Returns the table's absolute path; bytes that are not UTF-8 are surrogates."""
-        return os.fsdecode(self._path)
+        """Returns the table's absolute path; the root's where options were needed to find that.
+
+        Either is enough to read images again. Bytes that are not UTF-8 are surrogates.
+        """
+        return os.fsdecode(self._location)
 
     def scan(self) -> Iterator[ImageRef]:
         """Yields every image in the order of the table.
@@ -90,7 +111,7 @@ class TableSource:
         tally = self._tally = Tally()
         count = 0
         for path, label, split in self._rows():
-            number = self._table.add(label)
+            number = self._labels_of.add(label)
             if number >= len(self._labels):
                 raise SourceError(f"{self._shown} was changed while it was read")
             if self._labels[number] == _NO_LABEL:
@@ -120,16 +141,22 @@ class TableSource:
     def _settled(self) -> Classes:
         """Reads all labels; once."""
         if self._classes is None:
-            splits = set()
-            for _, label, split in self._rows():
-                self._table.add(label)
+            splits: set[str] = set()
+            first: list[bytes] = []
+            for path, label, split in self._rows():
+                self._labels_of.add(label)
                 splits.add(split)
+                if len(first) < ListPaths.num_looked_at:
+                    first.append(path)
+            self._paths.look_at(first)
             if "" in splits and len(splits) > 1:
                 raise SourceError(f"{self._shown} has rows with a split and rows without")
             if splits and not splits & {"", "train"}:
                 raise SourceError(f"{self._shown} has no row of the split train")
+            folders = tuple(dict.fromkeys([os.path.dirname(self._path), self._root]))
             try:
-                classes, labels = self._table.settle((self._root,))
+                self._paths.refuse_without_suffix(first)
+                classes, labels = self._labels_of.settle(folders, self._table.class_names)
             except SourceError as error:
                 raise SourceError(f"{self._shown}: {error}", hint=error.hint) from error
             self._classes, self._labels = classes, labels.tolist()
@@ -137,93 +164,46 @@ class TableSource:
 
     def _rows(self) -> Iterator[_Row]:
         """Yields path, label and split ("" for none) of every row, checked."""
-        is_parquet = self._path.lower().endswith(PARQUET_SUFFIXES)
         found = os.stat(self._path)
         identity = (found.st_size, found.st_mtime_ns)
         if self._identity not in (None, identity):
             raise SourceError(f"{self._shown} was changed while it was read")
         self._identity = identity
-        rows = self._parquet_rows() if is_parquet else self._csv_rows()
-        for number, (path, label, split) in enumerate(rows, 1):
+        for number, (path, label, split) in enumerate(self._table.rows(), 1):
             try:
                 yield self._checked(path, label, split)
             except SourceError as error:
-                raise SourceError(f"{self._shown}, row {number}: {error}") from error
+                raise SourceError(
+                    f"{self._shown}, row {number}: {error}", hint=error.hint
+                ) from error
 
-    def _checked(self, path: bytes, label: str | int, split: str) -> _Row:
-        if b"://" in path:
-            raise SourceError(f"{for_display(path[:200])} is a URL; wanted a file below the table")
-        if path.startswith(self._root.rstrip(b"/") + b"/"):
-            path = path[len(self._root.rstrip(b"/")) + 1 :]
-        parts = [part for part in path.split(b"/") if part not in (b"", b".")]
-        if not parts or path.startswith(b"/") or b".." in parts or b"\0" in path:
-            raise SourceError(
-                f"`path` is {for_display(path[:200])!r}; wanted one below {for_display(self._root)}"
-            )
-        if label == "":
-            raise SourceError(f"{for_display(path[:200])} has no label")
+    def _checked(self, path: bytes, label: str | int | None, split: str) -> _Row:
         known = SPLIT_NAMES.get(split.strip().lower().encode("utf-8", "replace"))
         if split and known is None:
             raise SourceError(f"`split` is {split[:40]!r}; wanted train, val or test")
-        return b"/".join(parts), label, known or ""
-
-    def _csv_rows(self) -> Iterator[tuple[bytes, str, str]]:
-        tabs = self._path.lower().endswith(b".tsv")
-        # Names that are not UTF-8 come through as they are.
-        with read_archive(
-            lambda: open(self._path, encoding="utf-8-sig", errors="surrogateescape", newline=""),
-            self._path,
-        ) as file:
-            reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
-            try:
-                self._require_columns(reader.fieldnames or ())
-                for row in reader:
-                    values = [row.get(name, "") for name in _COLUMNS]
-                    if None in values or None in row:
-                        raise SourceError(
-                            f"{self._shown}, line {reader.line_num}, has another number of values "
-                            "than the first line has names"
-                        )
-                    path, label, split = values
-                    # Labels as tars have them: bytes that are not UTF-8 are shown as \xNN.
-                    yield os.fsencode(path), as_key(os.fsencode(label.strip())), split
-            except csv.Error as error:
-                raise SourceError(
-                    f"{self._shown}, line {reader.line_num}, is no CSV: {error}"
-                ) from error
-
-    def _parquet_rows(self) -> Iterator[tuple[bytes, str | int, str]]:
-        def load() -> pa.Table:
-            with open_parquet(self._path) as (file, _):
-                names = file.schema_arrow.names
-                self._require_columns(names)
-                return file.read(columns=[name for name in _COLUMNS if name in names])
-
-        table = read_archive(lambda: guarded(self._path, load), self._path)
-        for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
-            columns = batch.to_pydict()
-            splits = columns.get("split") or [""] * batch.num_rows
-            for path, label, split in zip(columns["path"], columns["label"], splits, strict=True):
-                if not isinstance(path, str | bytes) or not isinstance(label, str | int):
-                    raise SourceError(
-                        f"{self._shown} has a path {path!r:.80} with the label {label!r:.80}; "
-                        "wanted a text, and a text or whole number"
-                    )
-                if not isinstance(split, str | None):
-                    raise SourceError(f"{self._shown} has a split {split!r:.80}; wanted a text")
-                yield os.fsencode(path), label, split or ""
-
-    def _require_columns(self, names: object) -> None:
-        found = list(names) if isinstance(names, list | tuple) else []
-        if any(name not in found for name in ("path", "label")):
-            shown = for_display(", ".join(map(str, found)).encode("utf-8", "replace")[:300])
+        given = NO_LABEL if label is None or label == "" else label
+        if given != label and known != "test":
             raise SourceError(
-                f"{self._shown} has the columns {shown or 'none'}; wanted `path`, `label` and, "
-                "where it has splits, `split`"
+                f"{for_display(path[:200])} has no label",
+                hint="leave rows without a label out, or give them the split test",
             )
+        try:
+            return self._paths.below(path), given, known or ""
+        except SourceError as error:
+            if path.startswith(b"/"):
+                hint = f"repeat the command with --root {for_display(self._common_folder(path))}"
+                raise SourceError(str(error), hint=hint) from error
+            raise
+
+    def _common_folder(self, path: bytes) -> bytes:
+        """Returns the folder around those of an absolute path and of the first ones of the list."""
+        first = [each for each, *_ in islice(self._table.rows(), _FIRST_ROWS)]
+        folders = {os.path.dirname(each) for each in (path, *first) if each.startswith(b"/")}
+        # One folder alone is that of a class.
+        return os.path.commonpath(folders) if len(folders) > 1 else os.path.dirname(folders.pop())
 
 
-def is_table(location: bytes) -> bool:
+def is_table(location: bytes, options: SourceOptions | None = None) -> bool:
     """Whether a parquet file names images, instead of holding them.
 
     Raises:
@@ -234,12 +214,11 @@ def is_table(location: bytes) -> bool:
     if not os.path.isfile(full):
         return False
 
-    def names() -> list[str]:
+    def names_images() -> bool:
         with open_parquet(full) as (file, _):
-            return list(file.schema_arrow.names)
+            return holds_paths(file, options.image_column if options else None)
 
-    found = read_archive(lambda: guarded(full, names), full)
-    return "path" in found and "label" in found
+    return read_archive(lambda: guarded(full, names_images), full)
 
 
 def _key(path: bytes, split: str) -> str:

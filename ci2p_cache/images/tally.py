@@ -17,6 +17,8 @@ _SENTENCES = {
     "unreadable": "files of unknown kind ignored, because they may not be read",
     "member": "archive members skipped that are no files (links, pipes, devices)",
     "unlabelled": "images without a label skipped",
+    "unchosen": "images left out whose extension is not that of --image-column",
+    "outside": "images left out that lie in no class folder",
     "stray": "images ignored that lie beside the class folders, in none of them",
 }
 

@@ -1,4 +1,4 @@
-"""Images in tar files as WebDataset writes them: `train-000000.tar`, plain, gzip or zstandard.
+"""Images in tar files: as WebDataset writes them, or in class folders; plain, gzip or zstandard.
 
 ::
 
@@ -10,19 +10,28 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from ci2p_cache.errors import ImageDecodeError, SourceError
 from ci2p_cache.images.archive_source import ArchiveSource
 from ci2p_cache.images.archives import TAR_SUFFIXES, Archive, read_archive
+from ci2p_cache.images.class_folders import ClassFolders, find_class_folders, refuse_shards
+from ci2p_cache.images.imagenet import read_titles
 from ci2p_cache.images.kept import Kept
-from ci2p_cache.images.labels import LabelTable
-from ci2p_cache.images.names import as_key, for_display, join
+from ci2p_cache.images.labels import Classes, LabelTable, order_notices, ordered_classes
+from ci2p_cache.images.names import as_key, for_display, hash64, join
 from ci2p_cache.images.reading import MAX_FILE_BYTES
-from ci2p_cache.images.source import ImageRef
+from ci2p_cache.images.source import ImageRef, SourceOptions
 from ci2p_cache.images.tally import Tally
-from ci2p_cache.images.tar_listing import ListedImages, TarLister, names_recur, refusal
-from ci2p_cache.images.tar_members import BLOCK_BYTES, Member, require_header
+from ci2p_cache.images.tar_images import NO_LABEL_FILE, Listed
+from ci2p_cache.images.tar_listing import TarLister, refusal
+from ci2p_cache.images.tar_members import BLOCK_BYTES, require_header
+from ci2p_cache.images.tar_nested import stem
 from ci2p_cache.images.tar_streams import Window, is_packed, read_at
 
 __all__ = ["TarSource"]
@@ -30,6 +39,25 @@ __all__ = ["TarSource"]
 _MAX_WINDOWS = 4
 """Packed archives open for reading at a time; each keeps 32 MiB."""
 _NO_LABEL = -1
+_PACK = (
+    "pack class folders, tar -cf CLASSES.tar -C FOLDER . with FOLDER/CLASS/image.jpg; or unpack "
+    "the images and encode a list of them, a .csv with path and label"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Folders:
+    """How the paths of images without any file of labels say what they show."""
+
+    layout: ClassFolders
+    archives_are_classes: bool
+    """Whether each archive stands for a folder, as ImageNet's class tars do."""
+
+    def place(self, archive: Archive, name: bytes) -> tuple[str | None, bytes, bytes] | None:
+        """Returns split, class and key of an image; None where it lies in no class folder."""
+        path = join(_class_of(archive), name) if self.archives_are_classes else name
+        found = self.layout.place(path)
+        return found and (found[0] or archive.split, found[1], found[2])
 
 
 class TarSource(ArchiveSource):
@@ -40,13 +68,17 @@ class TarSource(ArchiveSource):
     each archive in sequence, once per split that is drawn from it. In random order a plain tar is
     as good as a folder; a packed one begins again for each image that lies behind.
 
+    A label is the text of `.cls`, or `label`, `cls` or `class_name` of `.json`; see `LabelTable`.
+    Where no archive has any such file, images lie in class folders, perhaps in split folders; a tar
+    of class tars, or a folder of them, is read in the same way (ImageNet comes so).
+
     Keys are the names of the image members, so that a folder and a tar of it have the same. Where
-    an archive of a split has a name that another one has too, they are ARCHIVE/NAME. A label is the
-    text of `.cls`, or `label`, `cls` or `class_name` of `.json`; see `LabelTable`.
+    an archive of a split has a name that another one has too, they are ARCHIVE/NAME.
 
     Args:
         location: A tar, a folder that holds only tars, a wildcard or a brace pattern; see
             `find_archives`, also for splits.
+        options: The extension of the images, and where labels are.
 
     Raises:
         SourceError: nothing is there, a named archive is missing, or the splits are unclear.
@@ -57,10 +89,14 @@ class TarSource(ArchiveSource):
     place = re.compile(rb"(.+)#(\d{1,18})\+(\d{1,18})", re.DOTALL)
     words = ("image of an archive", "tar", "archives")
 
-    def __init__(self, location: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, location: str | os.PathLike[str], options: SourceOptions | None = None
+    ) -> None:
         super().__init__(location)
-        self._listing: list[tuple[Archive, ListedImages]] | None = None
+        self._options = options or SourceOptions()
+        self._listing: list[tuple[Archive, Listed]] | None = None
         self._labels: list[int] = []
+        self._folders: _Folders | None = None
         self._names_recur = False
         self._windows: Kept[Window] = Kept(_MAX_WINDOWS)
 
@@ -74,10 +110,10 @@ class TarSource(ArchiveSource):
         """
         place = 0
         for archive, listed in self._list():
-            for name, offset, size, label in listed:
+            for split, name, label, offset, size in self._placed(archive, listed):
                 path = b"%b#%d+%d" % (archive.path, offset, size)
                 key = as_key(join(archive.path, name) if self._names_recur else name)
-                yield ImageRef(key, archive.split, self._labels[label], path, order=place)
+                yield ImageRef(key, split, label, path, order=place)
                 place += 1
 
     @property
@@ -111,31 +147,138 @@ class TarSource(ArchiveSource):
             )
         return data[BLOCK_BYTES:]
 
-    def _list(self) -> list[tuple[Archive, ListedImages]]:
+    def _list(self) -> list[tuple[Archive, Listed]]:
         """Goes through all archives; once."""
         if self._listing is None:
             table, listing = LabelTable(), []
             tally = self._tally = Tally()
             for archive in self._archives.files:
                 full = join(self._archives.root, archive.path)
-                lister = TarLister(full, archive, table)
-                listed, found = read_archive(lister.list, full)
-                tally.merge(found)
+                listed = read_archive(TarLister(full, archive, table, self._options).list, full)
+                tally.merge(listed.tally)
                 listing.append((archive, listed))
-            labels = self._settle(
-                table,
-                self._label_folders(),
-                num_images=sum(len(listed) for _, listed in listing),
-                tally=tally,
-            )
-            self._labels = labels.tolist()
-            self._listing = self._with_labels(listing)
-            splits = {archive.split for archive, _ in listing}
-            self._names_recur = any(
-                names_recur(listed for archive, listed in self._listing if archive.split == split)
-                for split in splits
-            )
+            found = [listed for _, listed in listing]
+            if any(each.has_labels for each in found) or not any(each.problem for each in found):
+                self._settle_files(table, listing)
+            else:
+                self._settle_folders(listing)
+            self._listing = listing
+            self._names_recur = self._do_names_recur()
         return self._listing
+
+    def _settle_files(self, table: LabelTable, listing: list[tuple[Archive, Listed]]) -> None:
+        """Settles labels that come from files, and what has none."""
+        for archive, listed in listing:
+            if listed.problem is not None and archive.split != "test":
+                raise listed.problem
+        count = sum(len(listed.images) - listed.images.labels.count(NO_LABEL_FILE)
+                    for _, listed in listing)  # fmt: skip
+        for archive, listed in listing:
+            for name, _, _, label in listed.images:
+                if label == NO_LABEL_FILE:
+                    self._tally.add("unlabelled", join(archive.path, name))
+        settled = self._settle(table, self._label_folders(), num_images=count, tally=self._tally)
+        self._labels = settled.tolist()
+        if _NO_LABEL not in self._labels:
+            return
+        for archive, listed in listing:
+            for name, _, _, label in listed.images:
+                if label != NO_LABEL_FILE and self._labels[label] == _NO_LABEL:
+                    if archive.split != "test":
+                        raise refusal(self._archives.root, archive, name, "has the label -1, none")
+                    self._tally.add("unlabelled", join(archive.path, name))
+
+    def _settle_folders(self, listing: list[tuple[Archive, Listed]]) -> None:
+        """Settles labels that come from the folders in the archives."""
+        inner = {n.rpartition(b"/")[0] for _, listed in listing for n, *_ in listed.images}
+        classes = [_class_of(archive) for archive, _ in listing]
+        # A folder of class tars, the outer tar of ImageNet unpacked.
+        archives_are_classes = inner == {b""} and len(classes) > 1
+        if archives_are_classes:
+            inner = set(classes)
+        is_nested = any(listed.is_nested for _, listed in listing)
+        try:
+            if archives_are_classes or is_nested:
+                refuse_shards(inner, alone=is_nested)
+            layout = find_class_folders(inner)
+        except SourceError as error:
+            problem = next(listed.problem for _, listed in listing if listed.problem is not None)
+            raise SourceError(
+                f"{problem}. Nor does it hold class folders or class tars: {error}",
+                hint=error.hint or _PACK,
+            ) from error
+        self._folders = _Folders(layout, archives_are_classes)
+        names = {
+            name
+            for archive, listed in listing
+            for name in self._classes_in(self._folders, archive, listed)
+        }
+        ordered = ordered_classes(names)
+        titles, notices = read_titles(self._label_folders(), ordered)
+        kind = "tars" if archives_are_classes or is_nested else "folders in the archive"
+        told = f"classes are the {kind}, because no image has a label beside it"
+        self._classes = Classes(ordered, titles, (told, *notices, *order_notices(ordered)))
+
+    def _classes_in(self, folders: _Folders, archive: Archive, listed: Listed) -> set[str]:
+        """Returns the classes of an archive, whose images outside of them are tallied."""
+        names: set[str] = set()
+        outside = b""
+        for name, *_ in listed.images:
+            found = folders.place(archive, name)
+            if found is None:
+                self._tally.add("outside", join(archive.path, name))
+                outside = name
+                continue
+            split, own, key = found
+            names.add(as_key(own))
+            problem = None
+            if archive.split not in (None, split):
+                problem = f"is of {split}, and the archive's name says {archive.split}"
+            if listed.is_nested and key.count(b"/") > 1:
+                problem = "lies in a folder of a tar in the tar; it is not clear which is its class"
+            if problem is not None:
+                raise refusal(self._archives.root, archive, name, problem)
+        if outside and not names and archive.split != "test":
+            raise refusal(
+                self._archives.root,
+                archive,
+                outside,
+                "lies in no class folder, and nor do the others of this archive",
+                hint="encode the other archives alone, or pack its images in class folders",
+            )
+        return names
+
+    def _placed(
+        self, archive: Archive, listed: Listed
+    ) -> Iterator[tuple[str | None, bytes, int, int, int]]:
+        """Yields split, name, label, offset and size of the images that have a label."""
+        if self._folders is None:
+            for name, offset, size, label in listed.images:
+                if label != NO_LABEL_FILE and self._labels[label] != _NO_LABEL:
+                    yield archive.split, name, self._labels[label], offset, size
+            return
+        label_of = {name: label for label, name in enumerate(self._classes.names)}
+        for name, offset, size, _ in listed.images:
+            found = self._folders.place(archive, name)
+            if found is not None:
+                yield found[0], found[2], label_of[as_key(found[1])], offset, size
+
+    def _do_names_recur(self) -> bool:
+        """Whether an image of one archive has the name of one in another, in the same split.
+
+        A name is told by 64 bits of its hash; two that are taken for one would only lengthen keys.
+        """
+        hashes: dict[str | None, list[npt.NDArray[np.uint64]]] = {}
+        for archive, listed in self._listing or ():
+            own: dict[str | None, array[int]] = {}
+            for split, name, *_ in self._placed(archive, listed):
+                own.setdefault(split, array("Q")).append(hash64(name))
+            for split, found in own.items():
+                hashes.setdefault(split, []).append(np.unique(np.array(found)))
+        return any(
+            len(np.unique(np.concatenate(found))) < sum(map(len, found))
+            for found in hashes.values()
+        )
 
     def _label_folders(self) -> tuple[bytes, ...]:
         """Returns the root, and the folders of archives below it."""
@@ -143,21 +286,7 @@ class TarSource(ArchiveSource):
         folders = {archive.path.rpartition(b"/")[0] for archive in self._archives.files}
         return (root, *(join(root, folder) for folder in sorted(folders - {b""})))
 
-    def _with_labels(
-        self, listing: list[tuple[Archive, ListedImages]]
-    ) -> list[tuple[Archive, ListedImages]]:
-        """Leaves out images of the test split whose label is -1; elsewhere they are refused."""
-        if _NO_LABEL not in self._labels:
-            return listing
-        kept = []
-        for archive, listed in listing:
-            new = ListedImages()
-            for name, offset, size, label in listed:
-                if self._labels[label] != _NO_LABEL:
-                    new.add(Member(name, offset, size, is_file=True), label)
-                elif archive.split == "test":
-                    self._tally.add("unlabelled", join(archive.path, name))
-                else:
-                    raise refusal(self._archives.root, archive, name, "has the label -1, none")
-            kept.append((archive, new))
-        return kept
+
+def _class_of(archive: Archive) -> bytes:
+    """Returns the class that an archive stands for, if it is one."""
+    return stem(archive.path).rpartition(b"/")[2]

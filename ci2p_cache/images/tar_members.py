@@ -28,7 +28,8 @@ _MAX_PADDING_BYTES = 2**20
 _REGULAR = b"\x0007"
 _FOLDER = b"5"
 _OTHERS = b"12346"
-"""Hard and symbolic links, devices, pipes: never followed, never made."""
+"""Links, devices, pipes: never made; only hard links to members of the tar are followed."""
+_HARD_LINK = b"1"
 _ZEROS = bytes(BLOCK_BYTES)
 
 
@@ -44,6 +45,8 @@ class Member:
     """Bytes of its content."""
     is_file: bool
     """False for links, devices and pipes."""
+    link: bytes = b""
+    """Of a hard link: the path in the tar that it leads to, in the form of `name`; else empty."""
 
 
 def members(stream: TarStream, archive: bytes) -> Iterator[Member]:
@@ -88,13 +91,13 @@ class _Reader:
 
     def next(self) -> Member | None:
         """Returns the next member, with an empty name for folders; None at the end marker."""
-        long_name: bytes | None = None
+        long: dict[bytes, bytes] = {}
         pax: dict[bytes, bytes] = {}
         for _ in range(_MAX_EXTRAS):
             self._start = self._stream.position
             header = self._stream.read(BLOCK_BYTES)
             if header == _ZEROS:
-                if long_name is not None or pax:
+                if b"path" in long or pax:
                     raise self._error("ends after an extended header")
                 return None
             if len(header) < BLOCK_BYTES:
@@ -106,15 +109,15 @@ class _Reader:
                 raise self._error("has a header without a size")
             if kind in (b"L", b"K", b"x", b"g"):
                 extra = self._extra(size)
-                if kind == b"L":
-                    long_name = extra.split(b"\0", 1)[0]
-                elif kind != b"K":
+                if kind in (b"L", b"K"):
+                    long[b"path" if kind == b"L" else b"linkpath"] = extra.split(b"\0", 1)[0]
+                else:
                     fields = self._pax_fields(extra)
                     if kind == b"g" and fields.keys() & {b"path", b"size"}:
                         raise self._error("gives one name or size to all members")
                     pax |= fields if kind == b"x" else {}
                 continue
-            return self._member(header, kind, size, pax.get(b"path", long_name), pax)
+            return self._member(header, kind, size, long | pax)
         raise self._error(f"has more than {_MAX_EXTRAS} extended headers in a row")
 
     def pass_content(self, member: Member) -> None:
@@ -137,9 +140,8 @@ class _Reader:
                     "goes on behind its end marker; are several archives put together?"
                 )
 
-    def _member(
-        self, header: bytes, kind: bytes, size: int, name: bytes | None, pax: dict[bytes, bytes]
-    ) -> Member:
+    def _member(self, header: bytes, kind: bytes, size: int, pax: dict[bytes, bytes]) -> Member:
+        name = pax.get(b"path")
         if name is None:
             name = header[:100].split(b"\0", 1)[0]
             if header[257:263] == b"ustar\0" and (prefix := header[345:500].split(b"\0", 1)[0]):
@@ -154,18 +156,25 @@ class _Reader:
         if kind not in _REGULAR and kind not in _OTHERS:
             raise self._error(f"has a member of the unknown kind {kind!r}")
         is_file = kind not in _OTHERS
+        link = b""
+        if kind == _HARD_LINK:
+            link = _clean(pax.get(b"linkpath", header[157:257].split(b"\0", 1)[0])) or b""
         # Links carry the size of what they lead to, and no content.
         return Member(
-            self._checked(name), self._stream.position, size if is_file else 0, is_file=is_file
+            self._checked(name),
+            self._stream.position,
+            size if is_file else 0,
+            is_file=is_file,
+            link=link,
         )
 
     def _checked(self, name: bytes) -> bytes:
-        parts = [part for part in name.split(b"/") if part not in (b"", b".")]
-        if not parts or name.startswith(b"/") or b".." in parts or b"\0" in name:
+        clean = _clean(name)
+        if clean is None:
             raise self._error(f"has a member {for_display(name[:200])}, which leads out of it")
         if len(name) > _MAX_NAME_BYTES:
             raise self._error(f"has a name of {len(name)} bytes; at most {_MAX_NAME_BYTES}")
-        return b"/".join(parts)
+        return clean
 
     def _extra(self, size: int) -> bytes:
         """Returns the content of an extended header."""
@@ -196,6 +205,14 @@ class _Reader:
             f"{self._archive} {what} (at byte {self._start})",
             hint="get or make the archive again, or leave it out",
         )
+
+
+def _clean(name: bytes) -> bytes | None:
+    """Returns a path without empty parts and "."; None where it leads out or is none."""
+    parts = [part for part in name.split(b"/") if part not in (b"", b".")]
+    if not parts or name.startswith(b"/") or b".." in parts or b"\0" in name:
+        return None
+    return b"/".join(parts)
 
 
 def _has_checksum(header: bytes) -> bool:

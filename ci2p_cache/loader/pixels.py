@@ -20,8 +20,8 @@ from torch import Tensor
 from ci2p_cache.cache.split import Split
 from ci2p_cache.errors import InputDataError
 from ci2p_cache.images.decode import decode_image
-from ci2p_cache.images.locate import open_source
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.locate import open_reader
+from ci2p_cache.images.source import ImageReader
 from ci2p_cache.images.views import image_views
 from ci2p_cache.loader.batches import BatchLoader, Shuffle
 from ci2p_cache.loader.order import Rows
@@ -87,7 +87,7 @@ class SourceLoader(BatchLoader):
     def _prepare(self) -> None:
         cache = self.split.cache
         self._fingerprint = cache.fingerprint
-        self._images: ImageSource = open_source(self._source or cache.manifest.source)
+        self._images: ImageReader = open_reader(self._source or cache.manifest.source)
         columns = ["key", "path_bytes", "source_sha256"]
         self._index = pa.concat_tables(
             self.split.read_index(shard, columns).replace_schema_metadata(None)

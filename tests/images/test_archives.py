@@ -137,9 +137,9 @@ class TestLabels:
     def test_numbers_without_names_are_their_own(self, tmp_path: Path) -> None:
         put_tar(tmp_path / "x.tar", "10", "2", "0")
         source = open_source(tmp_path / "x.tar")
-        assert [ref.label for ref in source.scan()] == [10, 2, 0]
-        assert source.classes == tuple(map(str, range(11)))
-        assert "labels are numbers, 0 to 10, without names" in notices(tmp_path / "x.tar")
+        assert [ref.label for ref in source.scan()] == [2, 1, 0]
+        assert source.classes == ("0", "2", "10")
+        assert "labels are 3 numbers without names, 0 to 10" in notices(tmp_path / "x.tar")
 
     @pytest.mark.parametrize(
         ("name", "content", "titles"),

@@ -155,13 +155,13 @@ def test_an_empty_split_folder_is_said(tmp_path: Path) -> None:
     assert "there is no val split" in notice(open_source(tmp_path), "holds no images")
 
 
-def test_a_class_without_images_stays_in_the_list(tmp_path: Path) -> None:
+def test_a_class_folder_without_images_is_no_class(tmp_path: Path) -> None:
     put(tmp_path / "b" / "1.jpg")
     (tmp_path / "a").mkdir()
     source = open_source(tmp_path)
-    assert source.classes == ("a", "b")
-    assert [ref.label for ref in source.scan()] == [1]
-    assert notice(source, "no image;") == "1 class (a): no image; the class stays in the list"
+    assert source.classes == ("b",)
+    assert [ref.label for ref in source.scan()] == [0]
+    assert notice(source, "no image,") == "1 class (a): no image, so no class"
 
 
 def test_images_beside_class_folders_are_counted_and_not_used(tmp_path: Path) -> None:

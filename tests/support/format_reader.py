@@ -91,12 +91,12 @@ def _require(holds: bool, what: str, where: Path) -> None:
         raise FormatError(f"{what}: {where}")
 
 
-def _require_fields(record: dict[str, Any], fields: str, where: Path) -> None:
-    odd = sorted(set(record) ^ set(fields.split()))
+def _require_fields(record: dict[str, Any], fields: str, where: Path, optional: str = "") -> None:
+    odd = sorted((set(record) ^ set(fields.split())) - set(optional.split()))
     _require(not odd, f"unknown or missing fields {odd}", where)
 
 
-def _read_sealed(path: Path, fields: str) -> dict[str, Any]:
+def _read_sealed(path: Path, fields: str, optional: str = "") -> dict[str, Any]:
     """Reads a JSON file that vouches for itself: version first, then the seal, then the fields."""
     data = path.read_bytes()
     try:
@@ -111,7 +111,7 @@ def _read_sealed(path: Path, fields: str) -> dict[str, Any]:
     before, _, after = data.rpartition(seal.encode())
     blank = before + b"0" * 64 + after
     _require(hashlib.sha256(blank).hexdigest() == seal, "its sha256 does not fit", path)
-    _require_fields(record, fields, path)
+    _require_fields(record, fields, path, optional)
     for entry in record["files"]:
         _require_fields(entry, FILE_FIELDS, path)
     return record
@@ -131,7 +131,7 @@ def _read_listed(folder: Path, files: list[dict[str, Any]], name: str) -> bytes:
 def open_manifest(folder: Path) -> dict[str, Any]:
     """Reads cache.json, its version, digest and fields checked; its state must be complete."""
     path = folder / "cache.json"
-    manifest = _read_sealed(path, MANIFEST_FIELDS)
+    manifest = _read_sealed(path, MANIFEST_FIELDS, "class_order")
     fingerprint = manifest["fingerprint"]
     _require_fields(fingerprint, " ".join(["format_version", *FINGERPRINT_FIELDS]), path)
     for part, fields in FINGERPRINT_FIELDS.items():

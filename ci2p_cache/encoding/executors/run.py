@@ -38,7 +38,11 @@ def encode_shards(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]
         CacheError: as `encode` has them.
     """
     _tell_disk_need(work, missing)
-    options = work.options
+    options, total = work.options, work.intent.plan.num_samples
+    work.observer.notice(
+        f"up to {work.bad_allowed:,} of {total:,} images may fail before the run stops "
+        f"(--max-errors {options.max_errors})"
+    )
     # Ray's devices are other machines', and unknown here.
     if options.precision == "bf16" and options.executor != "ray":
         device, *_ = chosen_devices(options.devices)

@@ -40,7 +40,7 @@ from ci2p_cache.encoding.resume import encode_settings
 from ci2p_cache.encoding.same_decoder import refuse_other_decoder
 from ci2p_cache.encoding.shard import ShardEncoder
 from ci2p_cache.errors import CacheError
-from ci2p_cache.images.locate import open_source
+from ci2p_cache.images.locate import open_reader
 
 __all__ = ["Job", "Worker", "error_of", "told"]
 
@@ -99,7 +99,7 @@ class Worker:
         options = EncodeOptions(batch_size=job.batch_size, workers=job.workers)
         self._staging = StagingArea(root, name=job.name)
         self._shards = ShardEncoder(
-            open_source(job.source),
+            open_reader(job.source),
             encode_settings(intent, options, lanes),
             lanes,
             self._staging,

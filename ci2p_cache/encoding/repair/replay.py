@@ -33,7 +33,7 @@ from ci2p_cache.errors import (
     SourceError,
     TooManyBadImagesError,
 )
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.source import ImageReader
 from ci2p_cache.machine import num_cores
 
 __all__ = [
@@ -75,7 +75,7 @@ def source_digests(index: pa.Table | None) -> dict[bytes, str | None]:
     )
 
 
-def changed_sources(images: ImageSource, shard: DamagedShard) -> list[str]:
+def changed_sources(images: ImageReader, shard: DamagedShard) -> list[str]:
     """Names the source images of a shard that are not what was encoded, as `path (reason)`."""
     found: list[str] = []
     for path, wanted in shard.sources.items():
@@ -108,7 +108,7 @@ class Replay:
         self,
         root: Path,
         manifest: Manifest,
-        images: ImageSource,
+        images: ImageReader,
         encoder: FrozenEncoder,
         staging: StagingArea,
         observer: EncodeObserver,

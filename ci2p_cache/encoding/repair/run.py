@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.finding import Finding
@@ -30,10 +32,12 @@ from ci2p_cache.encoding.repair.summary import RepairSummary
 from ci2p_cache.encoding.repair.witnesses import Witnesses
 from ci2p_cache.encoding.same_decoder import refuse_other_decoder
 from ci2p_cache.errors import SourceError, command
-from ci2p_cache.images.locate import open_source
-from ci2p_cache.images.source import ImageSource
+from ci2p_cache.images.locate import open_reader, open_source
+from ci2p_cache.images.source import ImageReader
 
 __all__ = ["repair", "restore"]
+
+_T = TypeVar("_T")
 
 _MAX_NAMED = 10
 """Changed source images that an error names; it counts the rest."""
@@ -140,7 +144,7 @@ class _Repair:
         self._source = source
         self._weights = weights
         self._observer = observer
-        self._images: ImageSource | None = None
+        self._images: ImageReader | None = None
         self._encoder: FrozenEncoder | None = None
         self._repaired: set[str] = set()
         self._reasons: dict[str, str] = {}
@@ -199,24 +203,27 @@ class _Repair:
             remaining=tuple(remaining),
         )
 
-    def _open_images(self) -> ImageSource:
+    def _open_images(self) -> ImageReader:
         if self._images is None:
-            place = self.manifest.source if self._source is None else self._source
-            try:
-                self._images = open_source(place)
-            except SourceError as error:
-                raise SourceError(
-                    f"damaged shards are encoded again from the source, and {error}",
-                    hint=command(
-                        "verify",
-                        self.root,
-                        "--repair",
-                        "--source",
-                        "DIR",
-                        note="where the images are now",
-                    ),
-                ) from error
+            self._images = self._opened(open_reader)
         return self._images
+
+    def _opened(self, opener: Callable[[str | Path], _T]) -> _T:
+        place = self.manifest.source if self._source is None else self._source
+        try:
+            return opener(place)
+        except SourceError as error:
+            raise SourceError(
+                f"damaged shards are encoded again from the source, and {error}",
+                hint=command(
+                    "verify",
+                    self.root,
+                    "--repair",
+                    "--source",
+                    "DIR",
+                    note="where the images are now",
+                ),
+            ) from error
 
     def _mend_encoder(self, staging: StagingArea) -> None:
         record, spec = self.manifest.encoder, self.manifest.fingerprint.encoder
@@ -236,7 +243,9 @@ class _Repair:
     def _mend_plan(self, staging: StagingArea) -> Plan:
         if self.manifest.plan.path not in self._paths:
             return read_plan(self.root, self.manifest)
-        plan = restored_plan(self.manifest, self._witnesses.intact_index, self._open_images)
+        plan = restored_plan(
+            self.manifest, self._witnesses.intact_index, partial(self._opened, open_source)
+        )
         staging.put(self.manifest.plan.path, plan.to_bytes())
         self._repaired.add(self.manifest.plan.path)
         return plan
