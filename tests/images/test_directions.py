@@ -478,9 +478,7 @@ def test_an_option_that_a_folder_has_no_use_for_is_refused(images: Path, option:
         open_source(images, SourceOptions(**{option: "x"}))
 
 
-@pytest.mark.parametrize(
-    "executor", ["local", pytest.param("processes", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("executor", ["local", pytest.param("processes", marks=pytest.mark.slow)])
 def test_a_cache_of_a_list_with_a_root_is_read_again_without_options(
     run, tmp_path: Path, executor: str
 ) -> None:
