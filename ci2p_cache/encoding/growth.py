@@ -80,12 +80,18 @@ def merged_classes(
         The names, their titles, and the label in the cache of each label of the source.
     """
     names, titles = list(manifest.classes), list(manifest.class_titles)
+    known = {name: label for label, name in enumerate(names)}
+    # Older caches spell the number of a class without zeros in front.
+    numbers = {int(name): label for name, label in known.items() if name.isdecimal()}
+    labels = []
     for name, title in zip(images.classes, images.class_titles, strict=True):
-        if name not in names:
+        label = known.get(name, numbers.get(int(name)) if name.isdecimal() else None)
+        if label is None:
+            label = len(names)
             names.append(name)
             titles.append(title)
-    known = {name: label for label, name in enumerate(names)}
-    return tuple(names), tuple(titles), [known[name] for name in images.classes]
+        labels.append(label)
+    return tuple(names), tuple(titles), labels
 
 
 def failed_rows(root: Path, growth_plan: Plan, committed: Collection[tuple[str, int]]) -> Rows:

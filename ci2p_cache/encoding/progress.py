@@ -180,7 +180,7 @@ class ProgressMeter:
     def report(self) -> None:
         """Tells the observer."""
         rate = self.images_now / max(self.seconds, 1e-9)
-        eta = None
+        eta = 0.0 if self._done == self._total else None
         if self._warm is not None and self.images_now > self._warm[1]:
             since, counted = self._warm
             left = self._total - self._done

@@ -23,7 +23,7 @@ from ci2p_cache.images.kinds import has_image, is_image
 from ci2p_cache.images.labels import order_notices, ordered_classes
 from ci2p_cache.images.listing import list_folder, walk
 from ci2p_cache.images.names import as_key, for_display, join
-from ci2p_cache.images.reading import read_file
+from ci2p_cache.images.reading import place_below, read_file
 from ci2p_cache.images.source import ImageRef
 from ci2p_cache.images.tally import Tally
 
@@ -145,17 +145,11 @@ class FolderSource:
             SourceError: `path` is none below the source.
             ResourceError: reading failed three times, or the whole source has gone.
         """
-        self._require_below(path)
         return read_file(self._root, path)
 
     def file_of(self, path: bytes) -> tuple[bytes, bool]:
         """Returns the file of an image."""
-        self._require_below(path)
-        return join(self._root, path), True
-
-    def _require_below(self, path: bytes) -> None:
-        if path.startswith(b"/") or b".." in path.split(b"/") or b"\0" in path:
-            raise SourceError(f"{for_display(path)} is no path below {for_display(self._root)}")
+        return place_below(self._root, path), True
 
     def _require_folder(self) -> None:
         shown = for_display(self._root)

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ci2p_cache.errors import ImageDecodeError, ResourceError
+from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.names import for_display, join
 
-__all__ = ["MAX_FILE_BYTES", "persistently", "read_file"]
+__all__ = ["MAX_FILE_BYTES", "persistently", "place_below", "read_file"]
 
 _T = TypeVar("_T")
 
@@ -29,9 +29,20 @@ _LASTING = frozenset(
 """Errors that say something about the file; all others may be the machine's, and are retried."""
 
 
+def place_below(root: bytes, path: bytes) -> bytes:
+    """Returns the absolute path of a file below `root`.
+
+    Raises:
+        SourceError: the path leads out of it.
+    """
+    if path.startswith(b"/") or b".." in path.split(b"/") or b"\0" in path:
+        raise SourceError(f"{for_display(path)} is no path below {for_display(root)}")
+    return join(root, path)
+
+
 def read_file(root: bytes, path: bytes) -> bytes:
     """Returns the content of a regular file below `root`; errors as `ImageSource.read` has them."""
-    full = join(root, path)
+    full = place_below(root, path)
     try:
         return persistently(lambda: _read_regular(full), full)
     except ResourceError:

@@ -16,8 +16,8 @@ from ci2p_cache.images.image_table import guarded, open_parquet
 from ci2p_cache.images.labels import NO_LABEL, Classes, LabelTable
 from ci2p_cache.images.list_paths import ListPaths
 from ci2p_cache.images.list_rows import CsvRows, ListRows, ParquetRows
-from ci2p_cache.images.names import as_key, for_display, join
-from ci2p_cache.images.reading import read_file
+from ci2p_cache.images.names import as_key, for_display
+from ci2p_cache.images.reading import place_below, read_file
 from ci2p_cache.images.source import ImageRef, SourceOptions
 from ci2p_cache.images.tally import Tally
 
@@ -126,17 +126,11 @@ class TableSource:
 
     def read(self, path: bytes) -> bytes:
         """Returns the whole content of one image; errors as `FolderSource.read` has them."""
-        self._require_below(path)
         return read_file(self._root, path)
 
     def file_of(self, path: bytes) -> tuple[bytes, bool]:
         """Returns the file of an image."""
-        self._require_below(path)
-        return join(self._root, path), True
-
-    def _require_below(self, path: bytes) -> None:
-        if path.startswith(b"/") or b".." in path.split(b"/") or b"\0" in path:
-            raise SourceError(f"{for_display(path)} is no path below {for_display(self._root)}")
+        return place_below(self._root, path), True
 
     def _settled(self) -> Classes:
         """Reads all labels; once."""

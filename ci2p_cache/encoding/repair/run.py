@@ -100,18 +100,7 @@ def restore(
     weights: Path | None,
     observer: EncodeObserver,
 ) -> RepairSummary:
-    """Puts back what is damaged in a cache whose lock the caller holds; see `repair`.
-
-    Args:
-        root: The cache folder.
-        found: What is wrong.
-        source: Where the images are now.
-        weights: As for `repair`.
-        observer: Told of progress and notices.
-
-    Raises:
-        CacheError: as `repair` has them.
-    """
+    """Puts back what was found damaged in a cache whose lock the caller holds; as `repair`."""
     return _Repair(root, found, source, weights, observer).done()
 
 
