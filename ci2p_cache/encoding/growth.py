@@ -136,18 +136,17 @@ def told_changes(
                 changed.append(entry["key"])
                 changed_rows.setdefault(split, set()).add(entry["row"])
     notices = []
-    if vanished:
-        notices.append(f"{_named(vanished)} of the cache no longer in the source: the latents stay")
-    if changed:
-        notices.append(
-            f"{_named(changed)} changed since they were encoded: the latents stay as they are "
-            "(--reencode-changed encodes these images again)"
-        )
-    if rows.relabelled:
-        notices.append(
-            f"{_named(rows.relabelled)} with another class in the source now: the cache keeps its "
-            "own labels"
-        )
+    for keys, what in (
+        (vanished, "no longer in the source: the cache keeps what it has of them"),
+        (
+            changed,
+            "not what was encoded: the cache keeps its latents (--reencode-changed encodes such "
+            "images again)",
+        ),
+        (rows.relabelled, "of another class in the source now: the cache keeps its labels"),
+    ):
+        if keys:
+            notices.append(f"{_named(keys)} {what}")
     return notices, {split: frozenset(found) for split, found in changed_rows.items()}
 
 
@@ -171,8 +170,7 @@ def _has_changed(images: ImageSource, path: bytes, entry: Mapping[str, Any], sin
 
 def _named(keys: Sequence[str]) -> str:
     shown = ", ".join(keys[:_NAMED]) + (", ..." if len(keys) > _NAMED else "")
-    verb = "image is" if len(keys) == 1 else "images are"
-    return f"{len(keys):,} {verb} ({shown})"
+    return f"1 image ({shown}) is" if len(keys) == 1 else f"{len(keys):,} images ({shown}) are"
 
 
 def begin_growth(root: Path, plan: Plan, growth: Growth) -> bool:
