@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ci2p_cache.demo_pictures import CLASSES, make_picture, write_pictures
 from ci2p_cache.encoding.progress import EncodeProgress
 from ci2p_cache.errors import CacheError, ResourceError, UsageError
 from ci2p_cache.training.run import EpochRecord, TrainObserver
+from ci2p_cache.training.spec import TrainSpec
 
 SMALL = DemoOptions(per_class=40, size=64, epochs=14, batch_size=20)
 """Quick, and still learnt well above chance."""
@@ -109,7 +111,9 @@ def test_the_demo_runs_end_to_end_and_learns(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_that_learns_nothing_fails_the_demo(tmp_path):
+def test_a_model_that_learns_nothing_fails_the_demo(tmp_path, monkeypatch):
+    # A single step is enough for these pictures: the installation is broken by a rate of nothing.
+    monkeypatch.setattr("ci2p_cache.demo.run.TrainSpec", partial(TrainSpec, lr=1e-30, min_lr=0.0))
     options = DemoOptions(per_class=30, size=32, epochs=1, batch_size=100)
     with pytest.raises(CacheError, match="the model did not learn") as caught:
         run_demo(tmp_path / "demo", options=options)

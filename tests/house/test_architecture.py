@@ -405,14 +405,12 @@ def test_a_cold_encode_loads_only_what_it_uses(image_folder: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_cold_training_loads_neither_compressai_nor_torchvision(
-    image_folder: Path, tmp_path: Path
-) -> None:
+def test_a_cold_training_loads_no_compressai(image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     ci2p_cache.encode(image_folder, out, ci2p_cache.EncodeOptions(encoder="bundled", size=32))
     words = ["train", str(out), "--model", "vitds_tiny", "--epochs", "1"]
     runs = tmp_path / "runs"
-    assert loaded_by([[*words, "--runs", str(runs)]], {"compressai", "torchvision", "scipy"}) == {
-        "train": []
-    }
+    # torchvision is there: timm imports it.
+    told = loaded_by([[*words, "--runs", str(runs)]], {"compressai", "scipy"})
+    assert told == {"train": []}
     assert list(runs.iterdir())
