@@ -137,5 +137,9 @@ def _replace(root: Path, path: Path, place: Path) -> set[Path]:
         # A rename onto another name of the same file would leave both.
         path.unlink()
         return made
+    if place.parts[0] == "commits" and target.is_file():
+        # Its first rows were encoded then: an original that has changed since is found by it.
+        then = target.stat()
+        os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
     path.replace(target)
     return {*made, target.parent}

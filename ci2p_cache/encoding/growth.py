@@ -36,7 +36,7 @@ from ci2p_cache.encoding.planning import EarlierRows
 from ci2p_cache.errors import CacheError, UsageError
 from ci2p_cache.images.source import ImageSource
 
-__all__ = ["Growth", "begin_growth", "failed_rows", "merged_classes", "told_changes"]
+__all__ = ["Growth", "begin_growth", "changed_originals", "failed_rows", "merged_classes"]
 
 Rows = Mapping[str, frozenset[int]]
 """Split -> rows."""
@@ -64,10 +64,12 @@ class Growth:
 
     def is_carried_whole(self, plan: Plan, split: str, shard: int) -> bool:
         """Whether a shard of the growth is the very shard of the cache."""
-        return (
-            (split, shard) in self.committed
-            and plan.shard_sha256(split, shard) == self.plan.shard_sha256(split, shard)
-            and self.again.get(split, frozenset()).isdisjoint(plan.splits[split].rows_of(shard))
+        if (split, shard) not in self.committed:
+            return False
+        # It begins with the same rows: only more of them make another shard.
+        rows = plan.splits[split].rows_of(shard)
+        return rows == self.plan.splits[split].rows_of(shard) and (
+            self.again.get(split, frozenset()).isdisjoint(rows)
         )
 
 
@@ -94,7 +96,7 @@ def merged_classes(
     return tuple(names), tuple(titles), labels
 
 
-def failed_rows(root: Path, growth_plan: Plan, committed: Collection[tuple[str, int]]) -> Rows:
+def failed_rows(root: Path, committed: Collection[tuple[str, int]]) -> Rows:
     """Returns the committed rows whose images could not be decoded."""
     found: dict[str, set[int]] = {}
     for split, shard in committed:
@@ -103,10 +105,10 @@ def failed_rows(root: Path, growth_plan: Plan, committed: Collection[tuple[str, 
             table = read_index(root, split, shard, ["row", "status"])
             failed = table.filter(pc.not_equal(table["status"], "ok"))
             found.setdefault(split, set()).update(failed["row"].to_pylist())
-    return {split: frozenset(found[split]) for split in growth_plan.splits if split in found}
+    return {split: frozenset(rows) for split, rows in found.items()}
 
 
-def told_changes(
+def changed_originals(
     root: Path, images: ImageSource, rows: EarlierRows, committed: Collection[tuple[str, int]]
 ) -> tuple[list[str], Rows]:
     """Compares the originals of committed rows with what the index says of them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from ci2p_cache.cache.commit import CommitRecord, has_its_files, read_commit
 from ci2p_cache.cache.manifest import Manifest
@@ -39,6 +40,22 @@ class Intent:
     """What the cache holds, where it is to grow."""
     notices: tuple[str, ...] = ()
     """What the user should know of it."""
+
+    @classmethod
+    def of(
+        cls, manifest: Manifest, plan: Plan, folder: Path, notices: tuple[str, ...] = ()
+    ) -> Self:
+        """Returns the intent to go on with a folder as it was begun."""
+        return cls(
+            fingerprint=manifest.fingerprint,
+            layout=manifest.layout,
+            plan=plan,
+            classes=manifest.classes,
+            class_titles=manifest.class_titles,
+            manifest=manifest,
+            folder=folder,
+            notices=notices,
+        )
 
 
 def missing_text(intent: Intent, missing: Sequence[tuple[str, int]]) -> str:

@@ -6,7 +6,7 @@ How an image came by its row is not known here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +124,22 @@ class Plan:
         digest = hashlib.sha256(whole[0].as_buffer())
         digest.update(b"\n")
         return digest.hexdigest()
+
+    def with_paths(self, paths: Mapping[str, Mapping[int, bytes]]) -> Plan:
+        """Returns the plan with the bytes of some rows elsewhere in the source.
+
+        Args:
+            paths: Split -> row -> path.
+        """
+        tables = dict(self.tables)
+        for split, moved in paths.items():
+            found = tables[split]["path"].to_pylist()
+            for row, path in moved.items():
+                found[row] = path
+            place = tables[split].schema.get_field_index("path")
+            column = pa.array(found, pa.binary())
+            tables[split] = tables[split].set_column(place, PLAN_SCHEMA.field("path"), column)
+        return Plan(tables, self.splits)
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:
         """Returns the label of every row of a split, int32 (N,)."""

@@ -247,6 +247,10 @@ class EarlierRows:
             self.relabelled.append(ref.key)
         return True
 
+    def moved(self, rows: Mapping[str, Iterable[int]]) -> dict[str, dict[int, bytes]]:
+        """Returns where the source has the originals of some rows now, by split and row."""
+        return {split: {row: self._paths[split][row] for row in rows[split]} for split in rows}
+
     def path(self, split: str, row: int) -> bytes | None:
         """Returns where the source has the original of a row now; None where it has it no more."""
         return self._paths[split].get(row)

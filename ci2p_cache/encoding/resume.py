@@ -14,7 +14,7 @@ from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
-from ci2p_cache.encoding.growth import Growth, failed_rows, merged_classes, told_changes
+from ci2p_cache.encoding.growth import Growth, changed_originals, failed_rows, merged_classes
 from ci2p_cache.encoding.intent import Intent, committed_shards, missing_text
 from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.options import EncodeOptions
@@ -115,16 +115,8 @@ def survey(
     manifest = read_manifest(folder)
     if not (options.rescan or options.retry_failed or _is_larger(layout, manifest.layout)):
         refuse_difference(root, manifest, fingerprint, layout)
-        return Intent(
-            fingerprint=fingerprint,
-            layout=layout,
-            plan=read_plan(folder, manifest),
-            classes=manifest.classes,
-            class_titles=manifest.class_titles,
-            manifest=manifest,
-            folder=folder,
-            notices=_not_listed(root, folder, manifest, images),
-        )
+        notices = _not_listed(root, folder, manifest, images)
+        return Intent.of(manifest, read_plan(folder, manifest), folder, notices)
     return _grown(root, read_manifest(root), images, options, fingerprint, layout)
 
 
@@ -167,15 +159,7 @@ def _grown(
         made = replace(made, limit=layout.limit)
     refuse_difference(root, replace(manifest, layout=made), fingerprint, layout)
     earlier = read_plan(root, manifest)
-    cache = Intent(
-        fingerprint=fingerprint,
-        layout=layout,
-        plan=earlier,
-        classes=manifest.classes,
-        class_titles=manifest.class_titles,
-        manifest=manifest,
-        folder=root,
-    )
+    cache = Intent.of(manifest, earlier, root)
     commits, missing = committed_shards(root, cache)
     if missing and manifest.is_complete:
         raise ShardError(
@@ -190,15 +174,17 @@ def _grown(
         classes, titles, labels = merged_classes(manifest, images)
         rows = EarlierRows(earlier, labels)
         plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=rows)
-        notices, changed = told_changes(root, images, rows, list(commits))
-        again = dict(changed) if options.reencode_changed else {}
+        notices, changed = changed_originals(root, images, rows, list(commits))
+        if options.reencode_changed:
+            again = dict(changed)
+            plan = plan.with_paths(rows.moved(changed))
         if new := classes[len(cache.classes) :]:
             notices.append(
                 f"new classes come after those of the cache: {', '.join(new[:3])}"
                 + (f" and {len(new) - 3:,} more" if len(new) > 3 else "")
             )
     if options.retry_failed:
-        for split, failed in failed_rows(root, earlier, list(commits)).items():
+        for split, failed in failed_rows(root, list(commits)).items():
             again[split] = again.get(split, frozenset()) | failed
     if plan.num_samples == earlier.num_samples and not again and layout == manifest.layout:
         notices.append(f"nothing new for {root}")

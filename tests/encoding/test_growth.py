@@ -249,6 +249,18 @@ class TestOriginalsThatChanged:
         with pytest.raises(errors.UsageError, match="rescan"):
             encode(source, out, reencode_changed=True)
 
+    def test_it_is_found_again_after_the_cache_has_grown(self, place: Path) -> None:
+        source, out = place / "src", place / "out"
+        for path in source.rglob("*.jpg"):
+            # The same size in the same place, and no time but that of the change tells.
+            flip(path, 0.9)
+        put(source / "cat" / "new.jpg", 78)
+        _, told = encode(source, out, rescan=True)
+        assert "12 images (" in told
+        summary, told = encode(source, out, rescan=True, reencode_changed=True)
+        assert "12 images (" in told
+        assert summary.encoded_now == 12
+
     def test_another_class_in_a_list_is_named_and_the_label_stays(
         self, pristine: Path, place: Path
     ) -> None:
@@ -283,6 +295,12 @@ class TestOriginalsThatChanged:
         _, told = encode(place / "src.tar", place / "tarred", rescan=True)
         assert f"1 image ({images[3][0]}) is not what was encoded" in told
         assert_kept(place / "before", place / "tarred")
+        # It stands elsewhere in the archive now.
+        changed = images[3][0]
+        encode(place / "src.tar", place / "tarred", rescan=True, reencode_changed=True)
+        assert_kept(place / "before", place / "tarred", but=(changed,))
+        encode(place / "src.tar", place / "fresh")
+        assert latents(place / "tarred")[changed] == latents(place / "fresh")[changed]
 
 
 class TestWhatWasThereStaysInForce:

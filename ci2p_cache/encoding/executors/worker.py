@@ -87,15 +87,7 @@ class Worker:
         self._plan = read_plan(root, manifest)
         encoder = load_recorded_encoder(root / manifest.encoder.path, manifest.fingerprint.encoder)
         lanes = make_lanes(encoder, job.devices)
-        intent = Intent(
-            fingerprint=manifest.fingerprint,
-            layout=manifest.layout,
-            plan=self._plan,
-            classes=manifest.classes,
-            class_titles=manifest.class_titles,
-            manifest=manifest,
-            folder=root,
-        )
+        intent = Intent.of(manifest, self._plan, root)
         options = EncodeOptions(batch_size=job.batch_size, workers=job.workers)
         self._staging = StagingArea(root, name=job.name)
         self._shards = ShardEncoder(
