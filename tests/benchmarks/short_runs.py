@@ -5,7 +5,7 @@ epoch against those of the same weights with BatchNorm statistics of the whole t
 torch's own `update_bn`. Tells also what estimating the statistics costs of an epoch, and, with
 `--draws`, how far the accuracy strays with statistics of fewer samples.
 
-    python -m tests.benchmarks.short_runs IMAGES --epochs 1,2,5,20 --seeds 3 --markdown
+    python -m tests.benchmarks.short_runs IMAGES --epochs 1,2,5,20
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ import torch
 from torch import nn
 
 import ci2p_cache as cc
+from ci2p_cache.training.batch_norm import opened_statistics
 from ci2p_cache.training.checkpoint_folder import weights_of
 from ci2p_cache.training.metrics import validate
+from ci2p_cache.training.ranks import Ranks
 from tests.support.fresh import fresh_model
 
 ALL = 2**40
@@ -118,13 +120,6 @@ def share_of_epoch(
     train: cc.Split, spec: cc.TrainSpec, model: nn.Module, seconds: float
 ) -> float | None:
     """Returns what an estimate takes of an epoch's seconds, in percent; None without BatchNorm."""
-    try:
-        from ci2p_cache.training.batch_norm import opened_statistics
-    except ImportError:
-        # A tree from before statistics were estimated: its rows are what to compare with.
-        return None
-    from ci2p_cache.training.ranks import Ranks
-
     models = [model] if not spec.ema else [model, model]
     took = []
     with opened_statistics(
