@@ -74,9 +74,9 @@ def open_images(cache: CacheFolder, source: str | Path | None = None) -> ImageSo
         SourceError: `source` is given and cannot be opened.
     """
     if source is not None:
-        return open_source(source)
+        return open_source(source, to_read=True)
     try:
-        return open_source(cache.manifest.source)
+        return open_source(cache.manifest.source, to_read=True)
     except (SourceError, ResourceError):
         return None
 

@@ -28,7 +28,7 @@ def encode(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Images: a folder, tars, parquet, a list.", metavar="SRC", readable=False
+            help="Images: a folder, a zip, tars, parquet, a list.", metavar="SRC", readable=False
         ),
     ],
     out: Annotated[Path, typer.Option(help="Cache folder; made if it is not there.")],
@@ -83,6 +83,10 @@ def encode(
     ] = "zstd",
     level: Annotated[int, typer.Option(help="zstd level, -100 to 22; low ones decode faster.")] = 1,
     shard_samples: Annotated[int, typer.Option(help="Images per shard.")] = 1024,
+    labels: Annotated[
+        Literal["auto", "none"],
+        typer.Option(help="none: encode images without labels; train refuses such a cache."),
+    ] = "auto",
     val_fraction: Annotated[
         float, typer.Option(help="Validation share where SRC has no split folders; 0 for none.")
     ] = 0.1,
@@ -153,8 +157,9 @@ def encode(
       ci2p-cache encode imagenet/ --out shards/ --dry-run          time, disk, bad files: a forecast
       ci2p-cache encode imagenet/ --out shards/ --shard-range 2/4  the second of four machines
 
-    SRC is a folder of CLASS/..., of {train,val,test}/CLASS/..., or ImageNet's own; WebDataset tars
-    ('train-{000..146}.tar'); Hugging Face parquet; or a .csv with path and label. Run the same
+    SRC is a folder of CLASS/..., of {train,val,test}/CLASS/..., or ImageNet's own; a zip of one;
+    WebDataset tars ('train-{000..146}.tar'); Hugging Face parquet; or a .csv with path and label.
+    A layout that could mean two things is refused. Run the same
     command again to go on after any interruption. Settings that change what is stored are
     bound to the folder: a command with others is refused, with the difference.
     """
@@ -171,10 +176,10 @@ def encode(
         encoder=encoder, weights=weights, arch=arch, quality=quality, metric=metric, size=size,
         resize_side=resize_side, interpolation=interpolation, exif=exif, max_pixels=max_pixels,
         views=views, dtype=dtype, step=step, precision=precision, format=format,
-        codec=codec, level=level, shard_samples=shard_samples, val_fraction=val_fraction, seed=seed,
-        limit=limit, batch_size=batch_size, workers=workers, devices=devices,
-        max_errors=max_errors, retry_failed=retry_failed, rescan=rescan, plan_only=plan_only,
-        shard_range=shard_range, finalise=finalise, executor=executor,
+        codec=codec, level=level, shard_samples=shard_samples, labels=labels,
+        val_fraction=val_fraction, seed=seed, limit=limit, batch_size=batch_size, workers=workers,
+        devices=devices, max_errors=max_errors, retry_failed=retry_failed, rescan=rescan,
+        plan_only=plan_only, shard_range=shard_range, finalise=finalise, executor=executor,
     )  # fmt: skip
     if dry_run:
         _forecast(source, out, options, overwrite=overwrite is not None, json=json)

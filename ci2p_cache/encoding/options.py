@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.errors import UsageError
+from ci2p_cache.images.locate import Labels
 from ci2p_cache.record import Record
 from ci2p_cache.specs import (
     CodecName,
@@ -68,6 +69,9 @@ class EncodeOptions(Record):
     """zstd level."""
     shard_samples: int = 1024
     """Rows per shard, fewer where 128 MiB of raw latents would be exceeded."""
+    labels: Labels = "auto"
+    """Where labels come from: auto, the source; none, nowhere: rows have -1, there are no classes,
+    and all images below the source or its splits count."""
     val_fraction: float = 0.1
     """Share of each class drawn as `val` where the source has no split folders; 0 for none."""
     seed: int = 0
@@ -107,6 +111,8 @@ class EncodeOptions(Record):
             raise UsageError(f"`quality` is {self.quality}; 1 to 8 are possible")
         if self.executor not in ("local", "processes", "ray"):
             raise UsageError(f"`executor` is {self.executor!r}; wanted local, processes or ray")
+        if self.labels not in ("auto", "none"):
+            raise UsageError(f"`labels` is {self.labels!r}; wanted auto or none")
         chosen = [name for name in ("plan_only", "shard_range", "finalise") if getattr(self, name)]
         if len(chosen) > 1:
             raise UsageError(f"`{chosen[0]}` and `{chosen[1]}` do not go together")
@@ -141,6 +147,7 @@ class EncodeOptions(Record):
             codec=layout.codec,
             level=layout.level,
             shard_samples=layout.shard_samples,
+            labels="auto" if manifest.classes else "none",
             val_fraction=layout.val_fraction,
             seed=layout.seed,
             limit=layout.limit,

@@ -94,7 +94,7 @@ def reencode(
         raise UsageError(f"`reencode` is {count}; it must be at least 1")
     cache = open_cache(path)
     refuse_other_decoder(cache.fingerprint)
-    images = open_source(cache.manifest.source if source is None else source)
+    images = open_source(cache.manifest.source if source is None else source, to_read=True)
     lanes = _Lanes(cache)
     chosen = _drawn(cache, count, seed)
     tally, changed, findings = _Tally(), [], []

@@ -14,13 +14,14 @@ from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.traces import gaps, named_ranges
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
+from ci2p_cache.encoding.counted import CountedSource
 from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import Plan, read_plan
 from ci2p_cache.encoding.planning import build_plan
 from ci2p_cache.encoding.progress import EncodeObserver
 from ci2p_cache.encoding.shard import EncodeSettings
-from ci2p_cache.errors import ManifestError, UsageError
+from ci2p_cache.errors import FingerprintMismatchError, ManifestError, UsageError
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.decoder_server import start_decoder_server
 from ci2p_cache.images.source import ImageSource
@@ -124,6 +125,7 @@ def survey(
     if (root / MANIFEST).exists():
         manifest = read_manifest(root)
         refuse_difference(root, manifest, fingerprint, layout)
+        _refuse_other_labels(root, manifest, options)
         earlier = read_plan(root, manifest)
         if not options.rescan:
             return Intent(
@@ -133,10 +135,23 @@ def survey(
                 classes=manifest.classes,
                 manifest=manifest,
             )
-    plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=earlier)
+    counted = CountedSource(images)
+    plan = build_plan(counted, layout, fingerprint.views, fingerprint.latent, earlier=earlier)
+    if earlier is None:
+        counted.refuse_no_classes()
     return Intent(
         fingerprint=fingerprint, layout=layout, plan=plan, classes=images.classes, manifest=None
     )
+
+
+def _refuse_other_labels(root: Path, manifest: Manifest, options: EncodeOptions) -> None:
+    made = EncodeOptions.of(manifest).labels
+    if options.labels != made:
+        raise FingerprintMismatchError(
+            f"{root} was made with `labels` {made!r}, {options.labels!r} is asked for; nothing was "
+            "changed",
+            hint=f"choose another --out folder, or repeat the command with --labels {made}",
+        )
 
 
 def tell_of_other_source(

@@ -10,6 +10,7 @@ from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.staging import StagingArea
+from ci2p_cache.encoding.counted import plan_text
 from ci2p_cache.encoding.executors.run import encode_shards
 from ci2p_cache.encoding.executors.work import Work
 from ci2p_cache.encoding.finalise import finalise
@@ -64,6 +65,7 @@ def resume(
             hint="repeat the command without --finalise",
         )
     manifest = intent.manifest or begin(images, intent, encoder, staging, observer)
+    observer.planned(plan_text(intent.plan, intent.classes))
     if options.plan_only:
         return _planned(root, manifest, intent, observer)
     commits, missing = committed_shards(root, intent, retry_failed=options.retry_failed)

@@ -86,7 +86,7 @@ class SourceLoader(BatchLoader):
     def _prepare(self) -> None:
         cache = self.split.cache
         self._fingerprint = cache.fingerprint
-        self._images: ImageSource = open_source(self._source or cache.manifest.source)
+        self._images: ImageSource = open_source(self._source or cache.manifest.source, to_read=True)
         columns = ["key", "path_bytes", "source_sha256"]
         self._index = pa.concat_tables(
             self.split.read_index(shard, columns).replace_schema_metadata(None)

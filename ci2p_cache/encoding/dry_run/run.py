@@ -87,7 +87,7 @@ def dry_run(
         )
     observer = observer or EncodeObserver()
     refuse_place(root, Path(source))
-    images = open_source(source)
+    images = open_source(source, labels=options.labels)
     with interruptible(f"interrupted; nothing was written to {root}"), _scratch(root) as scratch:
         _refuse_busy(root)
         encoder = load_chosen(options, observer)

@@ -95,7 +95,7 @@ class Worker:
         options = EncodeOptions(batch_size=job.batch_size, workers=job.workers)
         self._staging = StagingArea(root, name=job.name)
         self._shards = ShardEncoder(
-            open_source(job.source),
+            open_source(job.source, to_read=True),
             encode_settings(intent, options, lanes),
             lanes,
             self._staging,

@@ -195,7 +195,7 @@ class _Repair:
         if self._images is None:
             place = self.manifest.source if self._source is None else self._source
             try:
-                self._images = open_source(place)
+                self._images = open_source(place, to_read=True)
             except SourceError as error:
                 raise SourceError(
                     f"damaged shards are encoded again from the source, and {error}",
