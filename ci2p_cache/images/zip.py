@@ -159,7 +159,7 @@ class ZipSource(TreeSource):
         """
         match = _PLACE.fullmatch(path)
         if match is None:
-            raise SourceError(f"{for_display(path)} is no image in {self.location()}")
+            raise SourceError(f"{for_display(path)} is no image below {self.location()}")
         name, offset, packed, size, crc = match[1], *map(int, match.groups()[1:])
         return read_archive(
             lambda: read_member(self._root, name, offset, packed, size, crc), self._root
