@@ -90,7 +90,7 @@ def bench_encoding(
         SaturationError, TooManyBadImagesError, ResourceError, InterruptedRunError: as `dry_run`
         has them.
     """
-    options = replace(options or EncodeOptions(), val_fraction=0.0)
+    options = replace(options or EncodeOptions(), val_fraction=0.0, labels="none")
     with tempfile.TemporaryDirectory(prefix="ci2p-cache-bench-") as folder:
         whole = dry_run(source, Path(folder) / "cache", options, observer=observer)
     views = options.view_spec().num_views("train")

@@ -85,7 +85,7 @@ class Manifest(Record):
     source: str
     """Where the images were read from; information only."""
     classes: tuple[str, ...]
-    """Class names; a label is an index into them."""
+    """Class names; a label is an index into them. Empty: encoded without labels, all are -1."""
     class_titles: tuple[str, ...]
     """Names for humans, in the order of `classes`."""
     class_order: ClassOrder = "text"

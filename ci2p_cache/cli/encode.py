@@ -28,7 +28,7 @@ def encode(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Images: a folder, tars, parquet, a list.", metavar="SRC", readable=False
+            help="Images: a folder, a zip, tars, parquet, a list.", metavar="SRC", readable=False
         ),
     ],
     out: Annotated[Path, typer.Option(help="Cache folder; made if it is not there.")],
@@ -96,6 +96,10 @@ def encode(
     ] = "zstd",
     level: Annotated[int, typer.Option(help="zstd level, -100 to 22; low ones decode faster.")] = 1,
     shard_samples: Annotated[int, typer.Option(help="Images per shard.")] = 1024,
+    labels: Annotated[
+        Literal["auto", "none"],
+        typer.Option(help="none: encode images without labels; train refuses such a cache."),
+    ] = "auto",
     val_fraction: Annotated[
         float, typer.Option(help="Validation share where SRC has no split folders; 0 for none.")
     ] = 0.1,
@@ -170,11 +174,12 @@ def encode(
       ci2p-cache encode imagenet/ --out shards/ --dry-run          time, disk, bad files: a forecast
       ci2p-cache encode imagenet/ --out shards/ --shard-range 2/4  the second of four machines
 
-    SRC is a folder of CLASS/..., of {train,val,test}/CLASS/..., or ImageNet's own; WebDataset tars
-    ('train-{000..146}.tar'), tars of CLASS/... or of class tars; Hugging Face parquet; or a list
-    with path and label (others: --image-column, --label-column, --root). Run the same command
-    again to go on after any interruption. Settings that change what is stored are bound to the
-    folder: a command with others is refused, with the difference.
+    SRC is a folder of CLASS/..., of {train,val,test}/CLASS/..., or ImageNet's own; a zip of one;
+    WebDataset tars ('train-{000..146}.tar'), tars of CLASS/... or of class tars; Hugging Face
+    parquet; or a list with path and label (others: --image-column, --label-column, --root). A
+    layout that could mean two things is refused. Run the same command again to go on after any
+    interruption. Settings that change what is stored are bound to the folder: a command with
+    others is refused, with the difference.
     """
     from ci2p_cache.cli.watch import EncodeWatch
     from ci2p_cache.encoding.options import EncodeOptions
@@ -190,9 +195,9 @@ def encode(
         weights=weights, arch=arch, quality=quality, metric=metric, size=size,
         resize_side=resize_side, interpolation=interpolation, exif=exif, max_pixels=max_pixels,
         views=views, dtype=dtype, step=step, precision=precision, format=format,
-        codec=codec, level=level, shard_samples=shard_samples, val_fraction=val_fraction, seed=seed,
-        limit=limit, batch_size=batch_size, workers=workers, devices=devices,
-        max_errors=max_errors, retry_failed=retry_failed, rescan=rescan,
+        codec=codec, level=level, shard_samples=shard_samples, labels=labels,
+        val_fraction=val_fraction, seed=seed, limit=limit, batch_size=batch_size, workers=workers,
+        devices=devices, max_errors=max_errors, retry_failed=retry_failed, rescan=rescan,
         reencode_changed=reencode_changed, plan_only=plan_only, shard_range=shard_range,
         finalise=finalise, executor=executor,
     )  # fmt: skip

@@ -86,7 +86,8 @@ def _rates(report: DryRunReport) -> list[tuple[str, str, str]]:
 def print_summary(summary: EncodeSummary) -> None:
     """Prints what a run ended with."""
     splits = ", ".join(f"{name} {count:,}" for name, count in summary.splits.items())
-    render.heading(f"{summary.path}: {summary.images:,} images ({splits}), complete")
+    classes = f"{summary.classes:,} classes" if summary.classes else "no labels"
+    render.heading(f"{summary.path}: {summary.images:,} images ({splits}), {classes}, complete")
     if summary.encoded_now:
         render.line(
             f"  encoded now   {summary.encoded_now:,} images in "
@@ -109,7 +110,9 @@ def print_summary(summary: EncodeSummary) -> None:
             f"  EXIF          {summary.exif_turned:,} images carry an orientation "
             "(--exif says whether it is applied; torchvision's loader ignores it)"
         )
-    render.line(f"next: ci2p-cache train {summary.path} --model vitds")
+    training = ("train", summary.path, "--model", "vitds")
+    following = training if summary.classes else ("inspect", summary.path)
+    render.line(f"next: {command(*following)}")
 
 
 _ONCE = ("--plan-only", "--rescan", "--reencode-changed", "--retry-failed")

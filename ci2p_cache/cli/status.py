@@ -81,7 +81,9 @@ def _print_next(found: CacheStatus, manifest: Manifest) -> None:
     """Prints what is to be done by whom."""
     encode = ("encode", found.source, "--out", found.path, *_options(manifest))
     if found.complete and not found.missing:
-        render.line(f"next: {command('train', found.path, '--model', 'vitds')}")
+        training = ("train", found.path, "--model", "vitds")
+        following = training if manifest.classes else ("inspect", found.path)
+        render.line(f"next: {command(*following)}")
         return
     if found.complete:
         render.line(f"next: {command('verify', found.path, '--repair')}")

@@ -27,6 +27,10 @@ class _Watch:
 class EncodeWatch(_Watch, EncodeObserver):
     """Shows stage one on a progress line."""
 
+    def planned(self, text: str) -> None:
+        """Prints splits, classes and counts."""
+        render.status(f"plan: {text}")
+
     def progress(self, progress: EncodeProgress) -> None:
         """Moves the line."""
         self._line.update(

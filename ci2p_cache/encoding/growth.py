@@ -33,10 +33,17 @@ from ci2p_cache.cache.staging import StagingArea, disk_errors, sync_folder
 from ci2p_cache.encoding.carry import read_notes
 from ci2p_cache.encoding.plan import Plan
 from ci2p_cache.encoding.planning import EarlierRows
-from ci2p_cache.errors import CacheError, UsageError
+from ci2p_cache.errors import CacheError, SourceError, UsageError
 from ci2p_cache.images.source import ImageSource
 
-__all__ = ["Growth", "begin_growth", "changed_originals", "failed_rows", "merged_classes"]
+__all__ = [
+    "Growth",
+    "begin_growth",
+    "changed_originals",
+    "failed_rows",
+    "merged_classes",
+    "refuse_moved",
+]
 
 Rows = Mapping[str, frozenset[int]]
 """Split -> rows."""
@@ -106,6 +113,44 @@ def failed_rows(root: Path, committed: Collection[tuple[str, int]]) -> Rows:
             failed = table.filter(pc.not_equal(table["status"], "ok"))
             found.setdefault(split, set()).update(failed["row"].to_pylist())
     return {split: frozenset(rows) for split, rows in found.items()}
+
+
+def refuse_moved(root: Path, images: ImageSource, rows: EarlierRows, plan: Plan) -> None:
+    """Refuses a source that gives the images of the cache under other names or in other splits.
+
+    Args:
+        root: The cache folder.
+        images: The source, listed.
+        rows: The cache's rows, and where the source has them now.
+        plan: The plan with the new images.
+
+    Raises:
+        SourceError: an image of the cache is listed as new; growing would hold it twice.
+    """
+    gone = {name: rows.gone(name) for name in rows.plan.splits}
+    if not any(gone.values()):
+        return
+    paths = {path: key for found in gone.values() for key, path in found.items()}
+    for split, table in plan.tables.items():
+        earlier = rows.plan.splits[split].rows if split in rows.plan.splits else 0
+        new = table.slice(earlier)
+        for key, path in zip(new["key"].to_pylist(), new["path"].to_pylist(), strict=True):
+            other = next((name for name in gone if name != split and key in gone[name]), None)
+            if other is None and not (path in paths and _is_a_file(images, path)):
+                continue
+            was = f"{other}: {key}" if other else paths[path]
+            raise SourceError(
+                f"{images.location()} is laid out in another way than when {root} was encoded: "
+                f"what was {was} is {split}: {key} now, and the cache would hold it twice; nothing "
+                "was changed",
+                hint="lay it out as it was, or encode it into a new folder",
+            )
+
+
+def _is_a_file(images: ImageSource, path: bytes) -> bool:
+    """Whether a path names a file and not a place in one, where any image may be by now."""
+    place = images.file_of(path)
+    return place is not None and place[1]
 
 
 def changed_originals(

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.errors import UsageError
-from ci2p_cache.images.source import SourceOptions
+from ci2p_cache.images.source import Labels, SourceOptions
 from ci2p_cache.record import Record
 from ci2p_cache.specs import (
     CodecName,
@@ -75,6 +75,9 @@ class EncodeOptions(Record):
     """zstd level."""
     shard_samples: int = 1024
     """Rows per shard, fewer where 128 MiB of raw latents would be exceeded."""
+    labels: Labels = "auto"
+    """Where labels come from: auto, the source; none, nowhere: rows have -1, there are no classes,
+    and all images below the source or its splits count."""
     val_fraction: float = 0.1
     """Share of each class drawn as `val` where the source has no split folders; 0 for none."""
     seed: int = 0
@@ -116,6 +119,8 @@ class EncodeOptions(Record):
             raise UsageError(f"`quality` is {self.quality}; 1 to 8 are possible")
         if self.executor not in ("local", "processes", "ray"):
             raise UsageError(f"`executor` is {self.executor!r}; wanted local, processes or ray")
+        if self.labels not in ("auto", "none"):
+            raise UsageError(f"`labels` is {self.labels!r}; wanted auto or none")
         chosen = [name for name in ("plan_only", "shard_range", "finalise") if getattr(self, name)]
         if len(chosen) > 1:
             raise UsageError(f"`{chosen[0]}` and `{chosen[1]}` do not go together")
@@ -157,6 +162,7 @@ class EncodeOptions(Record):
             codec=layout.codec,
             level=layout.level,
             shard_samples=layout.shard_samples,
+            labels="auto" if manifest.classes else "none",
             val_fraction=layout.val_fraction,
             seed=layout.seed,
             limit=layout.limit,
@@ -175,6 +181,7 @@ class EncodeOptions(Record):
             root=None if self.root is None else str(self.root),
             image_column=self.image_column,
             label_column=self.label_column,
+            labels=self.labels,
         )
 
     def part(self) -> ShardRange | None:

@@ -11,6 +11,7 @@ from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoding.budget import parse_max_errors, refuse_more_bad
 from ci2p_cache.encoding.claims import Claim
+from ci2p_cache.encoding.counted import plan_text
 from ci2p_cache.encoding.executors.run import encode_shards
 from ci2p_cache.encoding.executors.work import Work
 from ci2p_cache.encoding.finalise import finalise
@@ -73,6 +74,7 @@ def _encoded(
 ) -> EncodeSummary:
     """Encodes what is missing of the range."""
     manifest, folder = intent.manifest, intent.folder
+    observer.planned(plan_text(intent.plan, intent.classes))
     assert manifest is not None, "a folder with a manifest is gone on with as it is"
     places = tuple(intent.plan.shard_numbers())
     own = [places[at] for at in claim.part.positions(len(places))]

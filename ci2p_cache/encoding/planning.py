@@ -254,3 +254,11 @@ class EarlierRows:
     def path(self, split: str, row: int) -> bytes | None:
         """Returns where the source has the original of a row now; None where it has it no more."""
         return self._paths[split].get(row)
+
+    def gone(self, split: str) -> dict[str, bytes]:
+        """Returns the keys that a split of the source has no more, and where they were."""
+        found, table = self._paths[split], self.plan.tables[split]
+        if len(found) == table.num_rows:
+            return {}
+        keys, paths = table["key"].to_pylist(), table["path"].to_pylist()
+        return {keys[row]: paths[row] for row in range(len(keys)) if row not in found}

@@ -50,6 +50,9 @@ class EncodeObserver:
     def notice(self, text: str) -> None:
         """Takes one sentence that the user should read."""
 
+    def planned(self, text: str) -> None:
+        """Takes the splits, classes and counts, in one line, before the first image is encoded."""
+
     def progress(self, progress: EncodeProgress) -> None:
         """Takes the state of the run, at most ten times a second."""
 

@@ -14,7 +14,14 @@ from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
-from ci2p_cache.encoding.growth import Growth, changed_originals, failed_rows, merged_classes
+from ci2p_cache.encoding.counted import CountedSource
+from ci2p_cache.encoding.growth import (
+    Growth,
+    changed_originals,
+    failed_rows,
+    merged_classes,
+    refuse_moved,
+)
 from ci2p_cache.encoding.intent import Intent, committed_shards, missing_text
 from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.options import EncodeOptions
@@ -22,7 +29,7 @@ from ci2p_cache.encoding.plan import read_plan
 from ci2p_cache.encoding.planning import EarlierRows, build_plan
 from ci2p_cache.encoding.progress import EncodeObserver
 from ci2p_cache.encoding.shard import EncodeSettings
-from ci2p_cache.errors import ShardError, UsageError, command
+from ci2p_cache.errors import FingerprintMismatchError, ShardError, UsageError, command
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.decoder_server import start_decoder_server
 from ci2p_cache.images.source import ImageSource
@@ -101,7 +108,9 @@ def survey(
     """
     fingerprint, layout = _fingerprint(options, encoder), options.layout_spec()
     if not (root / MANIFEST).exists():
-        plan = build_plan(images, layout, fingerprint.views, fingerprint.latent)
+        counted = CountedSource(images)
+        plan = build_plan(counted, layout, fingerprint.views, fingerprint.latent)
+        counted.refuse_no_classes()
         return Intent(
             fingerprint=fingerprint,
             layout=layout,
@@ -113,11 +122,22 @@ def survey(
         )
     folder = growth_of(root) or root
     manifest = read_manifest(folder)
+    _refuse_other_labels(root, manifest, options)
     if not (options.rescan or options.retry_failed or _is_larger(layout, manifest.layout)):
         refuse_difference(root, manifest, fingerprint, layout)
         notices = _not_listed(root, folder, manifest, images)
         return Intent.of(manifest, read_plan(folder, manifest), folder, notices)
     return _grown(root, read_manifest(root), images, options, fingerprint, layout)
+
+
+def _refuse_other_labels(root: Path, manifest: Manifest, options: EncodeOptions) -> None:
+    made = EncodeOptions.of(manifest).labels
+    if options.labels != made:
+        raise FingerprintMismatchError(
+            f"{root} was made with `labels` {made!r}, {options.labels!r} is asked for; nothing was "
+            "changed",
+            hint=f"choose another --out folder, or repeat the command with --labels {made}",
+        )
 
 
 def _is_larger(wanted: LayoutSpec, made: LayoutSpec) -> bool:
@@ -174,6 +194,7 @@ def _grown(
         classes, titles, labels = merged_classes(manifest, images)
         rows = EarlierRows(earlier, labels)
         plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=rows)
+        refuse_moved(root, images, rows, plan)
         notices, changed = changed_originals(root, images, rows, list(commits))
         if options.reencode_changed:
             again = dict(changed)

@@ -49,7 +49,7 @@ def encode(
 
     Raises:
         UsageError: an option is out of range, or `out` lies inside `source`.
-        SourceError: the source is empty, unreadable or of no known layout.
+        SourceError: the source is empty, unreadable or of no known layout, or has no two classes.
         FingerprintMismatchError: `out` holds a cache made with other settings.
         NotACacheError: `out` holds something else.
         LockedError: another process encodes into `out`, or an overlapping range of it.
@@ -71,7 +71,8 @@ def encode(
             hint="once: --plan-only --overwrite NAME; then each range without --overwrite",
         )
     refuse_place(root, Path(source))
-    images = open_source(source, options.source_options())
+    is_planned = (root / MANIFEST).exists() and not (options.rescan or overwrite)
+    images = open_source(source, options.source_options(), is_listed=is_planned)
     with interruptible(f"interrupted; every committed shard in {root} is safe"), _made(root):
         # Who loses the race for the folder is told at once: torch, which takes seconds to import,
         # is imported only afterwards.

@@ -13,6 +13,7 @@ from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.verify import verify
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoding.carry import Carrier
+from ci2p_cache.encoding.counted import plan_text
 from ci2p_cache.encoding.executors.run import encode_shards
 from ci2p_cache.encoding.executors.work import Work
 from ci2p_cache.encoding.finalise import finalise
@@ -65,6 +66,7 @@ def resume(
         intent = replace(intent, manifest=read_manifest(intent.folder))
     with StagingArea(intent.folder) as staging:
         manifest = intent.manifest or begin(images, intent, encoder, staging, observer)
+        observer.planned(plan_text(intent.plan, intent.classes))
         if options.plan_only:
             return _planned(root, manifest, intent, observer)
         summary = _encoded(root, manifest, images, options, encoder, intent, staging, observer)

@@ -44,10 +44,16 @@ PARQUET_SUFFIXES = (b".parquet",)
 
 SPLIT_NAMES = {
     b"train": "train",
+    b"training": "train",
+    b"trainval": "train",
     b"val": "val",
     b"valid": "val",
     b"validation": "val",
+    b"dev": "val",
+    b"eval": "val",
+    b"evaluation": "val",
     b"test": "test",
+    b"testing": "test",
 }
 """Names of folders and archives that mean a split, in any case."""
 SPLIT_ORDER = ("train", "val", "test")

@@ -24,6 +24,7 @@ from uuid import uuid4
 
 from ci2p_cache.errors import ResourceError, SourceError
 from ci2p_cache.images.archives import PARQUET_SUFFIXES, TAR_SUFFIXES, expand_braces
+from ci2p_cache.images.zip import ZIP_SUFFIXES
 from ci2p_cache.remote import RemoteFolder, mirrors_folder, shown
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = ["FetchedSource"]
 
 _THREADS = 8
 _LISTS = (b".csv", b".tsv")
+_FILES = TAR_SUFFIXES + PARQUET_SUFFIXES + ZIP_SUFFIXES
 _CLASS_FILES = ("classes.json", "classes.txt")
 """Names of classes beside archives, where `labels.LabelTable` looks for them."""
 
@@ -48,7 +50,7 @@ class FetchedSource:
 
     Args:
         url: A folder, a file, or a pattern in the last part, as `remote.url_of` gives it. A web
-            server cannot be listed: there, only single tar and parquet files are possible.
+            server cannot be listed: there, only single tar, parquet and zip files are possible.
         open_local: Opens what was fetched.
         open_reader: Opens it for reading alone.
         options: The columns of a list or of parquet files, where they are named.
@@ -72,7 +74,7 @@ class FetchedSource:
         parent, _, name = self._url.rpartition("/")
         lowered = name.lower().encode()
         is_pattern = any(sign in name for sign in "*?[{")
-        self._is_file = lowered.endswith(TAR_SUFFIXES + PARQUET_SUFFIXES) and not is_pattern
+        self._is_file = lowered.endswith(_FILES) and not is_pattern
         self._name = name if is_pattern or self._is_file or lowered.endswith(_LISTS) else ""
         self._pattern = name if is_pattern else ""
         self._remote = RemoteFolder(parent if self._name else self._url)

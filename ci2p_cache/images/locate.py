@@ -12,6 +12,9 @@ from ci2p_cache.images.archives import PARQUET_SUFFIXES, TAR_SUFFIXES, kind_of_f
 from ci2p_cache.images.folder import FolderSource
 from ci2p_cache.images.reading import read_file
 from ci2p_cache.images.source import ImageReader, ImageSource, SourceOptions
+from ci2p_cache.images.tree_source import TreeSource
+from ci2p_cache.images.unlabelled import UnlabelledSource
+from ci2p_cache.images.zip import ZIP_SUFFIXES, ZipSource
 from ci2p_cache.remote import url_of
 
 __all__ = ["open_reader", "open_source"]
@@ -20,7 +23,10 @@ _LIST_SUFFIXES = (b".csv", b".tsv")
 
 
 def open_source(
-    location: str | os.PathLike[str], options: SourceOptions | None = None
+    location: str | os.PathLike[str],
+    options: SourceOptions | None = None,
+    *,
+    is_listed: bool = False,
 ) -> ImageSource:
     """Opens the images at a path.
 
@@ -28,7 +34,7 @@ def open_source(
         location: One of
 
             - a folder of images: `SRC/CLASS/...`, `SRC/{train,val,test}/CLASS/...`, or ImageNet as
-              it comes (see `folder.FolderSource`);
+              it comes (see `folder.FolderSource`), or a zip of such a folder (`zip.ZipSource`);
             - tar files as WebDataset has them, or with class folders or class tars in them: a file,
               a folder that holds only tars, or a pattern (`train-{000000..000012}.tar`,
               `'*.tar.gz'`; see `tar.TarSource`);
@@ -37,7 +43,9 @@ def open_source(
             - any of these behind `s3://`, `gs://` or `http(s)://` (see `fetched.FetchedSource`);
             - a list of paths and labels: a CSV or parquet file (see `table.TableSource`).
         options: What the names of columns and the folder of a list are, where they are not the
-            usual ones.
+            usual ones, and whether labels count.
+        is_listed: Whether the images were listed before; the layout of a folder is then found out
+            only where they are listed again.
 
     Returns:
         The source; its images are not listed yet.
@@ -49,6 +57,16 @@ def open_source(
         ResourceError: the file system failed again and again.
     """
     options = options or SourceOptions()
+    source = _opened(location, options)
+    if isinstance(source, TreeSource):
+        if not is_listed:
+            # A layout that is not understood is refused before anything else takes its time.
+            _ = source.layout
+        return source
+    return source if options.labels == "auto" else UnlabelledSource(source)
+
+
+def _opened(location: str | os.PathLike[str], options: SourceOptions) -> ImageSource:
     name = os.fsencode(location)
     if not name:
         raise SourceError("the location of the images is empty; wanted a folder or file")
@@ -66,10 +84,7 @@ def open_source(
     lowered = name.lower()
     if os.path.isdir(name):
         kind = kind_of_folder(os.path.abspath(name))
-        if kind is None:
-            _refuse(options, "root image_column label_column", "a folder of images")
-            return FolderSource(location)
-        lowered = kind[0]
+        lowered = kind[0] if kind else b""
     # Only now: pyarrow takes a while to be imported.
     if lowered.endswith(TAR_SUFFIXES):
         from ci2p_cache.images.tar import TarSource
@@ -89,12 +104,9 @@ def open_source(
         from ci2p_cache.images.table import TableSource
 
         return TableSource(location, options)
-    if lowered.endswith(b".zip"):
-        raise SourceError(
-            f"{os.fsdecode(location)} is a zip archive, which is not read",
-            hint="unpack it into one folder per class",
-        )
-    return FolderSource(location)
+    _refuse(options, "root image_column label_column", "folders of images")
+    of_folders = ZipSource if lowered.endswith(ZIP_SUFFIXES) else FolderSource
+    return of_folders(location, labelled=options.labels == "auto")
 
 
 def open_reader(location: str | os.PathLike[str]) -> ImageReader:

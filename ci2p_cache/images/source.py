@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-__all__ = ["ImageReader", "ImageRef", "ImageSource", "SourceOptions"]
+__all__ = ["ImageReader", "ImageRef", "ImageSource", "Labels", "SourceOptions"]
+
+Labels = Literal["auto", "none"]
+"""Where labels come from: from the source, or from nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +24,8 @@ class SourceOptions:
     label_column: str | None = None
     """Column of the labels; in tars an extension, or a field of the .json. None: `label`, the only
     ClassLabel column of a parquet file, `.cls` or the usual fields of `.json`."""
+    labels: Labels = "auto"
+    """none: images without labels, or without regard to those that they have."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,24 @@ import numpy as np
 
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
-from ci2p_cache.errors import InputDataError
+from ci2p_cache.errors import InputDataError, command
 from ci2p_cache.training.spec import TrainSpec
 
-__all__ = ["splits_of"]
+__all__ = ["require_labels", "splits_of"]
+
+
+def require_labels(cache: Cache) -> None:
+    """Refuses a cache that was encoded without labels.
+
+    Raises:
+        InputDataError: it was.
+    """
+    if not cache.classes:
+        raise InputDataError(
+            f"{cache.path} was encoded without labels (--labels none); training a classifier needs "
+            "them",
+            hint=command("encode", "IMAGES", "--out", "NEW_FOLDER", note="without --labels none"),
+        )
 
 
 def splits_of(cache: Cache, spec: TrainSpec) -> tuple[Split, Split | None]:
@@ -30,8 +44,10 @@ def splits_of(cache: Cache, spec: TrainSpec) -> tuple[Split, Split | None]:
         spec: `folds` and `fold` count.
 
     Raises:
-        InputDataError: there is no train split, no image in it, or fewer of them than folds.
+        InputDataError: the cache has no labels, there is no train split, no image in it, or fewer
+            of them than folds.
     """
+    require_labels(cache)
     if "train" not in cache or not len(cache["train"].valid_rows):
         raise InputDataError(
             f"{cache.path} holds no image to train from; its splits are {list(cache.splits)}"

@@ -15,7 +15,7 @@ from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import InputDataError, UsageError
 from ci2p_cache.models.registry import AnyModelConfig, build_model, model_config
-from ci2p_cache.training.folds import splits_of
+from ci2p_cache.training.folds import require_labels, splits_of
 from ci2p_cache.training.layers import parameter_layers
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.spec import TrainSpec
@@ -38,7 +38,9 @@ def model_config_for(cache: Cache, spec: TrainSpec) -> AnyModelConfig:
     Raises:
         UnknownModelError: no model has the spec's name.
         UsageError: the model cannot have these settings, or takes no images of this size.
+        InputDataError: the cache has no labels.
     """
+    require_labels(cache)
     latent = cache.fingerprint.latent
     return model_config(
         spec.model,

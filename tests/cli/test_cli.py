@@ -190,7 +190,7 @@ class TestBadInput:
         self.refused(ran, 3, "file")
 
     def test_an_unreadable_folder(self, warm: WarmParent, tmp_path: Path) -> None:
-        folder = write_image_folder(tmp_path / "src", {"ant": 2})
+        folder = write_image_folder(tmp_path / "src", {"ant": 1, "bee": 1})
         for locked in (folder / "ant", folder):
             locked.chmod(0)
             try:
@@ -277,7 +277,7 @@ class TestBadInput:
         assert ":dog:[bold]" in ran.err.replace("\n", "")
 
     def test_too_many_bad_images(self, run: Callable[..., Ran], tmp_path: Path) -> None:
-        source = write_image_folder(tmp_path / "src", {"ant": 5})
+        source = write_image_folder(tmp_path / "src", {"ant": 4, "bee": 1})
         (source / "ant" / "bad.jpg").write_bytes(b"\xff\xd8 nothing")
         encode = ("encode", source, "--out", tmp_path / "out", *ENCODE)
         self.refused(run(*encode, "--max-errors", "0"), 3, "ant/bad.jpg", "--max-errors")

@@ -128,7 +128,7 @@ def test_labels_beyond_the_classes_name_a_command_that_can_be_pasted(cache: Path
 
 
 def test_a_near_key_can_be_pasted(whole: Path, tmp_path: Path) -> None:
-    source = write_image_folder(tmp_path / "src", {"red ant": 3})
+    source = write_image_folder(tmp_path / "src", {"red ant": 3, "bee": 1})
     cc.encode(source, tmp_path / "out", with_options(val_fraction=0))
     with pytest.raises(errors.UsageError) as caught:
         describe_sample(cc.open_cache(tmp_path / "out"), "train", key="001.jpg")

@@ -152,7 +152,7 @@ class TestEveryErrorSaysHowToGoOn:
         empty = run("encode", tmp_path / "empty", "--out", tmp_path / "o", *ENCODE)
         assert self.hint(empty, 3) == ["ci2p-cache", "encode", "--help"]
 
-        write_image_folder(tmp_path / "src", {"ant": 2})
+        write_image_folder(tmp_path / "src", {"ant": 1, "bee": 1})
         one_class = run("encode", tmp_path / "src" / "ant", "--out", tmp_path / "o", *ENCODE)
         assert one_class.code == 3
         assert "name the folder above it" in one_class.err

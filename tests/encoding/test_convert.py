@@ -176,7 +176,7 @@ class TestRefused:
         before = data_digests(out)
         with pytest.raises(errors.FingerprintMismatchError, match="format: 'webdataset'"):
             cc.convert(shards, out, format="both")
-        source = write_image_folder(tmp_path / "src", {"ant": 9})
+        source = write_image_folder(tmp_path / "src", {"ant": 8, "bee": 1})
         options = cc.EncodeOptions(
             encoder="bundled", size=32, shard_samples=4, val_fraction=0.25, level=3
         )

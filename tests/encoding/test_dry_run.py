@@ -130,7 +130,7 @@ def test_of_a_complete_cache_nothing_is_left_to_do(image_folder: Path, tmp_path:
 
 
 def test_bad_files_are_named_counted_and_held_against_the_budget(tmp_path: Path) -> None:
-    source = write_image_folder(tmp_path / "src", {"ant": 9})
+    source = write_image_folder(tmp_path / "src", {"ant": 8, "bee": 1})
     (source / "ant" / "bad.jpg").write_bytes(b"\xff\xd8 nothing")
     report = dry_run(source, tmp_path / "out", with_options(max_errors="0"))
     assert (report.bad_found, report.checked, report.bad_allowed) == (1, 10, 0)
@@ -139,7 +139,7 @@ def test_bad_files_are_named_counted_and_held_against_the_budget(tmp_path: Path)
     assert isinstance(error, errors.TooManyBadImagesError)
     assert "ant/bad.jpg" in str(error)
     assert dry_run(source, tmp_path / "out", SMALL).blocker() is None
-    none_good = write_image_folder(tmp_path / "none", {"ant": 70})
+    none_good = write_image_folder(tmp_path / "none", {"ant": 69, "bee": 1})
     for path in none_good.rglob("*.jpg"):
         path.write_bytes(b"\xff\xd8 nothing")
     with pytest.raises(errors.TooManyBadImagesError, match="first 64 images"):
@@ -265,7 +265,7 @@ def test_errors_end_a_dry_run_with_the_exit_codes_of_a_run(
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
     assert run("encode", tmp_path / "empty", "--out", out, *ENCODE, "--dry-run").code == 3
-    source = write_image_folder(tmp_path / "src", {"ant": 9})
+    source = write_image_folder(tmp_path / "src", {"ant": 8, "bee": 1})
     other = run("encode", source, "--out", half_done, *ENCODE, "--views", "none", "--dry-run")
     assert other.code == 4
     assert "views.kind" in other.err

@@ -360,8 +360,9 @@ class TestBadImages:
 
     def test_when_the_first_64_all_fail_it_stops_at_once(self, tmp_path: Path) -> None:
         for i in range(70):
-            (tmp_path / "src" / "ant").mkdir(parents=True, exist_ok=True)
-            (tmp_path / "src" / "ant" / f"{i}.jpg").write_bytes(b"nothing")
+            folder = tmp_path / "src" / ("ant" if i else "bee")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i}.jpg").write_bytes(b"nothing")
         with pytest.raises(errors.TooManyBadImagesError, match="first 64"):
             cc.encode(tmp_path / "src", tmp_path / "out", with_options(max_errors="100%"))
 

@@ -211,6 +211,44 @@ class TestOriginalsThatAreGone:
         assert data_digests(place / "out") == before
 
 
+class TestAnotherLayout:
+    def test_splits_that_were_not_there_would_give_rows_twice(self, place: Path) -> None:
+        source, out = place / "src", place / "out"
+        for name in CLASSES:
+            for split, numbers in (("train", range(3)), ("val", range(3, 4))):
+                (source / split / name).mkdir(parents=True)
+                for number in numbers:
+                    image = source / name / f"{number:03}.jpg"
+                    image.rename(source / split / name / image.name)
+            (source / name).rmdir()
+        before = data_digests(out)
+        with pytest.raises(errors.SourceError, match=r"what was train: ant/003.jpg is val: ant/"):
+            encode(source, out, rescan=True)
+        assert data_digests(out) == before
+
+    def test_a_file_under_another_key_would_be_a_row_twice(self, tmp_path: Path) -> None:
+        write_image_folder(tmp_path / "src" / "train", dict.fromkeys(CLASSES, 2))
+        paths = [f"train/{name}/{number:03}.jpg" for name in CLASSES for number in range(2)]
+        table, out = tmp_path / "src" / "list.csv", tmp_path / "out"
+        lines = [f"{path},{path.split('/')[1]}" for path in paths]
+        table.write_text("\n".join(["path,label", *lines]))
+        encode(table, out)
+        before = data_digests(out)
+        lines = [f"{line},train" for line in lines]
+        table.write_text("\n".join(["path,label,split", *lines]))
+        with pytest.raises(errors.SourceError, match=r"was train/\w+/00\d.jpg is train: \w+/00"):
+            encode(table, out, rescan=True)
+        assert data_digests(out) == before
+
+    def test_new_images_of_one_class_are_taken_in(self, pristine: Path, place: Path) -> None:
+        for name in ("ant", "cat"):
+            shutil.rmtree(place / "src" / name)
+        put(place / "src" / "bee" / "new.jpg", 99)
+        summary, _ = encode(place / "src", place / "out", rescan=True)
+        assert (summary.images, summary.encoded_now) == (13, 1)
+        assert_kept(pristine / "out", place / "out")
+
+
 class TestOriginalsThatChanged:
     def test_one_is_named_and_left_alone_whatever_else_is_new(
         self, pristine: Path, place: Path

@@ -258,7 +258,7 @@ def test_finalise_names_what_is_missing(image_folder: Path, planned: Path, tmp_p
 
 
 def test_the_budget_of_bad_images_holds_for_all_ranges_together(tmp_path: Path) -> None:
-    source, out = write_image_folder(tmp_path / "src", {"ant": 12}), tmp_path / "out"
+    source, out = write_image_folder(tmp_path / "src", {"ant": 11, "bee": 1}), tmp_path / "out"
     for number in range(6):
         (source / "ant" / f"{number:03d}.jpg").write_bytes(b"\xff\xd8 nothing")
     options = with_options(val_fraction=0.0, max_errors="5")

@@ -347,7 +347,7 @@ class TestLists:
             (["path,label", "a/../../x,a"], "wanted one below"),
             (["path,label", ",a"], "wanted one below"),
             (["path,label", "s3://x/1.jpg,a"], "is a URL"),
-            (["path,label,split", "a/1.jpg,a,dev"], "`split` is 'dev'; wanted train, val or test"),
+            (["path,label,split", "a/1.jpg,a,new"], "`split` is 'new'; wanted train, val or test"),
             (["path,label,split", "a/1.jpg,a,train", "b/1.jpg,a,"], "with a split and rows"),
             (["path,label,split", "a/1.jpg,a,val"], "no row of the split train"),
             (["path,label", "a/1.jpg,-1"], "has the label -1"),

@@ -124,7 +124,7 @@ def test_rows_without_bytes_are_bad_images(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = image_table([(f"a/{n}.jpg", jpeg(n), "a") for n in range(4)], ["a"])
+    table = image_table([(f"a/{n}.jpg", jpeg(n), "ab"[n % 2]) for n in range(4)], ["a", "b"])
     rows = table["image"].to_pylist()
     rows[1]["bytes"] = None
     rows[2] = {"bytes": b"", "path": "a/2.jpg"}

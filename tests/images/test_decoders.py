@@ -82,7 +82,7 @@ def test_a_decoder_that_dies_is_traced_to_its_file_and_the_run_goes_on(
 def test_a_decoder_that_takes_all_memory_makes_its_file_bad_and_no_other(
     crashing: WarmParent, tmp_path: Path
 ) -> None:
-    source = write_image_folder(tmp_path / "src", {"ant": 9})
+    source = write_image_folder(tmp_path / "src", {"ant": 8, "bee": 1})
     marked(source / "ant" / "greedy.jpg", "MEMORY")
     code, told = encode(crashing, source, tmp_path / "out")
     assert code == 0, told
@@ -91,7 +91,7 @@ def test_a_decoder_that_takes_all_memory_makes_its_file_bad_and_no_other(
 
 
 def test_a_decoder_that_dies_once_is_no_bad_image(crashing: WarmParent, tmp_path: Path) -> None:
-    source = write_image_folder(tmp_path / "src", {"ant": 5})
+    source = write_image_folder(tmp_path / "src", {"ant": 4, "bee": 1})
     marked(source / "ant" / "moody.jpg", f"ONCE {tmp_path / 'done'}")
     code, told = encode(crashing, source, tmp_path / "out")
     assert code == 0, told
@@ -102,7 +102,7 @@ def test_a_decoder_that_dies_once_is_no_bad_image(crashing: WarmParent, tmp_path
 def test_a_decoder_killed_from_outside_ends_the_run_resumable(
     crashing: WarmParent, tmp_path: Path
 ) -> None:
-    source = write_image_folder(tmp_path / "src", {"ant": 9})
+    source = write_image_folder(tmp_path / "src", {"ant": 8, "bee": 1})
     marked(source / "ant" / "unlucky.jpg", "KILL")
     code, told = encode(crashing, source, tmp_path / "out")
     assert code == 6, told
@@ -119,7 +119,7 @@ def test_a_decoder_killed_from_outside_ends_the_run_resumable(
 def test_a_decoder_without_end_holds_up_no_ctrl_c_and_outlives_nobody(
     crashing: WarmParent, number: signal.Signals, tmp_path: Path
 ) -> None:
-    source = write_image_folder(tmp_path / "src", {"ant": 2})
+    source = write_image_folder(tmp_path / "src", {"ant": 1, "bee": 1})
     marked(source / "ant" / "endless.jpg", "SPIN")
     before = set(crashing.decoders())
     process = crashing.start("encode", source, "--out", tmp_path / "out", *SETTINGS)

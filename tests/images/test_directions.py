@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ PICTURE = b"\xff\xd8\xff\xe0 the start of a JPEG"
 SMALL = cc.EncodeOptions(encoder="bundled", size=32, views="none", val_fraction=0.0)
 
 
-def labelled(location: object, **options: str) -> dict[str, str]:
+def labelled(location: object, **options: Any) -> dict[str, str]:
     source = open_source(str(location), SourceOptions(**options))
     return {
         ref.key if ref.split is None else f"{ref.split}: {ref.key}": source.classes[ref.label]
@@ -35,13 +36,13 @@ def labelled(location: object, **options: str) -> dict[str, str]:
     }
 
 
-def notices(location: object, **options: str) -> str:
+def notices(location: object, **options: Any) -> str:
     source = open_source(str(location), SourceOptions(**options))
     list(source.scan())
     return "\n".join(source.notices)
 
 
-def refused(location: object, **options: str) -> SourceError:
+def refused(location: object, **options: Any) -> SourceError:
     with pytest.raises(SourceError) as caught:
         labelled(location, **options)
     assert caught.value.hint
@@ -316,7 +317,7 @@ def test_two_label_columns_or_image_columns_are_told_apart_by_an_option(tmp_path
     error = refused(path, image_column="mask")
     assert "has no single label column but 2 of them, fine, coarse" in str(error)
     assert error.hint == "repeat the command with --label-column fine"
-    chosen = {"image_column": "mask", "label_column": "coarse"}
+    chosen: dict[str, Any] = {"image_column": "mask", "label_column": "coarse"}
     assert labelled(path, **chosen) == {"0.jpg": "all", "1.jpg": "all"}
     source = open_source(path, SourceOptions(**chosen))
     # What reads it again knows nothing of the options.
@@ -360,7 +361,7 @@ def test_columns_of_other_names_are_named_by_options(images: Path) -> None:
     error = refused(path)
     assert "has the columns Filename, Breed, split; wanted `path`, `label`" in str(error)
     assert error.hint == "repeat the command with --image-column Filename --label-column Breed"
-    options = {"image_column": "Filename", "label_column": "Breed"}
+    options: dict[str, Any] = {"image_column": "Filename", "label_column": "Breed"}
     assert labelled(path, **options) == {"train: img/a/1.jpg": "a", "val: img/b/2.jpg": "b"}
     error = refused(path, image_column="Filename")
     assert error.hint == "repeat the command with --label-column Breed"
@@ -375,7 +376,7 @@ def test_parquet_lists_have_the_same_options(images: Path) -> None:
     assert error.hint == (
         "if it lists paths: repeat the command with --image-column file --label-column NAME"
     )
-    options = {"image_column": "file", "label_column": "kind"}
+    options: dict[str, Any] = {"image_column": "file", "label_column": "kind"}
     assert labelled(path, **options) == {"img/a/1.jpg": "a"}
     source = open_source(path, SourceOptions(**options))
     assert open_reader(source.location()).read(next(source.scan()).path) == PICTURE
@@ -474,8 +475,9 @@ def test_a_root_that_is_no_folder_is_refused(images: Path) -> None:
 
 @pytest.mark.parametrize("option", ["root", "image_column", "label_column"])
 def test_an_option_that_a_folder_has_no_use_for_is_refused(images: Path, option: str) -> None:
-    with pytest.raises(UsageError, match=f"`{option}` is 'x', and the images are a folder"):
-        open_source(images, SourceOptions(**{option: "x"}))
+    options: dict[str, Any] = {option: "x"}
+    with pytest.raises(UsageError, match=f"`{option}` is 'x', and the images are folders"):
+        open_source(images, SourceOptions(**options))
 
 
 @pytest.mark.parametrize("executor", ["local", pytest.param("processes", marks=pytest.mark.slow)])

@@ -203,7 +203,7 @@ def test_class_folders_without_any_image_are_refused_by_the_scan(tmp_path: Path)
     text(tmp_path / "a" / "1.txt")
     (tmp_path / "b").mkdir()
     source = open_source(tmp_path)
-    with pytest.raises(SourceError, match=r"2 class folders and no image.*1 files") as caught:
+    with pytest.raises(SourceError, match=r"has no image in it; .*1 files") as caught:
         list(source.scan())
     assert caught.value.exit_code == 3
 

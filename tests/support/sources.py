@@ -8,6 +8,7 @@ import io
 import json
 import os
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -150,8 +151,16 @@ def _files(root: Path, images: list[Entry]) -> Path:
     return root
 
 
+def _zip(root: Path, images: list[Entry]) -> Path:
+    with zipfile.ZipFile(root / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for key, content, _ in images:
+            archive.writestr(key, content)
+    return root / "all.zip"
+
+
 KINDS: dict[str, Callable[[Path, list[Entry]], Path | str]] = {
     "folder": _files,
+    "zip": _zip,
     "one tar": _one_tar,
     "tar.gz folder": _gzip,
     "tar.zst braces": _zstd,

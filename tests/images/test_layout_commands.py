@@ -1,0 +1,146 @@
+"""What the commands say of a layout, and caches without labels from encode to train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import ci2p_cache as cc
+from ci2p_cache.errors import FingerprintMismatchError, SourceError
+from ci2p_cache.images.locate import open_source
+from ci2p_cache.images.source import SourceOptions
+from tests.support.caches import with_options
+from tests.support.commands import Ran
+from tests.support.pictures import picture
+from tests.support.sources import entries, pack, samples, tar_bytes
+
+ENCODE = ("--encoder", "bundled", "--size", "32", "--views", "none", "--shard-samples", "8")
+UNLABELLED = with_options(labels="none", views="none")
+
+
+def put(root: Path, *names: str) -> Path:
+    for seed, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(seed, 40, 34).save(root / name, "JPEG")
+    return root
+
+
+def test_encode_says_splits_classes_and_counts_before_and_after(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    names = [f"{s}/{c}/{n}.jpg" for s in ("Training", "Testing") for c in "ab" for n in (1, 2)]
+    source = put(tmp_path / "src", *names)
+    done = run("encode", source, "--out", tmp_path / "out", *ENCODE)
+    assert done.code == 0, done.err
+    assert "plan: 8 images (train 4, test 4), 2 classes: a 4, b 4" in done.err
+    assert "taken as splits: Testing as test, Training as train" in done.err
+    assert "8 images (train 4, test 4), 2 classes, complete" in done.out
+    again = run("encode", source, "--out", tmp_path / "out", *ENCODE, "--json")
+    assert "plan: 8 images (train 4, test 4), 2 classes" in again.err
+    assert json.loads(again.out)["classes"] == 2
+
+
+def test_many_classes_are_summed_up(run: Callable[..., Ran], tmp_path: Path) -> None:
+    names = [f"c{n:02d}/{i}.jpg" for n in range(12) for i in range(1 + n % 2)]
+    source = put(tmp_path / "src", *names)
+    done = run("encode", source, "--out", tmp_path / "out", *ENCODE, "--plan-only")
+    assert "12 classes: c00 1, c01 2" in done.err
+    assert ", ... (1 to 2 images each)" in done.err
+
+
+def test_a_refusal_leaves_nothing_and_names_the_way_out(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    source = put(tmp_path / "src", "1.jpg", "2.jpg")
+    ran = run("encode", source, "--out", tmp_path / "out", *ENCODE)
+    assert ran.code == 3
+    assert "--labels none" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_without_labels_are_encoded_and_train_refuses_them(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    source, out = put(tmp_path / "src", "1.jpg", "deep/2.jpg", "deep/er/3.jpg"), tmp_path / "out"
+    options = (*ENCODE, "--labels", "none", "--val-fraction", "0")
+    done = run("encode", source, "--out", out, *options)
+    assert done.code == 0, done.err
+    assert "plan: 3 images (train 3), no labels" in done.err
+    assert "3 images (train 3), no labels, complete" in done.out
+    assert f"next: ci2p-cache inspect {out}" in done.out
+    cache = cc.open_cache(out)
+    assert cache.classes == ()
+    assert cache["train"].labels.tolist() == [-1, -1, -1]
+    for command in ("inspect", "status", "verify"):
+        ran = run(command, out)
+        assert ran.code == 0, ran.err
+    trained = run("train", out, "--model", "vitds_tiny", "--runs", tmp_path / "runs")
+    assert trained.code == 3
+    assert "was encoded without labels (--labels none)" in trained.err
+    assert "try:" in trained.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_labels_bind_the_folder(tmp_path: Path) -> None:
+    source, out = put(tmp_path / "src", "a/1.jpg", "b/2.jpg"), tmp_path / "out"
+    cc.encode(source, out, UNLABELLED)
+    with pytest.raises(FingerprintMismatchError, match="`labels` 'none', 'auto' is asked for"):
+        cc.encode(source, out, with_options(views="none"))
+    assert cc.encode(source, out, UNLABELLED).encoded_now == 0
+    assert cc.EncodeOptions.of(cc.open_cache(out).manifest).labels == "none"
+
+
+def test_a_cache_without_labels_grows_and_is_repaired(tmp_path: Path) -> None:
+    source, out = put(tmp_path / "src", "a/1.jpg", "b/2.jpg"), tmp_path / "out"
+    cc.encode(source, out, UNLABELLED)
+    put(tmp_path / "src", "c/3.jpg")
+    cc.encode(source, out, with_options(labels="none", views="none", rescan=True))
+    cache = cc.open_cache(out)
+    assert sum(len(split.labels) for split in cache.values()) == 3
+    assert all((split.labels == -1).all() for split in cache.values())
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("1.jpg", "x/2.jpg"), {(None, "1.jpg"), (None, "x/2.jpg")}),
+        (("all/1.jpg", "all/x/2.jpg"), {(None, "all/1.jpg"), (None, "all/x/2.jpg")}),
+        (("train/1.jpg", "val/2.jpg"), {("train", "1.jpg"), ("val", "2.jpg")}),
+        (
+            ("d/seg_train/a/1.jpg", "d/seg_test/2.jpg", "d/seg_pred/3.jpg"),
+            {("train", "a/1.jpg"), ("test", "2.jpg"), ("train", "seg_pred/3.jpg")},
+        ),
+        (("part_1/1.jpg", "part_2/1.jpg"), {(None, "part_1/1.jpg"), (None, "part_2/1.jpg")}),
+    ],
+)
+def test_without_labels_all_images_below_the_source_or_its_splits_count(
+    tmp_path: Path, names: tuple[str, ...], found: set[tuple[str | None, str]]
+) -> None:
+    source = open_source(put(tmp_path, *names), SourceOptions(labels="none"))
+    refs = list(source.scan())
+    assert {(ref.split, ref.key) for ref in refs} == found
+    assert {ref.label for ref in refs} == {-1}
+    assert source.classes == source.class_titles == ()
+    assert all(source.read(ref.path) for ref in refs)
+
+
+@pytest.mark.parametrize("names", [("train/1.jpg", "test1/2.jpg"), ("a/train/1.jpg", "a/test/2.jpg",
+                                   "b/train/1.jpg", "b/test/2.jpg")])  # fmt: skip
+def test_splits_that_would_be_mixed_are_refused_without_labels_too(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    with pytest.raises(SourceError, match="look like splits"):
+        open_source(put(tmp_path, *names), SourceOptions(labels="none"))
+
+
+def test_labels_of_a_tar_can_be_left_aside(image_folder: Path, tmp_path: Path) -> None:
+    tar = pack(tmp_path / "x.tar", tar_bytes(samples(entries(image_folder))))
+    source = open_source(tar, SourceOptions(labels="none"))
+    refs = list(source.scan())
+    assert len(refs) == 21
+    assert {ref.label for ref in refs} == {-1}
+    assert source.classes == ()
+    assert source.read(refs[0].path) == open_source(tar).read(refs[0].path)
