@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ci2p_cache.errors import SourceError
 from ci2p_cache.images.archives import SPLIT_NAMES
 from ci2p_cache.images.names import for_display
+from ci2p_cache.images.splits import UNLABELLED, split_folders
 
 __all__ = ["ClassFolders", "find_class_folders", "refuse_shards"]
 
@@ -56,25 +57,30 @@ def find_class_folders(folders: Iterable[bytes]) -> ClassFolders:
     depth = 0
     while True:
         heads = {path[depth] for path in paths if len(path) > depth}
-        splits = {name: SPLIT_NAMES[name.lower()] for name in heads if name.lower() in SPLIT_NAMES}
+        splits = split_folders(sorted(heads))
+        named = [name for name in heads if name.lower() in SPLIT_NAMES]
+        if heads and not splits and len(named) == len(heads):
+            raise SourceError(
+                f"it has {_listed(named)} and no train folder",
+                hint="add train, or rename the folder if its name is a class",
+            )
         if splits and len(splits) == len(heads):
             break
         if len(heads) != 1 or any(len(path) < depth + 2 for path in paths):
             splits = _refuse_mixed(splits, heads)
             break
         depth += 1
-    if splits and "train" not in splits.values():
-        raise SourceError(
-            f"it has {_listed(splits)} and no train folder",
-            hint="add train, or rename the folder if its name is a class",
-        )
+    # Pictures to be predicted, in a folder of their own, have no labels.
+    splits = {name: split for name, split in splits.items() if split != UNLABELLED}
     if len(set(splits.values())) < len(splits):
         raise SourceError(f"{_listed(splits)}: two folders are one split", hint="keep one of them")
     for path in paths:
-        if splits and len(path) == depth + 1 and splits[path[depth]] != "test":
+        if splits and len(path) == depth + 1 and splits.get(path[depth], "test") != "test":
             raise SourceError(f"{for_display(path[depth])} in it has images in no class folder")
     level = depth + bool(splits)
-    classes = {path[level] for path in paths if len(path) > level}
+    classes = {
+        path[level] for path in paths if len(path) > level and (not splits or path[depth] in splits)
+    }
     if len(classes) < 2:
         what = f"one class folder, {_listed(classes)}" if classes else "no class folders"
         raise SourceError(f"it has {what}")
@@ -100,7 +106,7 @@ def refuse_shards(folders: Iterable[bytes], *, alone: bool) -> None:
 
 def _refuse_mixed(splits: Mapping[bytes, str], heads: Iterable[bytes]) -> dict[bytes, str]:
     """Refuses splits beside other folders; one such name alone is a class."""
-    if "train" in splits.values() and len(splits) > 1:
+    if len(splits) > 1:
         others = [name for name in heads if name not in splits]
         raise SourceError(
             f"it has split folders ({_listed(splits)}) beside other folders ({_listed(others)}); "

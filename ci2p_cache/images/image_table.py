@@ -82,21 +82,30 @@ class ImageTable:
     def listing(self, labels: LabelTable, split: str | None, tally: Tally) -> pa.Table:
         """Returns row (int64), path (string, may be null) and label (int32, a place in `labels`).
 
-        Rows of the test split that have no label (-1, null) are tallied and left out.
+        Rows of the test split that have no label (-1, null) are tallied and left out. Where labels
+        do not count, all rows are there, with the label -1.
 
         Raises:
             SourceError: the file is damaged, has no column of labels or only paths of images, or a
                 row of another split has no label.
             ResourceError: reading failed again and again.
         """
-        with self._named():
-            label, self.class_names = label_column(self._schema, self._options.label_column)
-        wanted = [f"{self._image}.path", label] if self._is_struct else [label]
+        wanted = [f"{self._image}.path"] if self._is_struct else []
+        label = None
+        if self._options.labels == "auto":
+            with self._named():
+                label, self.class_names = label_column(self._schema, self._options.label_column)
+            wanted.append(label)
         table = self._read(lambda file: file.read(columns=wanted))
-        paths = pa.nulls(table.num_rows, pa.string())
+        num_rows = self._first_rows[-1]
+        paths = pa.nulls(num_rows, pa.string())
         if self._is_struct:
             paths = plain(pc.struct_field(table[self._image], "path")).cast(pa.string())
         self._refuse_paths(paths)
+        rows = pa.array(np.arange(num_rows))
+        if label is None:
+            columns = [rows, paths, np.full(num_rows, -1, np.int32)]
+            return pa.table(columns, names=["row", "path", "label"])
         try:
             values, indices = label_values(table[label])
         except SourceError as error:
@@ -104,7 +113,6 @@ class ImageTable:
                 f"{for_display(self._full)} {error}; wanted whole numbers or names"
             ) from error
         known = {place: value for place, value in enumerate(values) if value is not None}
-        rows = pa.array(np.arange(table.num_rows))
         has_label = pc.is_in(indices, pa.array(list(known), indices.type))
         missing = rows.filter(pc.invert(has_label))
         if len(missing):

@@ -64,7 +64,9 @@ class CsvRows:
         self._path = path
         self._shown = for_display(path)
         self._options = options
-        self._wanted = (options.image_column or "path", options.label_column or "label")
+        self._wanted = [options.image_column or "path"]
+        if options.labels == "auto":
+            self._wanted.append(options.label_column or "label")
 
     def rows(self) -> Iterator[_Row]:
         """Yields every row; errors as `ListRows.rows` has them."""
@@ -80,6 +82,8 @@ class CsvRows:
                 self._require_columns(reader.fieldnames or ())
                 for row in reader:
                     values = [row.get(name, "") for name in (*self._wanted, _SPLIT)]
+                    if len(values) == 2:
+                        values.insert(1, "")
                     if None in values or None in row:
                         raise SourceError(
                             f"{self._shown}, line {reader.line_num}, has another number of values "
@@ -121,7 +125,7 @@ class CsvRows:
             )
         if not set(self._wanted) <= set(found):
             shown = for_display(", ".join(found).encode("utf-8", "replace")[:300])
-            path, label = self._wanted
+            wanted = ", ".join(f"`{name}`" for name in self._wanted)
             hint = columns_hint(found, self._options.image_column, self._options.label_column)
             if any(os.path.splitext(n.encode("utf-8", "replace"))[1].lower() in IMAGE_SUFFIXES
                    for n in found):  # fmt: skip
@@ -129,8 +133,8 @@ class CsvRows:
                 name = shlex.quote(self._shown)
                 hint = f"give the list a first line of names: sed -i '1i path,label' {name}"
             raise SourceError(
-                f"{self._shown} has the columns {shown or 'none'}; wanted `{path}`, `{label}` and, "
-                f"where it has splits, `{_SPLIT}`",
+                f"{self._shown} has the columns {shown or 'none'}; wanted {wanted} and, where it "
+                f"has splits, `{_SPLIT}`",
                 hint=hint,
             )
 
@@ -181,17 +185,21 @@ class ParquetRows:
                 f"`{_SPLIT}`",
                 hint=columns_hint(schema.names, options.image_column, options.label_column),
             )
-        try:
-            label, self.class_names = label_column(schema, options.label_column)
-        except SourceError as error:
-            raise SourceError(f"{self._shown} {error}", hint=error.hint) from error
         is_struct = pa.types.is_struct(schema.field(path).type)
-        wanted = [f"{path}.path" if is_struct else path, label]
+        wanted, label = [f"{path}.path" if is_struct else path], None
+        if options.labels == "auto":
+            try:
+                label, self.class_names = label_column(schema, options.label_column)
+            except SourceError as error:
+                raise SourceError(f"{self._shown} {error}", hint=error.hint) from error
+            wanted.append(label)
         wanted += [_SPLIT] if _SPLIT in schema.names else []
         table = file.read(columns=wanted)
         columns = {
             "path": plain(pc.struct_field(table[path], "path") if is_struct else table[path]),
-            "label": table[label],
+            "label": pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
+            if label is None
+            else table[label],
         }
         if _SPLIT in schema.names:
             splits = plain(table[_SPLIT])

@@ -13,7 +13,6 @@ from ci2p_cache.images.folder import FolderSource
 from ci2p_cache.images.reading import read_file
 from ci2p_cache.images.source import ImageReader, ImageSource, SourceOptions
 from ci2p_cache.images.tree_source import TreeSource
-from ci2p_cache.images.unlabelled import UnlabelledSource
 from ci2p_cache.images.zip import ZIP_SUFFIXES, ZipSource
 from ci2p_cache.remote import url_of
 
@@ -58,12 +57,10 @@ def open_source(
     """
     options = options or SourceOptions()
     source = _opened(location, options)
-    if isinstance(source, TreeSource):
-        if not is_listed:
-            # A layout that is not understood is refused before anything else takes its time.
-            _ = source.layout
-        return source
-    return source if options.labels == "auto" else UnlabelledSource(source)
+    if isinstance(source, TreeSource) and not is_listed:
+        # A layout that is not understood is refused before anything else takes its time.
+        _ = source.layout
+    return source
 
 
 def _opened(location: str | os.PathLike[str], options: SourceOptions) -> ImageSource:

@@ -103,7 +103,7 @@ class ParquetSource(ArchiveSource):
                         path += b"=" + self._column
                     shown = os.fsdecode(archive.path).encode("utf-8", "backslashreplace").decode()
                     key = name if self._has_paths else f"{shown}/{row}"
-                    label = int(self._labels[label_id])
+                    label = int(self._labels[label_id]) if label_id >= 0 else -1
                     yield ImageRef(key, archive.split, label, path, order=place)
                     place += 1
 
@@ -143,13 +143,11 @@ class ParquetSource(ArchiveSource):
             names = file.class_names
         folder = self._archives.files[0].path.rpartition(b"/")[0]
         folders = dict.fromkeys([self._archives.root, join(self._archives.root, folder)])
-        self._labels = self._settle(
-            labels,
-            tuple(folders),
-            names or (),
-            num_images=sum(table.num_rows for _, table in listing),
-            tally=tally,
-        )
+        num_images = sum(table.num_rows for _, table in listing)
+        if self._options.labels == "auto" or not num_images:
+            self._labels = self._settle(
+                labels, tuple(folders), names or (), num_images=num_images, tally=tally
+            )
         self._has_paths = _paths_are_keys(listing)
         self._tally = tally
         self._listing = listing

@@ -53,6 +53,7 @@ class TableSource:
         self, location: str | os.PathLike[str], options: SourceOptions | None = None
     ) -> None:
         options = options or SourceOptions()
+        self._labelled = options.labels == "auto"
         self._path = os.path.abspath(os.fsencode(location))
         folder = os.path.dirname(self._path)
         root = None if options.root is None else os.path.abspath(os.fsencode(options.root))
@@ -111,6 +112,10 @@ class TableSource:
         tally = self._tally = Tally()
         count = 0
         for path, label, split in self._rows():
+            if not self._labelled:
+                count += 1
+                yield ImageRef(_key(path, split), split or None, _NO_LABEL, path)
+                continue
             number = self._labels_of.add(label)
             if number >= len(self._labels):
                 raise SourceError(f"{self._shown} was changed while it was read")
@@ -122,7 +127,9 @@ class TableSource:
             count += 1
             yield ImageRef(_key(path, split), split or None, self._labels[number], path)
         if not count:
-            raise SourceError(f"{self._shown} names no labelled image")
+            raise SourceError(
+                f"{self._shown} names no {'labelled ' if self._labelled else ''}image"
+            )
 
     def read(self, path: bytes) -> bytes:
         """Returns the whole content of one image; errors as `FolderSource.read` has them."""
@@ -150,6 +157,9 @@ class TableSource:
             folders = tuple(dict.fromkeys([os.path.dirname(self._path), self._root]))
             try:
                 self._paths.refuse_without_suffix(first)
+                if not self._labelled:
+                    self._classes = Classes((), ())
+                    return self._classes
                 classes, labels = self._labels_of.settle(folders, self._table.class_names)
             except SourceError as error:
                 raise SourceError(f"{self._shown}: {error}", hint=error.hint) from error
@@ -176,7 +186,7 @@ class TableSource:
         if split and known is None:
             raise SourceError(f"`split` is {split[:40]!r}; wanted train, val or test")
         given = NO_LABEL if label is None or label == "" else label
-        if given != label and known != "test":
+        if self._labelled and given != label and known != "test":
             raise SourceError(
                 f"{for_display(path[:200])} has no label",
                 hint="leave rows without a label out, or give them the split test",

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from array import array
@@ -158,13 +159,23 @@ class TarSource(ArchiveSource):
                 tally.merge(listed.tally)
                 listing.append((archive, listed))
             found = [listed for _, listed in listing]
-            if any(each.has_labels for each in found) or not any(each.problem for each in found):
+            if self._options.labels == "none":
+                self._settle_none(listing)
+            elif any(each.has_labels for each in found) or not any(each.problem for each in found):
                 self._settle_files(table, listing)
             else:
                 self._settle_folders(listing)
             self._listing = listing
             self._names_recur = self._do_names_recur()
         return self._listing
+
+    def _settle_none(self, listing: list[tuple[Archive, Listed]]) -> None:
+        """Takes all images without labels; class folders count for their splits alone."""
+        if not any(len(listed.images) for _, listed in listing):
+            raise SourceError(f"{self.location()} has no image in it")
+        inner = {n.rpartition(b"/")[0] for _, listed in listing for n, *_ in listed.images}
+        with contextlib.suppress(SourceError):
+            self._folders = _Folders(find_class_folders(inner), archives_are_classes=False)
 
     def _settle_files(self, table: LabelTable, listing: list[tuple[Archive, Listed]]) -> None:
         """Settles labels that come from files, and what has none."""
@@ -251,7 +262,18 @@ class TarSource(ArchiveSource):
     def _placed(
         self, archive: Archive, listed: Listed
     ) -> Iterator[tuple[str | None, bytes, int, int, int]]:
-        """Yields split, name, label, offset and size of the images that have a label."""
+        """Yields split, name, label, offset and size of the images that have a label.
+
+        Of all images, with the label -1, where labels do not count.
+        """
+        if self._options.labels == "none":
+            for name, offset, size, _ in listed.images:
+                place = self._folders.place(archive, name) if self._folders else None
+                if place is None or place[0] is None:
+                    yield archive.split, name, _NO_LABEL, offset, size
+                else:
+                    yield place[0], place[2], _NO_LABEL, offset, size
+            return
         if self._folders is None:
             for name, offset, size, label in listed.images:
                 if label != NO_LABEL_FILE and self._labels[label] != _NO_LABEL:

@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import ci2p_cache as cc
 from ci2p_cache.errors import FingerprintMismatchError, SourceError
-from ci2p_cache.images.locate import open_source
+from ci2p_cache.images.locate import open_reader, open_source
 from ci2p_cache.images.source import SourceOptions
 from tests.support.caches import with_options
 from tests.support.commands import Ran
@@ -136,11 +138,55 @@ def test_splits_that_would_be_mixed_are_refused_without_labels_too(
         open_source(put(tmp_path, *names), SourceOptions(labels="none"))
 
 
+def without_labels(location: Path) -> set[tuple[str | None, str]]:
+    source = open_source(location, SourceOptions(labels="none"))
+    refs = list(source.scan())
+    assert {ref.label for ref in refs} == {-1}
+    assert source.classes == source.class_titles == ()
+    for ref in refs:
+        assert source.read(ref.path) == open_reader(source.location()).read(ref.path)
+    return {(ref.split, ref.key) for ref in refs}
+
+
 def test_labels_of_a_tar_can_be_left_aside(image_folder: Path, tmp_path: Path) -> None:
     tar = pack(tmp_path / "x.tar", tar_bytes(samples(entries(image_folder))))
-    source = open_source(tar, SourceOptions(labels="none"))
-    refs = list(source.scan())
-    assert len(refs) == 21
-    assert {ref.label for ref in refs} == {-1}
-    assert source.classes == ()
-    assert source.read(refs[0].path) == open_source(tar).read(refs[0].path)
+    assert len(without_labels(tar)) == 21
+
+
+def test_a_tar_needs_no_labels_where_they_do_not_count(tmp_path: Path) -> None:
+    image = (put(tmp_path / "src", "1.jpg") / "1.jpg").read_bytes()
+    loose = pack(tmp_path / "x.tar", tar_bytes([("1.jpg", image), ("2.jpg", image)]))
+    assert without_labels(loose) == {(None, "1.jpg"), (None, "2.jpg")}
+    members = [(f"d/seg_{s}/{c}/1.jpg", image) for s in ("train", "test") for c in "ab"]
+    splits = pack(tmp_path / "y.tar", tar_bytes([*members, ("d/seg_pred/3.jpg", image)]))
+    found = {(split, f"{name}/1.jpg") for split in ("train", "test") for name in "ab"}
+    assert without_labels(splits) == found | {(None, "d/seg_pred/3.jpg")}
+    odd = [("1.jpg", image), ("1.json", b"no json"), ("2.jpg", image), ("2.cls", b"-1")]
+    assert len(without_labels(pack(tmp_path / "z.tar", tar_bytes(odd)))) == 2
+    with pytest.raises(SourceError, match="has no image in it"):
+        without_labels(pack(tmp_path / "none.tar", tar_bytes([("1.txt", b"text")])))
+
+
+def test_a_list_needs_no_labels_where_they_do_not_count(tmp_path: Path) -> None:
+    put(tmp_path, "1.jpg", "x/2.jpg")
+    for text in ("path\n1.jpg\nx/2.jpg\n", "path,label\n1.jpg,\nx/2.jpg,-1\n"):
+        table = tmp_path / "list.csv"
+        table.write_text(text)
+        assert without_labels(table) == {(None, "1.jpg"), (None, "x/2.jpg")}
+    pq.write_table(pa.table({"path": ["1.jpg", "x/2.jpg"]}), tmp_path / "list.parquet")
+    assert without_labels(tmp_path / "list.parquet") == {(None, "1.jpg"), (None, "x/2.jpg")}
+    table.write_text("file\n1.jpg\n")
+    with pytest.raises(SourceError, match="has the columns file; wanted `path` and"):
+        without_labels(table)
+
+
+@pytest.mark.parametrize("path", ["1.jpg", None])
+def test_parquet_needs_no_labels_where_they_do_not_count(tmp_path: Path, path: str | None) -> None:
+    image = (put(tmp_path / "src", "1.jpg") / "1.jpg").read_bytes()
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    column = pa.array([{"bytes": image, "path": path}], kind)
+    pq.write_table(pa.table({"image": column}), tmp_path / "train-0.parquet")
+    key = path or "train-0.parquet/0"
+    assert without_labels(tmp_path / "train-0.parquet") == {("train", key)}
+    pq.write_table(pa.table({"image": pa.array([image])}), tmp_path / "x.parquet")
+    assert without_labels(tmp_path / "x.parquet") == {(None, "x.parquet/0")}
