@@ -47,7 +47,7 @@ def main() -> int:
             spots: dict[str, int] = {}
             bench.fresh()
             while kills < arguments.count:
-                before = bench.commits()
+                folder, before = bench.folder_of_commits(), bench.commits()
                 ended = warm.run(*bench.arguments, kill_after=rng.uniform(0, bench.seconds))
                 if ended.code != -9:
                     too_late += 1
@@ -63,10 +63,13 @@ def main() -> int:
                 shards = len(list(place.glob("latents.zarr/train/latents/c.*")))
                 lost = shards - len(committed)
                 most_lost = max(most_lost, lost)
+                if place != folder:
+                    # A growth has begun or ended; `broken` holds the cache itself.
+                    before = set()
                 problems = [] if before <= committed else [f"lost {sorted(before - committed)}"]
                 problems += broken
                 if lost > 1:
-                    problems.append(f"{lost} shards lie there without a record")
+                    problems.append(f"{lost} shards have no record")
                 if aside.exists():
                     shutil.rmtree(aside)
                 if bench.out.exists():
