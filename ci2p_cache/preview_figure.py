@@ -196,14 +196,15 @@ def _draw_profile(
     """Draws each channel's mean energy, sorted, and returns the caption."""
     energy = np.sort(energy_Mhw.mean(axis=(1, 2)))[::-1]
     axes = page.axes(left, top + 2, panel_px, panel_px - 22)
-    places = np.arange(1, len(energy) + 1)
     positive = energy > 0
     if positive.any():
         floor = max(energy[positive].min() / 2, energy[0] * 1e-7)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_ylim(floor, energy[0] * 2)
-        axes.bar(places[positive], energy[positive] - floor, 1.0, bottom=floor, color=_BAR)
+        # One outline: a bar for each channel takes a quarter of the time of the whole picture.
+        edges = np.arange(positive.sum() + 1) + 0.5
+        axes.stairs(energy[positive], edges, baseline=floor, fill=True, color=_BAR)
     axes.set_xlim(0.5, len(energy) + 0.5)
     axes.set_xticks([1, len(energy) // 2, len(energy)])
     axes.minorticks_off()

@@ -21,7 +21,9 @@ from ci2p_cache.models.complexity import complexity
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
 
-SPEC = cc.TrainSpec(model="vitds_tiny", batch_size=4)
+pytestmark = pytest.mark.usefixtures("nano")
+
+SPEC = cc.TrainSpec(model="vitds_nano", batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_every_way_is_measured_by_the_same_loop(report: TrainReport) -> None:
 
 @pytest.mark.slow
 def test_utilisation_is_the_models_arithmetic_over_the_measured_rate(report: TrainReport) -> None:
-    cost = complexity("vitds_tiny", size=64, num_classes=2)
+    cost = complexity("vitds_nano", size=64, num_classes=2)
     for name, macs in (
         ("cached", 3 * cost.model_macs),
         ("in the loop", 3 * cost.model_macs + cost.encoder_macs),
@@ -175,13 +177,13 @@ def test_the_commands_print_tables_and_json(cache_dir: Path, run: Callable[..., 
     assert "int8, as stored" in run(*loader).out
     assert json.loads(run(*loader, "--json").out)["batch_size"] == 128
     train = run(
-        "bench", "train", cache_dir, "--model", "vitds_tiny", "--seconds", 0.0, "--batch-size", 4,
+        "bench", "train", cache_dir, "--model", "vitds_nano", "--seconds", 0.0, "--batch-size", 4,
         "--device", "cpu", "--encode-rate", 30,
     )  # fmt: skip
     assert "compute alone" in train.out
     assert "has paid against vit_b16" in train.out
     measured = json.loads(run(
-        "bench", "train", cache_dir, "--model", "vitds_tiny", "--seconds", 0.0, "--batch-size", 4,
+        "bench", "train", cache_dir, "--model", "vitds_nano", "--seconds", 0.0, "--batch-size", 4,
         "--device", "cpu", "--json",
     ).out)  # fmt: skip
     assert measured["encode_images_per_second"] > 0

@@ -28,47 +28,54 @@ finally:
 """
 
 
-def ci2p_cache(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", START, *words],
-        env={**os.environ, **variables},
+LINES = {
+    "ci2p-cache enc": ["encode"],
+    "ci2p-cache bench l": ["loader"],
+    "ci2p-cache encode --qual": ["--quality"],
+    "ci2p-cache encode --dtype ": ["int8", "int16", "float16", "float32"],
+    "ci2p-cache encode --arch mbt": ["mbt2018-mean", "mbt2018"],
+    "ci2p-cache encode --views ": ["none", "flip", "crops:"],
+    "ci2p-cache encode --devices c": ["cpu", "cuda"],
+    "ci2p-cache train shards/ --model vitds": ["vitds", "vitds_small", "vitds_tiny"],
+    "ci2p-cache complexity --model ci2p": ["ci2p+timm:"],
+    "ci2p-cache bench train shards/ --model vit_b": ["vit_b16"],
+    "ci2p-cache evaluate runs/a --checkpoint ": ["best", "last"],
+    # Nothing: the shell completes the path itself.
+    "ci2p-cache verify sh": [],
+}
+EACH = f"""
+import json
+import os
+for line in {list(LINES)!r}:
+    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = line, str(len(line.split(" ")) - 1)
+    try:
+        exec({START!r})
+    except SystemExit as ended:
+        print("ended", json.dumps(ended.code))
+"""
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, str]:
+    """What bash is told for the last word of each line; one process, in which nothing is heavy."""
+    done = subprocess.run(
+        [sys.executable, "-c", EACH],
+        env={**os.environ, "_CI2P_CACHE_COMPLETE": "complete_bash"},
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-def completed(line: str) -> list[str]:
-    """What bash gets for the last word of a line."""
-    done = ci2p_cache(
-        _CI2P_CACHE_COMPLETE="complete_bash",
-        COMP_WORDS=line,
-        COMP_CWORD=str(len(line.split(" ")) - 1),
-    )
     assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.split()
+    *parts, rest = done.stdout.split("ended 0\n")
+    assert rest == ""
+    return dict(zip(LINES, parts, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("line", "wanted"),
-    [
-        ("ci2p-cache enc", ["encode"]),
-        ("ci2p-cache bench l", ["loader"]),
-        ("ci2p-cache encode --qual", ["--quality"]),
-        ("ci2p-cache encode --dtype ", ["int8", "int16", "float16", "float32"]),
-        ("ci2p-cache encode --arch mbt", ["mbt2018-mean", "mbt2018"]),
-        ("ci2p-cache encode --views ", ["none", "flip", "crops:"]),
-        ("ci2p-cache encode --devices c", ["cpu", "cuda"]),
-        ("ci2p-cache train shards/ --model vitds", ["vitds", "vitds_small", "vitds_tiny"]),
-        ("ci2p-cache complexity --model ci2p", ["ci2p+timm:"]),
-        ("ci2p-cache bench train shards/ --model vit_b", ["vit_b16"]),
-        ("ci2p-cache evaluate runs/a --checkpoint ", ["best", "last"]),
-        # Nothing: the shell completes the path itself.
-        ("ci2p-cache verify sh", []),
-    ],
-)
-def test_words_complete_without_loading_anything_heavy(line: str, wanted: list[str]) -> None:
-    assert completed(line) == wanted
+@pytest.mark.parametrize(("line", "wanted"), LINES.items())
+def test_words_complete_without_loading_anything_heavy(
+    told: dict[str, str], line: str, wanted: list[str]
+) -> None:
+    assert told[line].split() == wanted
 
 
 def test_what_completes_is_what_there_is() -> None:

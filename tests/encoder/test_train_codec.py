@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -123,7 +124,8 @@ def test_the_cost_falls_on_a_few_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("optimizer", "precision", "steps"),
     [
-        ("adam", "float32", 3),
+        ("adam", "float32", 2),
+        pytest.param("adam", "float32", 4, marks=pytest.mark.slow),
         pytest.param("muon", "bfloat16", 2, marks=pytest.mark.slow),
     ],
 )
@@ -173,7 +175,7 @@ def test_training_leaves_the_callers_random_numbers_and_the_start_alone(tmp_path
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    train_codec(pictures(1), spec(), tmp_path / "run", start=start)
+    train_codec(pictures(1), spec(steps=2), tmp_path / "run", start=start)
     assert torch.equal(torch.rand(4), expected)
     assert start.to_bytes() == before
 
@@ -245,15 +247,22 @@ def test_draws_that_do_not_belong_to_the_images_are_refused(tmp_path, draws):
         train_codec(TrainingImages([pixels(1)], draws, "one"), spec(), tmp_path)
 
 
-def test_a_run_with_other_settings_images_or_start_is_refused(tmp_path):
-    settings, data = spec(), pictures(1, 2)
-    run = train_codec(data, settings, tmp_path, control=at(2, "stop"))
-    with pytest.raises(RunMismatchError, match=r"at step 2: `steps` 6, now 9; `lr` 0.001, now 0.1"):
-        train_codec(data, spec(steps=9, lr=0.1), tmp_path)
-    with pytest.raises(RunMismatchError, match=r"`images` 'pictures \(1, 2\)', now 'pictures"):
-        train_codec(pictures(1, 3), settings, tmp_path)
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run on one picture that was stopped after its first of six steps; (folder, encoder)."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    return folder, train_codec(pictures(1), spec(), folder, control=at(1, "stop")).encoder
+
+
+def test_a_run_with_other_settings_images_or_start_is_refused(begun):
+    folder, encoder = begun
+    data, settings = pictures(1), spec()
+    with pytest.raises(RunMismatchError, match=r"at step 1: `steps` 6, now 9; `lr` 0.001, now 0.1"):
+        train_codec(data, spec(steps=9, lr=0.1), folder)
+    with pytest.raises(RunMismatchError, match=r"`images` 'pictures \(1,\)', now 'pictures"):
+        train_codec(pictures(1, 3), settings, folder)
     with pytest.raises(RunMismatchError, match="`start`"):
-        train_codec(data, settings, tmp_path, start=run.encoder)
+        train_codec(data, settings, folder, start=encoder)
 
 
 def test_a_start_of_another_architecture_is_refused(tmp_path):
@@ -282,11 +291,11 @@ def edit_record(folder: Path, **changes: object) -> None:
         (lambda run: edit_record(run, surprise=1), "unknown fields"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused(tmp_path, damage, message):
-    train_codec(pictures(1), spec(), tmp_path, control=at(1, "stop"))
-    damage(tmp_path)
+def test_a_damaged_checkpoint_is_refused(begun, tmp_path, damage, message):
+    run = shutil.copytree(begun[0], tmp_path / "run")
+    damage(run)
     with pytest.raises(CheckpointError, match=message):
-        train_codec(pictures(1), spec(), tmp_path)
+        train_codec(pictures(1), spec(), run)
 
 
 # The figures
@@ -439,9 +448,8 @@ def test_the_scripts_help_teaches_by_example(capsys):
     assert "ci2p-cache encode data/ --out shards/ --weights codec/weights.safetensors" in told
 
 
-def test_weights_of_another_quality_say_which_they_are(tmp_path):
-    trained = train_codec(pictures(1), spec(), tmp_path / "small").encoder
-    trained.save(tmp_path / "q1.safetensors")
+def test_weights_of_another_quality_say_which_they_are(begun, tmp_path):
+    begun[1].save(tmp_path / "q1.safetensors")
     assert isinstance(load_encoder(weights=tmp_path / "q1.safetensors", quality=1), FrozenEncoder)
     with pytest.raises(WeightsError, match="is of bmshj2018-factorized quality 1"):
         load_encoder(weights=tmp_path / "q1.safetensors")

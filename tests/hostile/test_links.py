@@ -15,7 +15,7 @@ from tests.support.caches import data_digests
 from tests.support.pictures import write_image_folder
 from tests.support.tiers import thinned
 
-OPTIONS = cc.EncodeOptions(encoder="bundled", size=64, shard_samples=4, val_fraction=0.25)
+OPTIONS = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4, val_fraction=0.25)
 FOLDERS = (
     "commits", "index", "stats", "latents.zarr", "latents.zarr/train", "latents.zarr/train/latents",
     "latents.zarr/train/labels", "latents.zarr/val/valid",
@@ -24,7 +24,7 @@ FOLDERS = (
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_image_folder(tmp_path_factory.mktemp("links") / "src", {"ant": 6, "bee": 5})
+    return write_image_folder(tmp_path_factory.mktemp("links") / "src", {"ant": 4, "bee": 3})
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def a_shard_is_lost(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-@pytest.mark.parametrize("lost", [False, True], ids=["whole", "shard lost"])
+@pytest.mark.parametrize("lost", thinned([True, False]), ids=["shard lost", "whole"])
 def test_encode_names_a_linked_folder_and_writes_nothing_through_it(
     cache: Path, source: Path, outside: Path, name: str, lost: bool
 ) -> None:

@@ -30,15 +30,12 @@ def images(image_folder: Path) -> list[tuple[str, bytes, str]]:
     return entries(image_folder)
 
 
-SOME_KINDS = pytest.mark.parametrize(
-    "kind",
-    [
-        kind if kind in ("folder", "tar.gz folder", "parquet", "csv")
-        else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in KINDS
-    ],
-)  # fmt: skip
-"""All kinds, most of them in the slow tier: for what takes seconds."""
+def some_kinds(*default: str) -> pytest.MarkDecorator:
+    """All kinds, all but the given ones in the slow tier: for what takes seconds."""
+    cases = [
+        kind if kind in default else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
+    ]
+    return pytest.mark.parametrize("kind", cases)
 
 
 @pytest.fixture(params=KINDS)
@@ -92,7 +89,7 @@ def test_bytes_are_those_of_the_files_in_any_order_and_from_any_thread(
     assert read == [contents[ref.key] for ref in refs * 3]
 
 
-@SOME_KINDS
+@some_kinds("tar.gz folder", "csv")
 def test_paths_are_enough_in_another_process(source: ImageSource, kind: str) -> None:
     ref = list(source.scan())[-1]
     code = (
@@ -117,7 +114,7 @@ def test_paths_that_lead_out_are_refused(source: ImageSource, path: bytes) -> No
         source.read(path)
 
 
-@SOME_KINDS
+@some_kinds("tar.gz folder", "parquet", "csv")
 def test_latents_labels_and_splits_are_those_of_the_folder(
     location: str, kind: str, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -137,7 +134,7 @@ def test_latents_labels_and_splits_are_those_of_the_folder(
             assert rows == [key for key in order if (split, key) in found]
 
 
-@SOME_KINDS
+@some_kinds("tar.gz folder", "parquet")
 def test_a_cache_is_repaired_checked_and_loaded_from_it(
     location: str, kind: str, run, tmp_path: Path
 ) -> None:

@@ -88,7 +88,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("damage", thinned(DAMAGE))
+@pytest.mark.parametrize("damage", thinned(DAMAGE, step=3))
 def test_a_damaged_tar_is_named_by_verify_raised_by_reading_and_repaired_to_the_same_bytes(
     caches: dict[str, Path], tars: Path, run: Callable[..., Ran], damage: str
 ) -> None:
@@ -194,8 +194,7 @@ def test_a_call_on_a_tar_that_fails_is_survived_to_the_same_bytes(
     bench: tuple[EncodeBench, WarmParent], kind: str
 ) -> None:
     made, warm = bench
-    told = made.undisturbed(warm).told
-    calls = re.findall(r"^ci2p-fault \d+ \w+ (.*)$", told, re.MULTILINE)
+    calls = re.findall(r"^ci2p-fault \d+ \w+ (.*)$", made.told, re.MULTILINE)
     own = [at for at, path in enumerate(calls, 1) if "/tar" in path or "tar__" in path]
     assert {name for name in made.whole if name.startswith("tar/")} == {
         "tar/train-000000.tar", "tar/train-000001.tar", "tar/train.json",

@@ -257,7 +257,9 @@ class TestTimm:
         with pytest.raises(errors.UnknownModelError, match="no model is named"):
             cc.create_model(prefix + name)
 
-    @pytest.mark.parametrize("name", [DEIT_TINY, "resnet18", "swin_tiny_patch4_window7_224"])
+    @pytest.mark.parametrize(
+        "name", thinned(["resnet18", DEIT_TINY, "swin_tiny_patch4_window7_224"])
+    )
     def test_any_classifier_reads_images_of_the_caches_size(self, name: str) -> None:
         model = on_meta(f"timm:{name}", num_classes=5, latent_size=6)
         assert model.eval()(torch.empty(2, 3, 96, 96, device="meta")).shape == (2, 5)
@@ -280,7 +282,7 @@ class TestOnLatents:
     @pytest.mark.parametrize(
         "size", ["tiny", *(pytest.param(s, marks=pytest.mark.slow) for s in ("small", "base"))]
     )
-    @pytest.mark.parametrize("family", ["vit", "deit"])
+    @pytest.mark.parametrize("family", thinned(["vit", "deit"]))
     def test_vit_and_deit_from_tiny_to_base_go_forward_and_back(
         self, family: str, size: str
     ) -> None:
@@ -294,7 +296,8 @@ class TestOnLatents:
         assert model.pos_embed.shape == (1, 7 * 7 + 1, model.embed_dim)
 
     @pytest.mark.parametrize(
-        "name", ["deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "test_vit"]
+        "name",
+        thinned(["deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "test_vit"]),
     )
     def test_their_relatives_do_too(self, name: str) -> None:
         model = on_meta(f"ci2p+timm:{name}", num_classes=0, latent_channels=320, latent_size=4)

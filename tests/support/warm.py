@@ -183,6 +183,8 @@ class WarmParent:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._started = 0
+        self.has_encoded = False
+        """Whether a child has encoded: the first one waits for the decoders' server."""
         shims = [build_shim(folder, name) for name in ("faults", "crash")]
         self.has_shim = all(shims)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -467,7 +469,7 @@ def _main() -> None:
     # It imports torch while this process does.
     start_decoder_server()
     # What the commands import late; nothing here computes or starts a thread.
-    names = ["torch.utils.tensorboard", "rich.table"]
+    names = ["torch.utils.tensorboard", "rich.table", "timm.models"]
     if importlib.util.find_spec("compressai") is not None:
         names.append("compressai.zoo.image")
     for name in names:

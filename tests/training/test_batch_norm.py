@@ -57,10 +57,10 @@ def scores(model: nn.Module, split: cc.Split) -> tuple[float, float]:
     "spec",
     [
         SPEC,
-        changed(batch_size=100),
+        pytest.param(changed(batch_size=100), marks=pytest.mark.slow),
         changed(epochs=2, batch_size=64, accumulate=4),
         changed(ema=0.9, mixup=0.8, drop_path=0.5),
-        changed(order="blocks"),
+        pytest.param(changed(order="blocks"), marks=pytest.mark.slow),
         changed(precision="bf16"),
         changed(model="vit_nano", folds=3, fold=1),
     ],

@@ -206,18 +206,22 @@ def test_tars_give_ranks_the_batches_and_losses_of_zarr_shards(
     assert numbers(runs[0]) == numbers(runs[1])
 
 
-def test_checkpoints_hold_the_statistics_of_one_process_and_evaluation_counts_each_image_once(
-    folder: Path, two: dict[str, list[Any]], four: dict[str, list[Any]]
+STATISTICS = {
+    # Two batches for each rank, also of averages; one rank has the only batch.
+    "two": {"tools": TOOLS, "exact-2": EXACT, "one-step": ONE_STEP},
+    # One batch for each rank.
+    "four": {"exact-4": EXACT},
+}
+
+
+@pytest.mark.parametrize("ranks_run", thinned(STATISTICS))
+def test_checkpoints_hold_the_statistics_of_one_process(
+    folder: Path, ranks_run: str, request: pytest.FixtureRequest
 ) -> None:
     cache = cc.open_cache(folder / "cache")
-    # Two ranks with two batches each, also of averages; four with one each; one has the only batch.
-    for seen, spec in (
-        (two["tools"], TOOLS),
-        (two["exact-2"], EXACT),
-        (four["exact-4"], EXACT),
-        (two["one-step"], ONE_STEP),
-    ):
-        last = Path(seen[0]["summary"]["last_checkpoint"])
+    seen = request.getfixturevalue(ranks_run)
+    for name, spec in STATISTICS[ranks_run].items():
+        last = Path(seen[name][0]["summary"]["last_checkpoint"])
         for file in set(last.glob("*.safetensors")) - {last / "optimizer.safetensors"}:
             saved = load_file(file)
             model = fresh_model(cache, spec, saved)
@@ -225,6 +229,13 @@ def test_checkpoints_hold_the_statistics_of_one_process_and_evaluation_counts_ea
             assert len(wanted) > 4
             torch.testing.assert_close(statistics_of(saved), wanted, rtol=1e-5, atol=1e-6)
 
+
+def test_evaluation_by_ranks_counts_each_image_once(
+    folder: Path, two: dict[str, list[Any]]
+) -> None:
+    cache = cc.open_cache(folder / "cache")
+    last = Path(two["one-step"][0]["summary"]["last_checkpoint"])
+    model = fresh_model(cache, ONE_STEP, load_file(last / "model.safetensors"))
     val = cache["val"]
     with torch.inference_mode():
         logits = model(torch.stack([val[row][0][0] for row in range(VAL)]))
