@@ -456,6 +456,16 @@ class TestWhatWasThereStaysInForce:
         assert len(cc.open_cache(place / "out")["train"]) == 13
         assert_kept(pristine / "out", place / "out")
 
+    def test_who_opened_it_before_is_told_to_open_it_again(self, place: Path) -> None:
+        split = cc.open_cache(place / "out")["train"]
+        put(place / "src" / "ant" / "new.jpg", 99)
+        encode(place / "src", place / "out", rescan=True)
+        with pytest.raises(errors.ManifestError) as caught:
+            _ = split[0]
+        assert (
+            caught.value.hint == "it was replaced or has grown since it was opened: open it again"
+        )
+
     def test_it_is_not_done_while_another_process_holds_the_folder(self, place: Path) -> None:
         put(place / "src" / "ant" / "new.jpg", 99)
         with locked(place / "out" / LOCK, what="test"), pytest.raises(errors.LockedError):
