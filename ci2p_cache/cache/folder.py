@@ -12,7 +12,7 @@ from pathlib import Path
 from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.cache.manifest import Manifest, read_manifest
 from ci2p_cache.cache.mirror import Mirror
-from ci2p_cache.errors import ManifestError, command
+from ci2p_cache.errors import CacheError, ManifestError, command
 from ci2p_cache.record import read_regular
 from ci2p_cache.specs import Fingerprint
 
@@ -66,9 +66,17 @@ class CacheFolder:
     def repair_hint(self) -> str:
         """What to do where a file is not what was committed."""
         if self.mirror is None:
+            if self._is_replaced():
+                return "it was replaced or has grown since it was opened: open it again"
             return command("verify", self.path, "--repair")
         copied = shlex.quote(str(self.path))
         return f"remove the local copy and run the same command again: rm -r {copied}"
+
+    def _is_replaced(self) -> bool:
+        try:
+            return read_manifest(self.path) != self.manifest
+        except CacheError:
+            return False
 
     def need(self, path: str, record: FileRecord | None = None) -> None:
         """Sees to it that a file of the cache lies in its folder; of a local one nothing is done.

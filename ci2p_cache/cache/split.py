@@ -83,8 +83,8 @@ class Split(StoredSplit, Dataset[tuple[Tensor, int]]):
 
     @cached_property
     def valid_rows(self) -> npt.NDArray[Any]:
-        """Rows that hold a latent, ascending, int64."""
-        return np.flatnonzero(self.valid).astype(np.int64)
+        """Rows that hold a latent, ascending, int64; read-only, because loaders go by it."""
+        return _valid_rows(self.valid)
 
     def subset(self, rows: Sequence[int] | npt.NDArray[Any] | Tensor) -> Split:
         """Returns a view of this split that holds some of its valid rows only.
@@ -117,7 +117,7 @@ class Split(StoredSplit, Dataset[tuple[Tensor, int]]):
         subset = self.__copy__()
         # As if read: cached properties are looked up among the instance's attributes first.
         subset.valid = valid
-        subset.valid_rows = np.flatnonzero(valid).astype(np.int64)
+        subset.valid_rows = _valid_rows(valid)
         subset._is_subset = True
         return subset
 
@@ -232,6 +232,13 @@ class Split(StoredSplit, Dataset[tuple[Tensor, int]]):
         if self.latent.is_symbols:
             y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
         return y, torch.from_numpy(self.labels[rows].astype(np.int64))
+
+
+def _valid_rows(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    rows = np.flatnonzero(valid).astype(np.int64)
+    # Shuffled in place, it would change the order of every loader and of no seed.
+    rows.flags.writeable = False
+    return rows
 
 
 def _unpickled(cache: Mapping[str, Split], name: str, valid: bytes | None) -> Split:

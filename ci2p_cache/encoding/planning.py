@@ -190,7 +190,9 @@ def _limited(
     def rank(item: tuple[ImageRef, str]) -> tuple[int, bytes]:
         return _hash64(item[0].key, "limit", layout.seed), item[0].path
 
-    return heapq.nsmallest(max(0, layout.limit - taken), refs, key=rank)
+    left = max(0, layout.limit - taken)
+    # Where none is left they are listed all the same: what has gone or changed is found by it.
+    return heapq.nsmallest(max(1, left), refs, key=rank)[:left]
 
 
 def _drawn_split(ref: ImageRef, layout: LayoutSpec) -> str:

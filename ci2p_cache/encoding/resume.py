@@ -154,15 +154,15 @@ def _not_listed(
     root: Path, folder: Path, manifest: Manifest, images: ImageSource
 ) -> tuple[str, ...]:
     """Says that a begun cache goes by its plan, and where it was planned from another place."""
-    here = _location_text(images)
-    if folder != root:
-        return (f"{root} goes on with the new images that were found before",)
+    here, grows = _location_text(images), folder != root
+    notices = (f"{root} goes on with the new images that were found before",) if grows else ()
     if manifest.source != here:
         return (
+            *notices,
             f"{root} was planned from {manifest.source}; {here} is taken for the same images in "
             "another place and was not listed (--rescan lists it)",
         )
-    return (f"{here} was not listed again (--rescan lists it and takes in new images)",)
+    return notices or (f"{here} was not listed again (--rescan lists it and takes in new images)",)
 
 
 def _grown(
@@ -194,7 +194,7 @@ def _grown(
         classes, titles, labels = merged_classes(manifest, images)
         rows = EarlierRows(earlier, labels)
         plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=rows)
-        refuse_moved(root, images, rows, plan)
+        refuse_moved(root, images, rows, plan, list(commits))
         notices, changed = changed_originals(root, images, rows, list(commits))
         if options.reencode_changed:
             again = dict(changed)

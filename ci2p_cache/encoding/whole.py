@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ci2p_cache.cache.commit import CommitRecord
-from ci2p_cache.cache.growth import drop_growth, settle
+from ci2p_cache.cache.growth import drop_growth, growth_of, settle
 from ci2p_cache.cache.manifest import Manifest, read_manifest
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.verify import verify
@@ -58,12 +58,18 @@ def resume(
             f"{root} has no plan yet, so there is nothing to finalise",
             hint="repeat the command without --finalise",
         )
+    was_begun = growth_of(root) is not None
     if intent.folder == root:
         # What was begun of another growth: now there is nothing new.
         drop_growth(root)
     if intent.growth is not None and begin_growth(root, intent.plan, intent.growth):
         # The very same growth was begun before.
         intent = replace(intent, manifest=read_manifest(intent.folder))
+    if was_begun and growth_of(root) is None:
+        observer.notice(
+            f"what an earlier run had begun to take into {root} was dropped, as this one asks for "
+            "other images (--rescan lists them all again)"
+        )
     with StagingArea(intent.folder) as staging:
         manifest = intent.manifest or begin(images, intent, encoder, staging, observer)
         observer.planned(plan_text(intent.plan, intent.classes))

@@ -218,6 +218,13 @@ class TestIndex:
         assert torch.equal(train[[2, 3]][0], before)
         assert train[[2, 3]][1].tolist() == train.labels[2:4].tolist()
 
+    def test_the_rows_that_loaders_go_by_cannot_be_shuffled_in_place(self, train: cc.Split) -> None:
+        for split in (train, train.subset([2, 1, 5])):
+            before = split.valid_rows.tolist()
+            with pytest.raises(ValueError, match="read-only"):
+                np.random.default_rng(0).shuffle(split.valid_rows)
+            assert split.valid_rows.tolist() == before
+
     def test_a_subset_is_chosen_by_what_chooses_rows(self, train: cc.Split) -> None:
         mask = np.zeros(NUM_ROWS, bool)
         mask[[1, 2, 5]] = True

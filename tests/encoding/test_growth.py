@@ -117,7 +117,8 @@ class TestOriginalsThatAreGone:
         shutil.rmtree(place / "src")
         write_image_folder(place / "more", {"ant": 3, "dog": 4})
         for number, path in enumerate(sorted((place / "more").rglob("*.jpg"))):
-            path.rename(path.with_name(f"new{number}.jpg"))
+            path.unlink()
+            put(path.with_name(f"new{number}.jpg"), 60 + number)
         summary, told = encode(place / "more", out, rescan=True)
         assert (summary.images, summary.bad, summary.encoded_now) == (19, 0, 7)
         assert "12 images (" in told
@@ -170,6 +171,19 @@ class TestOriginalsThatAreGone:
             errors.FingerprintMismatchError, match="limit: None in the folder, 9 asked for"
         ):
             encode(source, out, limit=9)
+
+    def test_a_limit_that_is_reached_hides_nothing_that_is_there(self, tmp_path: Path) -> None:
+        source, out = tmp_path / "src", tmp_path / "out"
+        write_image_folder(source, dict.fromkeys(CLASSES, 4))
+        encode(source, out, limit=5)
+        gone, changed, *_ = rows(out)
+        _, told = encode(source, out, limit=5, rescan=True)
+        assert "no longer" not in told
+        (source / gone).unlink()
+        put(source / changed, 77)
+        _, told = encode(source, out, limit=5, rescan=True)
+        assert f"1 image ({gone}) is no longer in the source" in told
+        assert f"1 image ({changed}) is not what was encoded" in told
 
     def test_images_that_failed_are_read_again_and_no_others(self, tmp_path: Path) -> None:
         source, out = tmp_path / "src", tmp_path / "out"
@@ -238,6 +252,29 @@ class TestAnotherLayout:
         table.write_text("\n".join(["path,label,split", *lines]))
         with pytest.raises(errors.SourceError, match=r"was train/\w+/00\d.jpg is train: \w+/00"):
             encode(table, out, rescan=True)
+        assert data_digests(out) == before
+
+    @pytest.mark.parametrize("kind", ["renamed", "another class", "a list beside the folder"])
+    def test_the_same_bytes_under_another_name_would_be_a_row_twice(
+        self, place: Path, kind: str
+    ) -> None:
+        source, out = place / "src", place / "out"
+        old = source / "ant" / "001.jpg"
+        if kind == "renamed":
+            old.rename(old.with_name("x.jpg"))
+            was, now = "ant/001.jpg", "ant/x.jpg"
+        elif kind == "another class":
+            old.rename(source / "bee" / "x.jpg")
+            was, now = "ant/001.jpg", "bee/x.jpg"
+        else:
+            paths = [path.relative_to(place) for path in sorted(source.rglob("*.jpg"))]
+            lines = [f"{path},{path.parent.name}" for path in paths]
+            source = place / "list.csv"
+            source.write_text("\n".join(["path,label", *lines]))
+            was, now = r"(\w+/00\d.jpg)", r"src/\1"
+        before = data_digests(out)
+        with pytest.raises(errors.SourceError, match=f"what was {was} is train: {now} now"):
+            encode(source, out, rescan=True)
         assert data_digests(out) == before
 
     def test_new_images_of_one_class_are_taken_in(self, pristine: Path, place: Path) -> None:
@@ -363,6 +400,24 @@ class TestWhatWasThereStaysInForce:
         assert "goes on with the new images" in told
         assert_kept(pristine / "out", out)
 
+    def test_it_goes_on_from_another_place_only_with_a_word(self, place: Path) -> None:
+        put(place / "more" / "ant" / "new.jpg", 99)
+        encode(place / "more", place / "out", rescan=True, plan_only=True)
+        _, told = encode(place / "src", place / "out", max_errors="0", plan_only=True)
+        assert "goes on with the new images" in told
+        assert f"was planned from {place / 'more'}; {place / 'src'} is taken for the same" in told
+
+    @pytest.mark.parametrize("changes", [{"retry_failed": True}, {"rescan": True}])
+    def test_it_is_given_up_only_with_a_word(self, place: Path, changes: dict[str, Any]) -> None:
+        new = put(place / "src" / "ant" / "new.jpg", 99)
+        encode(place / "src", place / "out", rescan=True, plan_only=True)
+        _, told = encode(place / "src", place / "out", rescan=True, plan_only=True)
+        assert "was dropped" not in told
+        new.rename(new.with_name("newer.jpg"))
+        _, told = encode(place / "src", place / "out", plan_only=True, **changes)
+        assert "had begun to take into" in told
+        assert "was dropped" in told
+
     def test_status_counts_the_growth_and_says_that_the_cache_is_in_use(
         self, place: Path, run: Callable[..., Ran]
     ) -> None:
@@ -400,6 +455,16 @@ class TestWhatWasThereStaysInForce:
         assert ended.code == -9, ended.told
         assert len(cc.open_cache(place / "out")["train"]) == 13
         assert_kept(pristine / "out", place / "out")
+
+    def test_who_opened_it_before_is_told_to_open_it_again(self, place: Path) -> None:
+        split = cc.open_cache(place / "out")["train"]
+        put(place / "src" / "ant" / "new.jpg", 99)
+        encode(place / "src", place / "out", rescan=True)
+        with pytest.raises(errors.ManifestError) as caught:
+            _ = split[0]
+        assert (
+            caught.value.hint == "it was replaced or has grown since it was opened: open it again"
+        )
 
     def test_it_is_not_done_while_another_process_holds_the_folder(self, place: Path) -> None:
         put(place / "src" / "ant" / "new.jpg", 99)
