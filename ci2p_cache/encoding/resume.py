@@ -20,10 +20,10 @@ from ci2p_cache.encoding.growth import (
     changed_originals,
     failed_rows,
     merged_classes,
-    refuse_moved,
 )
 from ci2p_cache.encoding.intent import Intent, committed_shards, missing_text
 from ci2p_cache.encoding.lane import Lane
+from ci2p_cache.encoding.moved import refuse_moved
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import read_plan
 from ci2p_cache.encoding.planning import EarlierRows, build_plan
