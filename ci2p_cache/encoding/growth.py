@@ -115,7 +115,11 @@ def failed_rows(root: Path, committed: Collection[tuple[str, int]]) -> Rows:
 
 
 def changed_originals(
-    root: Path, images: ImageSource, rows: EarlierRows, committed: Collection[tuple[str, int]]
+    root: Path,
+    images: ImageSource,
+    rows: EarlierRows,
+    committed: Collection[tuple[str, int]],
+    moved: Collection[tuple[str, str]] = (),
 ) -> tuple[list[str], Rows]:
     """Compares the originals of committed rows with what the index says of them.
 
@@ -124,6 +128,7 @@ def changed_originals(
         images: The source, listed.
         rows: The cache's rows, and where the source has them now.
         committed: The cache's shards that count.
+        moved: Split and key in the source of those that `find_moved` found.
 
     Returns:
         What the user should know, and the rows whose originals have changed.
@@ -151,7 +156,11 @@ def changed_originals(
             "not what was encoded: the cache keeps its latents (--reencode-changed encodes such "
             "images again)",
         ),
-        (rows.relabelled, "of another class in the source now: the cache keeps its labels"),
+        (sorted(rows.relabelled), "of another class in the source now: the cache keeps its labels"),
+        (
+            [f"{split}: {key}" for split, key in moved],
+            "in the cache under another name or in another split: it keeps both, and the label",
+        ),
     ):
         if keys:
             notices.append(f"{_named(keys)} {what}")

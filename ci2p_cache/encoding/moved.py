@@ -1,4 +1,4 @@
-"""Moved originals: images of a cache that its source now has under other names or in other splits.
+"""Moved originals: images of a cache that have another name or split in its source now.
 
 A growth would take them for new ones and hold them twice, with another label or in another split.
 """
@@ -13,20 +13,26 @@ from pathlib import Path
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.encoding.plan import Plan
 from ci2p_cache.encoding.planning import EarlierRows
-from ci2p_cache.errors import CacheError, SourceError
+from ci2p_cache.errors import CacheError
 from ci2p_cache.images.source import ImageSource
 
-__all__ = ["refuse_moved"]
+__all__ = ["find_moved"]
+
+_Place = tuple[str, int]
+"""Split and row."""
 
 
-def refuse_moved(
+def find_moved(
     root: Path,
     images: ImageSource,
     rows: EarlierRows,
     plan: Plan,
     committed: Collection[tuple[str, int]],
-) -> None:
-    """Refuses a source that gives the images of the cache under other names or in other splits.
+) -> dict[tuple[str, str], _Place]:
+    """Finds new images whose bytes are those of an original that has gone from its place.
+
+    Only files are looked at, and read where the size is that of such an original. Images in an
+    archive or table count as new: to read them tells no less than to encode them.
 
     Args:
         root: The cache folder.
@@ -35,62 +41,48 @@ def refuse_moved(
         plan: The plan with the new images.
         committed: The cache's shards that count.
 
-    Raises:
-        SourceError: an image of the cache is listed as new; growing would hold it twice.
+    Returns:
+        Split and key of such an image -> split and row that the cache has it in.
     """
-    gone = {name: rows.gone(name) for name in rows.plan.splits}
-    if not any(gone.values()):
-        return
-    paths = {path: key for found in gone.values() for key, path in found.items()}
-    contents = _contents(root, gone, committed)
-    for split, table in plan.tables.items():
+    gone = _gone(root, rows, committed)
+    found: dict[tuple[str, str], _Place] = {}
+    for split, table in plan.tables.items() if gone else ():
         earlier = rows.plan.splits[split].rows if split in rows.plan.splits else 0
         new = table.slice(earlier)
         for key, path in zip(new["key"].to_pylist(), new["path"].to_pylist(), strict=True):
-            other = next((name for name in gone if name != split and key in gone[name]), None)
-            was = f"{other}: {key}" if other else _was(images, path, paths, contents)
-            if was is not None:
-                raise SourceError(
-                    f"{images.location()} is laid out in another way than when {root} was encoded: "
-                    f"what was {was} is {split}: {key} now, and the cache would hold it twice; "
-                    "nothing was changed",
-                    hint="lay it out as it was, leave it out, or encode it into a new folder",
-                )
-
-
-def _contents(
-    root: Path, gone: Mapping[str, Mapping[str, bytes]], committed: Collection[tuple[str, int]]
-) -> dict[int, dict[str, str]]:
-    """Returns the keys of originals that have gone, by their size and then their digest."""
-    found: dict[int, dict[str, str]] = {}
-    columns = ["key", "source_bytes", "source_sha256"]
-    for split, shard in committed:
-        for entry in read_index(root, split, shard, columns).to_pylist():
-            if entry["key"] in gone[split] and entry["source_sha256"] is not None:
-                keys = found.setdefault(entry["source_bytes"], {})
-                keys[entry["source_sha256"]] = entry["key"]
+            place = _place(images, path, gone)
+            if place is not None:
+                found[split, key] = place
     return found
 
 
-def _was(
-    images: ImageSource,
-    path: bytes,
-    paths: Mapping[bytes, str],
-    contents: Mapping[int, Mapping[str, str]],
-) -> str | None:
-    """Returns the key of the original that a new image was; None where it is really new.
+def _gone(
+    root: Path, rows: EarlierRows, committed: Collection[tuple[str, int]]
+) -> dict[int, dict[str, _Place]]:
+    """Returns the originals that have gone from their places, by size and then by digest."""
+    found: dict[int, dict[str, _Place]] = {}
+    columns = ["row", "source_bytes", "source_sha256"]
+    for split, shard in committed:
+        if not rows.has_gone(split):
+            continue
+        for entry in read_index(root, split, shard, columns).to_pylist():
+            row, digest = entry["row"], entry["source_sha256"]
+            if digest is not None and rows.path(split, row) is None:
+                found.setdefault(entry["source_bytes"], {})[digest] = (split, row)
+    return found
 
-    Only of a file: of a place in one, where any image may be by now, reading tells no less than
-    encoding.
-    """
-    place = images.file_of(path)
-    if place is None or not place[1]:
-        return None
-    if path in paths:
-        return paths[path]
+
+def _place(
+    images: ImageSource, path: bytes, gone: Mapping[int, Mapping[str, _Place]]
+) -> _Place | None:
     try:
-        keys = contents.get(Path(os.fsdecode(place[0])).stat().st_size)
-        return None if keys is None else keys.get(hashlib.sha256(images.read(path)).hexdigest())
+        file = images.file_of(path)
+        if file is None or not file[1]:
+            return None
+        digests = gone.get(Path(os.fsdecode(file[0])).stat().st_size)
+        if digests is None:
+            return None
+        return digests.get(hashlib.sha256(images.read(path)).hexdigest())
     except (OSError, CacheError):
-        # It is encoded later, and what is wrong with it is told then.
+        # It is encoded later, and what is wrong with it is said then.
         return None

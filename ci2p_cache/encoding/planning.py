@@ -225,7 +225,7 @@ class EarlierRows:
 
     def __init__(self, plan: Plan, labels: Sequence[int]) -> None:
         self.plan = plan
-        self.relabelled: list[str] = []
+        self.relabelled: set[str] = set()
         """Keys of rows that have another class in the source now."""
         self._to_label = labels
         self._rows = {
@@ -234,6 +234,7 @@ class EarlierRows:
         }
         self._labels = {name: plan.labels(name) for name in plan.splits}
         self._paths: dict[str, dict[int, bytes]] = {name: {} for name in plan.splits}
+        self._moved: dict[tuple[str, str], tuple[str, int]] = {}
 
     def label(self, ref: ImageRef) -> int:
         """Returns the label that an image of the source has in the cache."""
@@ -241,12 +242,16 @@ class EarlierRows:
 
     def holds(self, ref: ImageRef, split: str) -> bool:
         """Whether the cache has a row for an image of the source; its place is noted."""
+        place = self._moved.get((split, ref.key))
+        if place is not None:
+            self._paths[place[0]][place[1]] = ref.path
+            return True
         row = self._rows.get(split, {}).get(ref.key)
         if row is None:
             return False
         self._paths[split][row] = ref.path
         if self._labels[split][row] != self.label(ref):
-            self.relabelled.append(ref.key)
+            self.relabelled.add(ref.key)
         return True
 
     def moved(self, rows: Mapping[str, Iterable[int]]) -> dict[str, dict[int, bytes]]:
@@ -257,10 +262,14 @@ class EarlierRows:
         """Returns where the source has the original of a row now; None where it has it no more."""
         return self._paths[split].get(row)
 
-    def gone(self, split: str) -> dict[str, bytes]:
-        """Returns the keys that a split of the source has no more, and where they were."""
-        found, table = self._paths[split], self.plan.tables[split]
-        if len(found) == table.num_rows:
-            return {}
-        keys, paths = table["key"].to_pylist(), table["path"].to_pylist()
-        return {keys[row]: paths[row] for row in range(len(keys)) if row not in found}
+    def has_gone(self, split: str) -> bool:
+        """Whether the source lacks the original of any row of a split now."""
+        return len(self._paths[split]) < self.plan.splits[split].rows
+
+    def take_moved(self, found: Mapping[tuple[str, str], tuple[str, int]]) -> None:
+        """Takes images as the rows that the cache has of them, whatever they are called now.
+
+        Args:
+            found: Split and key in the source -> split and row in the cache.
+        """
+        self._moved.update(found)

@@ -23,7 +23,7 @@ from ci2p_cache.encoding.growth import (
 )
 from ci2p_cache.encoding.intent import Intent, committed_shards, missing_text
 from ci2p_cache.encoding.lane import Lane
-from ci2p_cache.encoding.moved import refuse_moved
+from ci2p_cache.encoding.moved import find_moved
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import read_plan
 from ci2p_cache.encoding.planning import EarlierRows, build_plan
@@ -194,8 +194,11 @@ def _grown(
         classes, titles, labels = merged_classes(manifest, images)
         rows = EarlierRows(earlier, labels)
         plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=rows)
-        refuse_moved(root, images, rows, plan, list(commits))
-        notices, changed = changed_originals(root, images, rows, list(commits))
+        moved = find_moved(root, images, rows, plan, list(commits))
+        if moved:
+            rows.take_moved(moved)
+            plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=rows)
+        notices, changed = changed_originals(root, images, rows, list(commits), moved)
         if options.reencode_changed:
             again = dict(changed)
             plan = plan.with_paths(rows.moved(changed))

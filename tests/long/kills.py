@@ -47,7 +47,7 @@ def main() -> int:
             spots: dict[str, int] = {}
             bench.fresh()
             while kills < arguments.count:
-                folder, before = bench.folder_of_commits(), bench.commits()
+                was, before = bench.folder_of_commits(), bench.commits()
                 ended = warm.run(*bench.arguments, kill_after=rng.uniform(0, bench.seconds))
                 if ended.code != -9:
                     too_late += 1
@@ -63,7 +63,7 @@ def main() -> int:
                 shards = len(list(place.glob("latents.zarr/train/latents/c.*")))
                 lost = shards - len(committed)
                 most_lost = max(most_lost, lost)
-                if place != folder:
+                if place != was:
                     # A growth has begun or ended; `broken` holds the cache itself.
                     before = set()
                 problems = [] if before <= committed else [f"lost {sorted(before - committed)}"]
