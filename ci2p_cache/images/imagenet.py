@@ -11,12 +11,11 @@ kit `ILSVRC2012_devkit_t12` (Russakovsky et al. 2015, arXiv 1409.0575). In both 
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from ci2p_cache.errors import MissingDependencyError, SourceError
+from ci2p_cache.errors import SourceError
 from ci2p_cache.images.names import as_key, for_display, join
 
 __all__ = ["DEVKIT", "data_folder", "flat_val_labels", "label_folders", "read_titles", "text_lines"]
@@ -71,7 +70,6 @@ def flat_val_labels(
 
     Raises:
         SourceError: there is no file of labels, or it does not fit the images.
-        MissingDependencyError: the development kit is to be read and scipy is not installed.
     """
     solution = _find(folders, _SOLUTION)
     if solution is not None:
@@ -161,7 +159,6 @@ def _devkit_wnids(path: bytes, truth: bytes) -> dict[int, str]:
 
     Raises:
         SourceError: the file is missing or of another form.
-        MissingDependencyError: scipy is not installed.
     """
     if not os.path.isfile(path):
         raise SourceError(
@@ -169,14 +166,11 @@ def _devkit_wnids(path: bytes, truth: bytes) -> dict[int, str]:
             f"{_META.decode()} beside it explains; it is missing",
             hint=f"copy {_META.decode()} from {DEVKIT.decode()}/data",
         )
+    # Only here: no other source needs it, and importing it takes time.
+    from scipy.io import loadmat
+
     try:
-        scipy_io = importlib.import_module("scipy.io")
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"scipy is needed to read {for_display(path)}", hint="pip install scipy"
-        ) from error
-    try:
-        synsets = scipy_io.loadmat(os.fsdecode(path), squeeze_me=True)["synsets"]
+        synsets = loadmat(os.fsdecode(path), squeeze_me=True)["synsets"]
         rows = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
         wnids = {int(number): str(wnid) for number, wnid in rows if int(number) <= _NUM_CLASSES}
     except Exception as error:
