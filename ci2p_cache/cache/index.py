@@ -151,11 +151,31 @@ class ChannelSums:
         )
 
 
+_WRITER = b"parquet-cpp-arrow version "
+_CREATED_BY = _WRITER + b"25.0.1"
+"""What every footer says in `created_by`; the other bytes are the same from pyarrow 22 to 26."""
+
+
 def parquet_bytes(table: pa.Table) -> bytes:
-    """Serialises a table to parquet with page checksums; the same table gives the same bytes."""
+    """Serialises a table to parquet with page checksums.
+
+    The same table gives the same bytes with every pyarrow that is allowed: `created_by` would name
+    its version, and no option of pyarrow's sets it.
+    """
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
+    data = sink.getvalue()
+    # In thrift's compact protocol a text of up to 127 bytes follows one byte, its length. The
+    # footer's length and a magic number end the file (parquet-format 2.10, "File format").
+    start = data.rindex(_WRITER)
+    end = start + data[start - 1]
+    length = int.from_bytes(data[-8:-4], "little") + len(_CREATED_BY) - (end - start)
+    return b"".join(
+        (
+            *(data[: start - 1], bytes([len(_CREATED_BY)]), _CREATED_BY, data[end:-8]),
+            *(length.to_bytes(4, "little"), data[-4:]),
+        )
+    )
 
 
 def read_parquet(
