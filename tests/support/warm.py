@@ -467,7 +467,7 @@ def _main() -> None:
     # It imports torch while this process does.
     start_decoder_server()
     # What the commands import late; nothing here computes or starts a thread.
-    names = ["torch.utils.tensorboard", "rich.table"]
+    names = ["torch.utils.tensorboard", "rich.table", "timm.models"]
     if importlib.util.find_spec("compressai") is not None:
         names.append("compressai.zoo.image")
     for name in names:
