@@ -99,16 +99,20 @@ def _interpreter() -> Iterator[Diagnosis]:
         yield _ok("python", found)
 
 
+def _wanted() -> Iterator[Requirement]:
+    """Yields what this package asks for on this Python, its extras left out."""
+    for wanted in map(Requirement, requires("ci2p-cache") or ()):
+        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+            yield wanted
+
+
 def _packages() -> Iterator[Diagnosis]:
-    """Holds what is installed against what this package asks for, its extras left out."""
-    for line in requires("ci2p-cache") or ():
-        wanted = Requirement(line)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
+    """Holds what is installed against what this package asks for."""
+    for wanted in _wanted():
         try:
             found = version(wanted.name)
         except PackageNotFoundError:
-            yield _problem(wanted.name, "not installed", f"pip install '{wanted}'")
+            yield _problem(wanted.name, "not installed", _reinstall(wanted))
             continue
         if wanted.specifier.contains(found, prereleases=True):
             yield _ok(wanted.name, found)
@@ -129,12 +133,15 @@ def _imports() -> Iterator[Diagnosis]:
                 importlib.import_module(name)
         except Exception as error:  # whatever a broken installation raises
             if getattr(error, "name", None) == name == "compressai":
-                yield _note(
-                    name,
-                    "not installed; it has no build for Python 3.13 and later",
-                    "only architectures other than bmshj2018-factorized and training a codec need "
-                    "it: use Python 3.11 or 3.12 for them",
-                )
+                # Where it is a dependency, _packages has named it.
+                if name not in {each.name for each in _wanted()}:
+                    yield _note(
+                        name,
+                        "not installed; it installs with Python 3.11 and 3.12, this is "
+                        f"{platform.python_version()}",
+                        "only architectures other than bmshj2018-factorized, training a codec and "
+                        "evaluate_rate_distortion need it: use Python 3.11 or 3.12 for them",
+                    )
                 continue
             yield _problem(
                 f"import {name}",

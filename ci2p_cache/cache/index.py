@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from ci2p_cache.cache.parquet import parquet_bytes, read_parquet
 from ci2p_cache.cache.paths import index_path
 from ci2p_cache.errors import ShardError, command
-from ci2p_cache.parquet_pages import require_small_pages
 
 __all__ = [
     "INDEX_SCHEMA",
@@ -26,9 +22,7 @@ __all__ = [
     "IndexRow",
     "index_bytes",
     "index_rows",
-    "parquet_bytes",
     "read_index",
-    "read_parquet",
     "read_sums",
 ]
 
@@ -70,9 +64,6 @@ INDEX_SCHEMA = pa.schema(
 
 _OLD_SCHEMA = INDEX_SCHEMA.remove(0)
 """Columns of the parts of caches made before there was `split`."""
-
-_MAX_TEXT_RATIO = 256
-"""Bytes of one text column over those of the file: keys of ours take about twice the file."""
 
 _SUMS_KEY = b"ci2p_channel_sums"
 
@@ -149,75 +140,6 @@ class ChannelSums:
             self.zeros + other.zeros,
             self.clipped + other.clipped,
         )
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """Serialises a table to parquet with page checksums; the same table gives the same bytes."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
-
-
-def read_parquet(
-    path: Path, columns: Sequence[str] | None = None, *, schemas: Sequence[pa.Schema] = ()
-) -> pa.Table:
-    """Reads a parquet file with every page's checksum verified; it may come from a stranger.
-
-    Args:
-        path: The file.
-        columns: The columns wanted; None for all.
-        schemas: The schemas it may have; none given: any.
-
-    Raises:
-        OSError: the file is missing, is a link or no file, unpacks to far more than it has, has
-            another schema, or a checksum or the structure is wrong (pyarrow's ArrowException is
-            re-raised as OSError).
-    """
-    found = path.lstat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"{path} is a link or no regular file")
-    try:
-        require_small_pages(path)
-        with _open_parquet(path) as file:
-            known = file.schema_arrow
-        if schemas and known not in schemas:
-            raise OSError(f"{path} has another schema than ci2p-cache writes")  # noqa: TRY301
-        # Kept as dictionaries: one long text that many rows refer to would be copied for each.
-        texts = [name for name in known.names if _is_text(known.field(name).type)]
-        with _open_parquet(path, read_dictionary=texts) as file:
-            table = file.read(columns=None if columns is None else list(columns))
-        return _without_dictionaries(table, texts, _MAX_TEXT_RATIO * max(found.st_size, 2**16))
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise OSError(f"{path} is damaged: {error}") from error
-
-
-def _open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
-    return pq.ParquetFile(
-        path,
-        page_checksum_verification=True,
-        thrift_string_size_limit=2**24,
-        thrift_container_size_limit=2**16,
-        **options,
-    )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_binary(kind))
-
-
-def _without_dictionaries(table: pa.Table, texts: Sequence[str], max_bytes: int) -> pa.Table:
-    """Returns the table with plain text columns, none of more than `max_bytes`."""
-    for number, name in enumerate(table.column_names):
-        column = table.column(number)
-        if name not in texts or not pa.types.is_dictionary(column.type):
-            continue
-        lengths = (pc.binary_length(part.dictionary).take(part.indices) for part in column.chunks)
-        total = sum(pc.sum(part).as_py() or 0 for part in lengths)
-        if total > max_bytes:
-            raise ValueError(f"column {name} would unpack to {total} bytes")
-        field = table.schema.field(number).with_type(column.type.value_type)
-        table = table.set_column(number, field, column.cast(column.type.value_type))
-    return table
 
 
 def index_bytes(rows: Sequence[IndexRow], sums: ChannelSums, *, split: str | None) -> bytes:

@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 
 from ci2p_cache.cache.checksums import checksums_bytes
 from ci2p_cache.cache.commit import CommitRecord, sha256_file
-from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_sums
+from ci2p_cache.cache.index import ChannelSums, read_index, read_sums
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
+from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.paths import CHECKSUMS, MANIFEST, index_path, tar_list_path, tar_path
 from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.cache.staging import StagingArea

@@ -11,18 +11,12 @@ kit `ILSVRC2012_devkit_t12` (Russakovsky et al. 2015, arXiv 1409.0575). In both 
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from ci2p_cache.errors import (
-    ImageDecodeError,
-    MissingDependencyError,
-    ResourceError,
-    SourceError,
-)
+from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.names import as_key, for_display, join
 from ci2p_cache.images.tree import DiskTree, Tree
 
@@ -84,7 +78,6 @@ def flat_val_labels(
 
     Raises:
         SourceError: there is no file of labels, or it does not fit the images.
-        MissingDependencyError: the development kit is to be read and scipy is not installed.
     """
     tiny = _find(tree, (val, os.path.dirname(val)), _TINY)
     if tiny is not None:
@@ -201,7 +194,6 @@ def _devkit_wnids(tree: Tree, path: bytes, truth: bytes) -> dict[int, str]:
 
     Raises:
         SourceError: the file is missing or of another form.
-        MissingDependencyError: scipy is not installed.
     """
     if not tree.is_file(path):
         raise SourceError(
@@ -209,15 +201,12 @@ def _devkit_wnids(tree: Tree, path: bytes, truth: bytes) -> dict[int, str]:
             f"{_META.decode()} beside it explains; it is missing",
             hint=f"copy {_META.decode()} from {DEVKIT.decode()}/data",
         )
-    try:
-        scipy_io = importlib.import_module("scipy.io")
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"scipy is needed to read {for_display(path)}", hint="pip install scipy"
-        ) from error
+    # Only here: no other source needs it, and importing it takes time.
+    from scipy.io import loadmat
+
     content = io.BytesIO(_small_file(path, tree))
     try:
-        synsets = scipy_io.loadmat(content, squeeze_me=True)["synsets"]
+        synsets = loadmat(content, squeeze_me=True)["synsets"]
         rows = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
         wnids = {int(number): str(wnid) for number, wnid in rows if int(number) <= _NUM_CLASSES}
     except Exception as error:

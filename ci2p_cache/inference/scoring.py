@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ci2p_cache.cache.index import parquet_bytes
 from ci2p_cache.cache.lock import locked
+from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.staging import StagingArea, disk_errors, refuse_link
 from ci2p_cache.errors import RefusedError, UsageError

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ci2p_cache.cache.index import read_parquet
+from ci2p_cache.cache.parquet import read_parquet
 from ci2p_cache.errors import ManifestError, command
 from ci2p_cache.record import read_json
 

@@ -23,9 +23,10 @@ from ci2p_cache import errors
 from ci2p_cache.cache import open_shards
 from ci2p_cache.cache.chunk_codec import ChunkCodec
 from ci2p_cache.cache.commit import FileRecord, read_commit
-from ci2p_cache.cache.index import ChannelSums, parquet_bytes, read_index, read_parquet, read_sums
+from ci2p_cache.cache.index import ChannelSums, read_index, read_sums
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.manifest import read_manifest, refuse_difference
+from ci2p_cache.cache.parquet import parquet_bytes, read_parquet
 from ci2p_cache.cache.sealed import read_sealed
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard

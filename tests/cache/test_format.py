@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import ci2p_cache as cc
@@ -187,6 +190,52 @@ def test_the_reader_prints_rows_where_nothing_of_ours_can_be_imported(
             assert digest == hashlib.sha256(wanted.numpy().tobytes()).hexdigest()
         else:
             assert digest == "-"
+
+
+def digest_of_what_is_not_computed(cache: Path) -> str:
+    """Over the plan, labels, marks of validity and zarr's metadata, which no arithmetic enters."""
+    digest = hashlib.sha256()
+    for pattern in ("plan.parquet", "latents.zarr/**/zarr.json", "latents.zarr/*/*/c.0"):
+        for path in sorted(cache.glob(pattern)):
+            digest.update(path.relative_to(cache).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def test_every_allowed_python_and_library_writes_these_bytes(caches: dict[str, Path]) -> None:
+    """Who changes them: a cache is no longer finished and repaired to one sequence of bytes."""
+    assert {kind: digest_of_what_is_not_computed(caches[kind]) for kind in ENCODED} == {
+        "int8": "d1f2a7f0acbf62b8acf1c531933f6c1b6ca1cdb573191c96e9a61c95d070f7b8",
+        "int16": "d37c00e4458408af4959a916c0a31bf2b3cdec9ff1edff5f0cf40c1566f62973",
+        "float16": "d9f7795953c0cc906350bd96e14c86d7edbe8960176e8a27424f17bf541b7901",
+    }
+
+
+@pytest.mark.parametrize("version", ["9.0.1", "126.10.0-SNAPSHOT"])
+def test_which_pyarrow_wrote_a_cache_enters_no_file(
+    caches: dict[str, Path], version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table = pq.write_table
+
+    def by_another(table: pa.Table, sink: io.BytesIO, **options: Any) -> None:
+        own = io.BytesIO()
+        write_table(table, own, **options)
+        start, tail, end = own.getvalue().rpartition(b"parquet-cpp-arrow version ")
+        told = tail + version.encode()
+        rest = end[start[-1] - len(tail) : -8]
+        length = int.from_bytes(end[-8:-4], "little") + len(told) - start[-1]
+        sink.write(start[:-1] + bytes([len(told)]) + told + rest)
+        sink.write(length.to_bytes(4, "little") + b"PAR1")
+        sink.seek(0)
+        assert pq.read_metadata(sink).created_by == told.decode()
+        sink.seek(0, io.SEEK_END)
+
+    monkeypatch.setattr(pq, "write_table", by_another)
+    cc.encode(caches["int8"].parent / "src", tmp_path / "shards", OPTIONS)
+    names = [p.relative_to(tmp_path / "shards") for p in (tmp_path / "shards").rglob("*.parquet")]
+    assert len(names) >= 5
+    for name in names:
+        assert (tmp_path / "shards" / name).read_bytes() == (caches["int8"] / name).read_bytes()
+    assert cc.verify(tmp_path / "shards") == []
 
 
 def filled(value: Any, words: dict[str, Any]) -> Any:

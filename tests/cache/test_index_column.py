@@ -12,8 +12,9 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.cache.index import INDEX_SCHEMA, parquet_bytes
+from ci2p_cache.cache.index import INDEX_SCHEMA
 from ci2p_cache.cache.manifest import read_manifest
+from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.sample_card import describe_sample
 from tests.support import format_reader
 from tests.support.caches import SMALL, data_digests, flip, make_cache, make_old, with_options

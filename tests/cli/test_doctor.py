@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_this_machine_is_fit_and_told_of(tmp_path: Path, run) -> None:
 
 @pytest.mark.slow
 def test_versions_that_pip_lets_pass_and_broken_packages_are_named(tmp_path: Path) -> None:
-    wrong = {"pyarrow": ("26.0.0", "<26"), "zarr": ("3.1.6", "<3.1.6"), "numpy": ("2.3.0", "<2")}
+    wrong = {"pyarrow": ("19.0.0", ">=2"), "zarr": ("3.0.10", ">=3.1"), "numpy": ("1.25.0", ">=")}
     for name, (installed, _) in wrong.items():
         record = tmp_path / f"{name}-{installed}.dist-info"
         record.mkdir()
@@ -54,6 +55,28 @@ def test_versions_that_pip_lets_pass_and_broken_packages_are_named(tmp_path: Pat
         assert name in told
     assert "torchvision::nms does not exist" in found["import compressai"]["found"]
     assert "fresh environment" in found["import compressai"]["advice"]
+
+
+@pytest.mark.parametrize(
+    ("marker", "code", "state"),
+    [("< '3'", 0, "note"), pytest.param(">= '3'", 6, "problem", marks=pytest.mark.slow)],
+)
+def test_without_compressai_only_a_python_that_it_installs_with_is_unfit(
+    marker: str, code: int, state: str, tmp_path: Path
+) -> None:
+    record = tmp_path / "ci2p_cache-0.1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: ci2p-cache\nVersion: 0.1.0\n"
+        f"Requires-Dist: compressai>=99; python_version {marker}\n"
+    )
+    (tmp_path / "compressai.py").write_text("raise ModuleNotFoundError(name='compressai')")
+    ended, found, _ = examined(tmp_path)
+    assert (ended, found["compressai"]["state"]) == (code, state)
+    if state == "note":
+        assert f"this is {platform.python_version()}" in found["compressai"]["found"]
+        assert "Python 3.11 or 3.12" in found["compressai"]["advice"]
+    assert "import compressai" not in found
 
 
 def test_a_disk_that_cannot_be_written_is_named(run) -> None:

@@ -15,7 +15,7 @@ import zarr
 
 import ci2p_cache as cc
 from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.index import parquet_bytes
+from ci2p_cache.cache.parquet import parquet_bytes
 from tests.support.caches import data_digests, flip, swap, with_options
 from tests.support.pictures import write_image_folder
 from tests.support.seals import reseal, write_json

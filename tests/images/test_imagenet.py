@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.io import savemat
 
-from ci2p_cache.errors import MissingDependencyError, SourceError
+from ci2p_cache.errors import SourceError
 from ci2p_cache.images.folder import FolderSource
 from ci2p_cache.images.locate import open_source
 from tests.support.pictures import picture
@@ -51,8 +51,7 @@ def write_devkit(folder: Path, classes: tuple[str, ...] = VAL_CLASSES) -> None:
     rows.append((1001, "n00001740", "entity"))
     kind = np.dtype([("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
     synsets = np.array(rows, dtype=kind).reshape(-1, 1)
-    scipy_io = pytest.importorskip("scipy.io")
-    scipy_io.savemat(folder / "meta.mat", {"synsets": synsets})
+    savemat(folder / "meta.mat", {"synsets": synsets})
 
 
 def val_classes(source: FolderSource) -> tuple[str, ...]:
@@ -179,15 +178,6 @@ def test_a_ground_truth_without_its_table_is_refused(tmp_path: Path) -> None:
     (data / "meta.mat").unlink()
     with pytest.raises(SourceError, match=r"own order, which only meta\.mat beside it explains"):
         open_source(tmp_path)
-
-
-def test_the_table_needs_scipy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_train_and_val(tmp_path)
-    write_devkit(tmp_path / "ILSVRC2012_devkit_t12" / "data")
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(MissingDependencyError, match="scipy is needed to read") as caught:
-        open_source(tmp_path)
-    assert caught.value.hint == "pip install scipy"
 
 
 def test_a_val_image_without_a_row_is_refused(tmp_path: Path) -> None:

@@ -38,8 +38,9 @@ import pyarrow as pa
 import ci2p_cache as cc
 import ci2p_cache.loader.batches  # so that it is not counted where it is first used
 from ci2p_cache.cache.commit import CommitRecord, read_commit
-from ci2p_cache.cache.index import INDEX_SCHEMA, parquet_bytes, read_index
+from ci2p_cache.cache.index import INDEX_SCHEMA, read_index
 from ci2p_cache.cache.manifest import read_manifest
+from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.paths import index_path, shard_path
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.verify import verify

@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ci2p_cache.cache.index import INDEX_SCHEMA, parquet_bytes, read_index
+from ci2p_cache.cache.index import INDEX_SCHEMA, read_index
 from ci2p_cache.cache.lock import locked
+from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.staging import disk_errors, remove_path, sync_folder

@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from ci2p_cache.cache.commit import CommitRecord
-from ci2p_cache.cache.index import parquet_bytes, read_index, read_sums
+from ci2p_cache.cache.index import read_index, read_sums
 from ci2p_cache.cache.manifest import SplitRecord
+from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.paths import commit_path, index_path
 from ci2p_cache.cache.staging import StagingArea, remove_path
 from ci2p_cache.encoding.budget import ErrorBudget
