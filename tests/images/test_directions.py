@@ -351,6 +351,17 @@ def test_the_delimiter_is_found_out(images: Path, delimiter: str, name: str) -> 
     assert labelled(path) == {"img/a/1.jpg": "a", "img/b/2.jpg": "b"}
 
 
+def test_splits_that_a_list_would_leave_aside_are_refused(images: Path) -> None:
+    path = put_list(images, "path,label,Split", "img/a/1.jpg,a,train", "img/b/2.jpg,b,test")
+    assert "has a column 'Split'; wanted `split`" in str(refused(path))
+    rows = ["path,label", "img/train/1.jpg,a", "img/train/2.jpg,b", "img/test/1.jpg,a"]
+    error = refused(put_list(images, *rows))
+    assert "paths in the folders test, train and no column `split`" in str(error)
+    assert "would be mixed" in str(refused(put_list(images, *rows), labels="none"))
+    rows = [f"{row},{split}" for row, split in zip(rows, ("split", *["train"] * 3), strict=True)]
+    assert len(labelled(put_list(images, *rows))) == 3
+
+
 def test_a_delimiter_within_names_does_not_count(images: Path) -> None:
     path = put_list(images, 'path;label;"a,b,c,d"', "img/a/1.jpg;a, or b;x")
     assert labelled(path) == {"img/a/1.jpg": "a, or b"}
