@@ -26,16 +26,22 @@ _NUMBERED = re.compile(r"(.*[^\d._-])([._-])\d+\.\w+")
 _FEWEST_OF_A_NAME = 2
 
 
-def no_class_folders(tree: Tree, path: bytes, files: list[bytes], missing: str) -> SourceError:
+def no_class_folders(tree: Tree, path: bytes, files: list[bytes], tally: Tally) -> SourceError:
     """Returns the error of a folder without class folders.
 
     Args:
         tree: Where it is.
         path: The folder.
         files: Its files.
-        missing: What it has none of, for the message.
+        tally: What was left out.
     """
     images = [name for name in files if tree.is_image(join(path, name), Tally())]
+    left_out = "; ".join(tally.notices())
+    shown = for_display(join(tree.root, path))
+    if left_out and not images:
+        return SourceError(
+            f"{shown} has no image in it; {left_out}", hint=_hint(tree, path, images)
+        )
     if images:
         found = f"but {len(images)} images, for example {for_display(images[0])}"
     elif files:
@@ -43,7 +49,7 @@ def no_class_folders(tree: Tree, path: bytes, files: list[bytes], missing: str) 
     else:
         found = "and no files"
     return SourceError(
-        f"{for_display(join(tree.root, path))} has no {missing}, {found}; {WANTED}",
+        f"{shown} has no class folders, {found}; {WANTED}",
         hint=_hint(tree, path, images),
     )
 

@@ -211,15 +211,15 @@ REFUSED_TARS: dict[str, tuple[bytes, str]] = {
     ),
     "no train": (inner("val/a/1.jpg", "test/a/1.jpg"), "and no train folder"),
     "two folders of a split": (
-        inner("train/a/1.jpg", "val/a/1.jpg", "valid/b/1.jpg"), "two folders are one split",
+        inner("train/a/1.jpg", "val/a/1.jpg", "valid/b/1.jpg"), "are both the val split",
     ),
-    "a flat val": (inner("train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"), "in no class folder"),
+    "a flat val": (inner("train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"), "no class folders"),
     "shards in a tar": (
         inner(*[(f"part-{n:04d}.tar", inner(f"{n}.jpg")) for n in range(3)]), "called like parts",
     ),
     "class folders in numbered tars": (
         inner(*[(f"{n}.tar", inner("a/1.jpg", "b/1.jpg")) for n in range(2)]),
-        "it is not clear which is its class",
+        "each holds the same folders (a, b)",
     ),
     "a packed tar in a tar": (
         inner(("a.tar.gz", b"x"), ("b.tgz", b"x")), "must be plain",

@@ -335,7 +335,7 @@ def test_a_list_or_an_archive_beside_flat_images_is_named(tmp_path: Path) -> Non
     assert f"name {tmp_path}/labels.csv as SRC" in (refused(tmp_path, "no class").hint or "")
     (tmp_path / "zips").mkdir()
     (tmp_path / "zips" / "animals.zip").write_bytes(b"PK")
-    assert "animals.zip as SRC" in (refused(tmp_path / "zips", "no folders in it").hint or "")
+    assert "animals.zip as SRC" in (refused(tmp_path / "zips", "no class folders").hint or "")
 
 
 # --- through the command's function: what is refused once the images are listed -------------------

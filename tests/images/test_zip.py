@@ -199,7 +199,7 @@ def test_what_is_no_image_is_said(tmp_path: Path) -> None:
     source = open_source(path)
     assert len(list(source.scan())) == 2
     assert source.classes == ("a", "b")
-    assert any("1 class (c): no image, so no class" in line for line in source.notices)
+    assert any("left out that hold no image, for example c" in line for line in source.notices)
     assert any("1 files ignored that are no images" in line for line in source.notices)
 
 
@@ -368,7 +368,7 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
 
 def test_layouts_that_mean_nothing_are_refused_in_a_zip_too(tmp_path: Path) -> None:
     error = refused(
-        zip_of(tmp_path / "x.zip", ["1.jpg", "2.jpg"]), "no folders in it, but 2 images"
+        zip_of(tmp_path / "x.zip", ["1.jpg", "2.jpg"]), "no class folders, but 2 images"
     )
     assert "--labels none" in (error.hint or "")
     refused(zip_of(tmp_path / "y.zip", ["train/1.jpg", "test1/2.jpg"]), "look like splits")
