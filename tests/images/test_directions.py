@@ -326,6 +326,18 @@ def test_two_label_columns_or_image_columns_are_told_apart_by_an_option(tmp_path
     assert "has no single image column" in str(refused(path, image_column="none"))
 
 
+@pytest.mark.parametrize("name", ["train-0.parquet", "x.parquet"])
+def test_splits_within_a_parquet_file_of_images_are_refused(tmp_path: Path, name: str) -> None:
+    table = image_table([(f"{n}.jpg", PICTURE + bytes([n]), "ab"[n]) for n in range(2)], ["a", "b"])
+    pq.write_table(table.append_column("split", pa.array(["train", "test"])), tmp_path / name)
+    assert "has a column `split` with test, train, and its name says" in str(
+        refused(tmp_path / name)
+    )
+    path = tmp_path / "train.parquet"
+    pq.write_table(table.append_column("split", pa.array(["Train", "train"])), path)
+    assert labelled(path) == {"train: 0.jpg": "a", "train: 1.jpg": "b"}
+
+
 # --- lists ----------------------------------------------------------------------------------------
 
 
