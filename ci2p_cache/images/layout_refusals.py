@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections import Counter
@@ -24,6 +25,7 @@ _OTHER_SOURCES = (*TAR_SUFFIXES, *PARQUET_SUFFIXES, b".zip", b".csv", b".tsv")
 _NUMBERED = re.compile(r"(.*[^\d._-])([._-])\d+\.\w+")
 """Names as `Abyssinian_12.jpg` and `cat.12.jpg`: class, sign, number."""
 _FEWEST_OF_A_NAME = 2
+_MOST_LOOKED_AT = 1000
 
 
 def no_class_folders(tree: Tree, path: bytes, files: list[bytes], tally: Tally) -> SourceError:
@@ -56,11 +58,15 @@ def no_class_folders(tree: Tree, path: bytes, files: list[bytes], tally: Tally) 
 
 def _hint(tree: Tree, path: bytes, images: list[bytes]) -> str | None:
     on_disk = isinstance(tree, DiskTree)
+    below = () if images else tree.walk(path, Tally())
+    around = list(itertools.islice(below, _MOST_LOOKED_AT))
     for folder in dict.fromkeys((path, path.rpartition(b"/")[0])):
-        for name in tree.list_folder(folder, Tally())[1]:
-            if on_disk and name.lower().endswith(_OTHER_SOURCES):
-                file = for_display(join(tree.root, join(folder, name)))
-                return f"name {file} as SRC if it holds the images or their labels; or {NONE_HINT}"
+        around += [join(folder, name) for name in tree.list_folder(folder, Tally())[1]]
+    other = next((name for name in around if name.lower().endswith(_OTHER_SOURCES)), None)
+    if other is not None:
+        file = for_display(join(tree.root, other) if on_disk else other)
+        first = "" if on_disk else "unpack the archive, and "
+        return f"{first}name {file} as SRC if it holds the images or their labels; or {NONE_HINT}"
     if not images:
         return None
     sign = _sign_behind_class(images)

@@ -366,6 +366,13 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "pipe.zip")
 
 
+def test_an_archive_within_a_zip_is_named(tmp_path: Path) -> None:
+    path = zip_of(tmp_path / "x.zip", ["d/train.zip", "d/read.me"], content=b"no image")
+    with pytest.raises(SourceError, match="no image in it") as caught:
+        open_source(path)
+    assert (caught.value.hint or "").startswith("unpack the archive, and name d/train.zip as SRC")
+
+
 def test_layouts_that_mean_nothing_are_refused_in_a_zip_too(tmp_path: Path) -> None:
     error = refused(
         zip_of(tmp_path / "x.zip", ["1.jpg", "2.jpg"]), "no class folders, but 2 images"
