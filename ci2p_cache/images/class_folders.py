@@ -1,20 +1,20 @@
-"""Folders in archives that say what images show: `CLASS/...` or `{train,val,test}/CLASS/...`.
-
-Folders on disk are `folder.FolderSource`'s business; the rules are the same.
-"""
+"""Folders in tars that say what images show, by the rules of folders on disk (`layouts`)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 from ci2p_cache.errors import SourceError
-from ci2p_cache.images.archives import SPLIT_NAMES
-from ci2p_cache.images.names import for_display
-from ci2p_cache.images.splits import UNLABELLED, split_folders
+from ci2p_cache.images.archives import Archive
+from ci2p_cache.images.layouts import find_layout
+from ci2p_cache.images.names import as_key, for_display, join
+from ci2p_cache.images.tally import Tally
+from ci2p_cache.images.tar_images import Listed
+from ci2p_cache.images.tar_nested import stem
+from ci2p_cache.images.tree import ArchiveTree
 
-__all__ = ["ClassFolders", "find_class_folders", "refuse_shards"]
+__all__ = ["ClassFolders", "class_of", "refuse_shards"]
 
 _MOST_NAMED = 5
 _SHARD = re.compile(
@@ -25,66 +25,100 @@ _SHARD = re.compile(
 _WNID = re.compile(rb"n\d{8}")
 
 
-@dataclass(frozen=True, slots=True)
-class ClassFolders:
-    """Where class folders are."""
-
-    depth: int
-    """Folders around everything, which mean nothing."""
-    splits: Mapping[bytes, str]
-    """Folder below these -> split; empty where class folders come at once."""
-
-    def place(self, path: bytes) -> tuple[str | None, bytes, bytes] | None:
-        """Returns split, class and the path below the split; None for an image in no class."""
-        parts = path.split(b"/")[self.depth :]
-        split = None
-        if self.splits:
-            split = self.splits.get(parts[0])
-            parts = parts[1:] if split is not None else []
-        return (split, parts[0], b"/".join(parts)) if len(parts) > 1 else None
-
-
-def find_class_folders(folders: Iterable[bytes]) -> ClassFolders:
-    """Finds out which level of folders is the classes.
+class _TarTree(ArchiveTree):
+    """A `Tree` over what was listed in tars.
 
     Args:
-        folders: The folders that images lie in; empty for the top.
+        root: Absolute path of the tar; of several, what names them.
+        images: The paths of the images.
+        texts: Lists of labels and splits, by path; None for one that was not kept.
+    """
+
+    def __init__(
+        self, root: bytes, images: Iterable[bytes], texts: Mapping[bytes, bytes | None]
+    ) -> None:
+        super().__init__(root, sorted({*images, *texts}))
+        self._texts = texts
+
+    def is_image(self, path: bytes, tally: Tally) -> bool:
+        """See `Tree`."""
+        return path not in self._texts
+
+    def is_file(self, path: bytes) -> bool:
+        """See `Tree`."""
+        return self._below(path) in self._texts
+
+    def content(self, path: bytes, most_bytes: int) -> bytes | None:
+        """See `Tree`."""
+        return self._texts[self._below(path)]
+
+    def _below(self, path: bytes) -> bytes:
+        return path.removeprefix(self.root + b"/")
+
+
+class ClassFolders:
+    """What the folders in archives say of each image: as those on disk would, over all archives.
+
+    Args:
+        location: What names the archives, absolute.
+        listing: The archives, and what is in them.
+        labelled: Whether folders are to say what the images show.
+        archives_are_classes: Whether each archive stands for a folder, as ImageNet's class tars do.
 
     Raises:
-        SourceError: there are none, or it is not clear; the message does not say where.
+        SourceError: the layout is not understood, or there is one class; only a part of the
+            messages says where.
     """
-    paths = [tuple(folder.split(b"/")) if folder else () for folder in folders]
-    depth = 0
-    while True:
-        heads = {path[depth] for path in paths if len(path) > depth}
-        splits = split_folders(sorted(heads))
-        named = [name for name in heads if name.lower() in SPLIT_NAMES]
-        if heads and not splits and len(named) == len(heads):
-            raise SourceError(
-                f"it has {_listed(named)} and no train folder",
-                hint="add train, or rename the folder if its name is a class",
-            )
-        if splits and len(splits) == len(heads):
-            break
-        if len(heads) != 1 or any(len(path) < depth + 2 for path in paths):
-            splits = _refuse_mixed(splits, heads)
-            break
-        depth += 1
-    # Pictures to be predicted, in a folder of their own, have no labels.
-    splits = {name: split for name, split in splits.items() if split != UNLABELLED}
-    if len(set(splits.values())) < len(splits):
-        raise SourceError(f"{_listed(splits)}: two folders are one split", hint="keep one of them")
-    for path in paths:
-        if splits and len(path) == depth + 1 and splits.get(path[depth], "test") != "test":
-            raise SourceError(f"{for_display(path[depth])} in it has images in no class folder")
-    level = depth + bool(splits)
-    classes = {
-        path[level] for path in paths if len(path) > level and (not splits or path[depth] in splits)
-    }
-    if len(classes) < 2:
-        what = f"one class folder, {_listed(classes)}" if classes else "no class folders"
-        raise SourceError(f"it has {what}")
-    return ClassFolders(depth, splits)
+
+    def __init__(
+        self,
+        location: bytes,
+        listing: Sequence[tuple[Archive, Listed]],
+        *,
+        labelled: bool,
+        archives_are_classes: bool,
+    ) -> None:
+        self._archives_are_classes = archives_are_classes
+        images = (self._path(a, name) for a, listed in listing for name, *_ in listed.images)
+        texts = {name: text for _, listed in listing for name, text in listed.texts.items()}
+        layout = find_layout(_TarTree(location, images, texts), labelled=labelled)
+        self.notices = layout.notices
+        """What the user should know, one sentence each."""
+        self.names = {name for part in layout.parts for name in part.class_names()} - {""}
+        """The classes; none where folders are not to say them."""
+        if labelled and len(self.names) < 2:
+            raise SourceError(f"it has one class folder, {min(self.names)}")
+        self._of_files = {
+            join(part.path, name): (part, label)
+            for part in layout.parts
+            for name, label in part.files.items()
+        }
+        self._of_folders = {
+            join(part.path, folder): (part, as_key(folder))
+            for part in layout.parts
+            for folder in part.folders
+        }
+
+    def place(self, archive: Archive, name: bytes) -> tuple[str | None, str, bytes] | None:
+        """Returns split, class and key of an image; None where it lies in no class folder."""
+        path = self._path(archive, name)
+        found, end = self._of_files.get(path), len(path)
+        while found is None and end > 0:
+            end = max(0, path.rfind(b"/", 0, end))
+            found = self._of_folders.get(path[:end])
+        if found is None:
+            return None
+        part, label = found
+        key = path[len(part.path) + 1 :] if part.path else path
+        return part.split or archive.split, label, key
+
+    def _path(self, archive: Archive, name: bytes) -> bytes:
+        return join(class_of(archive), name) if self._archives_are_classes else name
+
+
+def class_of(archive: Archive) -> bytes:
+    """Returns the class that an archive stands for, if it is one."""
+    return stem(archive.path).rpartition(b"/")[2]
 
 
 def refuse_shards(folders: Iterable[bytes], *, alone: bool) -> None:
@@ -102,18 +136,6 @@ def refuse_shards(folders: Iterable[bytes], *, alone: bool) -> None:
     synsets = all(_WNID.fullmatch(name) for name in names)
     if all(map(_SHARD.fullmatch, names)) or (numbered and not alone and not synsets):
         raise SourceError(f"its tars ({_listed(names)}) are called like parts, not like classes")
-
-
-def _refuse_mixed(splits: Mapping[bytes, str], heads: Iterable[bytes]) -> dict[bytes, str]:
-    """Refuses splits beside other folders; one such name alone is a class."""
-    if len(splits) > 1:
-        others = [name for name in heads if name not in splits]
-        raise SourceError(
-            f"it has split folders ({_listed(splits)}) beside other folders ({_listed(others)}); "
-            "they cannot be both splits and classes",
-            hint="leave the other folders out of the archive",
-        )
-    return {}
 
 
 def _listed(names: Iterable[bytes]) -> str:

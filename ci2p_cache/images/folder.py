@@ -21,7 +21,8 @@ __all__ = ["FolderSource"]
 class FolderSource(TreeSource):
     """An `ImageSource` over a folder of images; the layout is found out or refused.
 
-    A single folder around everything is looked into. Folders are splits only where all of them have
+    Folders without an image count for nothing. A single folder around everything is looked into.
+    Folders are splits only where all of them have
     names for splits (train, val, test and other words for them, in any case, with a prefix or
     suffix that all share) and train is among them; splits beside other folders are refused. A
     folder `test` or `train` beside other classes is a class. Names or contents that look like

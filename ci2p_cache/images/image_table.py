@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ci2p_cache.errors import ImageDecodeError, SourceError
-from ci2p_cache.images.archives import read_archive
+from ci2p_cache.images.archives import SPLIT_NAMES, read_archive
 from ci2p_cache.images.columns import (
     holds_paths,
     image_column,
@@ -86,8 +86,8 @@ class ImageTable:
         do not count, all rows are there, with the label -1.
 
         Raises:
-            SourceError: the file is damaged, has no column of labels or only paths of images, or a
-                row of another split has no label.
+            SourceError: the file is damaged, has no column of labels or only paths of images, a
+                row of another split has no label, or a column `split` does not fit its name.
             ResourceError: reading failed again and again.
         """
         wanted = [f"{self._image}.path"] if self._is_struct else []
@@ -97,6 +97,7 @@ class ImageTable:
                 label, self.class_names = label_column(self._schema, self._options.label_column)
             wanted.append(label)
         table = self._read(lambda file: file.read(columns=wanted))
+        self._refuse_splits(split)
         num_rows = self._first_rows[-1]
         paths = pa.nulls(num_rows, pa.string())
         if self._is_struct:
@@ -170,6 +171,21 @@ class ImageTable:
             yield
         except SourceError as error:
             raise SourceError(f"{for_display(self._full)} {error}", hint=error.hint) from error
+
+    def _refuse_splits(self, split: str | None) -> None:
+        """Refuses a column `split` that says another thing than the name of the file."""
+        if "split" not in self._schema.names:
+            return
+        table = self._read(lambda file: file.read(columns=["split"]))
+        named = {str(name).strip().lower() for name in pc.unique(plain(table["split"])).to_pylist()}
+        if {SPLIT_NAMES.get(name.encode()) for name in named} != {split}:
+            shown = for_display(", ".join(sorted(named)).encode()[:200])
+            raise SourceError(
+                f"{for_display(self._full)} has a column `split` with {shown}, and its name says "
+                f"{split or 'no split'}; images in parquet have the split of their file",
+                hint="write a file for each split, train.parquet and test.parquet; or rename the "
+                "column, if it holds no splits",
+            )
 
     def _refuse_paths(self, paths: pa.Array) -> None:
         """Refuses a file whose images lie elsewhere."""

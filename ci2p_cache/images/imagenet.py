@@ -20,7 +20,8 @@ from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.names import as_key, for_display, join
 from ci2p_cache.images.tree import DiskTree, Tree
 
-__all__ = ["DEVKIT", "data_folder", "flat_val_labels", "label_folders", "read_titles", "text_lines"]
+__all__ = ["DEVKIT", "LABEL_FILES", "data_folder", "flat_val_labels", "label_folders",
+           "read_titles", "text_lines"]  # fmt: skip
 
 DEVKIT = b"ILSVRC2012_devkit_t12"
 """Folder of the development kit; it may lie beside train and val and is no class."""
@@ -30,10 +31,10 @@ _GROUND_TRUTH = b"ILSVRC2012_validation_ground_truth.txt"
 _META = b"meta.mat"
 _TINY = b"val_annotations.txt"
 _SYNSETS = b"LOC_synset_mapping.txt"
+LABEL_FILES = frozenset({_SOLUTION, _GROUND_TRUTH, _META, _TINY})
+"""What files with the labels of a flat `val` are called."""
 _NUM_CLASSES = 1000
 _MAX_TEXT_BYTES = 64 * 2**20
-
-
 _DISK = DiskTree(b"/")
 
 

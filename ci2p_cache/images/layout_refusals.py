@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections import Counter
@@ -24,18 +25,25 @@ _OTHER_SOURCES = (*TAR_SUFFIXES, *PARQUET_SUFFIXES, b".zip", b".csv", b".tsv")
 _NUMBERED = re.compile(r"(.*[^\d._-])([._-])\d+\.\w+")
 """Names as `Abyssinian_12.jpg` and `cat.12.jpg`: class, sign, number."""
 _FEWEST_OF_A_NAME = 2
+_MOST_LOOKED_AT = 1000
 
 
-def no_class_folders(tree: Tree, path: bytes, files: list[bytes], missing: str) -> SourceError:
+def no_class_folders(tree: Tree, path: bytes, files: list[bytes], tally: Tally) -> SourceError:
     """Returns the error of a folder without class folders.
 
     Args:
         tree: Where it is.
         path: The folder.
         files: Its files.
-        missing: What it has none of, for the message.
+        tally: What was left out.
     """
     images = [name for name in files if tree.is_image(join(path, name), Tally())]
+    left_out = "; ".join(tally.notices())
+    shown = for_display(join(tree.root, path))
+    if left_out and not images:
+        return SourceError(
+            f"{shown} has no image in it; {left_out}", hint=_hint(tree, path, images)
+        )
     if images:
         found = f"but {len(images)} images, for example {for_display(images[0])}"
     elif files:
@@ -43,18 +51,22 @@ def no_class_folders(tree: Tree, path: bytes, files: list[bytes], missing: str) 
     else:
         found = "and no files"
     return SourceError(
-        f"{for_display(join(tree.root, path))} has no {missing}, {found}; {WANTED}",
+        f"{shown} has no class folders, {found}; {WANTED}",
         hint=_hint(tree, path, images),
     )
 
 
 def _hint(tree: Tree, path: bytes, images: list[bytes]) -> str | None:
     on_disk = isinstance(tree, DiskTree)
+    below = () if images else tree.walk(path, Tally())
+    around = list(itertools.islice(below, _MOST_LOOKED_AT))
     for folder in dict.fromkeys((path, path.rpartition(b"/")[0])):
-        for name in tree.list_folder(folder, Tally())[1]:
-            if on_disk and name.lower().endswith(_OTHER_SOURCES):
-                file = for_display(join(tree.root, join(folder, name)))
-                return f"name {file} as SRC if it holds the images or their labels; or {NONE_HINT}"
+        around += [join(folder, name) for name in tree.list_folder(folder, Tally())[1]]
+    other = next((name for name in around if name.lower().endswith(_OTHER_SOURCES)), None)
+    if other is not None:
+        file = for_display(join(tree.root, other) if on_disk else other)
+        first = "" if on_disk else "unpack the archive, and "
+        return f"{first}name {file} as SRC if it holds the images or their labels; or {NONE_HINT}"
     if not images:
         return None
     sign = _sign_behind_class(images)

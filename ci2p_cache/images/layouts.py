@@ -84,6 +84,7 @@ class _Finder:
         self._labelled = labelled
         self._tally = Tally()
         self._notices: list[str] = []
+        self._with_images: dict[bytes, bool] = {}
 
     def find(self) -> Layout:
         place = b""
@@ -101,9 +102,10 @@ class _Finder:
             inner = self._only_folder(place)
             if inner is None:
                 break
+            self._list(place, self._tally)
             place = inner
         if place:
-            self._notices.append(f"{self._shown(place)} is the only folder; its folders were taken")
+            self._notices.append(f"{self._shown(place)} is the only folder with images, so taken")
         folders = label_folders(self._tree.root, b"")
         if place:
             folders = (join(self._tree.root, place), *folders)
@@ -118,8 +120,17 @@ class _Finder:
         return Layout(words, tuple(parts), folders, tuple(self._notices), self._tally)
 
     def _list(self, folder: bytes, tally: Tally | None = None) -> tuple[list[bytes], list[bytes]]:
+        """Returns the folders that hold an image, and the files; `tally` takes the others."""
         folders, files = self._tree.list_folder(folder, Tally() if tally is None else tally)
-        return [name for name in folders if name != DEVKIT], files
+        paths = {name: join(folder, name) for name in folders if name != DEVKIT}
+        for path in paths.values():
+            if path not in self._with_images:
+                self._with_images[path] = self._tree.has_image(path)
+            if not self._with_images[path] and tally is not None:
+                tally.add("empty", path)
+                for inner in self._tree.walk(path, tally):
+                    self._tree.is_image(inner, tally)
+        return [name for name, path in paths.items() if self._with_images[path]], files
 
     def _only_folder(self, path: bytes) -> bytes | None:
         """Returns the folder that everything is in; None where `path` has others or images."""
@@ -141,7 +152,7 @@ class _Finder:
         others = [name for name in folders if name not in splits]
         named = [name for name in folders if name.lower() in SPLIT_NAMES]
         if not folders and self._labelled:
-            raise no_class_folders(self._tree, place, files, "folders in it")
+            raise no_class_folders(self._tree, place, files, self._tally)
         if splits and len(splits) == len(folders):
             self._count_strays(place, files)
             return self._split_parts(place, splits, label_files)
@@ -200,7 +211,7 @@ class _Finder:
         parts: list[Part] = []
         for split in SPLIT_ORDER:
             if split in by_split:
-                train = parts[0].class_names() if parts else None
+                train = self._named_in(parts[0]) if parts else None
                 folder = join(place, by_split[split])
                 if self._labelled:
                     part = self._split_part(split, folder, train, label_files)
@@ -214,6 +225,11 @@ class _Finder:
                 parts.insert(1, Part("train", place, (name,)))
         return parts
 
+    def _named_in(self, train: Part) -> set[str]:
+        """Returns the classes of train, also those without an image."""
+        folders, _ = self._tree.list_folder(train.path, Tally())
+        return train.class_names() | set(map(as_key, folders))
+
     def _split_part(
         self,
         split: str,
@@ -226,7 +242,7 @@ class _Finder:
         Args:
             split: Its name.
             path: Its folder.
-            train: The classes of train; None for train itself.
+            train: The classes of train, also those without an image; None for train itself.
             label_files: Where labels of a flat folder may be.
         """
         path = self._unwrapped(path, train)
@@ -237,7 +253,7 @@ class _Finder:
             return Part(split, path, tuple(folders))
         shown = self._shown(path)
         if split == "train":
-            raise no_class_folders(self._tree, path, files, "class folders")
+            raise no_class_folders(self._tree, path, files, self._tally)
         images = [n for n in files if self._tree.is_image(join(path, n), self._tally)]
         if not images:
             self._notices.append(f"{shown} holds no images; there is no {split} split")

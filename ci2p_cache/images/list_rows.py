@@ -123,6 +123,7 @@ class CsvRows:
                 f"{self._shown} has {found.count(double)} columns called `{double}`; wanted one",
                 hint="rename one of them in the first line",
             )
+        _refuse_other_split(self._shown, found)
         if not set(self._wanted) <= set(found):
             shown = for_display(", ".join(found).encode("utf-8", "replace")[:300])
             wanted = ", ".join(f"`{name}`" for name in self._wanted)
@@ -193,6 +194,7 @@ class ParquetRows:
             except SourceError as error:
                 raise SourceError(f"{self._shown} {error}", hint=error.hint) from error
             wanted.append(label)
+        _refuse_other_split(self._shown, schema.names)
         wanted += [_SPLIT] if _SPLIT in schema.names else []
         table = file.read(columns=wanted)
         columns = {
@@ -215,3 +217,13 @@ class ParquetRows:
             raise SourceError(
                 f"{self._shown} {error}; wanted a text, and a text or whole number"
             ) from error
+
+
+def _refuse_other_split(shown: str, names: Sequence[str]) -> None:
+    """Refuses a column `Split`, which would be left aside."""
+    other = next((name for name in names if name.strip().lower() == _SPLIT), _SPLIT)
+    if _SPLIT not in names and other != _SPLIT:
+        raise SourceError(
+            f"{shown} has a column {other!r}; wanted `{_SPLIT}`",
+            hint=f"rename it to {_SPLIT}, or to something else if it holds no splits",
+        )

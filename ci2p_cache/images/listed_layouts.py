@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ci2p_cache.errors import SourceError
-from ci2p_cache.images.imagenet import text_lines
+from ci2p_cache.images.imagenet import LABEL_FILES, text_lines
 from ci2p_cache.images.names import as_key, for_display, join
 from ci2p_cache.images.tally import Tally
 from ci2p_cache.images.tree import Tree
 
-__all__ = ["Listing", "listed_layout"]
+__all__ = ["LIST_NAMES", "Listing", "listed_layout"]
 
 _IMAGES = b"images"
 
@@ -141,3 +141,8 @@ _KNOWN: dict[str, tuple[tuple[bytes, ...], Callable[..., dict[str, dict[str, str
     "Food-101": ((b"meta/train.txt", b"meta/test.txt"), _food),
     "Oxford-IIIT Pet": ((b"annotations/trainval.txt", b"annotations/test.txt"), _pets),
 }
+
+LIST_NAMES = frozenset(
+    {name.rpartition(b"/")[2] for names, _ in _KNOWN.values() for name in names} | LABEL_FILES
+)
+"""What files that say splits or classes are called."""

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 
 from ci2p_cache.errors import ResourceError, SourceError
-from ci2p_cache.images.names import as_key, for_display, join
+from ci2p_cache.images.names import as_key, for_display, is_hidden, join
 from ci2p_cache.images.reading import persistently
 from ci2p_cache.images.tally import Tally
 
@@ -71,7 +71,7 @@ def _scandir(path: bytes) -> list[os.DirEntry[bytes]]:
 
 def _kind(entry: os.DirEntry[bytes]) -> str:
     """Returns folder, file, or the kind under which an entry is tallied."""
-    if entry.name.startswith(b".") or entry.name == b"__MACOSX":
+    if is_hidden(entry.name):
         return "hidden"
     try:
         if entry.is_dir():

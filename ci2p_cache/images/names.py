@@ -6,6 +6,11 @@ import hashlib
 
 __all__ = ["as_key", "for_display", "hash64", "is_hidden", "join"]
 
+_OF_SYSTEMS = frozenset(
+    {b"__MACOSX", b"@eaDir", b"#recycle", b"$RECYCLE.BIN", b"System Volume Information"}
+)
+"""Folders that macOS, Synology's disk stations and Windows add; thumbnails may lie in them."""
+
 
 def as_key(path: bytes) -> str:
     """Returns a path as text; bytes that are not UTF-8 become escapes of the form backslash xNN."""
@@ -26,8 +31,8 @@ def join(folder: bytes, name: bytes) -> bytes:
 
 
 def is_hidden(path: bytes) -> bool:
-    """Whether a path has a part that file systems hide, or that macOS adds to archives."""
-    return any(part.startswith(b".") or part == b"__MACOSX" for part in path.split(b"/"))
+    """Whether a path has a part that systems hide, or add without being asked."""
+    return any(part.startswith(b".") or part in _OF_SYSTEMS for part in path.split(b"/"))
 
 
 def hash64(name: bytes) -> int:

@@ -23,8 +23,11 @@ _UNLABELLED_NAMES = dict.fromkeys(
 _WORDS = SPLIT_NAMES | _UNLABELLED_NAMES
 
 _ANY_WORD = {word.decode() for word in _WORDS} | {"holdout"}
-_FILLERS = {
-    *("set", "data", "dataset", "images", "image", "imgs", "img", "pics", "photos", "samples"),
+_CONTENTS = {
+    *("set", "data", "dataset", "images", "image", "imgs", "img", "pics", "photos", "samples")
+}  # fmt: skip
+"""Words that say nothing of what images show."""
+_FILLERS = _CONTENTS | {
     *("public", "private", "single", "final", "full", "all", "raw", "original", "new", "small"),
 }
 """Words that a split's name may have beside the word for the split."""
@@ -85,14 +88,14 @@ def look_like_splits(names: Sequence[str]) -> bool:
 
 
 def look_like_parts(names: Sequence[str]) -> bool:
-    """Whether two or more names are the numbered parts of one thing, as `part_1` and `part_2`."""
+    """Whether two or more names are numbered parts of one thing: `part_1`, `images_001`, ..."""
     words = [_words(name) for name in names]
     numbered = all(any(char.isdigit() for char in name) for name in names)
     return (
         len(words) > 1
         and numbered
         and all(own == words[0] for own in words)
-        and bool(words[0] & _PARTS)
+        and bool(words[0] & _PARTS or (words[0] and words[0] <= _CONTENTS))
     )
 
 

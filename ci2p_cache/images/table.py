@@ -19,6 +19,7 @@ from ci2p_cache.images.list_rows import CsvRows, ListRows, ParquetRows
 from ci2p_cache.images.names import as_key, for_display
 from ci2p_cache.images.reading import place_below, read_file
 from ci2p_cache.images.source import ImageRef, SourceOptions
+from ci2p_cache.images.splits import split_folders
 from ci2p_cache.images.tally import Tally
 
 __all__ = ["TableSource", "is_table"]
@@ -143,15 +144,19 @@ class TableSource:
         """Reads all labels; once."""
         if self._classes is None:
             splits: set[str] = set()
+            folders_in: set[bytes] = set()
             first: list[bytes] = []
             for path, label, split in self._rows():
                 self._labels_of.add(label)
                 splits.add(split)
+                folders_in.add(os.path.dirname(path))
                 if len(first) < ListPaths.num_looked_at:
                     first.append(path)
             self._paths.look_at(first)
             if "" in splits and len(splits) > 1:
                 raise SourceError(f"{self._shown} has rows with a split and rows without")
+            if "" in splits:
+                self._refuse_split_folders(folders_in)
             if splits and not splits & {"", "train"}:
                 raise SourceError(f"{self._shown} has no row of the split train")
             folders = tuple(dict.fromkeys([os.path.dirname(self._path), self._root]))
@@ -165,6 +170,17 @@ class TableSource:
                 raise SourceError(f"{self._shown}: {error}", hint=error.hint) from error
             self._classes, self._labels = classes, labels.tolist()
         return self._classes
+
+    def _refuse_split_folders(self, folders: set[bytes]) -> None:
+        """Refuses a list without splits all of whose files lie in folders of splits."""
+        start = len(os.path.commonpath(folders))
+        heads = sorted({path[start:].lstrip(b"/").partition(b"/")[0] for path in folders})
+        if 1 < len(heads) == len(split_folders(heads)):
+            raise SourceError(
+                f"{self._shown} has paths in the folders {for_display(b', '.join(heads))} and no "
+                "column `split`; they look like splits, and would be mixed",
+                hint="add a column split with train, val or test in each row",
+            )
 
     def _rows(self) -> Iterator[_Row]:
         """Yields path, label and split ("" for none) of every row, checked."""

@@ -10,6 +10,7 @@ __all__ = ["Tally"]
 
 _SENTENCES = {
     "hidden": "hidden files or folders skipped",
+    "empty": "folders left out that hold no image",
     "special": "entries skipped that are neither files nor folders (pipes, sockets, devices)",
     "broken": "links skipped that lead nowhere",
     "loop": "links skipped that lead back to a folder above them",

@@ -8,12 +8,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +19,7 @@ import numpy.typing as npt
 from ci2p_cache.errors import ImageDecodeError, SourceError
 from ci2p_cache.images.archive_source import ArchiveSource
 from ci2p_cache.images.archives import TAR_SUFFIXES, Archive, read_archive
-from ci2p_cache.images.class_folders import ClassFolders, find_class_folders, refuse_shards
+from ci2p_cache.images.class_folders import ClassFolders, class_of, refuse_shards
 from ci2p_cache.images.imagenet import read_titles
 from ci2p_cache.images.kept import Kept
 from ci2p_cache.images.labels import Classes, LabelTable, order_notices, ordered_classes
@@ -32,7 +30,6 @@ from ci2p_cache.images.tally import Tally
 from ci2p_cache.images.tar_images import NO_LABEL_FILE, Listed
 from ci2p_cache.images.tar_listing import TarLister, refusal
 from ci2p_cache.images.tar_members import BLOCK_BYTES, require_header
-from ci2p_cache.images.tar_nested import stem
 from ci2p_cache.images.tar_streams import Window, is_packed, read_at
 
 __all__ = ["TarSource"]
@@ -46,21 +43,6 @@ _PACK = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Folders:
-    """How the paths of images without any file of labels say what they show."""
-
-    layout: ClassFolders
-    archives_are_classes: bool
-    """Whether each archive stands for a folder, as ImageNet's class tars do."""
-
-    def place(self, archive: Archive, name: bytes) -> tuple[str | None, bytes, bytes] | None:
-        """Returns split, class and key of an image; None where it lies in no class folder."""
-        path = join(_class_of(archive), name) if self.archives_are_classes else name
-        found = self.layout.place(path)
-        return found and (found[0] or archive.split, found[1], found[2])
-
-
 class TarSource(ArchiveSource):
     """An `ImageSource` over tar files.
 
@@ -70,8 +52,8 @@ class TarSource(ArchiveSource):
     as good as a folder; a packed one begins again for each image that lies behind.
 
     A label is the text of `.cls`, or `label`, `cls` or `class_name` of `.json`; see `LabelTable`.
-    Where no archive has any such file, images lie in class folders, perhaps in split folders; a tar
-    of class tars, or a folder of them, is read in the same way (ImageNet comes so).
+    Where no archive has any such file, the layout is found out as that of a folder is, over all
+    archives; a tar of class tars, or a folder of them, is read in the same way (ImageNet comes so).
 
     Keys are the names of the image members, so that a folder and a tar of it have the same. Where
     an archive of a split has a name that another one has too, they are ARCHIVE/NAME.
@@ -97,7 +79,7 @@ class TarSource(ArchiveSource):
         self._options = options or SourceOptions()
         self._listing: list[tuple[Archive, Listed]] | None = None
         self._labels: list[int] = []
-        self._folders: _Folders | None = None
+        self._folders: ClassFolders | None = None
         self._names_recur = False
         self._windows: Kept[Window] = Kept(_MAX_WINDOWS)
 
@@ -173,9 +155,20 @@ class TarSource(ArchiveSource):
         """Takes all images without labels; class folders count for their splits alone."""
         if not any(len(listed.images) for _, listed in listing):
             raise SourceError(f"{self.location()} has no image in it")
-        inner = {n.rpartition(b"/")[0] for _, listed in listing for n, *_ in listed.images}
-        with contextlib.suppress(SourceError):
-            self._folders = _Folders(find_class_folders(inner), archives_are_classes=False)
+        self._folders = self._folders_of(listing, archives_are_classes=False)
+        self._classes = Classes((), (), self._folders.notices)
+        self._check_places(self._folders, listing)
+
+    def _folders_of(
+        self, listing: list[tuple[Archive, Listed]], *, archives_are_classes: bool
+    ) -> ClassFolders:
+        """Finds out how the images in the archives are laid out, as if in one folder."""
+        return ClassFolders(
+            self._archives.location,
+            listing,
+            labelled=self._options.labels == "auto",
+            archives_are_classes=archives_are_classes,
+        )
 
     def _settle_files(self, table: LabelTable, listing: list[tuple[Archive, Listed]]) -> None:
         """Settles labels that come from files, and what has none."""
@@ -202,7 +195,7 @@ class TarSource(ArchiveSource):
     def _settle_folders(self, listing: list[tuple[Archive, Listed]]) -> None:
         """Settles labels that come from the folders in the archives."""
         inner = {n.rpartition(b"/")[0] for _, listed in listing for n, *_ in listed.images}
-        classes = [_class_of(archive) for archive, _ in listing]
+        classes = [class_of(archive) for archive, _ in listing]
         # A folder of class tars, the outer tar of ImageNet unpacked.
         archives_are_classes = inner == {b""} and len(classes) > 1
         if archives_are_classes:
@@ -211,53 +204,48 @@ class TarSource(ArchiveSource):
         try:
             if archives_are_classes or is_nested:
                 refuse_shards(inner, alone=is_nested)
-            layout = find_class_folders(inner)
+            folders = self._folders_of(listing, archives_are_classes=archives_are_classes)
         except SourceError as error:
             problem = next(listed.problem for _, listed in listing if listed.problem is not None)
             raise SourceError(
                 f"{problem}. Nor does it hold class folders or class tars: {error}",
                 hint=error.hint or _PACK,
             ) from error
-        self._folders = _Folders(layout, archives_are_classes)
-        names = {
-            name
-            for archive, listed in listing
-            for name in self._classes_in(self._folders, archive, listed)
-        }
-        ordered = ordered_classes(names)
+        self._folders = folders
+        self._check_places(folders, listing)
+        ordered = ordered_classes(folders.names)
         titles, notices = read_titles(self._label_folders(), ordered)
         kind = "tars" if archives_are_classes or is_nested else "folders in the archive"
         told = f"classes are the {kind}, because no image has a label beside it"
-        self._classes = Classes(ordered, titles, (told, *notices, *order_notices(ordered)))
+        notices += (*folders.notices, *order_notices(ordered))
+        self._classes = Classes(ordered, titles, (told, *notices))
 
-    def _classes_in(self, folders: _Folders, archive: Archive, listed: Listed) -> set[str]:
-        """Returns the classes of an archive, whose images outside of them are tallied."""
-        names: set[str] = set()
-        outside = b""
-        for name, *_ in listed.images:
-            found = folders.place(archive, name)
-            if found is None:
-                self._tally.add("outside", join(archive.path, name))
-                outside = name
-                continue
-            split, own, key = found
-            names.add(as_key(own))
-            problem = None
-            if archive.split not in (None, split):
-                problem = f"is of {split}, and the archive's name says {archive.split}"
-            if listed.is_nested and key.count(b"/") > 1:
-                problem = "lies in a folder of a tar in the tar; it is not clear which is its class"
-            if problem is not None:
-                raise refusal(self._archives.root, archive, name, problem)
-        if outside and not names and archive.split != "test":
-            raise refusal(
-                self._archives.root,
-                archive,
-                outside,
-                "lies in no class folder, and nor do the others of this archive",
-                hint="encode the other archives alone, or pack its images in class folders",
-            )
-        return names
+    def _check_places(self, folders: ClassFolders, listing: list[tuple[Archive, Listed]]) -> None:
+        """Refuses an archive whose folders do not go with its name; tallies what is in none."""
+        for archive, listed in listing:
+            outside, is_placed = b"", False
+            for name, *_ in listed.images:
+                found = folders.place(archive, name)
+                if found is None:
+                    self._tally.add("outside", join(archive.path, name))
+                    outside = name
+                    continue
+                split, _, key = found
+                is_placed, problem = True, None
+                if archive.split not in (None, split):
+                    problem = f"is of {split}, and the archive's name says {archive.split}"
+                if listed.is_nested and key.count(b"/") > 1 and folders.names:
+                    problem = "lies in a folder of a tar in the tar; its class is not clear"
+                if problem is not None:
+                    raise refusal(self._archives.root, archive, name, problem)
+            if outside and not is_placed and archive.split != "test":
+                raise refusal(
+                    self._archives.root,
+                    archive,
+                    outside,
+                    "lies in no class folder, and nor do the others of this archive",
+                    hint="encode the other archives alone, or pack its images in class folders",
+                )
 
     def _placed(
         self, archive: Archive, listed: Listed
@@ -266,14 +254,6 @@ class TarSource(ArchiveSource):
 
         Of all images, with the label -1, where labels do not count.
         """
-        if self._options.labels == "none":
-            for name, offset, size, _ in listed.images:
-                place = self._folders.place(archive, name) if self._folders else None
-                if place is None or place[0] is None:
-                    yield archive.split, name, _NO_LABEL, offset, size
-                else:
-                    yield place[0], place[2], _NO_LABEL, offset, size
-            return
         if self._folders is None:
             for name, offset, size, label in listed.images:
                 if label != NO_LABEL_FILE and self._labels[label] != _NO_LABEL:
@@ -283,7 +263,7 @@ class TarSource(ArchiveSource):
         for name, offset, size, _ in listed.images:
             found = self._folders.place(archive, name)
             if found is not None:
-                yield found[0], found[2], label_of[as_key(found[1])], offset, size
+                yield found[0], found[2], label_of.get(found[1], _NO_LABEL), offset, size
 
     def _do_names_recur(self) -> bool:
         """Whether an image of one archive has the name of one in another, in the same split.
@@ -307,8 +287,3 @@ class TarSource(ArchiveSource):
         root = self._archives.root
         folders = {archive.path.rpartition(b"/")[0] for archive in self._archives.files}
         return (root, *(join(root, folder) for folder in sorted(folders - {b""})))
-
-
-def _class_of(archive: Archive) -> bytes:
-    """Returns the class that an archive stands for, if it is one."""
-    return stem(archive.path).rpartition(b"/")[2]

@@ -66,6 +66,8 @@ class Listed:
     """What is no image."""
     is_nested: bool = False
     """Whether it holds tars, which were gone through."""
+    texts: dict[bytes, bytes | None] = field(default_factory=dict)
+    """Lists of a public data set, by name; None for one that was too large to be kept."""
     has_labels: bool = False
     """Whether there are files of labels."""
     problem: SourceError | None = None

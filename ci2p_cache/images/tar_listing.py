@@ -13,6 +13,7 @@ from ci2p_cache.errors import SourceError
 from ci2p_cache.images.archives import Archive
 from ci2p_cache.images.kinds import IMAGE_SUFFIXES, SNIFF_BYTES, is_image_content
 from ci2p_cache.images.labels import LabelTable
+from ci2p_cache.images.listed_layouts import LIST_NAMES
 from ci2p_cache.images.names import for_display, is_hidden, join
 from ci2p_cache.images.source import SourceOptions
 from ci2p_cache.images.tar_images import NO_LABEL_FILE, Listed
@@ -27,6 +28,9 @@ _MAX_SAMPLE_MEMBERS = 1024
 
 _MAX_LINKED_BYTES, _MAX_ALL_LINKED_BYTES = 2**16, 2**24
 """Of one label file that hard links lead to, and of all of them: they are kept."""
+
+_MAX_TEXT_BYTES = 2**26
+"""Of all lists of a public data set in one archive."""
 
 _NO_MORE_DOTS = r" --transform='s,\.\([^./]*\.\),_\1,'"
 """An option of tar: the first dot of a name that has two becomes `_`."""
@@ -94,7 +98,7 @@ class TarLister:
         self._listed = listed = Listed()
         self._links: set[bytes] = set()
         self._targets: dict[bytes, tuple[Member, bytes]] = {}
-        self._kept_bytes = 0
+        self._kept_bytes = self._text_bytes = 0
         self._apart: list[bytes] = []
         self._num_apart = 0
         self._unlabelled: bytes | None = None
@@ -145,6 +149,10 @@ class TarLister:
         max_bytes = self._files.max_bytes(extension)
         if max_bytes is not None and not (b"." in extension and member.size > max_bytes):
             self._take_label(sample, member, extension, max_bytes, content)
+        elif member.name.rpartition(b"/")[2] in LIST_NAMES:
+            self._text_bytes += member.size
+            is_kept = self._text_bytes <= _MAX_TEXT_BYTES
+            self._listed.texts[member.name] = content.first(member.size) if is_kept else None
         elif self._is_image(member, extension, content):
             if sample.labels and sample.images:
                 raise self._several(sample, sample.images[0].name, member.name)

@@ -116,24 +116,9 @@ class TreeSource(ABC):
         if not self._labelled:
             return (), (), ()
         names = {name for part in self._found.parts for name in part.class_names()}
-        empty = sorted(names - self._with_images(names))
-        classes = ordered_classes(names.difference(empty))
+        classes = ordered_classes(names)
         titles, notices = read_titles(self._found.label_folders, classes, self._tree)
-        notices += order_notices(classes)
-        if empty:
-            notices += (f"{_listed(empty)}: no image, so no class",)
-        return classes, titles, notices
-
-    def _with_images(self, names: set[str]) -> set[str]:
-        """Returns the classes of `names` that have an image in some split."""
-        found: set[str] = set()
-        for part in self._found.parts:
-            found |= set(part.files.values())
-            for folder in part.folders:
-                name = as_key(folder)
-                if name not in found and self._tree.has_image(join(part.path, folder)):
-                    found.add(name)
-        return found & names
+        return classes, titles, notices + order_notices(classes)
 
     def _files_of(self, part: Part, tally: Tally) -> Iterator[tuple[str, bytes]]:
         """Yields (class, path below the root) of every image of a part."""

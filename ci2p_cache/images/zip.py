@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import os
 import re
-from bisect import bisect_left
-from collections.abc import Iterator
 from functools import cached_property
 
 from ci2p_cache.errors import ImageDecodeError, SourceError
 from ci2p_cache.images.archives import read_archive
 from ci2p_cache.images.kinds import IMAGE_SUFFIXES, SNIFF_BYTES, is_image_content
-from ci2p_cache.images.names import as_key, for_display, join
+from ci2p_cache.images.names import for_display
 from ci2p_cache.images.tally import Tally
+from ci2p_cache.images.tree import ArchiveTree
 from ci2p_cache.images.tree_source import TreeSource
 from ci2p_cache.images.zip_members import ZipMembers, list_members, read_member
 
@@ -32,43 +31,12 @@ ZIP_SUFFIXES = (b".zip",)
 _PLACE = re.compile(rb"(.+)#(\d{1,18})\+(\d{1,18})\+(\d{1,18})\+(\d{1,10})", re.DOTALL)
 
 
-class _ZipTree:
+class _ZipTree(ArchiveTree):
     """A `Tree` over the members of a zip."""
 
     def __init__(self, root: bytes, members: ZipMembers) -> None:
-        self.root = root
+        super().__init__(root, members.names)
         self.members = members
-
-    def list_folder(self, folder: bytes, tally: Tally) -> tuple[list[bytes], list[bytes]]:
-        """See `Tree`."""
-        names, prefix = self.members.names, folder + b"/" if folder else b""
-        folders: list[bytes] = []
-        files: list[bytes] = []
-        at = bisect_left(names, prefix)
-        while at < len(names) and names[at].startswith(prefix):
-            name, slash, _ = names[at][len(prefix) :].partition(b"/")
-            if name.startswith(b".") or name == b"__MACOSX":
-                tally.add("hidden", join(folder, name))
-            elif name:
-                (folders if slash else files).append(name)
-            # All that is in a folder has its name and "/" in front; "0" is the sign behind "/".
-            at = bisect_left(names, prefix + name + b"0", at) if slash else at + 1
-        if len({as_key(name) for name in folders + files}) < len(folders) + len(files):
-            raise SourceError(
-                f"{for_display(join(self.root, folder))} has two names that are the same, or the "
-                "same once bytes that are not UTF-8 are written as \\xNN",
-                hint="unpack it, rename one of them, and name the folder",
-            )
-        return folders, files
-
-    def walk(self, folder: bytes, tally: Tally) -> Iterator[bytes]:
-        """See `Tree`."""
-        folders, files = self.list_folder(folder, tally)
-        for name, is_folder in sorted([(n, True) for n in folders] + [(n, False) for n in files]):
-            if is_folder:
-                yield from self.walk(join(folder, name), tally)
-            else:
-                yield join(folder, name)
 
     def is_image(self, path: bytes, tally: Tally) -> bool:
         """See `Tree`."""
@@ -79,15 +47,6 @@ class _ZipTree:
         except ImageDecodeError:
             tally.add("unreadable", path)
             return False
-
-    def has_image(self, folder: bytes) -> bool:
-        """See `Tree`."""
-        return any(self.is_image(path, Tally()) for path in self.walk(folder, Tally()))
-
-    def is_folder(self, path: bytes) -> bool:
-        """See `Tree`."""
-        at = bisect_left(self.members.names, path + b"/")
-        return at < len(self.members.names) and self.members.names[at].startswith(path + b"/")
 
     def is_file(self, path: bytes) -> bool:
         """See `Tree`."""

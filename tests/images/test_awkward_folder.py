@@ -184,7 +184,7 @@ def test_odd_things_in_a_folder_have_their_outcome(tmp_path: Path) -> None:
     told = "\n".join(notes.texts)
     for sentence in set(NOT_LISTED.values()):
         assert sentence in told, sentence
-    assert "1 class (empty_class): no image" in told
+    assert "1 folders left out that hold no image, for example empty_class" in told
     assert verify(tmp_path / "out") == []
 
 

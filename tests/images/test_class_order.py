@@ -159,7 +159,7 @@ def test_a_class_folder_without_images_is_no_class(tmp_path: Path) -> None:
     classes, labels = found(tmp_path / "src")
     assert classes == ("a", "c")
     assert set(labels.values()) == {0, 1}
-    assert "1 class (b): no image, so no class" in told(tmp_path / "src")
+    assert "1 folders left out that hold no image, for example b" in told(tmp_path / "src")
 
 
 def test_a_class_with_images_in_one_split_alone_is_a_class(tmp_path: Path) -> None:

@@ -211,15 +211,15 @@ REFUSED_TARS: dict[str, tuple[bytes, str]] = {
     ),
     "no train": (inner("val/a/1.jpg", "test/a/1.jpg"), "and no train folder"),
     "two folders of a split": (
-        inner("train/a/1.jpg", "val/a/1.jpg", "valid/b/1.jpg"), "two folders are one split",
+        inner("train/a/1.jpg", "val/a/1.jpg", "valid/b/1.jpg"), "are both the val split",
     ),
-    "a flat val": (inner("train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"), "in no class folder"),
+    "a flat val": (inner("train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"), "no class folders"),
     "shards in a tar": (
         inner(*[(f"part-{n:04d}.tar", inner(f"{n}.jpg")) for n in range(3)]), "called like parts",
     ),
     "class folders in numbered tars": (
         inner(*[(f"{n}.tar", inner("a/1.jpg", "b/1.jpg")) for n in range(2)]),
-        "it is not clear which is its class",
+        "each holds the same folders (a, b)",
     ),
     "a packed tar in a tar": (
         inner(("a.tar.gz", b"x"), ("b.tgz", b"x")), "must be plain",
@@ -326,6 +326,18 @@ def test_two_label_columns_or_image_columns_are_told_apart_by_an_option(tmp_path
     assert "has no single image column" in str(refused(path, image_column="none"))
 
 
+@pytest.mark.parametrize("name", ["train-0.parquet", "x.parquet"])
+def test_splits_within_a_parquet_file_of_images_are_refused(tmp_path: Path, name: str) -> None:
+    table = image_table([(f"{n}.jpg", PICTURE + bytes([n]), "ab"[n]) for n in range(2)], ["a", "b"])
+    pq.write_table(table.append_column("split", pa.array(["train", "test"])), tmp_path / name)
+    assert "has a column `split` with test, train, and its name says" in str(
+        refused(tmp_path / name)
+    )
+    path = tmp_path / "train.parquet"
+    pq.write_table(table.append_column("split", pa.array(["Train", "train"])), path)
+    assert labelled(path) == {"train: 0.jpg": "a", "train: 1.jpg": "b"}
+
+
 # --- lists ----------------------------------------------------------------------------------------
 
 
@@ -349,6 +361,17 @@ def test_the_delimiter_is_found_out(images: Path, delimiter: str, name: str) -> 
     lines = ["path,label,note", "img/a/1.jpg,a,x", "img/b/2.jpg,b,y"]
     path = put_list(images, *(line.replace(",", delimiter) for line in lines), name=name)
     assert labelled(path) == {"img/a/1.jpg": "a", "img/b/2.jpg": "b"}
+
+
+def test_splits_that_a_list_would_leave_aside_are_refused(images: Path) -> None:
+    path = put_list(images, "path,label,Split", "img/a/1.jpg,a,train", "img/b/2.jpg,b,test")
+    assert "has a column 'Split'; wanted `split`" in str(refused(path))
+    rows = ["path,label", "img/train/1.jpg,a", "img/train/2.jpg,b", "img/test/1.jpg,a"]
+    error = refused(put_list(images, *rows))
+    assert "paths in the folders test, train and no column `split`" in str(error)
+    assert "would be mixed" in str(refused(put_list(images, *rows), labels="none"))
+    rows = [f"{row},{split}" for row, split in zip(rows, ("split", *["train"] * 3), strict=True)]
+    assert len(labelled(put_list(images, *rows))) == 3
 
 
 def test_a_delimiter_within_names_does_not_count(images: Path) -> None:

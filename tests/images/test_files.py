@@ -76,6 +76,17 @@ def test_images_of_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["@eaDir", "$RECYCLE.BIN", "System Volume Information"])
+def test_folders_that_systems_add_are_skipped_and_counted(tmp_path: Path, name: str) -> None:
+    for folder in ("a", "b"):
+        for below in (folder, f"{folder}/{name}/1.jpg", name):
+            put(tmp_path / below / "1.jpg")
+    source = open_source(tmp_path)
+    assert source.classes == ("a", "b")
+    assert [ref.key for ref in source.scan()] == ["a/1.jpg", "b/1.jpg"]
+    assert any("hidden files or folders skipped" in line for line in source.notices)
+
+
 def test_hidden_entries_are_skipped_and_counted(tmp_path: Path) -> None:
     for name in ("a/1.jpg", "a/.2.jpg", ".git/1.jpg", "__MACOSX/a/1.jpg", "a/.thumbs/1.jpg"):
         put(tmp_path / name)

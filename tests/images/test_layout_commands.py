@@ -160,7 +160,7 @@ def test_a_tar_needs_no_labels_where_they_do_not_count(tmp_path: Path) -> None:
     members = [(f"d/seg_{s}/{c}/1.jpg", image) for s in ("train", "test") for c in "ab"]
     splits = pack(tmp_path / "y.tar", tar_bytes([*members, ("d/seg_pred/3.jpg", image)]))
     found = {(split, f"{name}/1.jpg") for split in ("train", "test") for name in "ab"}
-    assert without_labels(splits) == found | {(None, "d/seg_pred/3.jpg")}
+    assert without_labels(splits) == found | {("train", "seg_pred/3.jpg")}
     odd = [("1.jpg", image), ("1.json", b"no json"), ("2.jpg", image), ("2.cls", b"-1")]
     assert len(without_labels(pack(tmp_path / "z.tar", tar_bytes(odd)))) == 2
     with pytest.raises(SourceError, match="has no image in it"):

@@ -199,7 +199,7 @@ def test_what_is_no_image_is_said(tmp_path: Path) -> None:
     source = open_source(path)
     assert len(list(source.scan())) == 2
     assert source.classes == ("a", "b")
-    assert any("1 class (c): no image, so no class" in line for line in source.notices)
+    assert any("left out that hold no image, for example c" in line for line in source.notices)
     assert any("1 files ignored that are no images" in line for line in source.notices)
 
 
@@ -366,9 +366,16 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "pipe.zip")
 
 
+def test_an_archive_within_a_zip_is_named(tmp_path: Path) -> None:
+    path = zip_of(tmp_path / "x.zip", ["d/train.zip", "d/read.me"], content=b"no image")
+    with pytest.raises(SourceError, match="no image in it") as caught:
+        open_source(path)
+    assert (caught.value.hint or "").startswith("unpack the archive, and name d/train.zip as SRC")
+
+
 def test_layouts_that_mean_nothing_are_refused_in_a_zip_too(tmp_path: Path) -> None:
     error = refused(
-        zip_of(tmp_path / "x.zip", ["1.jpg", "2.jpg"]), "no folders in it, but 2 images"
+        zip_of(tmp_path / "x.zip", ["1.jpg", "2.jpg"]), "no class folders, but 2 images"
     )
     assert "--labels none" in (error.hint or "")
     refused(zip_of(tmp_path / "y.zip", ["train/1.jpg", "test1/2.jpg"]), "look like splits")
