@@ -120,7 +120,7 @@ class SourceError(InputDataError):
 
 
 class ImageDecodeError(InputDataError, ValueError):
-    """One image cannot be decoded; its row becomes invalid and the run goes on."""
+    """One image cannot be decoded; its row becomes invalid and the run continues."""
 
 
 class InvalidRowError(InputDataError, LookupError):
@@ -209,7 +209,7 @@ class WeightsUnavailableError(ResourceError):
 
 
 class InterruptedRunError(CacheError):
-    """A signal stopped the run; the same command goes on where it stopped.
+    """A signal stopped the run; the same command continues where it stopped.
 
     Args:
         message: What was stopped and what is safe on disk.
@@ -228,7 +228,7 @@ class InterruptedRunError(CacheError):
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Returns the signals that stop a run so that it can go on later: SIGINT, SIGTERM and SIGHUP.
+    """Returns the signals after which a run can continue later: SIGINT, SIGTERM and SIGHUP.
 
     Signals that this process ignores are left out and stay ignored. `nohup` starts a command with
     SIGHUP ignored, and a shell script its background jobs with SIGINT ignored. So are signals whose

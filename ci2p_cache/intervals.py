@@ -7,7 +7,7 @@ from math import sqrt
 __all__ = ["wilson_interval"]
 
 _Z = 1.959963984540054
-"""Of a normal distribution 95 % lie within so many standard deviations."""
+"""Of a normal distribution 95 % are within so many standard deviations."""
 
 
 def wilson_interval(correct: int, samples: int) -> tuple[float, float]:

@@ -41,12 +41,12 @@ def check_output(
         suffixes: What its name may end in, such as ".html"; "" allows a name without one.
         mark: What stands near the start or end of every such file; a file with it is replaced. None
             replaces no file; the command then has `--overwrite NAME`.
-        overwrite: Whether whatever lies there is replaced.
+        overwrite: Whether whatever is there is replaced.
 
     Raises:
-        UsageError: the suffix is another one, a folder lies there, the place is inside a cache, or
+        UsageError: the suffix is another one, a folder is there, the place is inside a cache, or
             it is a URL.
-        RefusedError: a file lies there that may not be replaced.
+        RefusedError: a file is there that may not be replaced.
         ResourceError: the folder cannot be written.
     """
     refuse_url(path, what=what)
@@ -85,7 +85,7 @@ def check_folder(path: Path, *, what: str) -> None:
         what: What would be written, for messages.
 
     Raises:
-        UsageError: it lies inside a cache, or is a URL.
+        UsageError: it is inside a cache, or is a URL.
         ResourceError: it cannot be made or written, or is no folder.
     """
     refuse_url(path, what=what)
@@ -93,7 +93,7 @@ def check_folder(path: Path, *, what: str) -> None:
     for folder in (real, *real.parents):
         if all((folder / name).is_file() for name in _CACHE_FILES):
             raise UsageError(
-                f"{path} lies in the cache {folder}, which holds nothing but its own files",
+                f"{path} is in the cache {folder}, which holds nothing but its own files",
                 hint=f"choose another place for the {what}",
             )
     refuse_unwritable(path, what=what)
@@ -144,12 +144,12 @@ def write_whole(path: Path, data: bytes, *, what: str) -> None:
     """Writes a file whole or not at all; folders above it are made.
 
     Args:
-        path: Where it goes; a file that lies there is replaced.
+        path: Where it goes; a file that is there is replaced.
         data: Its content.
         what: What it is, for the message.
 
     Raises:
-        ResourceError: it cannot be written; what lay there before still does.
+        ResourceError: it cannot be written; what was there before is kept.
     """
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

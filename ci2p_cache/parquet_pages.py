@@ -109,11 +109,11 @@ def _number(fields: dict[int, Any], number: int, default: int | None = None) -> 
 
 def _sum_pages(descriptor: int, chunk: dict[int, Any], size: int) -> tuple[int, int]:
     """Returns the unpacked bytes of a column chunk's pages, and the values they speak of."""
-    # A dictionary page, where there is one, comes first; files exist that say it lies at 0.
+    # A dictionary page, where there is one, comes first; files exist that say it is at 0.
     position = min(filter(None, (_number(chunk, 11, 0), _number(chunk, 9))), default=0)
     end = position + _number(chunk, 7)
     if not 0 < position <= end <= size:
-        raise ValueError("a column lies outside the file")
+        raise ValueError("a column is outside the file")
     unpacked = values = 0
     while position < end:
         data = os.pread(descriptor, _MAX_HEADER_BYTES, position)

@@ -110,7 +110,7 @@ def draw_preview(
 
     Args:
         cache: The cache; `encoder.safetensors` in it is the decoder.
-        path: The picture to write, .png, .jpg, .jpeg or .pdf. Of the files that may lie there only
+        path: The picture to write, .png, .jpg, .jpeg or .pdf. Of the files that may be there only
             an earlier preview is replaced, as a whole.
         split: Which split; None: the first one.
         rows: Which rows; None: `count` rows spread evenly over those that hold a latent.
@@ -120,8 +120,8 @@ def draw_preview(
 
     Raises:
         UsageError: a row does not exist or holds no latent, there are too many or none, or the
-            path has another suffix, is a folder, or lies in the cache or among its images.
-        RefusedError: another file lies at the path.
+            path has another suffix, is a folder, or is in the cache or among its images.
+        RefusedError: another file is at the path.
         SourceError: `source` is given and cannot be opened.
         ShardError: a shard or index part is damaged.
         WeightsError: the cache's encoder.safetensors is damaged.
@@ -163,7 +163,7 @@ def check_picture(cache: Cache, path: Path) -> None:
     images, folder = Path(cache.manifest.source).resolve(), path.parent.resolve()
     if images.is_dir() and folder != images and folder.is_relative_to(images):
         raise UsageError(
-            f"{path} lies among the images {images}, where the next `encode --rescan` would take "
+            f"{path} is among the images {images}, where the next `encode --rescan` would take "
             "it for one of them",
             hint="choose another place for the picture",
         )

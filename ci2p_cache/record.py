@@ -210,7 +210,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_object(content: bytes, path: Path) -> dict[str, Any]:
-    """Parses a JSON object that may come from a stranger; `path`, where it lay, is for messages.
+    """Parses a JSON object that may come from a stranger; `path`, where it was, is for messages.
 
     Raises:
         ManifestError: it is no JSON, nested too deeply, or no object.

@@ -59,7 +59,7 @@ def url_of(location: str | os.PathLike[str]) -> str | None:
 
 
 def mirrors_folder() -> Path:
-    """Returns where local copies lie: CI2P_CACHE_MIRRORS, or below the user's cache folder."""
+    """Returns where local copies are: CI2P_CACHE_MIRRORS, or below the user's cache folder."""
     chosen = os.environ.get("CI2P_CACHE_MIRRORS")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(chosen) if chosen else Path(base).expanduser() / "ci2p-cache" / "mirrors"

@@ -1,7 +1,7 @@
 """The frozen value objects that both stages agree on.
 
 `Fingerprint` lists every field that changes a stored value; `LayoutSpec` every field that changes
-which row lies where and in which bytes. Both bind a cache folder: a difference is refused, field by
+which row is where and in which bytes. Both bind a cache folder: a difference is refused, field by
 field. Batch size, workers, devices, host and paths stand in neither.
 """
 
@@ -257,7 +257,7 @@ class Fingerprint(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutSpec(Record):
-    """Every field that changes which sample lies where, and in which bytes, but no value."""
+    """Every field that changes which sample is where, and in which bytes, but no value."""
 
     val_fraction: float = 0.1
     """Share of each class that becomes `val` where the source has no split folders."""
@@ -291,10 +291,10 @@ class LayoutSpec(Record):
 
     @property
     def has_zarr(self) -> bool:
-        """Whether the latents lie in zarr shards; readers then take them from there."""
+        """Whether the latents are in zarr shards; readers then take them from there."""
         return self.format != "webdataset"
 
     @property
     def has_tar(self) -> bool:
-        """Whether the latents lie in tars."""
+        """Whether the latents are in tars."""
         return self.format != "zarr"

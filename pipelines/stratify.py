@@ -7,7 +7,7 @@ Expect:   of a class with n images, round(0.1 n) are `val`: those with the small
 
 `ci2p-cache encode FOLDER` alone draws each image for itself, with a tenth as the chance: that needs
 no list and moves no file when others are added, but the shares of small classes vary. The list has
-to lie above or beside the images, because its paths are relative to it.
+to be above or beside the images, because its paths are relative to it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def stratified(
 
     Args:
         images: A folder with one folder per class.
-        out: Where the list will lie.
+        out: Where the list will be.
         val_fraction: Share of each class for validation, 0 < share < 1.
         seed: Another seed gives another split.
 
     Raises:
-        UsageError: the share is none, or the list would not lie above or beside the images.
+        UsageError: the share is none, or the list would not be above or beside the images.
         SourceError: there is no image, the folder has splits already, or a name is not UTF-8.
     """
     if not 0 < val_fraction < 1:
@@ -47,7 +47,7 @@ def stratified(
     root, place = images.resolve(), out.resolve().parent
     if not root.is_relative_to(place):
         raise UsageError(
-            f"`--out` {out} lies in {place}, which is not above {root}; paths are relative to it",
+            f"`--out` {out} is in {place}, which is not above {root}; paths are relative to it",
             hint=f"--out {root}.csv",
         )
     source = FolderSource(images)

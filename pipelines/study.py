@@ -19,7 +19,7 @@ is validated once. Two configurations are compared image by image: the interval 
 of the differences in 10,000 draws of the images with replacement, which covers the choice of the
 images and not that of the seed: two runs that differ in the seed alone differ too.
 
-Each fold is a run folder of its own below --out, and goes on like any other. RESULTS.csv is the
+Each fold is a run folder of its own below --out, and continues like any other. RESULTS.csv is the
 table; RESULTS.json holds for each configuration which images it classified right, so that anyone
 can draw the intervals again. Not in it: quality 1 to 8, which needs weights that could not be
 fetched where this was written; see codec_sweep.py.
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = _asked(parser, given)
     # Two threads that wait for each other lose tenfold when another job takes a core.
     torch.set_num_threads(1)
-    with told_errors(go_on="run the same command again to go on"):
+    with told_errors(go_on="run the same command again to continue"):
         study = read_study(asked.record)
         if study is not None:
             refuse_other_settings(study, asked.settings)

@@ -18,7 +18,7 @@ shorter than the crop, are left out, counted, and the first of them named; every
 used. Up to 4 GiB of decoded pictures stay in memory; those beyond are decoded whenever drawn.
 
 OUT holds weights.safetensors (for `ci2p-cache encode --weights`), record.json (settings, images,
-results), progress.csv, and checkpoint.json with its tensors. The same command again goes on where
+results), progress.csv, and checkpoint.json with its tensors. The same command again continues where
 it stopped, and gives the same weights as if it had never stopped, to the last bit on a CPU with the
 same number of threads.
 """
@@ -66,7 +66,7 @@ examples:
   # then
   ci2p-cache encode data/ --out shards/ --weights codec/weights.safetensors
 
-the same command again goes on where it stopped; Ctrl-C saves first
+the same command again continues where it stopped; Ctrl-C saves first
 """
 
 _SETTINGS = (

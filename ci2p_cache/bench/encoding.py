@@ -83,7 +83,7 @@ def bench_encoding(
         source: As for `encode`.
         options: As for `encode`; `seed` draws the sample.
         seconds: How long g_a alone is timed; the whole takes some 10 s, decoding 2.
-        observer: Told of progress and notices.
+        observer: Receives progress and notices.
 
     Raises:
         UsageError, SourceError, WeightsError, WeightsUnavailableError, DigestError,
@@ -126,7 +126,7 @@ def bench_encoding_again(
     Args:
         cache: The cache; the images it was made of have to be where they were.
         device: auto, cpu, cuda or cuda:1.
-        observer: Told of progress and notices.
+        observer: Receives progress and notices.
 
     Raises:
         UsageError: this machine decodes with other software, which has another speed.

@@ -20,7 +20,7 @@ __all__ = ["CacheFolder"]
 
 
 class CacheFolder:
-    """A cache folder with the manifest that lies in it.
+    """A cache folder with the manifest that is in it.
 
     Args:
         path: The folder.
@@ -79,7 +79,7 @@ class CacheFolder:
             return False
 
     def need(self, path: str, record: FileRecord | None = None) -> None:
-        """Sees to it that a file of the cache lies in its folder; of a local one nothing is done.
+        """Sees to it that a file of the cache is in its folder; of a local one nothing is done.
 
         Args:
             path: Its path relative to the cache folder.

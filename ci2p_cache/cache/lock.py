@@ -95,10 +95,10 @@ def locked(
 
 
 def lock_holder(path: Path) -> LockHolder | str | None:
-    """Returns who holds a lock: None where nobody does, a text where it gives no name.
+    """Returns who holds a lock: None where no one does, a text where it gives no name.
 
     It is looked at by locking it for an instant, shared; `locked` tries again meanwhile. A lock
-    file that a killed process left behind is held by nobody.
+    file that a killed process left behind is held by no one.
 
     Args:
         path: The lock file; it need not be there, and is not changed.

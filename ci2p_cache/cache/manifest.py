@@ -81,7 +81,7 @@ class Manifest(Record):
     fingerprint: Fingerprint
     """Every field that changes a value."""
     layout: LayoutSpec
-    """Every field that changes which sample lies where."""
+    """Every field that changes which sample is where."""
     source: str
     """Where the images were read from; information only."""
     classes: tuple[str, ...]
@@ -177,7 +177,7 @@ def read_manifest(root: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotACacheError(
             f"{root} is no latent cache: it has no {MANIFEST}",
-            # What lies in a folder that is there is most likely the images.
+            # What is in a folder that is there is most likely the images.
             hint=command("encode", root, "--out", "shards/", note="if these are your images")
             if root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir())
             else command("encode", "IMAGES", "--out", root),

@@ -57,7 +57,7 @@ class Mirror:
         with disk_errors(self.path):
             mine = self.path / MANIFEST
             if not mine.is_file() or mine.read_bytes() != manifest:
-                # Another cache lies there now: nothing that was fetched of the old one counts.
+                # Another cache is there now: nothing that was fetched of the old one counts.
                 shutil.rmtree(self.path, ignore_errors=True)
                 self.path.mkdir(parents=True, exist_ok=True)
                 staged = self._staged()

@@ -27,7 +27,7 @@ _MAX_INDEX_BYTES = 256 * 2**20
 
 
 class ForkedLock:
-    """A lock between threads; in a forked process nobody holds it, whoever held it at the fork."""
+    """A lock between threads; in a forked process no one holds it, whoever held it at the fork."""
 
     def __init__(self) -> None:
         self._lock, self._pid = threading.Lock(), os.getpid()
@@ -83,7 +83,7 @@ class OpenShards:
             try:
                 return reopen()
             except ShardError:
-                # Another file lies there by now: what its own commit record says decides.
+                # Another file is there by now: what its own commit record says decides.
                 del self._known[shard]
                 self._index_bytes -= size
         file = self._open_shard(shard)

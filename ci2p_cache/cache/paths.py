@@ -1,4 +1,4 @@
-"""Where each file of a cache lies: paths relative to its folder, and nothing of what is in them."""
+"""Where each file of a cache is: paths relative to its folder, and nothing of what is in them."""
 
 from __future__ import annotations
 

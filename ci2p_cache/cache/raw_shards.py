@@ -77,7 +77,7 @@ class RawShards:
         size = num_shards * self._stride
         try:
             self._is_mapped = np.zeros(num_shards, np.bool_)
-            # Pages of zeros that nobody writes to take no memory. Offset 0 means "nothing there".
+            # Pages of zeros that no one writes to take no memory. Offset 0 means "nothing there".
             self._ends = np.zeros(num_shards * shard_chunks, np.int64)
             self._is_checked = np.zeros(num_shards * shard_chunks, np.bool_)
             self._base = _map(0, size, _PROT_NONE, mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)

@@ -182,7 +182,7 @@ def read_row(split: Split, row: int) -> IndexRow:
     shard, offset = divmod(row, split.record.shard_rows)
     if split.read_commit(shard) is None:
         raise IncompleteCacheError(
-            f"row {row} of split {split.name!r} lies in shard {shard}, which is not encoded yet",
+            f"row {row} of split {split.name!r} is in shard {shard}, which is not encoded yet",
             hint=command(
                 "encode",
                 split.cache.manifest.source,

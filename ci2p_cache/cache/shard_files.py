@@ -31,7 +31,7 @@ class ShardFiles:
     """The files of the shards of one split; safe from many threads.
 
     Args:
-        cache: The folder they lie in.
+        cache: The folder they are in.
         name: The split's name.
     """
 

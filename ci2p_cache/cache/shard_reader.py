@@ -48,7 +48,7 @@ class ShardReader(ABC):
     """
 
     index: ShardIndex
-    """Where every chunk lies; set on construction."""
+    """Where every chunk is; set on construction."""
 
     def __init__(self, path: Path, *, file_bytes: int) -> None:
         self.path = path

@@ -15,7 +15,7 @@ _MAX_ROWS = 2**24
 """Of one split. ImageNet-21k has 14 million; labels and valid then take 84 MB in memory."""
 
 _MAX_SHARDS = 2**20
-"""Of one split: as many files lie in one folder. ImageNet-21k in shards of 14 rows."""
+"""Of one split: as many files are in one folder. ImageNet-21k in shards of 14 rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """How bytes reach a cache: staged, synced, renamed into place; what they say is not known here.
 
 One shard has one writer and is written whole. Only its commit record, renamed into place last,
-makes it count; whatever lies at a target path without one is replaced.
+makes it count; whatever is at a target path without one is replaced.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StagingArea:
     removes the folder. The caller holds the lock that makes it the only user of that name.
 
     Args:
-        root: The cache folder; staging lies in it because a rename must not cross file systems.
+        root: The cache folder; staging is in it because a rename must not cross file systems.
         name: Tells concurrent writers of disjoint shard ranges apart.
     """
 
@@ -80,7 +80,7 @@ class StagingArea:
     def put(self, path: str, parts: bytes | Iterable[bytes | memoryview]) -> FileRecord:
         """Writes one file of the cache: staged, synced, renamed, its folder synced.
 
-        Anything that lies at the target, be it a folder or a link, is replaced, and so is a file
+        Anything that is at the target, be it a folder or a link, is replaced, and so is a file
         where a folder of the cache should be. A folder that is a link is refused: what it leads to
         is not ours.
 
@@ -127,7 +127,7 @@ class StagingArea:
             try:
                 below.mkdir()
             except FileExistsError:
-                # Another range has made it meanwhile, or a file lies in its place.
+                # Another range has made it meanwhile, or a file is in its place.
                 if not below.is_dir():
                     below.unlink(missing_ok=True)
                     below.mkdir(exist_ok=True)
@@ -161,13 +161,13 @@ def refuse_link(folder: Path, root: Path) -> None:
     """
     if folder.is_symlink():
         raise ManifestError(
-            f"{folder} is a link; a cache must lie in one folder",
+            f"{folder} is a link; a cache must be in one folder",
             hint=f"put the folder itself in its place, or move all of {root}",
         )
 
 
 def remove_path(path: Path) -> None:
-    """Removes whatever lies at `path`, never what a link there points to.
+    """Removes whatever is at `path`, never what a link there points to.
 
     Raises:
         ResourceError: it cannot be removed.

@@ -75,7 +75,7 @@ class CacheStatus(Record):
     working: tuple[Working, ...]
     """Who works on the folder now."""
     retry: tuple[str, ...]
-    """Values of `--shard-range` that ask for what is missing and nobody works on; the first few."""
+    """Values of `--shard-range` that ask for what is missing and no one works on; the first few."""
     num_retry: int
     """How many such ranges there are."""
 

@@ -151,7 +151,7 @@ def tar_sample_bytes(latent: LatentSpec, num_views: int) -> int:
 def tar_index_crc32c(
     offsets: dict[int, list[int]], record: SplitRecord, latent: LatentSpec, shard: int
 ) -> int:
-    """Returns the checksum over where the latents lie, as a zarr shard's index would have it."""
+    """Returns the checksum over where the latents are, as a zarr shard's index would have it."""
     first = record.rows_of(shard).start
     entries = np.full((record.shard_rows, record.views, 2), MISSING, "<u8")
     for row, places in offsets.items():

@@ -1,4 +1,4 @@
-"""Which shards a cache knows of: by the files that lie there, and by those that are listed.
+"""Which shards a cache knows of: by the files that are there, and by those that are listed.
 
 What a manifest claims costs nothing to write, so no check may take a step for every claimed shard;
 it visits those that left a trace, and speaks of the others in ranges.

@@ -133,7 +133,7 @@ def _finalised_paths(cache: Cache) -> set[str]:
 
 
 def _foreign_files(cache: Cache, files: Collection[str]) -> Iterator[Finding]:
-    """Finds what no record lists among the files that lie in the folders that are wholly ours."""
+    """Finds what no record lists among the files that are in the folders that are wholly ours."""
     # Those that are not listed yet are left from before a rescan or a repair.
     known = {file.path for file in cache.manifest.files} | _finalised_paths(cache)
     for path in files:

@@ -71,7 +71,7 @@ def _root(
       ci2p-cache run pipelines/flowers.py               whole recipes, both stages
       ci2p-cache report runs/mine shards/               all of it on one page
 
-    Each command goes on where it stopped when it is run again. Every option can also be set by an
+    Each command continues where it stopped when it is run again. Every option can also be set by an
     environment variable: CI2P_CACHE_ENCODE_QUALITY=5 stands for `encode --quality 5`.
 
     Exit codes: 0 ok, 1 bug, 2 usage, 3 input data, 4 refused, 5 integrity, 6 resources,
@@ -130,7 +130,7 @@ def run_command() -> None:
     # another program take a core: 4.4 against 15.8 images/s for vitds_tiny on two shared cores.
     # Read when torch is first imported, which is later.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # CompressAI still compiles a function with torch.jit when it is imported; nobody here can act
+    # CompressAI still compiles a function with torch.jit when it is imported; no one here can act
     # on torch's warning about that.
     warnings.filterwarnings("ignore", message=r"`torch\.jit")
     root = command_tree()

@@ -37,7 +37,7 @@ def convert(
       ci2p-cache convert shards/ --out arrays/ --format npy          SPLIT.npy, SPLIT.parquet
 
     Every value is verified on the way; rows, values and fingerprint stay the same. Needs neither
-    the images nor the encoder. Run it again to go on after an interruption; npy starts again.
+    the images nor the encoder. Run it again to continue after an interruption; npy starts again.
     """
     from ci2p_cache.encoding.convert.run import convert as run
 

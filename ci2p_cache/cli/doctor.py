@@ -25,7 +25,7 @@ def doctor(
 
     \b
       ci2p-cache doctor                     versions, devices, decoder, weights, limits, this disk
-      ci2p-cache doctor /scratch/shards     the same, with the disk that the cache is to lie on
+      ci2p-cache doctor /scratch/shards     the same, with the disk that the cache is to be on
 
     A note means: it works, slower or with less. A problem means: something will fail. Nothing is
     changed; 64 MiB are written to the disk to time it, and removed. Exit code 6 with a problem.

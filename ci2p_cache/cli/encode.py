@@ -177,7 +177,7 @@ def encode(
     SRC is a folder of CLASS/..., of {train,val,test}/CLASS/..., or ImageNet's own; a zip of one;
     WebDataset tars ('train-{000..146}.tar'), tars of CLASS/... or of class tars; Hugging Face
     parquet; or a list with path and label (others: --image-column, --label-column, --root). A
-    layout that could mean two things is refused. Run the same command again to go on after any
+    layout that could mean two things is refused. Run the same command again to continue after any
     interruption. Settings that change what is stored are bound to the folder: a command with
     others is refused, with the difference.
     """

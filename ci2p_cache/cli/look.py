@@ -41,7 +41,7 @@ def inspect(
     source: Annotated[
         Path | None, typer.Option(help="Where the images are now, if they were moved.")
     ] = None,
-    tree: Annotated[bool, typer.Option("--tree", help="Show what lies in the folder.")] = False,
+    tree: Annotated[bool, typer.Option("--tree", help="Show what is in the folder.")] = False,
     json: _Json = False,
 ) -> None:
     """Show what a cache holds: a card, one sample, or a picture of reconstructions.

@@ -147,7 +147,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
 
 
 def fail(error: CacheError) -> None:
-    """Prints an error and how to go on, on stderr."""
+    """Prints an error and how to continue, on stderr."""
     _err().print(f"[bold red]error:[/bold red] {_clean(str(error), keep=chr(10))}")
     if error.hint:
         _err().print(f"[bold]try:[/bold]   {_clean(error.hint, keep=chr(10))}")

@@ -55,7 +55,7 @@ def run(
       torchrun --nproc-per-node 8 -m ci2p_cache run pipelines/imagenet.py:vitds imagenet/
 
     Writes experiments/NAME/ with experiment.json (the recipe as it was resolved), shards/, runs/
-    and report.html. The same command goes on where it stopped. A recipe file is Python code of
+    and report.html. The same command continues where it stopped. A recipe file is Python code of
     yours and is imported; --set changes single fields of what it returns.
     """
     from ci2p_cache.experiment.change import with_changes
@@ -122,7 +122,7 @@ def _run(experiment: Experiment, out: Path | None, *, until: Any, device: str, j
                 ranks=ranks,
             )
         except InterruptedRunError as error:
-            # Each stage says how it goes on by itself; here the whole command does.
+            # Each stage says how it continues by itself; here the whole command does.
             error.hint = command(*sys.argv[1:])
             raise
         if not ranks.is_writer:

@@ -22,7 +22,7 @@ _SHOW_CURSOR = b"\x1b[?25h\r"
 def main() -> None:
     """Runs the command line; the exit code is the error's own.
 
-    Ctrl-C, SIGTERM and SIGHUP end the process at once, with the command that goes on, wherever no
+    Ctrl-C, SIGTERM and SIGHUP end the process at once, with the command that continues, wherever no
     work is guarded against them: while torch is imported an exception could be lost in C code that
     clears errors. Encoding, repairing and training put their own handlers in place. A signal that
     the parent had ignored stays ignored: SIGHUP under `nohup`, SIGINT in the background of a
@@ -76,7 +76,7 @@ def _take_names_as_utf8() -> None:
     """
     if codecs.lookup(sys.getfilesystemencoding()).name == "utf-8" or sys.flags.utf8_mode:
         return
-    # The terminal goes on speaking its own encoding.
+    # The terminal continues speaking its own encoding.
     os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
     os.environ["PYTHONUTF8"] = "1"
     # As an option too: with `python -I` the variable is not heeded, and this would not end.

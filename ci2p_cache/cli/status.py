@@ -95,7 +95,7 @@ def _print_next(found: CacheStatus, manifest: Manifest) -> None:
     if not found.retry:
         render.line("next: nothing; whoever ends last completes the cache")
         return
-    render.line("nobody works on these; give each to a machine, or leave out --shard-range:")
+    render.line("no one works on these; give each to a machine, or leave out --shard-range:")
     for part in found.retry:
         render.line(f"  {command(*encode, '--shard-range', part)}")
     if found.num_retry > len(found.retry):

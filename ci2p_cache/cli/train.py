@@ -109,7 +109,7 @@ def train(
       torchrun --nproc-per-node 4 -m ci2p_cache train shards/ --model vit   on four GPUs
 
     Writes runs/NAME/ with args.yaml, summary.csv, TensorBoard events, curves.png and checkpoints
-    (best and last). The same command goes on where it stopped, in the middle of an epoch if need
+    (best and last). The same command continues where it stopped, in the middle of an epoch if need
     be, and gives the same numbers as if it had never stopped.
     Models on images read the images that the cache was made of, in the same order and views.
     """

@@ -58,7 +58,7 @@ class DemoResult(Record):
     note: str
     """That the pictures are generated."""
     folder: str
-    """Where everything lies; it is kept."""
+    """Where everything is; it is kept."""
     pictures: str
     """Folder of the generated pictures."""
     cache: str

@@ -69,9 +69,9 @@ def run_demo(
         folder: Where to put everything; new or empty. None: a new folder below the system's
             temporary one. It is kept either way.
         options: How large the demo is; None for the defaults.
-        on_event: Told when a step starts and ends.
-        encode_observer: Told of stage one's progress.
-        train_observer: Told of stage two's progress and epochs.
+        on_event: Called when a step starts and ends.
+        encode_observer: Receives stage one's progress.
+        train_observer: Receives stage two's progress and epochs.
 
     Raises:
         UsageError: `folder` holds something, or an option is too small.
@@ -151,7 +151,7 @@ def _verify(root: Path, clock: _Clock) -> None:
             first = findings[0]
             raise IntegrityError(
                 f"the new cache in {root / 'shards'} is damaged: {first.path}: {first.problem}",
-                hint="check the disk that it lies on",
+                hint="check the disk that it is on",
             )
         outcome.append("intact")
 

@@ -28,7 +28,7 @@ def fixed_arithmetic(device: torch.device, *, tf32: bool) -> Iterator[None]:
     """
     with torch.autocast(device.type, enabled=False):
         if device.type == "cpu":
-            # oneDNN computes in bfloat16 or tf32 only where somebody asks for it ("none": nobody).
+            # oneDNN computes in bfloat16 or tf32 only where somebody asks for it ("none": no one).
             onednn: Any = cast("Any", torch.backends.mkldnn).conv
             before = onednn.fp32_precision
             onednn.fp32_precision = "none" if before == "none" else "ieee"

@@ -58,7 +58,7 @@ class CodecPlace(Record):
 
 @dataclass(frozen=True, slots=True)
 class CodecState:
-    """All that a run needs to go on."""
+    """All that a run needs to continue."""
 
     place: CodecPlace
     """Which run, and where."""
@@ -90,7 +90,7 @@ class CodecStore:
     """The checkpoint in a folder; one process at a time may use it.
 
     Args:
-        folder: Where it lies; made by the first save.
+        folder: Where it is; made by the first save.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -62,7 +62,7 @@ class Crops:
         rng = np.random.default_rng([self._spec.seed, step])
         crops = []
         for _ in range(self._spec.batch_size):
-            # A draw that rounds up to the whole sum would lie behind the last image.
+            # A draw that rounds up to the whole sum would be behind the last image.
             drawn = rng.random() * self._cumulative[-1]
             place = np.searchsorted(self._cumulative, drawn, side="right")
             index = min(int(place), len(self._images) - 1)

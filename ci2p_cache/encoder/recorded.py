@@ -1,4 +1,4 @@
-"""The encoder that lies in a cache, held to what the cache's manifest says of it."""
+"""The encoder that is in a cache, held to what the cache's manifest says of it."""
 
 from __future__ import annotations
 

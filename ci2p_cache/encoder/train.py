@@ -79,7 +79,7 @@ def train_codec(
     device: str | torch.device = "cpu",
     control: Callable[[CodecStep], Literal["go", "save", "stop"]] = lambda _: "go",
 ) -> CodecSummary:
-    """Trains a bmshj2018-factorized codec; goes on where `out` holds an unfinished run.
+    """Trains a bmshj2018-factorized codec; continues where `out` holds an unfinished run.
 
     At the end, and whenever it saves, `out` holds checkpoint.json with the tensors file that it
     names. One process at a time may write there; holding a lock is the caller's business. With
@@ -91,7 +91,7 @@ def train_codec(
         out: Folder of the run; made where it is missing.
         start: Where the weights come from; None: random ones of `spec.seed`.
         device: cpu or cuda.
-        control: Called after each step: go on, save a checkpoint and go on, or save and stop.
+        control: Called after each step: go on, save a checkpoint and continue, or save and stop.
 
     Returns:
         The codec with averaged weights; `encoder.save(path)` writes what `load_encoder` reads.
@@ -251,7 +251,7 @@ def _noise_seed(seed: int, step: int) -> int:
 
 
 def _check_same_run(out: Path, found: CodecPlace, wanted: CodecPlace) -> None:
-    """Refuses to go on with a run of other settings.
+    """Refuses to continue with a run of other settings.
 
     Raises:
         RunMismatchError: names what differs.
@@ -268,5 +268,5 @@ def _check_same_run(out: Path, found: CodecPlace, wanted: CodecPlace) -> None:
     if different:
         raise RunMismatchError(
             f"{out} holds a run with other settings, at step {found.step}: {'; '.join(different)}",
-            hint="repeat the run's own settings to go on with it, or name another --out",
+            hint="repeat the run's own settings to continue with it, or name another --out",
         )

@@ -1,4 +1,4 @@
-"""The README.md that lies in a cache: how to open it without this package."""
+"""The README.md that is in a cache: how to open it without this package."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def _is_range(holder: LockHolder | None) -> bool:
 def _sweep(root: Path) -> None:
     """Removes what killed processes left: lock files of ranges, and what they had staged.
 
-    Called while `.lock` is held, so no range starts meanwhile, and nobody works on all shards.
+    Called while `.lock` is held, so no range starts meanwhile, and no one works on all shards.
     """
     live = [part.label for part, _ in live_ranges(root)]
     for path in root.glob(f"{LOCK}.*"):

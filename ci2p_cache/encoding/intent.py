@@ -25,7 +25,7 @@ class Intent:
     fingerprint: Fingerprint
     """Every field that changes a value."""
     layout: LayoutSpec
-    """Every field that changes which sample lies where."""
+    """Every field that changes which sample is where."""
     plan: Plan
     """All samples: those of the folder, or those that the source lists now."""
     classes: tuple[str, ...]
@@ -33,7 +33,7 @@ class Intent:
     class_titles: tuple[str, ...]
     """Their names for people."""
     manifest: Manifest | None
-    """The folder's own, where it is gone on with as it is; None where one is to be written."""
+    """The folder's own, where it is continued as it is; None where one is to be written."""
     folder: Path
     """Where it is encoded: the cache folder, or that of a growth in it."""
     growth: Growth | None = None
@@ -45,7 +45,7 @@ class Intent:
     def of(
         cls, manifest: Manifest, plan: Plan, folder: Path, notices: tuple[str, ...] = ()
     ) -> Self:
-        """Returns the intent to go on with a folder as it was begun."""
+        """Returns the intent to continue with a folder as it was begun."""
         return cls(
             fingerprint=manifest.fingerprint,
             layout=manifest.layout,

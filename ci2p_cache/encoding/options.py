@@ -210,7 +210,7 @@ class EncodeOptions(Record):
         return ViewSpec.parse(self.views, seed=self.seed)
 
     def layout_spec(self) -> LayoutSpec:
-        """Returns the fields that decide which sample lies where."""
+        """Returns the fields that decide which sample is where."""
         return LayoutSpec(
             val_fraction=self.val_fraction,
             seed=self.seed,

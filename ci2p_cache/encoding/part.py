@@ -42,7 +42,7 @@ def resume_range(
         root: The cache folder.
         images: The source.
         options: As for `encode`.
-        observer: Told of progress and notices.
+        observer: Receives progress and notices.
         claim: The range.
 
     Raises:
@@ -75,7 +75,7 @@ def _encoded(
     """Encodes what is missing of the range."""
     manifest, folder = intent.manifest, intent.folder
     observer.planned(plan_text(intent.plan, intent.classes))
-    assert manifest is not None, "a folder with a manifest is gone on with as it is"
+    assert manifest is not None, "a folder with a manifest is continued as it is"
     places = tuple(intent.plan.shard_numbers())
     own = [places[at] for at in claim.part.positions(len(places))]
     commits, missing = committed_shards(folder, intent, own)

@@ -19,7 +19,7 @@ def refuse_place(root: Path, source: Path) -> None:
     """Refuses an output inside the source, and a folder that holds something else.
 
     Raises:
-        UsageError: `root` is a URL, or lies inside `source`.
+        UsageError: `root` is a URL, or is inside `source`.
         NotACacheError: something that is no cache is there.
     """
     if url_of(root) is not None:
@@ -29,7 +29,7 @@ def refuse_place(root: Path, source: Path) -> None:
         )
     if root.resolve().is_relative_to(source.resolve()):
         raise UsageError(
-            f"`out` {root} lies inside the source {source}, where it would be listed as images",
+            f"`out` {root} is inside the source {source}, where it would be listed as images",
             hint="choose an --out folder beside the source",
         )
     refuse_foreign_folder(root)

@@ -1,4 +1,4 @@
-"""The plan: which sample lies in which row of which shard, fixed before the first is encoded.
+"""The plan: which sample is in which row of which shard, fixed before the first is encoded.
 
 How an image came by its row is not known here.
 """
@@ -197,7 +197,7 @@ def _impossible(table: pa.Table, record: SplitRecord, num_classes: int) -> str |
     if not np.array_equal(table["row"].to_numpy(), rows):
         return f"does not list rows 0 to {record.rows - 1} one after another"
     if not np.array_equal(table["shard"].to_numpy(), rows // record.shard_rows):
-        return f"does not lie in shards of {record.shard_rows} rows"
+        return f"does not be in shards of {record.shard_rows} rows"
     labels = table["label"].to_numpy()
     if np.any((labels < -1) | (labels >= num_classes)):
         return f"has labels that are none of {num_classes} classes"

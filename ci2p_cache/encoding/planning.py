@@ -1,4 +1,4 @@
-"""Planning: gives every image of a source its split and its row; what a plan is for lies elsewhere.
+"""Planning: gives every image of a source its split and its row; what a plan is for is elsewhere.
 
 A row is the rank of hash(seed, split, key), so rows are not sorted by class and any window of the
 cache is mixed; nothing that goes wrong with one image moves another. Sources that are best read in

@@ -155,7 +155,7 @@ def _not_listed(
 ) -> tuple[str, ...]:
     """Says that a begun cache goes by its plan, and where it was planned from another place."""
     here, grows = _location_text(images), folder != root
-    notices = (f"{root} goes on with the new images that were found before",) if grows else ()
+    notices = (f"{root} continues with the new images that were found before",) if grows else ()
     if manifest.source != here:
         return (
             *notices,
@@ -227,7 +227,7 @@ def _grown(
 
 
 def _location_text(images: ImageSource) -> str:
-    """Returns where a source lies as JSON can hold it."""
+    """Returns where a source is as JSON can hold it."""
     return images.location().encode("utf-8", "backslashreplace").decode()
 
 
@@ -245,7 +245,7 @@ def begin(
         intent: What the folder is to become.
         encoder: The encoder.
         staging: Where files are staged; the caller holds the folder's lock.
-        observer: Told what listing the source has found.
+        observer: Receives what listing the source has found.
 
     Raises:
         ResourceError: writing failed.

@@ -1,4 +1,4 @@
-"""`encode`: stage one, from a source of images to a complete cache; run again, it goes on."""
+"""`encode`: stage one, from a source of images to a complete cache; run again, it continues."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def encode(
 ) -> EncodeSummary:
     """Runs the frozen encoder over a source of images and commits a cache of its latents.
 
-    Called again with the same arguments it goes on where it stopped, and when everything is
+    Called again with the same arguments it continues where it stopped, and when everything is
     committed it returns at once. One call works on a folder at a time, or several at once with
     disjoint `options.shard_range`; whichever of these ends last completes the cache.
 
@@ -42,13 +42,13 @@ def encode(
         out: The cache folder; made if it does not exist.
         options: What to encode with; None for the defaults (official weights, int8, flip views).
         overwrite: Remove the cache in `out` first; a folder that is no cache is never touched.
-        observer: Told of progress and notices.
+        observer: Receives progress and notices.
 
     Returns:
         Counts, sizes and rates.
 
     Raises:
-        UsageError: an option is out of range, or `out` lies inside `source`.
+        UsageError: an option is out of range, or `out` is inside `source`.
         SourceError: the source is empty, unreadable or of no known layout, or has no two classes.
         FingerprintMismatchError: `out` holds a cache made with other settings.
         NotACacheError: `out` holds something else.
@@ -60,7 +60,7 @@ def encode(
         WeightsError, WeightsUnavailableError, DigestError: no usable encoder weights.
         ManifestError: the folder's own records are damaged.
         ResourceError: reading or writing failed; run it again later.
-        InterruptedRunError: a signal stopped it; run it again to go on.
+        InterruptedRunError: a signal stopped it; run it again to continue.
     """
     root, options = Path(out), options or EncodeOptions()
     observer = observer or EncodeObserver()
@@ -109,7 +109,7 @@ def _made(root: Path) -> Iterator[None]:
         yield
     finally:
         if made:
-            # It fails where something lies in it, or another range removed it this very moment.
+            # It fails where something is in it, or another range removed it this very moment.
             with suppress(OSError):
                 root.rmdir()
 

@@ -157,7 +157,7 @@ class ShardEncoder:
         Raises:
             TooManyBadImagesError: the error budget is used up; the shard is not committed.
             SaturationError: the symbols do not fit the dtype; the shard is not committed.
-            ResourceError: reading or writing failed for good; the same command goes on later.
+            ResourceError: reading or writing failed for good; the same command continues later.
         """
         committing: Future[CommitRecord] | None = None
         for _, loads in groupby(

@@ -44,7 +44,7 @@ def resume(
         root: The cache folder; empty to begin with.
         images: The source.
         options: As for `encode`.
-        observer: Told of progress and notices.
+        observer: Receives progress and notices.
 
     Raises:
         CacheError: as `encode` has them.
@@ -144,7 +144,7 @@ def meter_of(
     """Returns a meter over some shards that starts from what needs no original.
 
     Args:
-        observer: Told of progress.
+        observer: Receives progress.
         intent: What the folder is to become.
         commits: The shards that are committed.
         missing: The others; of a growth they may hold rows that are carried over.

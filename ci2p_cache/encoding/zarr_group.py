@@ -27,7 +27,7 @@ def put_zarr_group(
 ) -> list[FileRecord]:
     """Lets zarr-python make small arrays and all metadata in memory, and puts them.
 
-    The latents' own array is created empty: its shards are in place already. Where they lie in
+    The latents' own array is created empty: its shards are in place already. Where they are in
     tars only there is none.
     """
     fingerprint, layout = manifest.fingerprint, manifest.layout

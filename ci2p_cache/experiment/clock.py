@@ -16,7 +16,7 @@ class StageClock(Generic[_Stage]):
     """Times stages by name.
 
     Args:
-        tell: Told when a stage starts and ends: its name, one line (what it will do, or what came
+        tell: Called when a stage starts and ends: its name, one line (what it will do, or what came
             of it), and how many seconds it took, None when it starts.
     """
 

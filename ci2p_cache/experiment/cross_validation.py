@@ -74,7 +74,7 @@ class StudyObserver:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CrossValidation:
-    """Where a study lies and what its configurations share; run again, it goes on."""
+    """Where a study is and what its configurations share; run again, it continues."""
 
     source: Path
     """The images, a folder per class."""
@@ -107,7 +107,7 @@ class CrossValidation:
         return TrainSpec(**{**fields, **plan.train})
 
     def cache_dir(self, options: EncodeOptions) -> Path:
-        """Returns where a cache lies; configurations that only train otherwise share one."""
+        """Returns where a cache is; configurations that only train otherwise share one."""
         name = f"{options.dtype}-step{options.step:g}-{options.views.replace(':', '')}"
         return self.out / "caches" / f"{name}-{options.size}"
 
@@ -226,7 +226,7 @@ class CrossValidation:
             path = run / EVALUATIONS / made.predictions.path
             table = pq.read_table(path, columns=["key", "correct"])
             return dict(zip(table["key"].to_pylist(), table["correct"].to_pylist(), strict=True))
-        # The first view of such a cache is a crop like the others; whole images lie in another.
+        # The first view of such a cache is a crop like the others; whole images are in another.
         _, val = train_and_val(open_cache(cache_dir), self.spec(plan, fold), Ranks())
         assert val is not None
         whole = open_cache(self.cache_dir(self.encode_options(plan, views="none")))["train"]

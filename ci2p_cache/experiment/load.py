@@ -109,7 +109,7 @@ def _imported(path: Path) -> ModuleType:
     if not path.exists():
         raise UsageError(
             f"there is no file {path}",
-            hint="recipes lie in pipelines/ of the clone: ci2p-cache run pipelines/smoke.py",
+            hint="recipes are in pipelines/ of the clone: ci2p-cache run pipelines/smoke.py",
         )
     if not path.is_file() or path.suffix != ".py":
         raise UsageError(f"{path} is no Python file; wanted FILE.py or FILE.py:NAME")

@@ -1,4 +1,4 @@
-"""`run_experiment`: encode, train, evaluate, report, in one folder; run again, it goes on.
+"""`run_experiment`: encode, train, evaluate, report, in one folder; run again, it continues.
 
 ::
 
@@ -9,7 +9,7 @@
         report.html       both, to look at
         .lock             only while somebody runs it
 
-Each stage goes on where it stopped, so this keeps no state of its own: what is finished says so.
+Each stage continues where it stopped, so this keeps no state of its own: what is finished says so.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def run_experiment(
 ) -> ExperimentSummary:
     """Runs a whole experiment in one folder.
 
-    Called again with the same arguments it goes on in the stage where it stopped; a finished one
+    Called again with the same arguments it continues in the stage where it stopped; a finished one
     returns at once. In processes that torchrun has started it trains on all of them together, from
     a cache that has to be complete by then; rank 0 alone evaluates and reports.
 
@@ -109,9 +109,9 @@ def run_experiment(
         device: auto, cpu, cuda or cuda:1, of all stages; auto leaves stage one to
             `experiment.encode.devices`.
         until: The last stage to run.
-        on_event: Told when a stage starts and ends; on rank 0.
-        encode_observer: Told of stage one's progress.
-        train_observer: Told of stage two's progress and epochs.
+        on_event: Called when a stage starts and ends; on rank 0.
+        encode_observer: Receives stage one's progress.
+        train_observer: Receives stage two's progress and epochs.
         ranks: The ranks to train with, joined; None: as the environment says.
 
     Raises:
@@ -120,7 +120,7 @@ def run_experiment(
         RunMismatchError: the folder holds another experiment, or something else.
         ManifestError: the folder's record is damaged.
         LockedError: another process runs an experiment there.
-        InterruptedRunError: a signal stopped it; run it again to go on.
+        InterruptedRunError: a signal stopped it; run it again to continue.
         CacheError: whatever `encode`, `train` and the evaluation raise.
     """
     if until not in STAGES:

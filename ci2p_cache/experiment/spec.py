@@ -41,7 +41,7 @@ FREE_FIELDS = frozenset(
         "encode.executor",
     }
 )
-"""Fields that change no number of an experiment, and may differ when it goes on."""
+"""Fields that change no number of an experiment, and may differ when it continues."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +126,7 @@ def read_experiment(folder: Path) -> Experiment | None:
 
 
 def refuse_other(folder: Path, made: Experiment, asked: Experiment) -> None:
-    """Refuses to go on with another experiment than the one that a folder was made for.
+    """Refuses to continue with another experiment than the one that a folder was made for.
 
     Raises:
         RunMismatchError: fields other than `FREE_FIELDS` differ; the message lists them.

@@ -70,7 +70,7 @@ def _scores(evaluation: dict[str, Any]) -> Scores:
 
 
 def report_path(out: Path) -> Path:
-    """Returns where an experiment's report lies."""
+    """Returns where an experiment's report is."""
     return out / "report.html"
 
 

@@ -1,1 +1,1 @@
-"""Images: where they lie (`ImageSource`) and how their bytes become pixels."""
+"""Images: where they are (`ImageSource`) and how their bytes become pixels."""

@@ -1,6 +1,6 @@
 """What sources over archives and over tables share: their files, listed once, and their classes.
 
-How images lie in a file is not known here.
+How images are in a file is not known here.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class ArchiveSource(ABC):
 
         Args:
             labels: The labels of all files.
-            folders: Where `classes.json` or `classes.txt` may lie, absolute.
+            folders: Where `classes.json` or `classes.txt` may be, absolute.
             names: The names of the classes, where the files have them.
             num_images: Labelled images in all files.
             tally: What was left out.

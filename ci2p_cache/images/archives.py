@@ -94,7 +94,7 @@ def find_archives(location: bytes, suffixes: Sequence[bytes]) -> Archives:
     """Finds the files that a location names.
 
     A split is announced by the letters a file name begins with (`train-000.tar`,
-    `validation-00000-of-00014.parquet`), or else by the folder the file lies in, below the root.
+    `validation-00000-of-00014.parquet`), or else by the folder the file is in, below the root.
     Either all files announce one, and train is among them, or none does.
 
     Args:
@@ -133,7 +133,7 @@ def kind_of_folder(root: bytes) -> tuple[bytes, ...] | None:
     """Returns the suffixes of the files that a folder is a source of, or None for image folders.
 
     A folder is one of archives if it, its split folders or its `data/` hold some, and no other
-    folder lies in it.
+    folder is in it.
 
     Raises:
         SourceError: it cannot be listed, or holds tar and parquet files side by side.
@@ -195,7 +195,7 @@ def _in_folder(root: bytes, suffixes: Sequence[bytes], tally: Tally) -> list[byt
     if paths and inner:
         raise SourceError(
             f"{for_display(root)} holds {for_display(paths[0])} beside the folder "
-            f"{for_display(inner[0])}; the same images may lie in both",
+            f"{for_display(inner[0])}; the same images may be in both",
             hint="name the files by a pattern, or move one of them out of the source",
         )
     for folder in inner:
@@ -246,7 +246,7 @@ def _words(inner: bytes) -> list[bytes]:
 
 
 def _fixed_part(pattern: bytes) -> bytes:
-    """Returns the folder in which everything lies that a pattern could name."""
+    """Returns the folder in which everything is that a pattern could name."""
     folder = pattern
     while _WILD.search(folder) or b"{" in folder:
         folder = os.path.dirname(folder)

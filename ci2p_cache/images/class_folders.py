@@ -100,7 +100,7 @@ class ClassFolders:
         }
 
     def place(self, archive: Archive, name: bytes) -> tuple[str | None, str, bytes] | None:
-        """Returns split, class and key of an image; None where it lies in no class folder."""
+        """Returns split, class and key of an image; None where it is in no class folder."""
         path = self._path(archive, name)
         found, end = self._of_files.get(path), len(path)
         while found is None and end > 0:
@@ -126,7 +126,7 @@ def refuse_shards(folders: Iterable[bytes], *, alone: bool) -> None:
 
     Args:
         folders: What the tars stand for.
-        alone: Whether they lie in one tar, where only class tars are known to.
+        alone: Whether they are in one tar, where only class tars are known to.
 
     Raises:
         SourceError: they are; the message does not say where.

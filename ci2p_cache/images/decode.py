@@ -147,7 +147,7 @@ def decode_image(data: bytes, spec: ImageSpec, *, planar: bool = True) -> Decode
         raise
     except Exception as error:
         # Decoders fail on hostile bytes with nearly any type: SyntaxError, struct.error,
-        # ValueError, OSError, RuntimeError, also MemoryError for sizes that nobody has.
+        # ValueError, OSError, RuntimeError, also MemoryError for sizes that no one has.
         raise ImageDecodeError(f"{name}: {_reason(error)}") from error
     height, width = pixels.shape[1:]
     orientation = exif_orientation(data, name)

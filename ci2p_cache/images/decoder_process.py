@@ -72,7 +72,7 @@ class _Server:
         signal.set_wakeup_fd(writing)
 
     def serve(self) -> None:
-        """Serves until nobody holds the other end of `control`."""
+        """Serves until no one holds the other end of `control`."""
         while True:
             poll = select.poll()
             poll.register(self._control, select.POLLIN)

@@ -196,7 +196,7 @@ class _Worker:
         return answer
 
     def _tell(self, message: dict[str, Any]) -> None:
-        # Where nobody listens any more, the last words are still to be heard.
+        # Where no one listens any more, the last words are still to be heard.
         with contextlib.suppress(OSError):
             self._channel.send(json.dumps(message).encode())
 

@@ -6,7 +6,7 @@
         reads such files here: tars, parquet files, a list, class folders
 
 Listing a source goes through all of an archive anyway, and encoding reads it a second time. What
-was fetched stays, so a run that goes on, repairs or reads images again fetches nothing twice.
+was fetched stays, so a run that continues, repairs or reads images again fetches nothing twice.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class FetchedSource:
                 from ci2p_cache.images.table import is_table
 
                 if is_table(os.fsencode(self._folder / self._name), self._options):
-                    # It names images that lie beside it.
+                    # It names images that are beside it.
                     self._is_file = False
                     wanted = self._wanted()
                     self._fetch_all(wanted)

@@ -188,7 +188,7 @@ class ImageTable:
             )
 
     def _refuse_paths(self, paths: pa.Array) -> None:
-        """Refuses a file whose images lie elsewhere."""
+        """Refuses a file whose images are elsewhere."""
         if self._holds_paths:
             first = next((path.as_py() for path in paths[:1]), None)
             raise SourceError(

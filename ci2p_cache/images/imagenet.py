@@ -24,7 +24,7 @@ __all__ = ["DEVKIT", "LABEL_FILES", "data_folder", "flat_val_labels", "label_fol
            "read_titles", "text_lines"]  # fmt: skip
 
 DEVKIT = b"ILSVRC2012_devkit_t12"
-"""Folder of the development kit; it may lie beside train and val and is no class."""
+"""Folder of the development kit; it may be beside train and val and is no class."""
 
 _SOLUTION = b"LOC_val_solution.csv"
 _GROUND_TRUTH = b"ILSVRC2012_validation_ground_truth.txt"
@@ -71,7 +71,7 @@ def flat_val_labels(
         tree: Where the folders are.
         folders: Where to look, as `label_folders` gives them.
         names: File names of the images, sorted.
-        val: Absolute path of the folder. Tiny ImageNet's `val_annotations.txt` lies in it, or in
+        val: Absolute path of the folder. Tiny ImageNet's `val_annotations.txt` is in it, or in
             the one above.
 
     Returns:

@@ -17,7 +17,7 @@ class Kept(Generic[_T]):
 
     Args:
         most: How many are kept. The one that was not asked for the longest goes first, and closes
-            when nobody reads from it any more.
+            when no one reads from it any more.
     """
 
     def __init__(self, most: int) -> None:

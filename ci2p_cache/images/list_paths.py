@@ -36,7 +36,7 @@ class ListPaths:
         self._folder = folder
         self._num_turned = 0
         self._found_none: bytes | None = None
-        # Most paths of a list lie in few folders.
+        # Most paths of a list are in few folders.
         self._real = functools.lru_cache(2**12)(os.path.realpath)
 
     def below(self, path: bytes) -> bytes:

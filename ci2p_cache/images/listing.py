@@ -1,4 +1,4 @@
-"""What lies in a folder: listing and walking that survive whatever they meet.
+"""What is in a folder: listing and walking that survive whatever they meet.
 
 Whether a file is an image is not known here.
 """
@@ -88,7 +88,7 @@ def walk(root: bytes, folder: bytes, tally: Tally) -> Iterator[bytes]:
     """Yields the path below `root` of every regular file in `folder`, at any depth.
 
     Entries of a folder come in the order of their bytes, folders and files mixed. A link to a
-    folder is followed unless it leads to one of the folders it lies in.
+    folder is followed unless it leads to one of the folders it is in.
 
     Raises:
         SourceError: a folder cannot be listed.

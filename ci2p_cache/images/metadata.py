@@ -97,7 +97,7 @@ class _Directory:
         data: The stream, from its byte order mark.
 
     Raises:
-        ValueError: the bytes are no TIFF, or the directory lies outside them.
+        ValueError: the bytes are no TIFF, or the directory is outside them.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -118,7 +118,7 @@ class _Directory:
                 tag, kind, num_values, value = record.unpack_from(data, start + i * record.size)
                 self.entries.setdefault(tag, (kind, num_values, value))
         except (struct.error, OverflowError) as error:
-            raise ValueError("the TIFF directory lies outside the file") from error
+            raise ValueError("the TIFF directory is outside the file") from error
 
 
 def without_metadata(data: bytes, name: FormatName) -> bytes:
@@ -129,7 +129,7 @@ def without_metadata(data: bytes, name: FormatName) -> bytes:
     its orientation while loading; without the tag, pixels come as they are stored.
 
     Raises:
-        ValueError: a TIFF directory, or a value in it, lies outside the file.
+        ValueError: a TIFF directory, or a value in it, is outside the file.
     """
     if name == "JPEG":
         dropped = [(start, end) for kind, start, end in jpeg_segments(data) if kind == _JPEG_APP1]
@@ -159,7 +159,7 @@ def _pixel_tags_only(data: bytes) -> bytes:
             (offset,) = struct.unpack(directory.order + directory.pointer, value)
             total_bytes += num_bytes
             if offset + num_bytes > len(data) or total_bytes > len(data):
-                raise ValueError(f"the values of TIFF tag {tag} lie outside the file")
+                raise ValueError(f"the values of TIFF tag {tag} are outside the file")
             if tag in _SINGLE_TAGS and _TYPE_BYTES[kind] <= inline_bytes:
                 value = data[offset : offset + _TYPE_BYTES[kind]].ljust(inline_bytes, b"\0")
         if tag in _SINGLE_TAGS:

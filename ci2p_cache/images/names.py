@@ -9,7 +9,7 @@ __all__ = ["as_key", "for_display", "hash64", "is_hidden", "join"]
 _OF_SYSTEMS = frozenset(
     {b"__MACOSX", b"@eaDir", b"#recycle", b"$RECYCLE.BIN", b"System Volume Information"}
 )
-"""Folders that macOS, Synology's disk stations and Windows add; thumbnails may lie in them."""
+"""Folders that macOS, Synology's disk stations and Windows add; thumbnails may be in them."""
 
 
 def as_key(path: bytes) -> str:

@@ -85,7 +85,7 @@ class ParquetSource(ArchiveSource):
         self._files: Kept[ImageTable] = Kept(_KEPT_FILES)
 
     def scan(self) -> Iterator[ImageRef]:
-        """Yields every image: files by split and name, rows as they lie in them.
+        """Yields every image: files by split and name, rows as they are in them.
 
         Raises:
             SourceError: a file is damaged or has other columns, a row has no label, or there is no

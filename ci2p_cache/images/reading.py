@@ -95,7 +95,7 @@ def persistently(action: Callable[[], _T], path: bytes) -> _T:
 
     Raises:
         ResourceError: it failed three times; the message names `path`.
-        OSError: it failed for a reason that lies in the file itself.
+        OSError: it failed for a reason that is in the file itself.
     """
     for wait_seconds in (*_WAITS_SECONDS, None):
         try:

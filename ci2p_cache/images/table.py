@@ -172,7 +172,7 @@ class TableSource:
         return self._classes
 
     def _refuse_split_folders(self, folders: set[bytes]) -> None:
-        """Refuses a list without splits all of whose files lie in folders of splits."""
+        """Refuses a list without splits all of whose files are in folders of splits."""
         start = len(os.path.commonpath(folders))
         heads = sorted({path[start:].lstrip(b"/").partition(b"/")[0] for path in folders})
         if 1 < len(heads) == len(split_folders(heads)):

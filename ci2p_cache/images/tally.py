@@ -19,8 +19,8 @@ _SENTENCES = {
     "member": "archive members skipped that are no files (links, pipes, devices)",
     "unlabelled": "images without a label skipped",
     "unchosen": "images left out whose extension is not that of --image-column",
-    "outside": "images left out that lie in no class folder",
-    "stray": "images ignored that lie beside the class folders, in none of them",
+    "outside": "images left out that are in no class folder",
+    "stray": "images ignored that are beside the class folders, in none of them",
 }
 
 

@@ -49,7 +49,7 @@ class TarSource(ArchiveSource):
     The archives are gone through once, when `scan` or `classes` is first asked for: headers and
     labels of a plain tar, all of a packed one. Rows follow archive and position, so encoding reads
     each archive in sequence, once per split that is drawn from it. In random order a plain tar is
-    as good as a folder; a packed one begins again for each image that lies behind.
+    as good as a folder; a packed one begins again for each image that is behind.
 
     A label is the text of `.cls`, or `label`, `cls` or `class_name` of `.json`; see `LabelTable`.
     Where no archive has any such file, the layout is found out as that of a folder is, over all
@@ -84,7 +84,7 @@ class TarSource(ArchiveSource):
         self._windows: Kept[Window] = Kept(_MAX_WINDOWS)
 
     def scan(self) -> Iterator[ImageRef]:
-        """Yields every image: archives by split and name, images as they lie in them.
+        """Yields every image: archives by split and name, images as they are in them.
 
         Raises:
             SourceError: an archive is damaged or hostile, a sample has no label or two images, or
@@ -235,7 +235,7 @@ class TarSource(ArchiveSource):
                 if archive.split not in (None, split):
                     problem = f"is of {split}, and the archive's name says {archive.split}"
                 if listed.is_nested and key.count(b"/") > 1 and folders.names:
-                    problem = "lies in a folder of a tar in the tar; its class is not clear"
+                    problem = "is in a folder of a tar in the tar; its class is not clear"
                 if problem is not None:
                     raise refusal(self._archives.root, archive, name, problem)
             if outside and not is_placed and archive.split != "test":
@@ -243,7 +243,7 @@ class TarSource(ArchiveSource):
                     self._archives.root,
                     archive,
                     outside,
-                    "lies in no class folder, and nor do the others of this archive",
+                    "is in no class folder, and nor do the others of this archive",
                     hint="encode the other archives alone, or pack its images in class folders",
                 )
 

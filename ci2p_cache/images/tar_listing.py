@@ -1,8 +1,8 @@
-"""What lies in one tar: its images with their labels; where tars come from is not known here.
+"""What is in one tar: its images with their labels; where tars come from is not known here.
 
 A sample is a run of members whose paths are the same up to the first dot of the file name
 (webdataset.github.io, "The WebDataset Format"): one image, and a `.cls` or `.json` with its label.
-Images without any such file are listed too: the folders they lie in may be their classes.
+Images without any such file are listed too: the folders they are in may be their classes.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def refusal(
 
     Args:
         root: The source's root.
-        archive: Where the member lies.
+        archive: Where the member is.
         name: Its name.
         what: What is wrong with it, as the rest of a sentence.
         hint: What helps; None: mend the archive.

@@ -131,13 +131,13 @@ class _Reader:
             raise self._error("ends in the middle of a member; it was cut short")
 
     def require_end(self) -> None:
-        """Refuses what lies behind the end marker: other readers would not agree about it."""
+        """Refuses what is behind the end marker: other readers would not agree about it."""
         padding = 0
         while data := self._stream.read(2**16):
             padding += len(data)
             if data.strip(b"\0") or padding > _MAX_PADDING_BYTES:
                 raise self._error(
-                    "goes on behind its end marker; are several archives put together?"
+                    "continues behind its end marker; are several archives put together?"
                 )
 
     def _member(self, header: bytes, kind: bytes, size: int, pax: dict[bytes, bytes]) -> Member:

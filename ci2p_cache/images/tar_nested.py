@@ -1,7 +1,7 @@
 """The members of a tar and, where it holds tars, of these: `CLASS.tar` counts as a folder `CLASS`.
 
 ImageNet's training images come so (`ILSVRC2012_img_train.tar`). The inner tars are plain, so their
-content lies in the outer one as it is: a place in it is enough to read an image, and nothing is
+content is in the outer one as it is: a place in it is enough to read an image, and nothing is
 unpacked. Tars in tars in tars are refused.
 """
 
@@ -52,7 +52,7 @@ class TarWalk:
         Members of inner tars have `CLASS/` before their name and their place in the outer one.
 
         Raises:
-            SourceError: an archive is damaged, tars lie beside images, or one cannot be read in
+            SourceError: an archive is damaged, tars are beside images, or one cannot be read in
                 place.
             OSError: it cannot be read.
         """

@@ -1,8 +1,8 @@
 """The bytes of a tar file, packed or not: read in sequence, and by position.
 
 A plain tar is read by position. A packed one (gzip, zstandard) can only be read in sequence: a
-`Window` keeps the last bytes that were unpacked, goes forward for what lies ahead and begins again
-for what lies behind. No file stays open between two calls.
+`Window` keeps the last bytes that were unpacked, goes forward for what is ahead and begins again
+for what is behind. No file stays open between two calls.
 """
 
 # Paths are bytes here, which pathlib does not have.
@@ -137,7 +137,7 @@ class _Plain:
     def read(self, count: int) -> bytes:
         offset = self.position - self._start
         if not 0 <= offset <= len(self._ahead) - count:
-            # Headers of small members lie close to each other.
+            # Headers of small members are close to each other.
             self._file.position = self._start = self.position
             self._ahead, offset = self._file.read(max(count, 2**14)), 0
         data = self._ahead[offset : offset + count]

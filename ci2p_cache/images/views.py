@@ -78,7 +78,7 @@ def image_views(
 
 
 def _stacked(squares: list[torch.Tensor]) -> torch.Tensor:
-    # Squares of pixels that lie pixel by pixel do so too.
+    # Squares of pixels that are pixel by pixel do so too.
     return torch.stack(squares).contiguous()
 
 

@@ -124,7 +124,7 @@ def _checked(full: bytes, infos: list[zipfile.ZipInfo], archive_bytes: int) -> Z
             members.tally.add("member", full + b"/" + name)
             continue
         if info.header_offset >= archive_bytes:
-            raise SourceError(f"{for_display(name)} would lie behind its end; is it cut short?")
+            raise SourceError(f"{for_display(name)} would be behind its end; is it cut short?")
         if not name.endswith(b"/"):
             unpacked, packed = unpacked + info.file_size, packed + info.compress_size
             _require_readable(name, info)

@@ -1,4 +1,4 @@
-"""`Classifier`: pictures to classes with what lies in one run folder; the cache may be gone.
+"""`Classifier`: pictures to classes with what is in one run folder; the cache may be gone.
 
 ::
 
@@ -225,7 +225,7 @@ class Classifier:
             top: Number of classes given for each, all where there are fewer.
             batch_size: Pictures per batch.
             threads: Threads that read and decode; None: one per core.
-            on_progress: Told how many of how many pictures are done.
+            on_progress: Called with how many of how many pictures are done.
 
         Returns:
             One prediction per picture, in order; of what could not be read, the reason.

@@ -25,7 +25,7 @@ from ci2p_cache.record import Record
 __all__ = ["EVALUATIONS", "CalibrationBin", "ClassScore", "Evaluation", "evaluation_name"]
 
 EVALUATIONS = "evaluations"
-"""Folder of a run in which they lie."""
+"""Folder of a run in which they are."""
 
 
 def evaluation_name(
@@ -47,7 +47,7 @@ def evaluation_name(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationBin(Record):
-    """The images whose confidence lies in low < confidence <= high."""
+    """The images whose confidence is in low < confidence <= high."""
 
     low: float
     """Lower end, not included."""
@@ -92,7 +92,7 @@ class Evaluation(Record):
     step: int
     """Steps of the next epoch done there."""
     cache: str
-    """Where the cache lay; information only."""
+    """Where the cache was; information only."""
     split: str
     """Name of the split."""
     folds: int

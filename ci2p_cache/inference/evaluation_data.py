@@ -34,7 +34,7 @@ def open_data(run: RunFolder, cache: str | Path | None) -> tuple[Cache, str | No
 
     Args:
         run: The run.
-        cache: A cache with its fingerprint and classes; None: where its own lay.
+        cache: A cache with its fingerprint and classes; None: where its own was.
 
     Returns:
         The cache, and a sha256 over what it holds; None where it holds the run's own samples.
@@ -75,7 +75,7 @@ def open_data(run: RunFolder, cache: str | Path | None) -> tuple[Cache, str | No
 
 
 def _is_own(run: RunFolder, data: Cache, *, is_named: bool) -> bool:
-    """Says whether a cache holds the run's own samples; `is_named`: it may lie elsewhere."""
+    """Says whether a cache holds the run's own samples; `is_named`: it may be elsewhere."""
     wanted = run.args.settings.data_sha256
     if data_digest(data) != wanted or not is_named:
         return data_digest(data) == wanted

@@ -182,7 +182,7 @@ def _require_onnx() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps torch's exporters from warning of what nobody here can act on."""
+    """Keeps torch's exporters from warning of what no one here can act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

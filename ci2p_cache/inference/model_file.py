@@ -21,7 +21,7 @@ _VERSIONS = (1, 2)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFile(Record):
-    """What rebuilds a model and says what its inputs and outputs mean; weights lie elsewhere."""
+    """What rebuilds a model and says what its inputs and outputs mean; weights are elsewhere."""
 
     version: int
     """Version of this record, 1 or 2."""

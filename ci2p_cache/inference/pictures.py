@@ -4,7 +4,7 @@
 
     files, folders, patterns -> one entry per picture -> bytes -> pixels -> view 0, uint8
 
-What is wrong with one picture is said of it, and the others go on. Decoding happens in this
+What is wrong with one picture is said of it, and the others continue. Decoding happens in this
 process, as in the loaders: a file that crashes the decoder itself ends the command.
 """
 

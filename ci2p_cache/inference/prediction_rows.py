@@ -40,7 +40,7 @@ class PredictionRows:
 
     Args:
         total: Images that will come.
-        on_progress: Told after each batch.
+        on_progress: Called after each batch.
     """
 
     def __init__(self, total: int, on_progress: Callable[[int, int], None] | None) -> None:

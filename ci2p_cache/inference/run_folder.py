@@ -35,7 +35,7 @@ class RunFolder:
     path: Path
     """The run folder."""
     args: RunArgs
-    """What it is bound to, and where its cache lay."""
+    """What it is bound to, and where its cache was."""
     file: ModelFile
     """Its `model.json`."""
     config: AnyModelConfig

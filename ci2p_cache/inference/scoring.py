@@ -65,8 +65,8 @@ def evaluate(
 
     Args:
         run: A run folder, or a checkpoint folder inside one.
-        cache: A cache with the run's fingerprint and classes; None: where the run's own lay. It may
-            hold other images.
+        cache: A cache with the run's fingerprint and classes; None: the run's own place. It may hold
+            other images.
         from_images: Whether to read the images and encode them again instead of reading latents;
             models that read images always do.
         split: Name of the split.
@@ -77,7 +77,7 @@ def evaluate(
         source: Where the images are now; None: where they were when the cache was made.
         out: Folder for the two files instead of `evaluations` in the run, which is then only read.
             Files of the same name there are not replaced.
-        on_progress: Told how many of how many images are done.
+        on_progress: Called with how many of how many images are done.
 
     Returns:
         What the JSON file holds.
@@ -89,7 +89,7 @@ def evaluate(
         CheckpointError: the checkpoint is damaged or does not fit the model.
         SourceError: the images are not there any more.
         ShardError: the cache is damaged.
-        UsageError: there is no such split or device, or `out` lies in a cache.
+        UsageError: there is no such split or device, or `out` is in a cache.
         RefusedError: `out` holds a file of that name already.
         LockedError: another process evaluates this run.
         ResourceError: the results cannot be written.

@@ -50,7 +50,8 @@ class BatchLoader(ABC):
     The order is a pure function of (seed, epoch, step); the state is these three integers. A loop
     yields the batches of the current epoch and then stands at the start of the next. A loop that
     was left early starts the same epoch over the next time; `load_state_dict` with what
-    `state_dict` gave goes on behind the last batch instead, and `set_epoch` chooses another order.
+    `state_dict` gave continues behind the last batch instead, and `set_epoch` chooses another
+    order.
     `waited_seconds` sums the time that the consumer waited for data.
 
     With `recycle`, a batch is valid until the next one is asked for, and nothing of a batch's size
@@ -212,7 +213,7 @@ class BatchLoader(ABC):
                 self.epoch, self.step = epoch, step + 1
                 yield batch
         finally:
-            # Left early: what is still being read goes into buffers that nobody uses again.
+            # Left early: what is still being read goes into buffers that no one uses again.
             for future in futures:
                 future.cancel()
         self.epoch, self.step = epoch + 1, 0

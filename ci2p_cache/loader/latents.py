@@ -23,7 +23,7 @@ from ci2p_cache.loader.order import Rows
 __all__ = ["LatentLoader"]
 
 _AT_HAND_BYTES_PER_SECOND = 2e9
-"""Raw chunks that come this fast lie in memory: page cache gives 6 to 10 GB/s, and the first touch,
+"""Raw chunks that come this fast are in memory: page cache gives 6 to 10 GB/s, and the first touch,
 which checks them, or a disk's random reads 1.5 at most."""
 
 
@@ -31,7 +31,7 @@ class LatentLoader(BatchLoader):
     """Loads batches from a cache; checksums are verified as chunks are read.
 
     Compressed chunks are verified each time, raw ones (`--codec none`) when first touched. Raw ones
-    for a CPU that have proved to lie in memory are copied when the batch is asked for, not ahead of
+    for a CPU that have proved to be in memory are copied when the batch is asked for, not ahead of
     it: one buffer stays in the processor's cache and no thread has to wake (batches of 128, 49 kB
     each, one core: 0.70 instead of 0.54 of a gather in memory). Should they become slow to come,
     they are read ahead again.

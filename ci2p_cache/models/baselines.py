@@ -165,7 +165,7 @@ class PixelViT(nn.Module):
     Dosovitskiy et al. 2021, arXiv 2010.11929, with a learned positional embedding (truncated normal
     of deviation 0.02), without class token, with mean pooling. Blocks, final LayerNorm and head are
     those of CI2P-ViT. The patch embedding is drawn from Xavier's uniform as the linear layer that
-    it is, with bias 0 (ours: nobody specified it).
+    it is, with bias 0 (ours: no one specified it).
 
     Args:
         config: What to build.

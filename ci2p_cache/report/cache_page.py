@@ -156,7 +156,7 @@ def _channels(cache: Cache, card: CacheCard) -> Html:
     shares = np.cumsum(np.sort(energy)[::-1]) / max(float(energy.sum()), 1e-30)
     half, most = (min(int(np.searchsorted(shares, share)) + 1, num) for share in (0.5, 0.9))
     text = (
-        f"Mean squares of the stored values, all splits together. Half of the energy lies in "
+        f"Mean squares of the stored values, all splits together. Half of the energy is in "
         f"{half} of {num} channels, 90 % in {most}. "
     )
     if dead.any():

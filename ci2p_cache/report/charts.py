@@ -41,7 +41,7 @@ _WIDTH_INCHES, _HEIGHT_INCHES = 4.6, 2.7
 one on a phone."""
 
 _BOX, _LEGEND_SHARE = (0.15, 0.19, 0.83, 0.77), 0.07
-"""Where the axes lie, and what a legend above takes of their height: neighbours line up."""
+"""Where the axes are, and what a legend above takes of their height: neighbours line up."""
 
 _MAX_POINTS = 400
 """Of one line; a chart has fewer pixels."""

@@ -82,7 +82,7 @@ class Evaluation:
     is_encoded_again: bool
     """Whether a model that reads latents got them from the images."""
     cache: str
-    """Where the cache lay that was evaluated on."""
+    """Where the cache was that was evaluated on."""
     samples: int
     """Images in it."""
     top1: float

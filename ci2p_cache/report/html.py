@@ -75,7 +75,7 @@ def write_report(
         paths: Run folders and caches, also behind a URL; several runs are compared, the first
             being what the others are held against. Runs without a finished epoch are left out, and
             the page says so.
-        out: The file to write, .html, .htm or without a suffix. Of the files that may lie there
+        out: The file to write, .html, .htm or without a suffix. Of the files that may be there
             only an earlier report is replaced, as a whole.
         illustrator: Decodes latents for reconstructions, bounds and mistakes
             (`illustrations.LatentIllustrator`); None leaves these out, and the page says so.
@@ -85,8 +85,8 @@ def write_report(
 
     Raises:
         UsageError: nothing is given, too much, or one thing twice; the page would be larger than
-            5 MB; or `out` has another suffix, is a folder, or lies in a cache.
-        RefusedError: a file that is no report lies at `out`.
+            5 MB; or `out` has another suffix, is a folder, or is in a cache.
+        RefusedError: a file that is no report is at `out`.
         InputDataError: a path is neither a run folder nor a cache, or no run has an epoch yet and
             no cache is given.
         ManifestError, ShardError: a cache is damaged where its counts are read.
@@ -179,7 +179,7 @@ def _read_all(paths: Sequence[str | Path]) -> tuple[list[RunData], list[Cache], 
 
 
 def _cache_of(run: RunData, given: Sequence[Cache]) -> Cache | None:
-    """Returns the cache that a run was trained from: one of those given, or where it lay."""
+    """Returns the cache that a run was trained from: one of those given, or where it was."""
     for cache in given:
         if cache.fingerprint.to_dict() == run.fingerprint:
             return cache

@@ -88,7 +88,7 @@ def reconstruction_section(sample: CacheSample) -> Html:
             parts += [element("h4", title), element("div", *shown, class_="pairs")]
     intro = element(
         "p", "The view that was encoded, then what is decoded from the cache: "
-        "nobody can take these latents for anonymised.",
+        "no one can take these latents for anonymised.",
     )  # fmt: skip
     return section("Reconstructions", intro, *parts, level=3)
 

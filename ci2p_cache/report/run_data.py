@@ -42,7 +42,7 @@ class RunData:
     name: str
     """Its name."""
     cache: str
-    """Where the cache lay."""
+    """Where the cache was."""
     model: str
     """Name of the model."""
     fingerprint: Mapping[str, Any]

@@ -119,7 +119,7 @@ class CheckpointStore:
                 written = self._staging.put(f"{_PARTIAL}/{name}", content)
                 files.append({"path": name, "bytes": written.bytes, "sha256": written.sha256})
             self._staging.put_json(f"{_PARTIAL}/{DIGESTS}", {"version": VERSION, "files": files})
-            # Only a damaged folder can lie there: the run would have gone on from a good one.
+            # Only a damaged folder can be there: the run would have continued from a good one.
             remove_path(target)
             with disk_errors(target):
                 (root / _PARTIAL).rename(target)
@@ -158,8 +158,8 @@ class CheckpointStore:
                 continue
             if damaged:
                 observer.notice(
-                    f"damaged checkpoint passed over: {'; '.join(damaged)}. Training goes on from "
-                    f"{name}; what came after it is trained again."
+                    f"damaged checkpoint passed over: {'; '.join(damaged)}. Training continues "
+                    f"from {name}; what came after it is trained again."
                 )
             self._newest = name
             return checkpoint

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 CHECKPOINTS = "checkpoints"
-"""Folder of a run in which its checkpoints lie."""
+"""Folder of a run in which its checkpoints are."""
 
 VERSION = 1
 """Of `state.json` and `digests.json`."""

@@ -66,14 +66,14 @@ def open_run_folder(
     Args:
         path: The folder.
         args: What is asked for.
-        overwrite: Whether to remove the run that lies there first.
-        observer: Told where device, threads or versions have changed since the start.
+        overwrite: Whether to remove the run that is there first.
+        observer: Receives a notice where device, threads or versions have changed since the start.
 
     Yields:
         The folder's staging area; `args.yaml` stands.
 
     Raises:
-        RunMismatchError: a run with other settings lies there, or something else than a run.
+        RunMismatchError: a run with other settings is there, or something else than a run.
         LockedError: another process trains there.
         ResourceError: the folder cannot be written.
     """
@@ -98,7 +98,7 @@ def open_run_folder(
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raises RunMismatchError where something other than a run, or a run's beginning, lies."""
+    """Raises RunMismatchError where something other than a run, or a run's beginning, is."""
     if not path.exists() and not path.is_symlink():
         return
     if path.is_dir():

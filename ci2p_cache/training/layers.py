@@ -1,7 +1,7 @@
 """Which layer a parameter belongs to, counted from the input: for layer-wise learning rates.
 
 Layer-wise decay of the learning rate is BEiT's (Bao et al. 2022, arXiv 2106.08254): layers near the
-input, whose features are the most general, move the least. Layer 0 is all that lies before the
+input, whose features are the most general, move the least. Layer 0 is all that is before the
 blocks, then each block is a layer, and norm and head are the last.
 """
 
@@ -23,7 +23,7 @@ def parameter_layers(model: nn.Module) -> dict[str, int]:
 
     A module with timm's `group_matcher` says so itself; our own have `blocks`, a CI2P-ViTds also
     `last_blocks`, with CnnReshape in the layer of the first of these, whose tokens it makes. Either
-    may lie inside of `model`; what is in front of it there is layer 0.
+    may be inside of `model`; what is in front of it there is layer 0.
 
     Raises:
         UsageError: the model is of neither kind, or something trainable follows it.

@@ -30,7 +30,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 class TrainTotals:
     """Sums over the steps of an epoch; nothing waits for the device until `read`.
 
-    float64, so that a sum saved in the middle of an epoch goes on to the same last bit.
+    float64, so that a sum saved in the middle of an epoch continues to the same last bit.
 
     Args:
         device: Where the sums are kept.

@@ -98,7 +98,7 @@ def draw_mix(spec: TrainSpec, *, size: tuple[int, int], seed: int) -> Mix | None
 
     Returns:
         None where the batch is not mixed. The box of CutMix has 1 - lambda of the area, its centre
-        lies anywhere, so that an edge may cut it, and is whole in rows and columns; `share` is what
+        is anywhere, so that an edge may cut it, and is whole in rows and columns; `share` is what
         is then really left.
     """
     if not spec.is_mixing:

@@ -98,7 +98,7 @@ def load_optimizer_tensors(
     wanted: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if f"step/{name}" in tensors:
-            # The fused kernels pair memory, not indices: moments must lie as their parameter does.
+            # The fused kernels pair memory, not indices: moments must be as their parameter does.
             moments = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.empty_like(parameter, memory_format=torch.preserve_format),

@@ -60,7 +60,7 @@ def first_error(store: Store, error: Exception, *, rank: int) -> Exception:
         own = ResourceError(
             "another rank of this run was killed or cannot be reached (out of memory?); what "
             "was trained since the last checkpoint is lost, nothing else",
-            hint="run the same command again to go on",
+            hint="run the same command again to continue",
         )
     try:
         record = _pack(own, rank)

@@ -64,9 +64,9 @@ def connect(device: str, *, rank: int, world_size: int, local_rank: int) -> Link
         UsageError: the process belongs to a process group already, or a variable is missing.
         ResourceError: torchrun or another rank was killed, or cannot be reached.
     """
-    # Before connecting: were torchrun killed in between, nobody would ever know.
+    # Before connecting: were torchrun killed in between, no one would ever know.
     parent = os.getppid()
-    # Not every build of torch has them; alone nobody needs them.
+    # Not every build of torch has them; alone no one needs them.
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -95,7 +95,7 @@ def connect(device: str, *, rank: int, world_size: int, local_rank: int) -> Link
         raise ResourceError(
             "torchrun or another rank cannot be reached, was it killed? "
             f"({str(error).splitlines()[0]})",
-            hint="start torchrun again: the run goes on",
+            hint="start torchrun again: the run continues",
         ) from error
     assert not isinstance(words, int)
     return Link(store, words, StopSignal(), parent)

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 4 -m ci2p_cache train ...      sets RANK, WORLD_SIZE, LOCAL_RANK
         Ranks.from_environment()       who am I; a process alone is rank 0 of 1
         .joined("auto")                the process group, from the first word to the last
-            .add_up(gradients)         sums on the device, nobody waits (nccl; gloo on CPU)
+            .add_up(gradients)         sums on the device, no one waits (nccl; gloo on CPU)
             .share(content), .agreed_signal(stop), .wait()     words on the host, always gloo
 
 Each step's sums go through one collective of a fixed layout, not through
@@ -212,7 +212,7 @@ class Ranks:
         """Returns the number of a signal that has come to any rank, the same on all; 0 for none.
 
         One word between the hosts, which leaves the devices alone. All ranks ask equally often. A
-        rank whose torchrun was killed counts as one that got SIGTERM: nobody else would end it.
+        rank whose torchrun was killed counts as one that got SIGTERM: no one else would end it.
         """
         number = stop.number or 0
         if self._link is None:

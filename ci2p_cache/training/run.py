@@ -1,4 +1,4 @@
-"""`train`: stage two, from a cache to a trained model in a run folder; run again, it goes on."""
+"""`train`: stage two, from a cache to a trained model in a run folder; run again, it continues."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def train(
 ) -> TrainSummary:
     """Trains a model from a cache of latents, or a baseline on the images that it was made of.
 
-    Called again with the same arguments it goes on where it stopped, and a finished run returns at
-    once. On CPU the numbers are the same to the last bit, interrupted or not, as long as the number
+    Called again with the same arguments it continues where it stopped, and a finished run returns
+    at once. On CPU the numbers are the same to the last bit, interrupted or not, as long as the number
     of threads and the versions stay. SIGINT, SIGTERM and SIGHUP end the step, save, and raise.
 
     In processes that torchrun has started it trains on all of them together: each global batch is
@@ -66,7 +66,7 @@ def train(
         spec: What to train and how; None for the defaults.
         runs_dir: Where run folders are made.
         name: Name of the run folder; None: the model and 8 digits over all settings and the data.
-        overwrite: Remove the run that lies in the folder; one that is no run is never touched.
+        overwrite: Remove the run that is in the folder; one that is no run is never touched.
         device: auto (CUDA where there is one), cpu, cuda or cuda:1; with several ranks on a
             machine, cuda gives each its own.
         threads: Threads that read batches; None: one per core, shared by a machine's ranks.
@@ -77,11 +77,11 @@ def train(
         save_every_steps: Steps between checkpoints inside an epoch; None: only at its end.
         loader: Gives the training batches instead of the cache, for the encoder in the loop: of the
             spec's seed and batch size, on the same device and for this rank. The caller closes it.
-        observer: Told of progress, epochs and notices; on rank 0.
+        observer: Receives progress, epochs and notices; on rank 0.
         ranks: The ranks to train with, joined; None: as the environment says.
 
     Returns:
-        The last and the best epoch, and where their weights lie.
+        The last and the best epoch, and where their weights are.
 
     Raises:
         UsageError: an argument or a setting cannot be used.
@@ -97,7 +97,7 @@ def train(
         DigestError: the cache's encoder.safetensors is damaged; a new run folder gets a copy.
         TrainingDivergedError: loss or gradients were not finite ten times in a row.
         ResourceError: writing failed, or another rank was killed; run it again.
-        InterruptedRunError: stopped by a signal; run it again to go on.
+        InterruptedRunError: stopped by a signal; run it again to continue.
     """
     spec, observer = spec or TrainSpec(), observer or TrainObserver()
     with ExitStack() as stack:

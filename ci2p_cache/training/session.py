@@ -42,7 +42,7 @@ class Session:
     stop: StopSignal
     """Notes the signals that come to this rank."""
     observer: TrainObserver
-    """Told of progress, epochs and notices; of rank 0 alone anybody listens."""
+    """Receives progress, epochs and notices; of rank 0 alone anybody listens."""
 
     def learner(self, checkpoint: Checkpoint | None) -> Learner:
         """Returns model, optimiser and averages, as they were saved or as the seed makes them.
@@ -58,7 +58,7 @@ class Session:
             path = checkpoint_path(self.path, state.name)
             learner.restore(checkpoint, path)
             self.observer.notice(
-                f"going on from {path}: {state.epoch} of {self.spec.epochs} epochs and "
+                f"continuing from {path}: {state.epoch} of {self.spec.epochs} epochs and "
                 f"{state.step} steps are done."
             )
         learner.share(self.ranks)
@@ -77,7 +77,7 @@ class Session:
         """Trains from `state` to the end, and returns the state there.
 
         Args:
-            state: Where training begins or goes on.
+            state: Where training begins or continues.
             learner: Model, optimiser and averages as they are there.
             loaders: Of the train and the val split.
             writer: Saves what was trained; None on ranks other than 0.
@@ -132,7 +132,7 @@ class Session:
                 f"training stopped after {state.epoch} of {self.spec.epochs} epochs and "
                 f"{state.step} steps of the next; all of it is saved in {self.path}",
                 signal_number=signal_number,
-                hint="run the same command again to go on",
+                hint="run the same command again to continue",
             )
         return state
 

@@ -43,7 +43,7 @@ class RunArgs(Record):
     version: int = 1
     """Version of this record."""
     cache: str
-    """Where the cache lay; information only."""
+    """Where the cache was; information only."""
     numerics: dict[str, str]
     """Device, threads and versions at the start; others may change the last bits."""
     settings: RunSettings

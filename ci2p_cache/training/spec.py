@@ -146,7 +146,7 @@ class TrainSpec(Record):
     def binding(self) -> dict[str, Any]:
         """Returns what a run folder is bound to: all fields, as version 1 wrote them.
 
-        What came later is left out where it is off, so runs that were begun before it go on.
+        What came later is left out where it is off, so runs that were begun before it continue.
         """
         return {
             name: value
@@ -166,7 +166,7 @@ class TrainSpec(Record):
         _require(self.lr > 0 and math.isfinite(self.lr), f"`lr` is {self.lr}; it must be positive")
         _require(
             0 <= self.min_lr <= self.lr,
-            f"`min_lr` is {self.min_lr}; it must lie between 0 and `lr` {self.lr}",
+            f"`min_lr` is {self.min_lr}; it must be between 0 and `lr` {self.lr}",
         )
         _require(
             0 <= self.num_warmup_epochs < self.epochs,

@@ -43,7 +43,7 @@ _DTYPES = {
 def read_tensors(path: Path, record: FileRecord) -> dict[str, Tensor]:
     """Reads a safetensors file whose size and sha256 are known.
 
-    The header is held against the size before the rest is read, so memory follows from what lies
+    The header is held against the size before the rest is read, so memory follows from what is
     on disk and not from what the header says; what is parsed is what the digest was checked of.
 
     Args:

@@ -39,7 +39,7 @@ class Trainer:
     """Trains a model to the end of its run, or to where it is asked to stop.
 
     All randomness of a step comes from (seed, epoch, step, rank), so a run that was stopped
-    anywhere goes on to the same last bit on CPU, with the same ranks, threads and versions.
+    anywhere continues to the same last bit on CPU, with the same ranks, threads and versions.
 
     Of several ranks each runs this loop over its slices of the same batches. After each step all
     hold the same weights, moments and sums, and when a checkpoint is saved the same BatchNorm
@@ -49,9 +49,9 @@ class Trainer:
     spec: TrainSpec
     """What to do."""
     model: nn.Module
-    """On its device, with the weights to go on from."""
+    """On its device, with the weights to continue from."""
     optimizer: Optimizer
-    """From `make_optimizer`, with the moments to go on from."""
+    """From `make_optimizer`, with the moments to continue from."""
     train_loader: BatchLoader
     """Shuffled by the spec's seed; its batches may be recycled."""
     val_loader: BatchLoader | None
@@ -63,7 +63,7 @@ class Trainer:
     ranks: Ranks
     """Those that train together."""
     observer: TrainObserver
-    """Told of progress and skipped steps; epochs are the caller's to tell, in `save`."""
+    """Receives progress and skipped steps; epochs are the caller's to tell, in `save`."""
     save_every_steps: int | None = None
     """Steps between checkpoints inside an epoch; None saves at the end of epochs only."""
     average: WeightAverage | None = None

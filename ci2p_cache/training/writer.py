@@ -28,7 +28,7 @@ class RunWriter:
         staging: The open staging area of the run folder.
         run: Digest of the run's settings and data.
         has_average: Whether the run averages its weights.
-        observer: Told of epochs that are safe on disk.
+        observer: Receives epochs that are safe on disk.
     """
 
     def __init__(
@@ -111,14 +111,14 @@ def open_writer(
         args: What is asked for.
         cache: The cache that is trained from.
         config: The model.
-        overwrite: Whether to remove the run that lies there first.
-        observer: Told of what has changed since the start, and of epochs.
+        overwrite: Whether to remove the run that is there first.
+        observer: Receives what has changed since the start, and of epochs.
 
     Yields:
         What writes there; `args.yaml`, `model.json` and the encoder's copy stand.
 
     Raises:
-        RunMismatchError: a run with other settings lies there, or something else than a run.
+        RunMismatchError: a run with other settings is there, or something else than a run.
         LockedError: another process trains there.
         DigestError: the cache's encoder is missing or is not the one that was committed.
         ResourceError: the folder cannot be written.

@@ -5,7 +5,7 @@
 #
 # Tried: bash -n. The ranks themselves are tested with torchrun and gloo on one machine
 # (tests/test_distributed.py). Not tried: under Slurm, between machines, nccl. A job that was
-# preempted goes on where it stopped when it is submitted again with the same --name.
+# preempted continues where it stopped when it is submitted again with the same --name.
 #
 #SBATCH --job-name=ci2p-train
 #SBATCH --nodes=2

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.encode IMAGES [--count 400] [--repeats 3] [--profile]
 
 IMAGES is a folder of pictures, with or without classes; `count` files spread evenly over it are
-copied first, so that they lie in the page cache. Every contestant is a process of its own, because
+copied first, so that they are in the page cache. Every contestant is a process of its own, because
 allocator and threads belong to a process: it loads its encoder, warms up, and waits while the
 others have their turn. Turns rotate, one contestant at a time, on all cores this process may use.
 

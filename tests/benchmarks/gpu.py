@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.gpu [--images FOLDER] [--json FILE] [--markdown]
 
-Without a folder it generates JPEGs. In this order: g_a alone on images that lie on the device; the
+Without a folder it generates JPEGs. In this order: g_a alone on images that are on the device; the
 whole of stage one, and decoding with g_a at rest; batches out of the cache onto the device; then
 training at bf16 (--precision), for each model from the cache, its compute alone, with the encoder
 in the loop, and ViT-B/16 from the JPEGs. Utilisation is held against the device's own rate of

@@ -2,7 +2,7 @@
 
 Threads that one library leaves running, or a heap that it filled, change what another is measured
 at: in one process with all peers `LatentLoader` ran at 0.57 of its bound, without them at 1.08. The
-processes are forked once the stores are built, so the latents lie in memory only once.
+processes are forked once the stores are built, so the latents are in memory only once.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def test_a_row_outside_the_split_is_refused(cache, row):
 
 def test_a_row_that_is_not_encoded_yet_is_said_to_be(cache, tmp_path):
     part = half_encoded(cache, tmp_path / "half")
-    with pytest.raises(IncompleteCacheError, match="row 9 of split 'train' lies in shard 1"):
+    with pytest.raises(IncompleteCacheError, match="row 9 of split 'train' is in shard 1"):
         describe_sample(part, "train", row=9)
     assert describe_sample(part, "train", row=3) == describe_sample(cache, "train", row=3)
 
@@ -461,7 +461,7 @@ class TestWhereThePictureGoes:
                 draw_preview(cache, path)
 
     def test_neither_the_cache_nor_its_images_take_it_in(self, cache, folder, tmp_path):
-        with pytest.raises(UsageError, match="lies in the cache"):
+        with pytest.raises(UsageError, match="is in the cache"):
             draw_preview(cache, cache.path / "look.png")
         for place in ("ant", "new"):
             with pytest.raises(UsageError, match=r"among the images.*--rescan"):

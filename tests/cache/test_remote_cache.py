@@ -1,4 +1,4 @@
-"""A finished cache on an object store is opened, verified and trained from as if it lay here."""
+"""A finished cache on an object store is opened, verified and trained from as if it was here."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ class TestBadInput:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-        # Port 9 of loopback: nobody listens, so the connection is refused at once.
+        # Port 9 of loopback: no one listens, so the connection is refused at once.
         monkeypatch.setenv("CI2P_CACHE_WEIGHTS_URL", "http://127.0.0.1:9/")
         ran = run("encode", image_folder, "--out", tmp_path / "out")
         self.refused(ran, 6, "--weights", "--encoder bundled", str(tmp_path / "home"))

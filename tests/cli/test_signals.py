@@ -1,4 +1,4 @@
-"""Which signals stop a command so that it can go on, and which it leaves ignored."""
+"""Which signals stop a command so that it can continue, and which it leaves ignored."""
 
 from __future__ import annotations
 

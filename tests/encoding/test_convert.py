@@ -155,7 +155,7 @@ class TestCaches:
 class TestRefused:
     def test_a_place_inside_the_cache_or_around_it(self, shards: Path) -> None:
         for out in (shards / "new", shards, shards.parent):
-            with pytest.raises(errors.UsageError, match="lie in each other"):
+            with pytest.raises(errors.UsageError, match="are in each other"):
                 cc.convert(shards, out, format="webdataset")
 
     @pytest.mark.parametrize("format", ["zarr", "npy"])
@@ -283,7 +283,7 @@ class TestCommand:
 
 
 def test_the_index_is_read_by_pandas_as_the_readme_says(shards: Path) -> None:
-    # README, "What lies on disk".
+    # README, "What is on disk".
     import pandas
 
     table = pandas.read_parquet(shards / "index")

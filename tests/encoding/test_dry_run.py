@@ -175,7 +175,7 @@ def test_what_a_run_refuses_a_dry_run_refuses(
     before = data_digests(half_done)
     with pytest.raises(errors.FingerprintMismatchError, match="'flip' in the folder"):
         dry_run(image_folder, half_done, with_options(views="none"))
-    with pytest.raises(errors.UsageError, match="lies inside the source"):
+    with pytest.raises(errors.UsageError, match="is inside the source"):
         dry_run(image_folder, image_folder / "ant" / "out", SMALL)
     with pytest.raises(errors.UsageError, match="max_errors"):
         dry_run(image_folder, tmp_path / "new", with_options(max_errors="many"))
@@ -188,7 +188,7 @@ def test_what_a_run_refuses_a_dry_run_refuses(
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(errors.LockedError, match="another process works on"):
             dry_run(image_folder, half_done, SMALL)
-    # A lock file that a killed run left behind is nobody's.
+    # A lock file that a killed run left behind is no one's.
     assert dry_run(image_folder, half_done, SMALL).images_left == 8
     lock.unlink()
     assert data_digests(half_done) == before

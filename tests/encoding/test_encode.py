@@ -44,7 +44,7 @@ def cache_dir(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def reference_model(cache_dir: Path) -> FactorizedPrior:
-    """CompressAI's own class on the encoder that lies in the cache, as a stranger would load it."""
+    """CompressAI's own class on the encoder that is in the cache, as a stranger would load it."""
     models = pytest.importorskip("compressai.models")
     model = models.FactorizedPrior(128, 192)
     state = {**model.state_dict(), **load_file(cache_dir / "encoder.safetensors")}
@@ -546,7 +546,7 @@ def test_what_is_left_out_and_a_disk_too_small_are_told_before_the_work(
     told = Told()
     assert cc.encode(source, tmp_path / "out", SMALL, observer=told).images == 6
     assert any("notes.txt" in text for text in told.texts)
-    assert any("goes on after space is made" in text for text in told.texts)
+    assert any("continues after space is made" in text for text in told.texts)
 
 
 def test_an_output_that_is_a_file_is_refused(image_folder: Path, tmp_path: Path) -> None:

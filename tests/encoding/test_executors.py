@@ -126,7 +126,7 @@ def test_when_the_driver_ends_all_processes_end(
     if number == signal.SIGINT:
         assert "ci2p-cache encode" in text
         assert not (out / ".staging").exists()
-    # The same command with another executor goes on, to the same bytes.
+    # The same command with another executor continues, to the same bytes.
     summary = cc.encode(pictures, out, SMALL)
     assert 0 < summary.encoded_now < 160
     assert tree(out) == tree(whole)

@@ -414,14 +414,14 @@ class TestWhatWasThereStaysInForce:
         put(bad, 99)
         summary, told = encode(source, out, max_errors="0")
         assert (summary.images, summary.bad) == (23, 0)
-        assert "goes on with the new images" in told
+        assert "continues with the new images" in told
         assert_kept(pristine / "out", out)
 
     def test_it_goes_on_from_another_place_only_with_a_word(self, place: Path) -> None:
         put(place / "more" / "ant" / "new.jpg", 99)
         encode(place / "more", place / "out", rescan=True, plan_only=True)
         _, told = encode(place / "src", place / "out", max_errors="0", plan_only=True)
-        assert "goes on with the new images" in told
+        assert "continues with the new images" in told
         assert f"was planned from {place / 'more'}; {place / 'src'} is taken for the same" in told
 
     @pytest.mark.parametrize("changes", [{"retry_failed": True}, {"rescan": True}])

@@ -1,4 +1,4 @@
-"""Experiments: what a recipe may be, how it is changed, and that a folder holds one and goes on."""
+"""Experiments: what a recipe may be, how it is changed, and that a folder holds one."""
 
 from __future__ import annotations
 

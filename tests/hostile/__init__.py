@@ -1,5 +1,5 @@
 """R8: what a stranger sends costs an exit code and nothing else: no code run, no memory, no file.
 
 Each case is made as somebody would who knows the format: digests are made to fit where the attack
-does not lie in the digest itself.
+does not be in the digest itself.
 """

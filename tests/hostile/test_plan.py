@@ -1,4 +1,4 @@
-"""Plans that deceive: `encode` reads them to go on, `verify --repair` to encode shards again."""
+"""Plans that deceive: `encode` reads them to continue, `verify --repair` to encode shards again."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_imports_point_down_only(package: list[Source]) -> None:
 
 
 def test_the_rooms_within_encoding_do_not_know_each_other(package: list[Source]) -> None:
-    # What lies beside them calls the executors, and repairs for a complete cache that is damaged;
+    # What is beside them calls the executors, and repairs for a complete cache that is damaged;
     # dry runs, repairs and conversions stand upon it.
     root = PACKAGE / "encoding"
     inner = {path.name for path in root.iterdir() if (path / "__init__.py").exists()}

@@ -118,7 +118,7 @@ class TestWhichFiles:
         put_tar(tmp_path / "all.tar", "a")
         ran = run("encode", tmp_path, "--out", tmp_path / "out", "--encoder", "bundled")
         assert ran.code == UsageError.exit_code
-        assert "lies inside the source" in ran.err
+        assert "is inside the source" in ran.err
 
 
 class TestOrder:

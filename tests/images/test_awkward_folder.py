@@ -104,7 +104,7 @@ def test_every_awkward_file_has_its_outcome_and_the_cache_is_clean(
         assert train[row][0].isfinite().all()
 
 
-# What lies in the folder of odd things -> what becomes of it: None a latent, else the reason.
+# What is in the folder of odd things -> what becomes of it: None a latent, else the reason.
 LISTED: dict[str, str | None] = {
     "a/plain.jpg": None,
     "a/empty.jpg": "the file is empty",

@@ -120,7 +120,7 @@ def test_odd_tiff_metadata_warns_of_nothing(extra: tuple[int, int, int, bytes]) 
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
-        ((273, 4, 900, long(8)), "values of TIFF tag 273 lie outside the file"),
+        ((273, 4, 900, long(8)), "values of TIFF tag 273 are outside the file"),
         ((322, 4, 1, long(100_000)), "100000x100000 is 10000000000 pixels"),
         ((257, 3, 1, short(0)), "."),
     ],
@@ -133,7 +133,7 @@ def test_damaged_tiff_is_refused(extra: tuple[int, int, int, bytes], reason: str
 
 
 def test_tiff_without_a_directory_is_refused() -> None:
-    with pytest.raises(ImageDecodeError, match="TIFF: the TIFF directory lies outside the file"):
+    with pytest.raises(ImageDecodeError, match="TIFF: the TIFF directory is outside the file"):
         decode_image(b"II*\0\xff\xff\xff\xff" + bytes(20), SPEC)
 
 

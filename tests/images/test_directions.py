@@ -237,7 +237,7 @@ REFUSED_TARS: dict[str, tuple[bytes, str]] = {
         inner(("a.tar", inner("../1.jpg")), ("b.tar", inner("1.jpg"))), "leads out of it",
     ),
     "something behind an inner end": (
-        inner(("a.tar", inner("1.jpg") + b"x" * 512)), "goes on behind its end marker",
+        inner(("a.tar", inner("1.jpg") + b"x" * 512)), "continues behind its end marker",
     ),
 }  # fmt: skip
 

@@ -310,7 +310,7 @@ def test_listing_retries_what_may_pass(tmp_path: Path, monkeypatch: pytest.Monke
 
 @contextmanager
 def without_privileges() -> Iterator[None]:
-    """Runs as nobody where the tests run as root, whom permissions do not stop."""
+    """Runs as no one where the tests run as root, whom permissions do not stop."""
     if os.geteuid() != 0:
         yield
         return

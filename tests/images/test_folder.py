@@ -171,7 +171,7 @@ def test_images_beside_class_folders_are_counted_and_not_used(tmp_path: Path) ->
     source = open_source(tmp_path)
     assert keys(source) == ["a/1.jpg"]
     assert notice(source, "beside") == (
-        "2 images ignored that lie beside the class folders, in none of them, for example 2.jpg"
+        "2 images ignored that are beside the class folders, in none of them, for example 2.jpg"
     )
 
 

@@ -1,4 +1,4 @@
-"""ImageNet as it lies on disks: the Kaggle tree, a flat val folder, and the development kit."""
+"""ImageNet as it is on disks: the Kaggle tree, a flat val folder, and the development kit."""
 
 from __future__ import annotations
 

@@ -371,7 +371,7 @@ class TestStock:
 
 
 def vouch(root: Path) -> None:
-    """Makes every record of a cache fit what lies there, checksums.sha256 included."""
+    """Makes every record of a cache fit what is there, checksums.sha256 included."""
     reseal(root)
     path = root / "checksums.sha256"
     names = [line.partition("  ")[2] for line in path.read_text().splitlines()]

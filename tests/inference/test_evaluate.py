@@ -195,7 +195,7 @@ class TestElsewhere:
             (tmp_path / "file", errors.ResourceError, "file is no folder"),
             (tmp_path / "file" / "out", errors.ResourceError, "file is no folder"),
             (tmp_path / "a.json", errors.UsageError, "wanted a folder"),
-            (made / "shards" / "out", errors.UsageError, "lies in the cache"),
+            (made / "shards" / "out", errors.UsageError, "is in the cache"),
             ("s3://bucket/out", errors.UsageError, "is a URL"),
         ):
             with pytest.raises(error, match=match):

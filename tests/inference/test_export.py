@@ -140,7 +140,7 @@ def test_other_logits_are_refused(classifier: cc.Classifier, made: Path) -> None
 def test_symbols_may_fall_to_either_side_of_a_tie_and_are_counted(
     classifier: cc.Classifier, made: Path
 ) -> None:
-    """The encoder's medians are moved so that one value of the first image lies at a tie."""
+    """The encoder's medians are moved so that one value of the first image is at a tie."""
     images = views(classifier, made)
     offset = torch.tensor(classifier.run.file.offset)[:, None, None]
     scaled = classifier.latents(images) - offset
@@ -154,7 +154,7 @@ def test_symbols_may_fall_to_either_side_of_a_tie_and_are_counted(
 
     assert bool((other != scaled.round())[near].all())
     if float(from_tie.min()) > 1e-3:
-        pytest.fail("no value of these pictures lies within 1e-3 of a tie")
+        pytest.fail("no value of these pictures is within 1e-3 of a tie")
     check = check_export(Pretended(classifier, flip), classifier, images, is_full=True)
     assert check.differing_values == int(near.sum())
     assert check.differing_inputs == 1
@@ -269,4 +269,4 @@ class TestWhereItIsWritten:
     ) -> None:
         ran = run("export", tmp_path / "nowhere", "--out", made / "shards" / "a.onnx")
         assert ran.code == 2
-        assert "lies in the cache" in " ".join(ran.err.split())
+        assert "is in the cache" in " ".join(ran.err.split())

@@ -1,4 +1,4 @@
-"""The exported graph rounds as the cache does, also where a value lies between two symbols."""
+"""The exported graph rounds as the cache does, also where a value is between two symbols."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""R6: one fault at a time in any file of a cache; `verify` must name it, reading must not lie.
+"""R6: one fault at a time in any file of a cache; `verify` must name it, reading must not be.
 
     python tests/long/bitflips.py                1,000 random bit flips, then every file cut in
                                                  half, emptied, deleted, swapped with a sibling

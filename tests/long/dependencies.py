@@ -11,7 +11,7 @@ and Pillow have to write the same bytes and to lose the same in training.
 
 uv comes from pip, and installs wheels alone. What is resolved is the project with its extras
 `test`, `remote`, `ray` and `export`; a floor that no release satisfies, or that another package
-rules out, is named, for it promises what nobody can install. The extra `bench` is left out: it is
+rules out, is named, for it promises what no one can install. The extra `bench` is left out: it is
 for people who measure.
 
 python tests/long/dependencies.py [--python PYTHON ...] [--versions {lowest,newest} ...]

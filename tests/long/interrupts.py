@@ -1,4 +1,4 @@
-"""Bar R11: Ctrl-C at random times in the real command; the command it prints goes on.
+"""Bar R11: Ctrl-C at random times in the real command; the command it prints continues.
 
 Each run is a new `python -m ci2p_cache encode`, interrupted anywhere between its start and its
 end, its imports included. It must end within 5 s with exit 130 and print the command that goes

@@ -93,7 +93,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="resume-forgets-a-shard",
-        says="A command that goes on leaves out the first of the missing shards.",
+        says="A command that continues leaves out the first of the missing shards.",
         file="ci2p_cache/encoding/resume.py",
         old="return commits, missing",
         new="return commits, missing[1:] if commits else missing",
@@ -150,7 +150,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="lock-not-taken",
-        says="The lock file is written, and nobody holds its lock.",
+        says="The lock file is written, and no one holds its lock.",
         file="ci2p_cache/cache/lock.py",
         old="fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         new="pass",
@@ -261,7 +261,7 @@ MUTATIONS = (
     # Spare ones.
     Mutation(
         name="swapped-shards-accepted",
-        says="An intact shard that lies in the place of another is read as that one.",
+        says="An intact shard that is in the place of another is read as that one.",
         file="ci2p_cache/cache/zarr_shards.py",
         old="if stored_crc != index_crc:",
         new="if False:",
@@ -477,7 +477,7 @@ def _node_id(case: ElementTree.Element) -> str:
 
 
 def _is_of(node: str, test: str) -> bool:
-    """Whether a test is the one named, one of its parameters, or lies in what is named."""
+    """Whether a test is the one named, one of its parameters, or is in what is named."""
     return node == test or node.startswith((f"{test}[", f"{test}::"))
 
 

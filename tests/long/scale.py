@@ -3,7 +3,7 @@
 The source is N hard links to a few tiny JPEGs in 1,000 classes. Then every shard but the last few
 is committed: the first one, or as many as `--real` gives time for, by a real encode at 32 px, when
 memory and open files are sampled and must stay flat; all others by copying the latents of the first
-under records and index parts of their own. Then come the command that goes on, finalising, verify
+under records and index parts of their own. Then come the command that continues, finalising, verify
 and training's first batches. Each step runs in a process of its own, forked from one that has only
 imported; the page cache is warm.
 
@@ -271,7 +271,7 @@ def copy_shards(out: Path, shards: int) -> None:
 
 
 def commit_times(out: Path) -> dict[str, int]:
-    """The commit records that lie there, with when each was written."""
+    """The commit records that are there, with when each was written."""
     folder = out / "commits"
     if not folder.is_dir():
         return {}

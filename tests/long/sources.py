@@ -1,6 +1,6 @@
 """The same photographs through every kind of source, also from an S3 server on loopback.
 
-Encodes `--count` images of a folder of classes as they lie there, then as tars, packed tars,
+Encodes `--count` images of a folder of classes as they are there, then as tars, packed tars,
 parquet files and lists, and holds key, class and the crc32c of each latent against the folder's.
 
 python tests/long/sources.py IMAGES [--count 200] [--size 256]

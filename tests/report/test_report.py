@@ -519,7 +519,7 @@ class TestWhereItIsWritten:
 
     def test_a_cache_holds_no_report(self, cache, mine):
         for out in (cache.path / "r.html", cache.path / "index" / "deep" / "r.html"):
-            with pytest.raises(UsageError, match="lies in the cache"):
+            with pytest.raises(UsageError, match="is in the cache"):
                 write_report([mine], out)
 
     def test_a_link_is_replaced_and_what_it_leads_to_is_not(self, mine, tmp_path):

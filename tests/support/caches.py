@@ -76,7 +76,7 @@ def swap(one: Path, other: Path) -> None:
 
 
 class _Named:
-    """A source of images that have names and labels, and that nobody ever reads."""
+    """A source of images that have names and labels, and that no one ever reads."""
 
     notices = ()
 

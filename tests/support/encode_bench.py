@@ -45,7 +45,7 @@ class EncodeBench:
     """An undisturbed encode as the reference, and disturbed ones held against it.
 
     Args:
-        folder: Empty; the source and the caches lie in it.
+        folder: Empty; the source and the caches are in it.
         images: Images of each of two classes.
         shard_samples: Images per shard.
         size: Side of the encoded square in pixels.
@@ -143,7 +143,7 @@ class EncodeBench:
                 yield f"afterwards {name} is {found.get(name)}, wanted {self.whole.get(name)}"
 
     def commits(self) -> set[str]:
-        """Names of the commit records that lie there."""
+        """Names of the commit records that are there."""
         return {path.name for path in self.folder_of_commits().glob("commits/*.json")}
 
     def folder_of_commits(self) -> Path:

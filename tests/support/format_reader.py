@@ -45,7 +45,7 @@ HOLE = 2**64 - 1
 
 
 class FormatError(ValueError):
-    """What lies there is not a complete cache of version 1, or not what was written."""
+    """What is there is not a complete cache of version 1, or not what was written."""
 
 
 class Row(NamedTuple):

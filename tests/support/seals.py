@@ -21,7 +21,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def reseal(root: Path) -> bool:
-    """Makes every size, digest and fingerprint that is recorded fit what lies there."""
+    """Makes every size, digest and fingerprint that is recorded fit what is there."""
 
     def fit(entry: dict[str, Any]) -> None:
         path = root / entry["path"]

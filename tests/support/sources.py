@@ -21,7 +21,7 @@ Entry = tuple[str, bytes, str]
 
 
 def entries(folder: Path) -> list[Entry]:
-    """What lies in a folder of classes, in the order of its names."""
+    """What is in a folder of classes, in the order of its names."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     keys = [path.relative_to(folder).as_posix() for path in files]
     return [(k, p.read_bytes(), k.split("/")[0]) for k, p in zip(keys, files, strict=True)]

@@ -19,7 +19,7 @@ SPEC = cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=8)
 def make_run(root: Path, dtype: str = "int8") -> Path:
     """Encodes 15 + 6 pictures of three classes at 64 px into `root/shards` and trains `runs/run`.
 
-    The pictures lie in `root/src/{train,val}/CLASS`.
+    The pictures are in `root/src/{train,val}/CLASS`.
     """
     write_image_folder(root / "src" / "train", {"ant": 6, "bee": 5, "cat": 4})
     write_image_folder(root / "src" / "val", {"ant": 2, "bee": 3, "cat": 1}, quality=60)
@@ -53,7 +53,7 @@ def rewrite_json(path: Path, **fields: Any) -> None:
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Makes the digests of a checkpoint fit what lies there now."""
+    """Makes the digests of a checkpoint fit what is there now."""
     listing = json.loads((folder / "digests.json").read_text())
     for entry in listing["files"]:
         data = (folder / entry["path"]).read_bytes()

@@ -119,7 +119,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_naming_both(
     notes = go_on(cache_dir, run)
     assert "damaged checkpoint passed over" in notes.notices[0]
     assert NEWEST in notes.notices[0]
-    assert f"goes on from {OLDER}" in notes.notices[0]
+    assert f"continues from {OLDER}" in notes.notices[0]
     assert rows_of(run) == rows_of(finished)
     assert same_files(run / "checkpoints" / NEWEST, finished / "checkpoints" / NEWEST)
 

@@ -267,7 +267,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_to_the_s
         assert rank["error"]["type"] == "InterruptedRunError"
         assert rank["error"]["code"] == 143
         assert "0 of 2 epochs and 4 steps" in rank["error"]["text"]
-    assert "going on from" in two["went on"][0]["notices"][0]
+    assert "continuing from" in two["went on"][0]["notices"][0]
     assert numbers(folder / "runs" / "stopped") == numbers(folder / "runs" / "uninterrupted")
     assert batches(two["stopped"])[:4] + batches(two["went on"]) == sequence(SPEC)
 
@@ -342,7 +342,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_the_same_bits(
     again = warm.ranks(2, *command)
     told, silent = (rank.wait() for rank in again)
     assert [rank.returncode for rank in again] == [0, 0], told
-    assert told.count("going on from") == 1
+    assert told.count("continuing from") == 1
     assert told.count("epoch 2/2") == 1
     assert "damaged" not in told
     assert silent == ""
@@ -415,7 +415,7 @@ def test_torchrun_ends_all_ranks_when_one_is_killed_or_at_ctrl_c_and_they_go_on(
     again = launch(2, *command)
     told, _ = again.communicate(timeout=120)
     assert again.returncode == 0, told
-    assert told.count("going on from") == 1
+    assert told.count("continuing from") == 1
     assert numbers(folder / "runs" / "torchrun") == numbers(folder / "runs" / "torchrun-whole")
 
     refused = launch(2, "ci2p_cache", *train_command(folder, "torchrun", **options | {"epochs": 4}))

@@ -126,7 +126,7 @@ def test_stopped_anywhere_a_run_with_everything_on_goes_on_to_the_same_bits(
         seen = do(job("stopped", SPEC, events={place: "stop"}), folder)
         assert done in seen["error"]["text"]
     went_on = do(job("stopped", SPEC), folder)
-    assert "going on from" in went_on["notices"][0]
+    assert "continuing from" in went_on["notices"][0]
     assert numbers(folder / "runs" / "stopped") == numbers(finished)
     assert set(numbers(finished)[1]) == {
         "model.safetensors", "optimizer.safetensors", "ema.safetensors",

@@ -1,4 +1,4 @@
-"""A conversion into a cache: begun, gone on with, finalised; plain arrays are not known here."""
+"""A conversion into a cache: begun, continued, finalised; plain arrays are not known here."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class ConvertSummary(Record):
     shards: int
     """Shards over all splits."""
     converted_now: int
-    """Of them, those that this call converted; the others lay there already."""
+    """Of them, those that this call converted; the others were there already."""
     source_bytes: int
     """Bytes of the shards and index parts that were read from."""
     bytes: int
@@ -63,7 +63,7 @@ def convert(
 
     A cache of the new format has the same fingerprint, plan, rows and values; its layout differs in
     `format`, `codec` and `level` alone. It is what `encode` would have written with that layout, to
-    the byte, on the same software. Called again after an interruption it goes on. `npy` writes
+    the byte, on the same software. Called again after an interruption it continues. `npy` writes
     plain arrays, which are no cache; they appear whole or not at all.
 
     Args:
@@ -75,7 +75,7 @@ def convert(
         on_shard: Called with (shards done, shards in all).
 
     Raises:
-        UsageError: `out` is a URL, lies inside the cache or the cache in it, or codec or level are
+        UsageError: `out` is a URL, is inside the cache or the cache in it, or codec or level are
             given for npy or out of range.
         NotACacheError: the cache folder is no cache, or `out` holds something else.
         IncompleteCacheError: encoding has not finished.
@@ -83,7 +83,7 @@ def convert(
         ShardError, ManifestError: the cache is damaged; what was converted before is safe.
         LockedError: another process writes to `out`.
         ResourceError: reading or writing failed; run it again later.
-        InterruptedRunError: a signal stopped it; run it again to go on.
+        InterruptedRunError: a signal stopped it; run it again to continue.
     """
     started = time.perf_counter()
     cache, root = open_cache(path), Path(out)
@@ -123,7 +123,7 @@ def _refuse_place(root: Path, cache: Cache) -> None:
     new, old = root.resolve(), cache.path.resolve()
     if new.is_relative_to(old) or old.is_relative_to(new):
         raise UsageError(
-            f"`out` {root} and the cache {cache.path} lie in each other",
+            f"`out` {root} and the cache {cache.path} are in each other",
             hint="choose an --out folder beside the cache",
         )
     refuse_foreign_folder(root)

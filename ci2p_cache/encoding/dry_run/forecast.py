@@ -22,7 +22,7 @@ _WAITING = 0.1
 """From that share of the time on in which g_a waits, images do not come fast enough."""
 
 _Z = 1.645
-"""Of a normal distribution, 95 % lie below so many standard deviations."""
+"""Of a normal distribution, 95 % are below so many standard deviations."""
 
 _FOLDER_BYTES = 16_000
 _SPLIT_BYTES = 11_000
@@ -88,7 +88,7 @@ class DryRunReport(Record):
     """There are 95 of 100 chances that no more are bad (Wilson 1927, "Probable inference, the law
     of succession, and statistical inference", one-sided)."""
     bad_allowed: int
-    """Bad images at which a run still goes on."""
+    """Bad images at which a run still continues."""
     clipped_share: float
     """Share of the sample's symbols that saturate at the dtype's limit."""
 
@@ -126,7 +126,7 @@ class Work:
     already_bad: int
     """Bad images in shards committed earlier."""
     bad_allowed: int
-    """Bad images at which a run still goes on."""
+    """Bad images at which a run still continues."""
 
     @property
     def rows(self) -> dict[str, int]:

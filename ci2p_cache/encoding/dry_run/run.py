@@ -73,7 +73,7 @@ def dry_run(
         out: As for `encode`; it need not be there.
         options: As for `encode`; `seed` also draws the sample.
         overwrite: Predict for an empty folder in the place of the cache that is in `out`.
-        observer: Told of progress and notices.
+        observer: Receives progress and notices.
 
     Raises:
         UsageError, SourceError, FingerprintMismatchError, NotACacheError, LockedError,
@@ -176,7 +176,7 @@ def _scratch(root: Path) -> Iterator[Path]:
     """Makes an empty folder on the disk of `root`, and removes it with all that is in it."""
     place = _existing(root.absolute().parent)
     if root.is_dir() and not os.access(place, os.W_OK):
-        # A disk of its own is mounted there; only the files' size counts, not where they lie.
+        # A disk of its own is mounted there; only the files' size counts, not where they are.
         place = Path(tempfile.gettempdir())
     with disk_errors(root):
         folder = Path(tempfile.mkdtemp(prefix=".ci2p-cache-dry-run-", dir=place))

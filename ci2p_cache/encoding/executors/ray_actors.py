@@ -124,7 +124,7 @@ class _Actor:
 
 
 class _Cluster:
-    """The actors of one run, and the shards that are in nobody's hands.
+    """The actors of one run, and the shards that are in no one's hands.
 
     Args:
         ray: The module, joined to a cluster.

@@ -94,5 +94,5 @@ def _tell_disk_need(work: Work, missing: list[Place]) -> None:
     if need > free:
         observer.notice(
             f"about {need / 1e9:.1f} GB will be written and {free / 1e9:.1f} GB are free on the "
-            f"disk of {root}; when it is full the run stops, and goes on after space is made"
+            f"disk of {root}; when it is full the run stops, and continues after space is made"
         )

@@ -5,7 +5,7 @@
     driver: holds the folder's lock, hands out shards, counts, finalises
     worker: opens the begun folder and the source, encodes and commits whole shards
 
-What a worker encodes with lies in the folder: plan, settings and the encoder itself. The driver
+What a worker encodes with is in the folder: plan, settings and the encoder itself. The driver
 sends little and gets commit records back. As `python -m ci2p_cache.encoding.executors.worker` it
 is a process that speaks JSON lines: it asks for each shard when it has room for it, so its pipeline
 never drains between shards, and ends when its standard input does.

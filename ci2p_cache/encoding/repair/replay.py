@@ -101,7 +101,7 @@ class Replay:
         images: The source.
         encoder: The cache's encoder, on CPU.
         staging: Where files are staged.
-        observer: Told of progress and notices.
+        observer: Receives progress and notices.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ def restored_encoder(
     Args:
         manifest: The cache's manifest.
         weights: A weights file to take it from; None: the bundled or the official weights, where
-            the latter lie in the user's cache folder.
+            the latter are in the user's cache folder.
 
     Returns:
         The encoder and the bytes of its file as the manifest knows them, or None where no weights

@@ -55,7 +55,7 @@ def repair(
 
     Damaged shards are encoded again with the batch size and device that their commit records hold,
     by the cache's own encoder, so on the same software the cache has the very bytes it had. Files
-    that no record lists are left alone. Run again after an interruption, it goes on.
+    that no record lists are left alone. Run again after an interruption, it continues.
 
     Args:
         path: The cache folder; in one that is still being encoded only committed shards are put
@@ -63,7 +63,7 @@ def repair(
         source: Where the images are now; None: where they were when the cache was made.
         weights: A weights file to restore a damaged encoder.safetensors from; None: the bundled
             or the downloaded official weights, if they are the ones.
-        observer: Told of progress and notices.
+        observer: Receives progress and notices.
         on_shard: Called with (shards checked, shards in all) while looking for damage.
 
     Returns:
@@ -79,7 +79,7 @@ def repair(
         FingerprintMismatchError: the decoders here are not those that made the cache.
         RefusedError: a shard was encoded on a device that is not here.
         ResourceError: reading or writing failed; run it again later.
-        InterruptedRunError: a signal stopped it; run it again to go on.
+        InterruptedRunError: a signal stopped it; run it again to continue.
     """
     root = Path(path)
     read_manifest(root)
@@ -112,7 +112,7 @@ class _Repair:
         found: What is wrong.
         source: Where the images are now.
         weights: A weights file.
-        observer: Told of progress and notices.
+        observer: Receives progress and notices.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ _WNIDS = ("n01440764", "n01443537", "n02119789")
 
 @dataclass
 class Inputs:
-    """Where the images lie, by name."""
+    """Where the images are, by name."""
 
     root: Path
     locations: dict[str, str] = field(default_factory=dict)

@@ -242,14 +242,14 @@ def _weights(bench: Bench) -> None:
         make(path)
         bench.refused(name, "encode", bench.inputs["few"], "--out", "new", "--size", 64,
                       "--weights", name)  # fmt: skip
-    # Port 9 of this machine: nobody answers.
+    # Port 9 of this machine: no one answers.
     bench.refused("official, no server", "encode", bench.inputs["few"], "--out", "new",
                   environment={"CI2P_CACHE_WEIGHTS_URL": "http://127.0.0.1:9/"})  # fmt: skip
 
 
 def _damage(root: Path, pattern: str, how: str) -> None:
     found = sorted(root.glob(pattern))
-    assert found, f"nothing lies at {pattern}"
+    assert found, f"nothing is at {pattern}"
     for path in found:
         data = path.read_bytes()
         if how == "flip":

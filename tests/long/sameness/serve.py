@@ -35,7 +35,7 @@ onnxruntime is not here: it starts a thread, which a fork would lose.
 
 
 def _imported() -> str:
-    """Imports the package and all below it; returns where it lies."""
+    """Imports the package and all below it; returns where it is."""
     package = importlib.import_module(PACKAGE)
     names = [each.name for each in pkgutil.walk_packages(package.__path__, f"{PACKAGE}.", _nothing)]
     for name in (*_LATE, *(name for name in names if not name.endswith("__main__"))):
