@@ -65,8 +65,8 @@ def evaluate(
 
     Args:
         run: A run folder, or a checkpoint folder inside one.
-        cache: A cache with the run's fingerprint and classes; None: the run's own place. It may hold
-            other images.
+        cache: A cache with the run's fingerprint and classes; None: that of the run. It may
+            hold other images.
         from_images: Whether to read the images and encode them again instead of reading latents;
             models that read images always do.
         split: Name of the split.

@@ -4,7 +4,8 @@
 
 All contestants read the same stored int8 latents in batches of 128 from files in the page cache,
 each in a process of its own. Each is held against the data first, then runs an untimed epoch, or
-ten seconds of one; then, in every repeat, each continues its endless stream for so many seconds, in an order that rotates between repeats, so that a change of the machine's speed hits all alike.
+ten seconds of one; then, in every repeat, each continues its endless stream for so many seconds,
+in an order that rotates between repeats, so that a change of the machine's speed hits all alike.
 The process is pinned to as many cores as a contestant has threads. A timing begins with batches
 that are not counted, so that nothing which was read ahead between turns is.
 """
