@@ -54,7 +54,8 @@ def train(
 
     Called again with the same arguments it continues where it stopped, and a finished run returns
     at once. On CPU the numbers are the same to the last bit, interrupted or not, as long as the
-    number of threads and the versions stay. SIGINT, SIGTERM and SIGHUP end the step, save, and raise.
+    number of threads and the versions stay. SIGINT, SIGTERM and SIGHUP end the step, save, and
+    raise.
 
     In processes that torchrun has started it trains on all of them together: each global batch is
     cut in as many slices as there are ranks, and gradients are means over the whole batch. Rank 0
