@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ci2p_cache as cc
-from tests.support.pictures import write_image_folder
+from tests.support.pictures import picture, write_image_folder
 from tests.support.warm import Ended, WarmParent
 
 __all__ = ["KINDS", "EncodeBench", "GrowthBench", "spread", "tree"]
@@ -166,9 +166,10 @@ class GrowthBench(EncodeBench):
         ended = warm.run(*self.arguments)
         assert ended.code == 0, ended.told
         self.out.rename(self._before)
-        for path in sorted((folder / "src").rglob("*.jpg")):
-            # The originals of what is committed are gone.
-            path.rename(path.with_name(f"new-{path.name}"))
+        for seed, path in enumerate(sorted((folder / "src").rglob("*.jpg")), start=9000):
+            # The originals of what is committed are gone, and others are there.
+            path.unlink()
+            picture(seed).save(path.with_name(f"new-{path.name}"))
         self._options.append("--rescan")
         rows = 2 * (2 * options.get("images", 3))
         self.num_shards = -(-rows // options.get("shard_samples", 4))
@@ -177,6 +178,11 @@ class GrowthBench(EncodeBench):
     def fresh(self) -> None:
         super().fresh()
         shutil.copytree(self._before, self.out)
+
+    def undisturbed(self, warm: WarmParent) -> Ended:
+        ended = super().undisturbed(warm)
+        assert len(self.commits()) == self.num_shards, "it has not grown"
+        return ended
 
     def broken(self) -> Iterator[str]:
         yield from (f"{item.path} is {item.kind}" for item in cc.verify(self.out))
