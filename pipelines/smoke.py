@@ -4,7 +4,7 @@ Paper:    none.
 Command:  ci2p-cache run pipelines/smoke.py:smoke
 Hours:    half a minute. Disk: 2 MB.
 Hardware: one CPU core.
-Expect:   that it ends. The accuracy (about 40 % where guessing gives 20 %, of some 10 pictures)
+Expect:   that it ends. The accuracy (about 60 % where guessing gives 20 %, of some 10 pictures)
           says nothing: five epochs of 64 px, generated patterns.
 """
 
