@@ -52,7 +52,7 @@ def load_chosen(options: EncodeOptions, observer: EncodeObserver) -> FrozenEncod
     Raises:
         CacheError: as `load_encoder` has them.
     """
-    # It imports torch while the encoder is loaded and the source is listed.
+    # `encode` has started it before torch was imported; a dry run has not.
     start_decoder_server()
     return load_encoder(
         options.encoder,

@@ -16,6 +16,7 @@ from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.place import refuse_place
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.errors import UsageError
+from ci2p_cache.images.decoder_server import start_decoder_server
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
 
@@ -75,7 +76,8 @@ def encode(
     images = open_source(source, options.source_options(), is_listed=is_planned)
     with interruptible(f"interrupted; every committed shard in {root} is safe"), _made(root):
         # Who loses the race for the folder is told at once: torch, which takes seconds to import,
-        # is imported only afterwards.
+        # is imported only afterwards; and by the decoders' server at the same time.
+        start_decoder_server()
         if part is not None:
             return _encode_range(root, images, options, part, observer)
         with whole_folder(root, what="encode"):

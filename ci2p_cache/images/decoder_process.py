@@ -23,10 +23,13 @@ import resource
 import select
 import signal
 import socket
+import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ci2p_cache.errors import CacheError, ImageDecodeError, MissingDependencyError, UsageError
@@ -34,7 +37,7 @@ from ci2p_cache.images.decode import decode_image
 from ci2p_cache.images.views import image_views
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
-__all__ = ["MAX_MESSAGE_BYTES", "RAISED"]
+__all__ = ["MAX_MESSAGE_BYTES", "RAISED", "import_torchvision"]
 
 MAX_MESSAGE_BYTES = 2**17
 """A key of 4,096 bytes, all of them escaped, and the boxes of some hundred crops fit."""
@@ -204,8 +207,43 @@ def _bound_time() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 
 
+def import_torchvision() -> None:
+    """Imports what decodes and resizes, without torch's compiler.
+
+    torchvision 0.25 to 0.29 takes two names from `torch._dynamo`, of which nothing that decodes has
+    any use, and it alone takes 2 s. Stand-ins give these names; they go when the import has ended.
+
+    Raises:
+        ImportError, AttributeError: torchvision wants more of it. Half an import cannot be
+            repeated: another process is needed.
+    """
+
+    def unsupported(*_: object) -> bool:
+        return False
+
+    def as_it_is(function: Callable[..., Any], *_: object, **__: object) -> Callable[..., Any]:
+        return function
+
+    dynamo, utils = ModuleType("torch._dynamo"), ModuleType("torch._dynamo.utils")
+    vars(utils)["is_compile_supported"] = unsupported
+    vars(dynamo).update(utils=utils, disable=as_it_is)
+    stubs = {module.__name__: module for module in (dynamo, utils)}
+    sys.modules.update(stubs)
+    try:
+        for name in ("torchvision.io", "torchvision.transforms.v2.functional"):
+            importlib.import_module(name)
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+
+
 if __name__ == "__main__":
     # Before any fork: what the workers decode and resize with.
-    for name in ("torchvision.io", "torchvision.transforms.v2.functional"):
-        importlib.import_module(name)
+    if sys.argv[1:]:
+        importlib.import_module("torchvision.transforms.v2.functional")
+    else:
+        try:
+            import_torchvision()
+        except (ImportError, AttributeError):
+            os.execv(sys.executable, [*sys.orig_argv, "whole"])
     _Server(socket.socket(fileno=0)).serve()

@@ -11,9 +11,11 @@ import threading
 from pathlib import Path
 
 from ci2p_cache.errors import ResourceError
-from ci2p_cache.images import decoder_process
 
 __all__ = ["fork_decoder", "server_gone", "start_decoder_server"]
+
+_PROCESS = "ci2p_cache.images.decoder_process"
+"""Its module, which imports torch: this one, which is imported to start it, does not."""
 
 
 class _Server:
@@ -81,7 +83,7 @@ def server_gone() -> ResourceError:
     """Returns the error of a server that ends again and again."""
     return ResourceError(
         "the process that starts decoders has ended, twice",
-        hint=f"{sys.executable} -m {decoder_process.__name__} < /dev/null   (says why)",
+        hint=f"{sys.executable} -m {_PROCESS} < /dev/null   (says why)",
     )
 
 
@@ -92,7 +94,7 @@ def _spawn(control: int) -> None:
         # More threads would be lost in its forks, and none of them is wanted.
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     }
-    command = [sys.executable, "-P", "-W", "ignore", "-m", decoder_process.__name__]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", _PROCESS]
     try:
         os.posix_spawn(
             sys.executable,

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -155,3 +158,32 @@ def _wait_for(holds: Callable[[], object], *, seconds: float) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def test_the_server_imports_torchvision_without_the_compiler() -> None:
+    code = (
+        "import sys; from ci2p_cache.images import decoder_process as it; it.import_torchvision()\n"
+        "heavy = sorted({'torch._dynamo', 'sympy', 'triton', 'compressai'} & set(sys.modules))\n"
+        "import torch._dynamo\n"
+        "print(heavy, hasattr(torch._dynamo, 'optimize'))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True
+    )
+    assert shown.stdout.strip() == "[] True"
+
+
+def test_the_server_starts_anew_where_torchvision_wants_more_of_the_compiler() -> None:
+    name = "ci2p_cache.images.decoder_process"
+    code = (
+        "import runpy, sys; sys.modules['torchvision.io'] = None; sys.argv = ['decoder']\n"
+        f"sys.orig_argv = [sys.executable, '-P', '-W', 'ignore', '-m', {name!r}]\n"
+        f"runpy.run_module({name!r}, run_name='__main__')"
+    )
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        server = subprocess.Popen([sys.executable, "-c", code], stdin=theirs.fileno())
+    with ours:
+        assert Path(f"/proc/{server.pid}").exists()
+    # Its owner has hung up: it ends, once it has imported all.
+    assert server.wait(timeout=120) == 0
