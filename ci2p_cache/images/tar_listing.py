@@ -148,7 +148,10 @@ class TarLister:
             raise self._error(member.name, f"has more than {_MAX_SAMPLE_MEMBERS} members")
         max_bytes = self._files.max_bytes(extension)
         if max_bytes is not None and not (b"." in extension and member.size > max_bytes):
-            self._take_label(sample, member, extension, max_bytes, content)
+            if self._files.are_wanted:
+                self._take_label(sample, member, extension, max_bytes, content)
+            else:
+                sample.add_other(extension)
         elif member.name.rpartition(b"/")[2] in LIST_NAMES:
             self._text_bytes += member.size
             is_kept = self._text_bytes <= _MAX_TEXT_BYTES

@@ -57,12 +57,13 @@ class LabelFiles:
     """Knows which members hold labels, and reads them.
 
     Args:
-        options: `label_column` names an extension, or a field of the .json; with `labels` none, no
-            member holds any.
+        options: `label_column` names an extension, or a field of the .json; with `labels` none,
+            what is found does not count.
     """
 
     def __init__(self, options: SourceOptions) -> None:
-        self._wanted = options.labels == "auto"
+        self.are_wanted = options.labels == "auto"
+        """Whether what they hold counts."""
         self._column = options.label_column
         self._own = None if self._column is None else self._column.lower().lstrip(".").encode()
 
@@ -73,8 +74,6 @@ class LabelFiles:
             extension: All behind the first dot, in lower case.
         """
         before, _, last = extension.rpartition(b".")
-        if not self._wanted:
-            return None
         if extension == self._own:
             return _MAX_BYTES.get(extension, _MAX_OTHER_BYTES)
         if last == self._own or last in _MAX_BYTES:

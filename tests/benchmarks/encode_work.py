@@ -95,6 +95,7 @@ def whole(job: Job, precision: str, views: str) -> Callable[[int], dict[str, flo
     def turn(count: int) -> dict[str, float]:
         shutil.rmtree(job.out, ignore_errors=True)
         options = cc.EncodeOptions(
+            labels="none",
             encoder="bundled", size=job.size, views=views, val_fraction=0.0,
             precision="bf16" if precision == "bf16" else "float32",
             limit=max(1, count // (2 if views == "flip" else 1)), devices="cpu",
