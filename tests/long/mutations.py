@@ -94,7 +94,7 @@ MUTATIONS = (
     Mutation(
         name="resume-forgets-a-shard",
         says="A command that continues leaves out the first of the missing shards.",
-        file="ci2p_cache/encoding/resume.py",
+        file="ci2p_cache/encoding/intent.py",
         old="return commits, missing",
         new="return commits, missing[1:] if commits else missing",
         where=("encoding/test_encode.py::TestDamage::test_encoding_again_mends_what_is_missing",),
@@ -102,7 +102,7 @@ MUTATIONS = (
     Mutation(
         name="rows-swapped-between-shards",
         says="A batch takes the last row of the first shard for the first row of the second.",
-        file="ci2p_cache/cache/split.py",
+        file="ci2p_cache/cache/stored_split.py",
         old="np.divmod(rows, self.record.shard_rows)",
         new="(lambda n: np.divmod(np.where(np.isin(rows, [n - 1, n]) & (self.num_rows > n),"
         " 2 * n - 1 - rows, rows), n))(self.record.shard_rows)",
