@@ -81,9 +81,15 @@ class CountedSource:
         train = by_split.get("train") or by_split.get(None) or set()
         if len(train) < 2:
             count = sum(n for (split, _), n in self._counts.items() if split in ("train", None))
+            found = f"{classes[min(train)] if train else None!r}"
             raise SourceError(
-                f"all {count:,} images to train from in {where} are of one class, "
-                f"{classes[min(train)] if train else None!r}; wanted at least two",
+                "; ".join(
+                    (
+                        f"all {count:,} images to train from in {where} are of one class, {found}",
+                        "wanted at least two",
+                        *self._source.notices,
+                    )
+                ),
                 hint="name the folder whose folders are the classes, if that is another; or "
                 f"{NONE_HINT}",
             )

@@ -180,6 +180,14 @@ def test_a_list_needs_no_labels_where_they_do_not_count(tmp_path: Path) -> None:
         without_labels(table)
 
 
+def test_a_refused_list_says_what_else_was_found(tmp_path: Path) -> None:
+    put(tmp_path, "img/1.jpg", "img/2.jpg")
+    table = tmp_path / "list.csv"
+    table.write_text("path,label\nimg\\1.jpg,daisy\nimg\\2.jpg,daisy\n")
+    with pytest.raises(SourceError, match=r"are of one class, 'daisy'; wanted .*backslash"):
+        cc.encode(table, tmp_path / "out", with_options(views="none"))
+
+
 @pytest.mark.parametrize("path", ["1.jpg", None])
 def test_parquet_needs_no_labels_where_they_do_not_count(tmp_path: Path, path: str | None) -> None:
     image = (put(tmp_path / "src", "1.jpg") / "1.jpg").read_bytes()
