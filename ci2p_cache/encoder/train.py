@@ -91,7 +91,7 @@ def train_codec(
         out: Folder of the run; made where it is missing.
         start: Where the weights come from; None: random ones of `spec.seed`.
         device: cpu or cuda.
-        control: Called after each step: go on, save a checkpoint and continue, or save and stop.
+        control: Called after each step: continue, save a checkpoint and continue, or save and stop.
 
     Returns:
         The codec with averaged weights; `encoder.save(path)` writes what `load_encoder` reads.

@@ -254,7 +254,7 @@ class EarlierRows:
             self.relabelled.add(ref.key)
         return True
 
-    def moved(self, rows: Mapping[str, Iterable[int]]) -> dict[str, dict[int, bytes]]:
+    def places(self, rows: Mapping[str, Iterable[int]]) -> dict[str, dict[int, bytes]]:
         """Returns where the source has the originals of some rows now, by split and row."""
         return {split: {row: self._paths[split][row] for row in rows[split]} for split in rows}
 

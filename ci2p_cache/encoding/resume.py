@@ -201,7 +201,7 @@ def _grown(
         notices, changed = changed_originals(root, images, rows, list(commits), moved)
         if options.reencode_changed:
             again = dict(changed)
-            plan = plan.with_paths(rows.moved(changed))
+            plan = plan.with_paths(rows.places(changed))
         if new := classes[len(cache.classes) :]:
             notices.append(
                 f"new classes come after those of the cache: {', '.join(new[:3])}"

@@ -210,7 +210,7 @@ def _bound_time() -> None:
 def import_torchvision() -> None:
     """Imports what decodes and resizes, without torch's compiler.
 
-    torchvision 0.25 to 0.29 takes two names from `torch._dynamo`, of which nothing that decodes has
+    torchvision 0.29 takes two names from `torch._dynamo`, of which nothing that decodes has
     any use, and it alone takes 2 s. Stand-ins give these names; they go when the import has ended.
 
     Raises:

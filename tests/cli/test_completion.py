@@ -57,7 +57,7 @@ for line in {list(LINES)!r}:
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, str]:
-    """What bash is told for the last word of each line; one process, in which nothing is heavy."""
+    """What bash gets for the last word of each line; one process, in which nothing is heavy."""
     done = subprocess.run(
         [sys.executable, "-c", EACH],
         env={**os.environ, "_CI2P_CACHE_COMPLETE": "complete_bash"},
