@@ -48,7 +48,7 @@ class OutputStream(io.FileIO):
             select.select([], [self], [])
 
     def _has_lost_reader(self, error: OSError) -> bool:
-        """Says whether the other end is gone, which is no one's mistake."""
+        """Says whether the other end is gone: the command is not at fault."""
         if error.errno == errno.EIO:
             # A terminal that hung up; of a file it is a broken disk.
             return stat.S_ISCHR(os.fstat(self.fileno()).st_mode)

@@ -145,7 +145,7 @@ class _Finder:
         return any(self._tree.is_image(join(folder, name), Tally()) for name in files)
 
     def _parts(self, place: bytes, label_files: tuple[bytes, ...]) -> list[Part]:
-        """Returns the parts of the folder that holds all images, which is no wrapper."""
+        """Returns the parts of the folder that holds all images, found behind any wrapper."""
         # Without labels, scanning lists this folder again.
         folders, files = self._list(place, self._tally if self._labelled else None)
         splits = split_folders(folders)

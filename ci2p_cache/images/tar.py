@@ -268,7 +268,7 @@ class TarSource(ArchiveSource):
     def _do_names_recur(self) -> bool:
         """Whether an image of one archive has the name of one in another, in the same split.
 
-        A name is told by 64 bits of its hash; two that are taken for one would only lengthen keys.
+        64 bits of its hash stand for a name; two that are taken for one would only lengthen keys.
         """
         hashes: dict[str | None, list[npt.NDArray[np.uint64]]] = {}
         for archive, listed in self._listing or ():
