@@ -91,6 +91,7 @@ def test_a_model_on_images_is_not_held_against_itself(cache_dir: Path) -> None:
         bench_training(cache_dir, spec=spec, device="cpu", seconds=0.0)
 
 
+@pytest.mark.slow
 def test_what_needs_the_images_is_left_out_where_they_are_gone(
     cache_dir: Path, tmp_path: Path
 ) -> None:

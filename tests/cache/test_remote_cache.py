@@ -85,6 +85,7 @@ def test_a_pickled_split_of_a_remote_cache_holds_its_url(local: Path, away: str)
     assert all(torch.equal(y, wanted) and one == other for (y, one), (wanted, other) in pairs)
 
 
+@pytest.mark.slow
 def test_tars_are_read_from_s3_as_well(
     local: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +137,7 @@ def test_training_from_a_failing_s3_loses_what_training_here_loses(
         assert copied.read_bytes() == committed
 
 
+@pytest.mark.slow
 def test_five_in_a_hundred_requests_fail_and_nothing_else_does(
     local: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +187,7 @@ def test_verify_names_what_was_damaged_there(
     assert torch.isfinite(split[0][0]).all()
 
 
+@pytest.mark.slow
 def test_another_cache_at_the_same_url_is_not_mixed_with_the_old_one(
     local: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -436,6 +436,7 @@ class TestDataLoader:
         with pytest.raises(errors.InvalidRowError, match="row 0 of split 'train' holds no latent"):
             list(loader)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("codec", ["zstd", "none"])
     def test_a_fork_while_a_thread_opens_a_shard_does_not_wait_for_that_thread(
         self, tmp_path: Path, codec: Any

@@ -296,6 +296,7 @@ class TestRepair:
         assert summary.remaining == ()
         assert not cc.verify(cache)
 
+    @pytest.mark.slow
     def test_one_whose_records_name_compressai_comes_back_byte_for_byte(self, cache: Path) -> None:
         computed_by_compressai(cache)
         assert cc.repair(cache).remaining == ()

@@ -205,6 +205,7 @@ class TestTerminalThatHangsUp:
         assert child.returncode == 129
         assert epochs_saved(tmp_path) == epochs_told(tmp_path)
 
+    @pytest.mark.slow
     def test_under_nohup_it_trains_to_its_end(
         self, warm: WarmParent, cache: Path, tmp_path: Path
     ) -> None:

@@ -169,6 +169,7 @@ def test_a_run_killed_after_a_save_goes_on_from_there(tmp_path):
     assert same_weights(again, resumed)
 
 
+@pytest.mark.slow
 def test_training_leaves_the_callers_random_numbers_and_the_start_alone(tmp_path):
     start = train_codec(pictures(1), spec(steps=1), tmp_path / "start").encoder
     before = start.to_bytes()

@@ -117,6 +117,7 @@ class TestCaches:
         assert data_digests(out) == data_digests(tmp_path / "whole")
         assert cc.convert(shards, out, format="both").converted_now == 0
 
+    @pytest.mark.slow
     def test_a_shard_that_was_damaged_since_is_converted_again(
         self, shards: Path, tmp_path: Path
     ) -> None:
@@ -168,6 +169,7 @@ class TestRefused:
                 cc.convert(shards, tmp_path / name, format=format)
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
+    @pytest.mark.slow
     def test_a_cache_of_another_layout_or_of_other_images(
         self, shards: Path, tmp_path: Path
     ) -> None:

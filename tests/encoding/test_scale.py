@@ -169,6 +169,7 @@ def test_encoding_holds_no_more_files_open_from_shard_to_shard(
     assert max(counts[128:]) <= max(counts[:128]) + 2
 
 
+@pytest.mark.slow
 def test_an_epoch_over_more_shards_than_may_be_open_reads_every_row_once(
     done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

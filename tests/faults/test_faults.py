@@ -66,7 +66,7 @@ def test_every_file_is_synced_renamed_and_its_folder_synced_the_manifest_last(
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thinned(KINDS))
 def test_a_fault_anywhere_is_survived_and_the_same_command_gives_the_same_bytes(
     bench: Bench, kind: str, count: int
 ) -> None:
@@ -115,7 +115,7 @@ def growth(warm: WarmParent, tmp_path_factory: pytest.TempPathFactory) -> Growth
     return made
 
 
-@pytest.mark.parametrize("kind", thinned(KINDS))
+@pytest.mark.parametrize("kind", thinned(KINDS, step=len(KINDS)))
 def test_a_fault_while_a_cache_grows_leaves_it_whole(
     warm: WarmParent, growth: GrowthBench, kind: str
 ) -> None:
@@ -199,6 +199,7 @@ def test_a_disk_that_is_really_full_ends_with_exit_6_and_goes_on_after_space_is_
     assert not list(made.repeated(warm))
 
 
+@pytest.mark.slow
 def test_training_killed_inside_a_save_goes_on_to_the_same_bits(
     warm: WarmParent, tmp_path: Path
 ) -> None:

@@ -396,6 +396,7 @@ def loaded_by(commands: list[list[str]], absent: set[str]) -> dict[str, list[str
     return cast("dict[str, list[str]]", json.loads(shown.stdout))
 
 
+@pytest.mark.slow
 def test_a_cold_encode_loads_only_what_it_uses(image_folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "shards")
     words = ["encode", str(image_folder), "--out", out, "--encoder", "bundled", "--size", "32"]

@@ -126,6 +126,7 @@ def test_the_sdist_holds_what_pyproject_names(unpacked: Path) -> None:
     assert not strays
 
 
+@pytest.mark.slow
 def test_the_wheel_of_the_sdist_is_the_wheel_of_the_clone(
     wheel: Path, unpacked: Path, tmp_path: Path
 ) -> None:

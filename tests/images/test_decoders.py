@@ -160,6 +160,7 @@ def _wait_for(holds: Callable[[], object], *, seconds: float) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_the_server_imports_torchvision_without_the_compiler() -> None:
     code = (
         "import sys; from ci2p_cache.images import decoder_process as it; it.import_torchvision()\n"
@@ -173,6 +174,7 @@ def test_the_server_imports_torchvision_without_the_compiler() -> None:
     assert shown.stdout.strip() == "[] True"
 
 
+@pytest.mark.slow
 def test_the_server_starts_anew_where_torchvision_wants_more_of_the_compiler() -> None:
     name = "ci2p_cache.images.decoder_process"
     code = (

@@ -134,7 +134,7 @@ def test_latents_labels_and_splits_are_those_of_the_folder(
             assert rows == [key for key in order if (split, key) in found]
 
 
-@some_kinds("tar.gz folder", "parquet")
+@some_kinds("tar.gz folder")
 def test_a_cache_is_repaired_checked_and_loaded_from_it(
     location: str, kind: str, run, tmp_path: Path
 ) -> None:

@@ -201,6 +201,7 @@ class TestWritten:
             cc.encode(source, tars, OPTIONS)
         assert data_digests(tars) == before
 
+    @pytest.mark.slow
     def test_the_command_encodes_inspects_and_forecasts_them(
         self, run: Callable[..., Ran], source: Path, tmp_path: Path
     ) -> None:

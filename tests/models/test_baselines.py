@@ -258,7 +258,7 @@ class TestTimm:
             cc.create_model(prefix + name)
 
     @pytest.mark.parametrize(
-        "name", thinned(["resnet18", DEIT_TINY, "swin_tiny_patch4_window7_224"])
+        "name", thinned(["resnet18", DEIT_TINY, "swin_tiny_patch4_window7_224"], step=3)
     )
     def test_any_classifier_reads_images_of_the_caches_size(self, name: str) -> None:
         model = on_meta(f"timm:{name}", num_classes=5, latent_size=6)
@@ -297,7 +297,7 @@ class TestOnLatents:
 
     @pytest.mark.parametrize(
         "name",
-        thinned(["deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "test_vit"]),
+        thinned(["test_vit", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"], step=3),
     )
     def test_their_relatives_do_too(self, name: str) -> None:
         model = on_meta(f"ci2p+timm:{name}", num_classes=0, latent_channels=320, latent_size=4)
@@ -456,7 +456,7 @@ class TestTraining:
     @pytest.mark.parametrize(
         "name",
         [
-            *thinned(["cnn_vit_nano", "vit_nano16", "ci2p+timm:test_vit", "timm:test_vit"]),
+            *thinned(["cnn_vit_nano", "vit_nano16", "ci2p+timm:test_vit", "timm:test_vit"], step=4),
             *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER),
         ],
     )

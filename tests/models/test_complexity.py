@@ -93,6 +93,7 @@ def test_without_the_attention_products_the_rest_grows_with_the_area():
     assert complexity(BASELINE, size=224).attention_macs == 12 * 2 * num_tokens**2 * width
 
 
+@pytest.mark.slow
 def test_models_on_images_have_no_encoder_that_a_cache_could_take_away():
     row = complexity("cnn_vit_tiny", size=64)
     assert row.encoder_parameters == row.encoder_macs == 0
@@ -177,6 +178,7 @@ def test_the_dictionary_form_is_json_with_totals_and_reductions():
     assert data["reduction"] == row.reduction
 
 
+@pytest.mark.slow
 def test_counting_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     complexity("vitds_tiny", size=32)

@@ -16,6 +16,7 @@ from ci2p_cache.illustrations import LatentIllustrator
 from ci2p_cache.report.html import write_report
 from tests.support.pictures import write_image_folder
 from tests.support.run_records import write_evaluation, write_run
+from tests.support.tiers import thinned
 
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -92,7 +93,7 @@ def opened(chromium: Any, report: Path) -> Iterator[Callable[..., tuple[Any, lis
         context.close()
 
 
-@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("width", thinned([1280, 400]))
 def test_it_opens_offline_without_an_error_a_request_or_overflow(opened, width):
     page, wrong = opened(width)
     assert wrong == []

@@ -317,6 +317,7 @@ class TestSeveralRuns:
         assert ">seed<" in head
         assert ">betas<" not in head
 
+    @pytest.mark.slow
     def test_runs_on_other_images_are_not_compared_image_by_image(self, cache, tmp_path):
         runs = [evaluated(tmp_path / name, cache) for name in ("base", "other")]
         write_evaluation(

@@ -61,7 +61,7 @@ def scores(model: nn.Module, split: cc.Split) -> tuple[float, float]:
         changed(epochs=2, batch_size=64, accumulate=4),
         changed(ema=0.9, mixup=0.8, drop_path=0.5),
         pytest.param(changed(order="blocks"), marks=pytest.mark.slow),
-        changed(precision="bf16"),
+        pytest.param(changed(precision="bf16"), marks=pytest.mark.slow),
         changed(model="vit_nano", folds=3, fold=1),
     ],
     ids=["short", "shorter", "parts", "average", "blocks", "bf16", "folds"],

@@ -166,7 +166,8 @@ def test_slices_are_those_of_torch_chunk() -> None:
             assert [part for part in ours if part] == wanted
 
 
-@pytest.mark.parametrize("world_size", thinned([2, 4]))
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_give_the_numbers_of_as_many_accumulated_parts(
     folder: Path, world_size: int, request: pytest.FixtureRequest
 ) -> None:
@@ -426,6 +427,7 @@ def test_torchrun_ends_all_ranks_when_one_is_killed_or_at_ctrl_c_and_they_go_on(
     assert processes_with(folder / "runs") == []
 
 
+@pytest.mark.slow
 def test_a_rank_whose_torchrun_was_killed_before_they_met_ends_soon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

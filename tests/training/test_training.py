@@ -38,6 +38,7 @@ from ci2p_cache.training.records import summary_csv
 from ci2p_cache.training.run import EpochRecord, TrainObserver
 from tests.support.caches import make_cache
 from tests.support.seals import reseal
+from tests.support.tiers import thinned
 from tests.support.warm import Child, WarmParent
 
 SPEC = cc.TrainSpec(model="vitds_nano", epochs=3, batch_size=5)
@@ -202,7 +203,7 @@ def until(holds: Callable[[], bool], process: Child) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("attempt", range(2))
+@pytest.mark.parametrize("attempt", thinned(range(2)))
 def test_killed_at_a_random_moment_and_resumed_gives_the_same_bits(
     warm: WarmParent, cache_dir: Path, finished: Path, tmp_path: Path, attempt: int
 ) -> None:
