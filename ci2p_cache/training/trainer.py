@@ -191,7 +191,7 @@ class Trainer:
         """Estimates the BatchNorm statistics of the weights at `state`, unless that was done."""
         step = state.epoch * len(self.train_loader) + state.step
         if self.statistics is not None and step != self._estimated_at:
-            self.statistics.estimate()
+            self.statistics.estimate(final=step == self.spec.epochs * len(self.train_loader))
             self._estimated_at = step
 
     def _tell_bad_steps(self) -> None:

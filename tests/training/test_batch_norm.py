@@ -105,6 +105,22 @@ def test_it_takes_a_bounded_number_of_samples_in_whole_batches(
         assert counts == {batches}
 
 
+def test_at_its_end_a_run_over_few_images_takes_all_of_them(
+    cache_dir: Path, tmp_path: Path
+) -> None:
+    # 128 samples before the end, eight batches; all whole batches at the end, nine.
+    spec = changed(epochs=16, batch_size=16)
+    summary = cc.train(cache_dir, spec=spec, runs_dir=tmp_path, device="cpu")
+    own = weights_of(Path(summary.last_checkpoint))
+    model = fresh_model(cc.open_cache(cache_dir), spec, own, samples=TRAIN)
+    for name, value in statistics_of(model.state_dict()).items():
+        torch.testing.assert_close(own[name], value, rtol=1e-5, atol=1e-6)
+    assert {int(v) for name, v in own.items() if name.endswith("num_batches_tracked")} == {9}
+    assert estimate([model], cc.open_cache(cache_dir)["train"], spec)
+    earlier = model.state_dict()
+    assert {int(v) for name, v in earlier.items() if name.endswith("num_batches_tracked")} == {8}
+
+
 def test_a_checkpoint_inside_an_epoch_has_its_own_statistics_and_goes_on_to_the_same_bits(
     cache_dir: Path, tmp_path: Path
 ) -> None:
