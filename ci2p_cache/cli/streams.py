@@ -13,6 +13,7 @@ import os
 import select
 import stat
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO, cast
 
 if TYPE_CHECKING:
@@ -71,6 +72,10 @@ def open_streams() -> OutputStream:
         except OSError:
             # The lowest free number is the closed stream's.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # What a caller in Python has printed before it comes first.
+        with suppress(OSError):
+            stream.flush()
     out = OutputStream(1)
     sys.stdout = _text(out, sys.stdout)
     sys.stderr = _text(OutputStream(2), sys.stderr)
