@@ -10,8 +10,8 @@ Hours:    vitds_tiny: 65 s to encode, 11 min to train, 2026-11. vit_tiny: not me
           arithmetic a third longer.
 Disk:     19 MB of cache, 230 MB of checkpoints.
 Hardware: one core of an AMD EPYC that other work shared.
-Expect:   vitds_tiny: 62.5 % of 120 after the last epoch, 65.8 % in the best (15th), 2026-11-30;
-          guessing gives 20 %. vit_tiny: not measured. 120 images do not tell two points of
+Expect:   vitds_tiny: 67.5 % of 120 after the last epoch, the best, 2026-11-30; guessing gives
+          20 %. vit_tiny: not measured. 120 images do not tell two points of
           accuracy apart: study.py, which validates every image once, is where models are compared.
 """
 
