@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -27,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ci2p_cache.cache.split import Split
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
-from ci2p_cache.loader.order import Rows, block_order, epoch_order
+from ci2p_cache.loader.order import Rows, block_order, epoch_order, rank_slice
 from ci2p_cache.loader.pixels import PixelLoader
 from ci2p_cache.training.metrics import autocast
 from ci2p_cache.training.ranks import Ranks
@@ -60,9 +59,8 @@ class BatchNormStatistics:
 
     Args:
         models: Of one architecture, on the loader's device.
-        loader: Gives this rank's batches, in each pass from where it stands now; None where it has
-            none.
-        num_first: How many of them count before the end of a run.
+        loaders: Give this rank's batches, the first one before the end of a run and the last one at
+            its end, in each pass from where they stand now; None where it has none.
         precision: float32 or bf16.
         ranks: Those that share the batches.
     """
@@ -70,16 +68,13 @@ class BatchNormStatistics:
     def __init__(
         self,
         models: Sequence[nn.Module],
-        loader: BatchLoader | None,
+        loaders: Sequence[BatchLoader | None],
         *,
-        num_first: int,
         precision: str,
         ranks: Ranks,
     ) -> None:
         self._models = models
-        self._loader = loader
-        self._start = None if loader is None else loader.state_dict()
-        self._num_first = num_first
+        self._loaders = [None if each is None else (each, each.state_dict()) for each in loaders]
         self._precision = precision
         self._ranks = ranks
         self._calls = 0
@@ -92,7 +87,7 @@ class BatchNormStatistics:
         All ranks call it together, and hold the same statistics then.
 
         Args:
-            final: Takes all batches: at the end of a run.
+            final: Takes the batches for the end of a run.
 
         Raises:
             ShardError, InputDataError: a sample cannot be read.
@@ -104,7 +99,7 @@ class BatchNormStatistics:
         # float64: the order in which ranks add does not show. The last one counts the batches.
         sums = torch.zeros_like(torch.cat([*map(torch.flatten, statistics), one]).double())
         with self._only_norms_training(norms):
-            for batch in self._batches(None if final else self._num_first):
+            for batch in self._batches(self._loaders[-1 if final else 0]):
                 for norm in norms:
                     norm.reset_running_stats()
                 for model in self._models:
@@ -120,11 +115,13 @@ class BatchNormStatistics:
                 # As update_bn leaves it: of how many batches the statistics are.
                 buffer.copy_(sums[-1])
 
-    def _batches(self, count: int | None) -> Iterator[Tensor]:
-        if self._loader is None or self._start is None:
+    @staticmethod
+    def _batches(found: tuple[BatchLoader, dict[str, int]] | None) -> Iterator[Tensor]:
+        if found is None:
             return
-        self._loader.load_state_dict(self._start)
-        for batch in islice(self._loader, count):
+        loader, start = found
+        loader.load_state_dict(start)
+        for batch in loader:
             yield batch.latents.contiguous(memory_format=torch.channels_last)
 
     @contextlib.contextmanager
@@ -197,30 +194,30 @@ def opened_statistics(
     if not _batch_norms(models[0]):
         yield None
         return
-    size, rows, num_first = _own_rows(train, spec, ranks, share=_SHARES[reads] / len(models))
+    share = _SHARES[reads] / len(models)
+    # Half of what all epochs take.
+    shares = [share, share * spec.epochs / 2] if spec.epochs > 2 else [share]
     with contextlib.ExitStack() as stack:
-        loader: BatchLoader | None = None
-        if len(rows):
-            loader = (LatentLoader if reads == "latents" else PixelLoader)(
-                train.subset(rows),
-                batch_size=size,
-                seed=spec.seed,
-                device=device,
-                threads=threads or ranks.num_threads,
-                recycle=True,
-            )
-            stack.enter_context(loader).set_epoch(spec.epochs)
-        yield BatchNormStatistics(
-            models, loader, num_first=num_first, precision=spec.precision, ranks=ranks
-        )
+        loaders: list[BatchLoader | None] = []
+        for each in shares:
+            size, rows = _own_rows(train, spec, ranks, share=each)
+            loader: BatchLoader | None = None
+            if len(rows):
+                loader = (LatentLoader if reads == "latents" else PixelLoader)(
+                    train.subset(rows),
+                    batch_size=size,
+                    seed=spec.seed,
+                    device=device,
+                    threads=threads or ranks.num_threads,
+                    recycle=True,
+                )
+                stack.enter_context(loader).set_epoch(spec.epochs)
+            loaders.append(loader)
+        yield BatchNormStatistics(models, loaders, precision=spec.precision, ranks=ranks)
 
 
-def _own_rows(
-    train: Split, spec: TrainSpec, ranks: Ranks, *, share: float
-) -> tuple[int, Rows, int]:
-    """Returns the size of a batch, the rows of this rank's batches, and how many come first.
-
-    No batch is smaller. The first ones count before the end of a run, all of them at its end.
+def _own_rows(train: Split, spec: TrainSpec, ranks: Ranks, *, share: float) -> tuple[int, Rows]:
+    """Returns the batch size, and the rows of this rank's batches, of which none is smaller.
 
     They are the first samples of the order that the epoch after the last would have, which suits
     the storage. Not of the first epoch's: what a run was trained on first its weights fit best, and
@@ -228,21 +225,15 @@ def _own_rows(
     """
     epoch = spec.epochs
     rows = train.valid_rows
+    wanted = min(max(int(len(rows) * share), _LEAST_SAMPLES), _MOST_SAMPLES)
     size = min(spec.batch_size, _BATCH_SIZE, len(rows))
-
-    def num_batches(samples: float) -> int:
-        wanted = min(max(int(samples), _LEAST_SAMPLES), _MOST_SAMPLES)
-        return min(-(-wanted // size), len(rows) // size)
-
-    first = num_batches(len(rows) * share)
-    total = max(first, num_batches(len(rows) * share * spec.epochs / 2))
+    num_batches = min(-(-wanted // size), len(rows) // size)
     if spec.order == "blocks":
         rows = block_order(rows, train.record.shard_rows, seed=spec.seed, epoch=epoch)
-        rows = rows[: total * size]
+        rows = rows[: num_batches * size]
+    own = rank_slice(num_batches, rank=ranks.rank, world_size=ranks.world_size)
     # Sorted by the loader's own order, which a part of the rows keeps.
-    batches = epoch_order(rows, seed=spec.seed, epoch=epoch)[: total * size].reshape(total, size)
-    own = range(ranks.rank, total, ranks.world_size)
-    return size, batches[own].ravel(), sum(batch < first for batch in own)
+    return size, epoch_order(rows, seed=spec.seed, epoch=epoch)[own.start * size : own.stop * size]
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:

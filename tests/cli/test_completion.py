@@ -60,7 +60,8 @@ def told() -> dict[str, str]:
     """What bash gets for the last word of each line; one process, in which nothing is heavy."""
     done = subprocess.run(
         [sys.executable, "-c", EACH],
-        env={**os.environ, "_CI2P_CACHE_COMPLETE": "complete_bash"},
+        # Buffered, as a shell has it: the command takes over what was printed before it.
+        env=os.environ | {"_CI2P_CACHE_COMPLETE": "complete_bash", "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
         check=False,
