@@ -38,8 +38,8 @@ from ci2p_cache.specs import (
     ViewSpec,
 )
 
-few = settings(max_examples=40, deadline=None, derandomize=True)
-fewer = settings(max_examples=20, deadline=None, derandomize=True)
+few = settings(max_examples=40, derandomize=True)
+fewer = settings(max_examples=20, derandomize=True)
 
 LATENT = LatentSpec(channels=3, height=2, width=2)
 # Any text that a file system and parquet can hold; surrogates cannot be encoded.
@@ -325,7 +325,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
 records = st.one_of(fingerprints(), layouts, commit_records, file_records, manifests())
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(record=records)
 def test_a_record_is_read_as_it_was_written(record: Record) -> None:
     text = json.dumps(record.to_dict(), ensure_ascii=False)

@@ -187,7 +187,6 @@ def test_verify_names_what_was_damaged_there(
     assert torch.isfinite(split[0][0]).all()
 
 
-@pytest.mark.slow
 def test_another_cache_at_the_same_url_is_not_mixed_with_the_old_one(
     local: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ def open_shard(path: Path, codec: ChunkCodec, num_chunks: int) -> ShardFile:
 
 
 @pytest.mark.parametrize("name", ["zstd", "none"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(stored=st.lists(st.booleans(), min_size=1, max_size=9), seed=st.integers(0, 2**32 - 1))
 def test_zarr_reads_what_we_pack(
     tmp_path_factory: pytest.TempPathFactory, name: CodecName, stored: list[bool], seed: int
@@ -72,7 +72,7 @@ def test_zarr_reads_what_we_pack(
 
 
 @pytest.mark.parametrize("name", ["zstd", "none"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 9), seed=st.integers(0, 2**32 - 1))
 def test_we_read_what_zarr_writes(
     tmp_path_factory: pytest.TempPathFactory, name: CodecName, rows: int, seed: int

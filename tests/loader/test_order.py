@@ -13,14 +13,14 @@ PINNED_ORDER = [5, 8, 4, 0, 6, 9, 7, 1, 3, 11, 10, 2]
 PINNED_VIEWS = [1, 0, 0, 0, 0, 1, 0, 0, 1, 1, 1, 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(count=st.integers(0, 300), seed=SEEDS, epoch=st.integers(0, 10**6))
 def test_every_row_comes_exactly_once(count: int, seed: int, epoch: int) -> None:
     rows = np.arange(count, dtype=np.int64) * 3
     assert sorted(epoch_order(rows, seed=seed, epoch=epoch)) == rows.tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(views=st.integers(1, 9), seed=SEEDS, epoch=st.integers(0, 10**6))
 def test_views_are_in_range_and_do_not_depend_on_the_order(
     views: int, seed: int, epoch: int
