@@ -109,7 +109,7 @@ def test_at_its_end_a_run_over_few_images_takes_all_of_them(
     cache_dir: Path, tmp_path: Path
 ) -> None:
     # 128 samples before the end, eight batches; all whole batches at the end, nine.
-    spec = changed(epochs=16, batch_size=16)
+    spec = changed(epochs=2, batch_size=16)
     summary = cc.train(cache_dir, spec=spec, runs_dir=tmp_path, device="cpu")
     own = weights_of(Path(summary.last_checkpoint))
     model = fresh_model(cc.open_cache(cache_dir), spec, own, samples=TRAIN)
