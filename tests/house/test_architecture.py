@@ -23,7 +23,8 @@ import ci2p_cache
 import ci2p_cache.errors
 
 PACKAGE = Path(ci2p_cache.__file__).parent
-MAX_LINES = 300
+MAX_CODE_LINES = 400
+"""Docstrings, imports and blank lines do not count."""
 MAX_BODY_LINES = 60
 """From the first statement behind the docstring to the end: options and their help do not count."""
 
@@ -106,6 +107,18 @@ class Source:
     @property
     def room(self) -> str:
         return self.path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+    @property
+    def code_lines(self) -> int:
+        """Its lines without docstrings, strings that describe a field, imports and blank lines."""
+        left_out: set[int] = set()
+        for node in ast.walk(self.tree):
+            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if text or isinstance(node, ast.Import | ast.ImportFrom):
+                assert node.end_lineno is not None
+                left_out |= set(range(node.lineno, node.end_lineno + 1))
+        lines = enumerate(self.text.splitlines(), start=1)
+        return sum(bool(line.strip()) and number not in left_out for number, line in lines)
 
     @functools.cached_property
     def imports(self) -> set[str]:
@@ -190,8 +203,7 @@ def test_files_are_short_and_open_with_a_sentence(
     package: list[Source], pipelines: list[Source]
 ) -> None:
     sources = package + pipelines
-    lengths = {source.name: len(source.text.splitlines()) for source in sources}
-    assert not {name: lines for name, lines in lengths.items() if lines > MAX_LINES}
+    assert not {each.name: each.code_lines for each in sources if each.code_lines > MAX_CODE_LINES}
     assert not [source.name for source in sources if not ast.get_docstring(source.tree)]
 
 
