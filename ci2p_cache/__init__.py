@@ -18,14 +18,13 @@ if TYPE_CHECKING:
     from ci2p_cache.cache.verify import verify
     from ci2p_cache.encoder.frozen import FrozenEncoder
     from ci2p_cache.encoder.load import load_encoder
-    from ci2p_cache.encoding.convert.run import ConvertSummary, convert
+    from ci2p_cache.encoding.convert import ConvertSummary, convert
     from ci2p_cache.encoding.dry_run.forecast import DryRunReport
     from ci2p_cache.encoding.dry_run.run import dry_run
     from ci2p_cache.encoding.options import EncodeOptions
     from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
     from ci2p_cache.encoding.reencode import ReencodeSummary, reencode
-    from ci2p_cache.encoding.repair.run import repair
-    from ci2p_cache.encoding.repair.summary import RepairSummary
+    from ci2p_cache.encoding.repair import RepairSummary, repair
     from ci2p_cache.encoding.run import encode
     from ci2p_cache.errors import CacheError
     from ci2p_cache.experiment.load import load_experiment
@@ -118,7 +117,7 @@ _HOMES = {
     "CacheStatus": "cache.status",
     "Classifier": "inference.classifier",
     "Complexity": "models.complexity",
-    "ConvertSummary": "encoding.convert.run",
+    "ConvertSummary": "encoding.convert",
     "DryRunReport": "encoding.dry_run.forecast",
     "EncodeObserver": "encoding.progress",
     "EncodeOptions": "encoding.options",
@@ -137,14 +136,14 @@ _HOMES = {
     "OnlineLoader": "loader.online",
     "PixelLoader": "loader.pixels",
     "ReencodeSummary": "encoding.reencode",
-    "RepairSummary": "encoding.repair.summary",
+    "RepairSummary": "encoding.repair",
     "ResidentLoader": "loader.resident",
     "Split": "cache.split",
     "TrainSpec": "training.spec",
     "TrainSummary": "training.run",
     "ViewSpec": "specs",
     "complexity": "models.complexity",
-    "convert": "encoding.convert.run",
+    "convert": "encoding.convert",
     "create_model": "models.registry",
     "dry_run": "encoding.dry_run.run",
     "encode": "encoding.run",
@@ -156,7 +155,7 @@ _HOMES = {
     "load_experiment": "experiment.load",
     "open_cache": "cache.store",
     "reencode": "encoding.reencode",
-    "repair": "encoding.repair.run",
+    "repair": "encoding.repair",
     "run_experiment": "experiment.run",
     "status": "cache.status",
     "train": "training.run",

@@ -19,10 +19,10 @@ import torch
 
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoding.dry_run.run import dry_run
-from ci2p_cache.encoding.lane import Lane, make_lanes, single_threaded
+from ci2p_cache.encoding.intent import load_chosen
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver
-from ci2p_cache.encoding.resume import load_chosen
+from ci2p_cache.encoding.shard import Lane, make_lanes, single_threaded
 from ci2p_cache.errors import UsageError
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.record import Record

@@ -39,7 +39,7 @@ def convert(
     Every value is verified on the way; rows, values and fingerprint stay the same. Needs neither
     the images nor the encoder. Run it again to continue after an interruption; npy starts again.
     """
-    from ci2p_cache.encoding.convert.run import convert as run
+    from ci2p_cache.encoding.convert import convert as run
 
     with render.ProgressLine("convert", unit="shards") as bar:
         summary = run(path, out, format=format, codec=codec, level=level, on_shard=bar.update)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ci2p_cache.cache.finding import Finding
     from ci2p_cache.encoding.reencode import ReencodeSummary
-    from ci2p_cache.encoding.repair.summary import RepairSummary
+    from ci2p_cache.encoding.repair import RepairSummary
 
 __all__ = ["verify"]
 
@@ -89,7 +89,7 @@ def verify(
 
 def _repair(path: Path, source: Path | None, weights: Path | None) -> RepairSummary:
     from ci2p_cache.cli.watch import EncodeWatch
-    from ci2p_cache.encoding.repair.run import repair
+    from ci2p_cache.encoding.repair import repair
 
     with render.ProgressLine("repair", unit="steps") as bar:
         return repair(

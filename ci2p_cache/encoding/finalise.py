@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import zarr
+from zarr.abc.buffer import Buffer
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
 from ci2p_cache.cache.checksums import checksums_bytes
-from ci2p_cache.cache.commit import CommitRecord, sha256_file
+from ci2p_cache.cache.commit import CommitRecord, FileRecord, sha256_file
 from ci2p_cache.cache.index import ChannelSums, read_index, read_sums
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
 from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.paths import CHECKSUMS, MANIFEST, index_path, tar_list_path, tar_path
 from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.encoding.cache_readme import readme_bytes
 from ci2p_cache.encoding.plan import Plan
-from ci2p_cache.encoding.zarr_group import dequantising, put_zarr_group
 from ci2p_cache.errors import ShardError, command
 
-__all__ = ["finalise", "require_intact"]
-
-_NEEDED = ("row", "key", "path", "status", "error", "source_bytes", "exif_orientation")
-"""Columns of the index parts that are summed up here."""
+__all__ = ["dequantising", "finalise", "require_intact"]
 
 _ERRORS_SCHEMA = pa.schema(
     [
@@ -40,6 +42,9 @@ _ERRORS_SCHEMA = pa.schema(
     ]
 )
 
+_NEEDED = (*_ERRORS_SCHEMA.names, "status", "source_bytes", "exif_orientation")
+"""Columns of the index parts that are summed up here."""
+
 
 def finalise(
     root: Path,
@@ -50,39 +55,41 @@ def finalise(
 ) -> Manifest:
     """Writes metadata, labels, valid, statistics, errors and checksums, and the manifest last.
 
-    Args:
-        root: The cache folder.
-        manifest: Its manifest so far.
-        plan: Its plan.
-        commits: The commit record of every shard.
-        staging: Where files are staged.
-
-    Returns:
-        The completed manifest.
-
     Raises:
         ShardError: an index part is damaged.
         ResourceError: writing failed.
     """
     splits: dict[str, SplitRecord] = {}
     valid: dict[str, npt.NDArray[np.bool_]] = {}
-    errors: list[pa.Table] = []
+    errors = [_ERRORS_SCHEMA.empty_table()]
     statistics: list[pa.Table] = []
     for name, record in plan.splits.items():
         own = [commit for commit in commits if commit.split == name]
-        found = _gather(root, manifest, name, record, own)
-        valid[name] = found.valid
-        errors.append(found.errors)
-        statistics.append(_statistics(name, found.sums))
+        valid[name] = np.zeros(record.rows, np.bool_)
+        sums = ChannelSums.empty(manifest.fingerprint.latent.channels)
+        source_bytes = exif_turned = 0
+        for commit in own:
+            require_intact(root, commit)
+            table = read_index(root, name, commit.shard, _NEEDED)
+            is_good = pc.equal(table["status"], "ok")
+            good, lost = table.filter(is_good), table.filter(pc.invert(is_good))
+            valid[name][table["row"].to_numpy()] = is_good.to_numpy()
+            sums = sums + read_sums(table)
+            if lost.num_rows:
+                lost = lost.select(_ERRORS_SCHEMA.names).replace_schema_metadata(None)
+                errors.append(lost.cast(_ERRORS_SCHEMA))
+            source_bytes += pc.sum(good["source_bytes"]).as_py() or 0
+            exif_turned += pc.sum(pc.not_equal(good["exif_orientation"], 1)).as_py() or 0
+        statistics.append(_statistics(name, sums))
         splits[name] = dataclasses.replace(
             record,
-            valid_rows=int(found.valid.sum()),
+            valid_rows=int(valid[name].sum()),
             bytes=sum(file.bytes for commit in own for file in commit.files),
-            source_bytes=found.source_bytes,
-            clipped=int(found.sums.clipped.sum()),
-            exif_turned=found.exif_turned,
+            source_bytes=source_bytes,
+            clipped=int(sums.clipped.sum()),
+            exif_turned=exif_turned,
         )
-    written = put_zarr_group(manifest, plan, valid, staging)
+    written = _put_zarr_group(manifest, plan, valid, staging)
     if manifest.layout.has_tar:
         written += [
             staging.put(tar_list_path(name), _tar_list(manifest, name, commits)) for name in splits
@@ -90,51 +97,12 @@ def finalise(
     written += [
         staging.put("errors.parquet", parquet_bytes(pa.concat_tables(errors))),
         staging.put("stats/channels.parquet", parquet_bytes(pa.concat_tables(statistics))),
-        staging.put("README.md", readme_bytes(manifest)),
+        staging.put("README.md", _readme(manifest)),
     ]
     written.append(staging.put(CHECKSUMS, checksums_bytes(root, manifest, commits, written)))
     complete = dataclasses.replace(manifest, state="complete", splits=splits, files=tuple(written))
     staging.put_sealed(MANIFEST, complete.to_dict())
     return complete
-
-
-@dataclass(slots=True)
-class _Gathered:
-    """What the index parts of one split say together."""
-
-    valid: npt.NDArray[np.bool_]
-    errors: pa.Table
-    sums: ChannelSums
-    source_bytes: int = 0
-    exif_turned: int = 0
-
-
-def _gather(
-    root: Path, manifest: Manifest, split: str, record: SplitRecord, commits: list[CommitRecord]
-) -> _Gathered:
-    errors: list[pa.Table] = []
-    found = _Gathered(
-        np.zeros(record.rows, np.bool_),
-        _ERRORS_SCHEMA.empty_table(),
-        ChannelSums.empty(manifest.fingerprint.latent.channels),
-    )
-    for commit in commits:
-        require_intact(root, commit)
-        table = read_index(root, split, commit.shard, _NEEDED)
-        good = pc.equal(table["status"], "ok")
-        found.valid[table["row"].to_numpy()] = good.to_numpy()
-        found.sums = found.sums + read_sums(table)
-        kept = table
-        if not pc.all(good).as_py():
-            lost = table.filter(pc.invert(good)).select(["row", "key", "path", "error"])
-            names = pa.array([split] * lost.num_rows, pa.string())
-            lost = lost.add_column(0, "split", names).replace_schema_metadata(None)
-            errors.append(lost.cast(_ERRORS_SCHEMA))
-            kept = table.filter(good)
-        found.source_bytes += pc.sum(kept["source_bytes"]).as_py() or 0
-        found.exif_turned += pc.sum(pc.not_equal(kept["exif_orientation"], 1)).as_py() or 0
-    found.errors = pa.concat_tables([found.errors, *errors])
-    return found
 
 
 def require_intact(root: Path, commit: CommitRecord) -> None:
@@ -200,3 +168,92 @@ def _tar_list(manifest: Manifest, split: str, commits: Sequence[CommitRecord]) -
             **dequantising(manifest),
         }
     )
+
+
+def _put_zarr_group(
+    manifest: Manifest, plan: Plan, valid: dict[str, npt.NDArray[np.bool_]], staging: StagingArea
+) -> list[FileRecord]:
+    """Lets zarr-python make small arrays and all metadata in memory, and puts them.
+
+    The latents' own array is created empty: its shards are in place already. Where they are in
+    tars only there is none.
+    """
+    fingerprint, layout = manifest.fingerprint, manifest.layout
+    latent = fingerprint.latent
+    made: dict[str, Buffer] = {}
+    group = zarr.create_group(
+        MemoryStore(made), attributes={"ci2p_cache_format": manifest.format_version}
+    )
+    if layout.codec == "zstd":
+        compressor: ZstdCodec | Crc32cCodec = ZstdCodec(level=layout.level, checksum=True)
+    else:
+        compressor = Crc32cCodec()
+    for name, record in plan.splits.items():
+        split = group.create_group(name)
+        if layout.has_zarr:
+            split.create_array(
+                "latents",
+                shape=(record.rows, record.views, *latent.shape),
+                dtype=latent.dtype,
+                chunks=(1, 1, *latent.shape),
+                shards=(record.shard_rows, record.views, *latent.shape),
+                compressors=compressor,
+                fill_value=latent.fill_value,
+                chunk_key_encoding={"name": "default", "separator": "."},
+                dimension_names=("sample", "view", "channel", "y", "x"),
+                attributes=dequantising(manifest),
+            )
+        for array, values, fill in (
+            ("labels", plan.labels(name), -1),
+            ("valid", valid[name], False),
+        ):
+            small = split.create_array(
+                array,
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=(max(1, len(values)),),
+                compressors=ZstdCodec(level=1, checksum=True),
+                fill_value=fill,
+                chunk_key_encoding={"name": "default", "separator": "."},
+                dimension_names=("sample",),
+                # Else an array of nothing but fill values has no chunk, and looks damaged.
+                config={"write_empty_chunks": True},
+            )
+            small[:] = values
+    return [
+        staging.put(f"latents.zarr/{key}", content.to_bytes())
+        for key, content in sorted(made.items())
+    ]
+
+
+def dequantising(manifest: Manifest) -> dict[str, Any]:
+    """Returns what turns stored values into y, for readers that are not ours."""
+    return {
+        "scale": manifest.scale,
+        "offset": list(manifest.offset),
+        "dequantise": "y = stored.astype('float32') * scale + offset[:, None, None]",
+    }
+
+
+def _readme(manifest: Manifest) -> bytes:
+    """Fills in the template beside this file, with the parts that the cache's containers need."""
+    template = package_files("ci2p_cache.encoding").joinpath("cache_readme.md").read_text("utf-8")
+    fingerprint, layout = manifest.fingerprint, manifest.layout
+    head, zarr_part, tar_part, rest = re.split(r"@(?:IF zarr|IF tar|END)@\n", template)
+    if layout.format == "both":
+        # Each part ends in the paragraph on the index; once is enough.
+        zarr_part = zarr_part[: zarr_part.rindex("What each row")].rstrip() + "\n\n"
+    parts = zarr_part * layout.has_zarr + tar_part * layout.has_tar
+    text = (
+        (head + parts + rest)
+        .replace(
+            "@ENCODER@",
+            f"{fingerprint.encoder.arch}, quality "
+            f"{fingerprint.encoder.quality}, {fingerprint.encoder.metric}",
+        )
+        .replace("@DTYPE@", fingerprint.latent.dtype)
+        .replace("@SHAPE@", "x".join(map(str, fingerprint.latent.shape)))
+        .replace("@SPLIT@", next(iter(manifest.splits)))
+        .replace("@FINGERPRINT@", json.dumps(fingerprint.to_dict(), indent=1))
+    )
+    return text.encode()

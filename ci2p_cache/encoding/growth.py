@@ -17,7 +17,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,15 @@ from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.paths import MANIFEST, commit_path
 from ci2p_cache.cache.staging import StagingArea, disk_errors, sync_folder
-from ci2p_cache.encoding.carry import read_notes
-from ci2p_cache.encoding.plan import Plan
-from ci2p_cache.encoding.planning import EarlierRows
+from ci2p_cache.encoding.plan import EarlierRows, Plan
+from ci2p_cache.encoding.rows import read_notes
 from ci2p_cache.errors import CacheError, UsageError
 from ci2p_cache.images.source import ImageSource
 
 __all__ = [
     "Growth",
     "begin_growth",
-    "changed_originals",
+    "compare_originals",
     "failed_rows",
     "merged_classes",
 ]
@@ -64,7 +64,7 @@ class Growth:
     plan: Plan
     """The plan of the cache; that of the growth begins with the same rows."""
     committed: frozenset[tuple[str, int]]
-    """Its shards that count, as (split, shard)."""
+    """Its shards that count."""
     again: Rows
     """Rows whose originals are to be read anew; empty where all committed ones are carried."""
 
@@ -84,8 +84,7 @@ def merged_classes(
 ) -> tuple[tuple[str, ...], tuple[str, ...], list[int]]:
     """Puts classes that the source has and the cache has not behind those of the cache.
 
-    Returns:
-        The names, their titles, and the label in the cache of each label of the source.
+    Returns the names, their titles, and the label in the cache of each label of the source.
     """
     names, titles = list(manifest.classes), list(manifest.class_titles)
     known = {name: label for label, name in enumerate(names)}
@@ -114,43 +113,44 @@ def failed_rows(root: Path, committed: Collection[tuple[str, int]]) -> Rows:
     return {split: frozenset(rows) for split, rows in found.items()}
 
 
-def changed_originals(
+def compare_originals(
     root: Path,
     images: ImageSource,
     rows: EarlierRows,
+    plan: Plan,
     committed: Collection[tuple[str, int]],
-    moved: Collection[tuple[str, str]] = (),
 ) -> tuple[list[str], Rows]:
     """Compares the originals of committed rows with what the index says of them.
 
-    Args:
-        root: The cache folder.
-        images: The source, listed.
-        rows: The cache's rows, and where the source has them now.
-        committed: The cache's shards that count.
-        moved: Split and key in the source of those that `find_moved` found.
+    New images of the plan whose bytes are those of an original that is no longer where it was
+    become `rows.moved`: a growth would hold them twice, with another label or in another split.
 
-    Returns:
-        What the user should know, and the rows whose originals have changed.
+    Returns what the user should know, and the rows whose originals have changed.
     """
-    vanished: list[str] = []
+    vanished: dict[tuple[str, int], str] = {}
+    gone: dict[int, dict[str, tuple[str, int]]] = {}
     changed: list[str] = []
     changed_rows: dict[str, set[int]] = {}
     columns = ["row", "key", "source_bytes", "source_sha256", "status"]
     for split, shard in committed:
         since = (root / commit_path(split, shard)).stat().st_mtime_ns
         for entry in read_index(root, split, shard, columns).to_pylist():
-            if entry["status"] != "ok":
-                continue
-            path = rows.path(split, entry["row"])
+            row, digest, is_good = entry["row"], entry["source_sha256"], entry["status"] == "ok"
+            path = rows.paths[split].get(row)
             if path is None:
-                vanished.append(entry["key"])
-            elif _has_changed(images, path, entry, since):
+                if digest is not None:
+                    gone.setdefault(entry["source_bytes"], {})[digest] = (split, row)
+                if is_good:
+                    vanished[split, row] = entry["key"]
+            elif is_good and _has_changed(images, path, entry, since):
                 changed.append(entry["key"])
-                changed_rows.setdefault(split, set()).add(entry["row"])
+                changed_rows.setdefault(split, set()).add(row)
+    rows.moved = _moved(images, rows, plan, gone)
+    for found in rows.moved.values():
+        vanished.pop(found, None)
     notices = []
     for keys, what in (
-        (vanished, "no longer in the source: the cache keeps what it has of them"),
+        (list(vanished.values()), "no longer in the source: the cache keeps what it has of them"),
         (
             changed,
             "not what was encoded: the cache keeps its latents (--reencode-changed encodes such "
@@ -158,48 +158,66 @@ def changed_originals(
         ),
         (sorted(rows.relabelled), "of another class in the source now: the cache keeps its labels"),
         (
-            [f"{split}: {key}" for split, key in moved],
+            [f"{split}: {key}" for split, key in rows.moved],
             "in the cache under another name or in another split: it keeps both, and the label",
         ),
     ):
         if keys:
-            notices.append(f"{_named(keys)} {what}")
-    return notices, {split: frozenset(found) for split, found in changed_rows.items()}
+            shown = ", ".join(keys[:_NAMED]) + (", ..." if len(keys) > _NAMED else "")
+            many = f"{len(keys):,} images ({shown}) are"
+            notices.append(f"1 image ({shown}) is {what}" if len(keys) == 1 else f"{many} {what}")
+    return notices, {split: frozenset(own) for split, own in changed_rows.items()}
+
+
+def _moved(
+    images: ImageSource,
+    rows: EarlierRows,
+    plan: Plan,
+    gone: Mapping[int, Mapping[str, tuple[str, int]]],
+) -> dict[tuple[str, str], tuple[str, int]]:
+    """Finds new images among the originals that are `gone`, by size and then by digest.
+
+    Only files are looked at, and read where the size fits. Images in an archive or table count as
+    new: to read them costs no less than to encode them.
+    """
+    found: dict[tuple[str, str], tuple[str, int]] = {}
+    for split, table in plan.tables.items() if gone else ():
+        new = table.slice(rows.plan.splits[split].rows if split in rows.plan.splits else 0)
+        for key, path in zip(new["key"].to_pylist(), new["path"].to_pylist(), strict=True):
+            # One that cannot be read is encoded later, and what is wrong with it is said then.
+            with suppress(OSError, CacheError):
+                file = images.file_of(path)
+                if file is not None and file[1]:
+                    same_size = gone.get(Path(os.fsdecode(file[0])).stat().st_size)
+                    same = same_size and same_size.get(_digest(images, path))
+                    if same:
+                        found[split, key] = same
+    return found
 
 
 def _has_changed(images: ImageSource, path: bytes, entry: Mapping[str, Any], since: int) -> bool:
     try:
-        place = images.file_of(path)
-        if place is None:
+        file = images.file_of(path)
+        if file is None:
             return False
-        file, holds_it_alone = place
-        found = Path(os.fsdecode(file)).stat()
-        if holds_it_alone and found.st_size != entry["source_bytes"]:
+        found = Path(os.fsdecode(file[0])).stat()
+        if file[1] and found.st_size != entry["source_bytes"]:
             return True
-        if found.st_mtime_ns <= since:
-            return False
-        digest: str = entry["source_sha256"]
-        return hashlib.sha256(images.read(path)).hexdigest() != digest
+        return found.st_mtime_ns > since and _digest(images, path) != entry["source_sha256"]
     except (OSError, CacheError):
         # Not to be read now, for whatever reason: the latent needs no original.
         return False
 
 
-def _named(keys: Sequence[str]) -> str:
-    shown = ", ".join(keys[:_NAMED]) + (", ..." if len(keys) > _NAMED else "")
-    return f"1 image ({shown}) is" if len(keys) == 1 else f"{len(keys):,} images ({shown}) are"
+def _digest(images: ImageSource, path: bytes) -> str:
+    return hashlib.sha256(images.read(path)).hexdigest()
 
 
-def begin_growth(root: Path, plan: Plan, growth: Growth) -> bool:
+def begin_growth(root: Path, growth: Growth, plan: Plan, plan_sha256: str) -> bool:
     """Makes the folder of a growth with all shards that stay as they are.
 
-    Args:
-        root: The cache folder; the caller holds its lock.
-        plan: The plan of the growth.
-        growth: What the cache holds.
-
-    Returns:
-        Whether this very growth was begun before: its folder is left as it is.
+    The caller holds the cache's lock. Returns whether this very growth was begun before: then its
+    folder is left as it is.
 
     Raises:
         UsageError: too many images would be encoded again.
@@ -212,7 +230,7 @@ def begin_growth(root: Path, plan: Plan, growth: Growth) -> bool:
         )
     notes = {
         "cache": sha256_file(root / MANIFEST),
-        "plan": hashlib.sha256(plan.to_bytes()).hexdigest(),
+        "plan": plan_sha256,
         "again": {split: sorted(rows) for split, rows in growth.again.items()},
     }
     begun = growth_of(root)
@@ -222,9 +240,11 @@ def begin_growth(root: Path, plan: Plan, growth: Growth) -> bool:
     folder = root / GROWTH
     with disk_errors(folder):
         folder.mkdir()
-        for place in plan.shard_numbers():
-            if growth.is_carried_whole(plan, *place):
-                for path in _shard_files(root, *place):
+        for split, shard in plan.shard_numbers():
+            if growth.is_carried_whole(plan, split, shard):
+                commit = read_commit(root, split, shard)
+                assert commit is not None, "it counts"
+                for path in (*(file.path for file in commit.files), commit_path(split, shard)):
                     (folder / path).parent.mkdir(parents=True, exist_ok=True)
                     _link(root / path, folder / path)
         for each, _, _ in os.walk(folder):
@@ -233,12 +253,6 @@ def begin_growth(root: Path, plan: Plan, growth: Growth) -> bool:
     with StagingArea(folder) as staging:
         staging.put_sealed(NOTES, notes)
     return False
-
-
-def _shard_files(root: Path, split: str, shard: int) -> tuple[str, ...]:
-    commit = read_commit(root, split, shard)
-    assert commit is not None, "it counts"
-    return (*(file.path for file in commit.files), commit_path(split, shard))
 
 
 def _link(path: Path, target: Path) -> None:

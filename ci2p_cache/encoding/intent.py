@@ -1,39 +1,65 @@
-"""What a cache folder is to become, and which of its shards are committed already."""
+"""What a cache folder is to become, and which of its shards are committed already.
+
+::
+
+    an empty folder --> the source is listed and planned
+    a cache         --> its manifest and plan are read; another fingerprint or layout is refused
+    one that grows  --> the source is listed anew, behind the rows that the cache has
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
-from ci2p_cache.cache.commit import CommitRecord, has_its_files, read_commit
-from ci2p_cache.cache.manifest import Manifest
+from ci2p_cache import __version__
+from ci2p_cache.cache.commit import CommitRecord, FileRecord, has_its_files, read_commit
+from ci2p_cache.cache.growth import GROWTH, growth_of
+from ci2p_cache.cache.manifest import Manifest, class_order, read_manifest, refuse_difference
+from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.traces import gaps, named_ranges
-from ci2p_cache.encoding.growth import Growth
-from ci2p_cache.encoding.plan import Plan
-from ci2p_cache.errors import ManifestError
-from ci2p_cache.specs import Fingerprint, LayoutSpec
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.load import load_encoder
+from ci2p_cache.encoding.growth import Growth, compare_originals, failed_rows, merged_classes
+from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.encoding.plan import EarlierRows, Plan, build_plan, read_plan, refuse_no_classes
+from ci2p_cache.encoding.progress import EncodeObserver
+from ci2p_cache.errors import (
+    FingerprintMismatchError,
+    ManifestError,
+    ShardError,
+    UsageError,
+    command,
+)
+from ci2p_cache.images.decode import decoder_name
+from ci2p_cache.images.decoder_server import start_decoder_server
+from ci2p_cache.images.source import ImageSource
+from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec
 
-__all__ = ["Intent", "committed_shards", "missing_text"]
+__all__ = ["Intent", "begin", "committed_shards", "load_chosen", "missing_text", "survey"]
+
+_SORTED = (
+    "the images come one class after the other, and rows follow the archives: `train` mixes them "
+    "all the same, but with --order blocks, or through a stock webdataset reader, a batch would "
+    "hold few classes; shuffle the archives for those"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Intent:
     """What a cache folder is to become, before anything is written to it."""
 
-    fingerprint: Fingerprint
-    """Every field that changes a value."""
-    layout: LayoutSpec
-    """Every field that changes which sample is where."""
+    manifest: Manifest
+    """The folder's own where it is continued as it is, else the one to be written."""
+    is_begun: bool
+    """Whether the manifest is there already."""
     plan: Plan
     """All samples: those of the folder, or those that the source lists now."""
-    classes: tuple[str, ...]
-    """Class names; a label of the plan is an index into them."""
-    class_titles: tuple[str, ...]
-    """Their names for people."""
-    manifest: Manifest | None
-    """The folder's own, where it is continued as it is; None where one is to be written."""
     folder: Path
     """Where it is encoded: the cache folder, or that of a growth in it."""
     growth: Growth | None = None
@@ -41,77 +67,271 @@ class Intent:
     notices: tuple[str, ...] = ()
     """What the user should know of it."""
 
-    @classmethod
-    def of(
-        cls, manifest: Manifest, plan: Plan, folder: Path, notices: tuple[str, ...] = ()
-    ) -> Self:
-        """Returns the intent to continue with a folder as it was begun."""
-        return cls(
-            fingerprint=manifest.fingerprint,
-            layout=manifest.layout,
-            plan=plan,
-            classes=manifest.classes,
-            class_titles=manifest.class_titles,
-            manifest=manifest,
-            folder=folder,
-            notices=notices,
-        )
-
 
 def missing_text(intent: Intent, missing: Sequence[tuple[str, int]]) -> str:
     """Names missing shards in ranges, for example `3 of 12 shards (train 3-4; val 0)`."""
-    by_split: dict[str, set[int]] = {}
-    for split, number in missing:
-        by_split.setdefault(split, set()).add(number)
-    ranges = {
-        split: gaps(record.num_shards, sorted(set(range(record.num_shards)) - by_split[split]))
-        for split, record in intent.plan.splits.items()
-        if split in by_split
-    }
+    ranges = {}
+    for name, record in intent.plan.splits.items():
+        own = {number for split, number in missing if split == name}
+        there = [number for number in range(record.num_shards) if number not in own]
+        ranges[name] = gaps(record.num_shards, there)
     return f"{len(missing)} of {intent.plan.num_shards} shards ({named_ranges(ranges)})"
 
 
 def committed_shards(
-    root: Path,
-    intent: Intent,
-    places: Iterable[tuple[str, int]] | None = None,
+    root: Path, intent: Intent, wanted: Iterable[tuple[str, int]] | None = None
 ) -> tuple[dict[tuple[str, int], CommitRecord], list[tuple[str, int]]]:
-    """Tells what is done from what is left to do.
+    """Separates what is done from what is left to do.
+
+    A shard is done if its commit record fits the plan and its files are there. Damaged records and
+    missing or resized files count as not committed: the shard is encoded again.
 
     Args:
         root: The cache folder.
         intent: What it is to become.
-        places: The shards in question, as (split, number); None for all.
+        wanted: The shards in question, as (split, shard); None for all.
 
     Returns:
-        The commit records that count, by (split, shard), and the shards that are missing, in order.
+        The commit records that count, and the shards that are missing, in order.
     """
     commits: dict[tuple[str, int], CommitRecord] = {}
     missing: list[tuple[str, int]] = []
-    for split, number in intent.plan.shard_numbers() if places is None else places:
-        commit = _committed(root, intent.plan, split, number, intent.fingerprint.digest)
-        if commit is None:
-            missing.append((split, number))
+    plan, fingerprint = intent.plan, intent.manifest.fingerprint.digest
+    for split, shard in plan.shard_numbers() if wanted is None else wanted:
+        try:
+            commit = read_commit(root, split, shard)
+        except ManifestError:
+            commit = None
+        if (
+            commit is not None
+            and commit.plan_sha256 == plan.shard_sha256(split, shard)
+            and commit.fingerprint == fingerprint
+            and commit.rows == len(plan.splits[split].rows_of(shard))
+            and has_its_files(root, commit)
+        ):
+            commits[split, shard] = commit
         else:
-            commits[split, number] = commit
+            missing.append((split, shard))
     return commits, missing
 
 
-def _committed(
-    root: Path, plan: Plan, split: str, shard: int, fingerprint: str
-) -> CommitRecord | None:
-    """Returns the commit record of a shard if it counts: it fits the plan and its files are there.
+def load_chosen(options: EncodeOptions, observer: EncodeObserver) -> FrozenEncoder:
+    """Loads the encoder that the options name, while the decoders' server starts.
 
-    Damaged records and missing or resized files count as not committed: the shard is encoded again.
+    Raises:
+        CacheError: as `load_encoder` has them.
     """
-    try:
-        commit = read_commit(root, split, shard)
-    except ManifestError:
-        return None
-    if commit is None or (commit.plan_sha256, commit.fingerprint, commit.rows) != (
-        plan.shard_sha256(split, shard),
-        fingerprint,
-        len(plan.splits[split].rows_of(shard)),
+    # `encode` has started it before torch was imported; a dry run has not.
+    start_decoder_server()
+    return load_encoder(
+        options.encoder,
+        weights=options.weights,
+        arch=options.arch,
+        quality=options.quality,
+        metric=options.metric,
+        precision=options.precision,
+        progress=observer.download,
+    )
+
+
+def survey(
+    root: Path, images: ImageSource, options: EncodeOptions, encoder: FrozenEncoder
+) -> Intent:
+    """Reads the manifest and plan of a begun cache, or lists the source; writes nothing.
+
+    A cache that is to grow is listed anew; nothing of it is read but what its records say.
+
+    Args:
+        root: The cache folder; it need not be there.
+        images: The source; its notices are complete afterwards, if it was listed.
+        options: What is asked for.
+        encoder: The encoder that they name.
+
+    Raises:
+        FingerprintMismatchError: the folder holds a cache made with other settings.
+        ManifestError: the folder's own records are damaged.
+        SourceError, ResourceError: listing failed, or there is no image.
+        UsageError: the encoder has no symbols, and symbols are asked for.
+    """
+    fingerprint, layout = _fingerprint(options, encoder), options.layout_spec()
+    if not (root / MANIFEST).exists():
+        counts: Counter[tuple[str | None, int]] = Counter()
+        plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, counts=counts)
+        refuse_no_classes(images, counts)
+        manifest = _manifest(
+            images, encoder, plan, fingerprint, layout, (images.classes, images.class_titles)
+        )
+        return Intent(manifest=manifest, is_begun=False, plan=plan, folder=root)
+    folder = growth_of(root) or root
+    manifest = read_manifest(folder)
+    labels = "auto" if manifest.classes else "none"
+    if options.labels != labels:
+        raise FingerprintMismatchError(
+            f"{root} was made with `labels` {labels!r}, {options.labels!r} is asked for; nothing "
+            "was changed",
+            hint=f"choose another --out folder, or repeat the command with --labels {labels}",
+        )
+    made = manifest.layout
+    is_larger = made.limit is not None and (layout.limit or math.inf) > made.limit
+    if (
+        options.rescan
+        or options.retry_failed
+        or (is_larger and replace(layout, limit=made.limit) == made)
     ):
-        return None
-    return commit if has_its_files(root, commit) else None
+        return _grown(root, images, options, encoder, fingerprint, layout)
+    refuse_difference(root, manifest, fingerprint, layout)
+    here, notices = _location_text(images), []
+    if folder != root:
+        notices.append(f"{root} continues with the new images that were found before")
+    if manifest.source != here:
+        notices.append(
+            f"{root} was planned from {manifest.source}; {here} is taken for the same images in "
+            "another place and was not listed (--rescan lists it)"
+        )
+    elif folder == root:
+        notices.append(f"{here} was not listed again (--rescan lists it and takes in new images)")
+    return Intent(
+        manifest=manifest,
+        is_begun=True,
+        plan=read_plan(folder, manifest),
+        folder=folder,
+        notices=tuple(notices),
+    )
+
+
+def _fingerprint(options: EncodeOptions, encoder: FrozenEncoder) -> Fingerprint:
+    if options.dtype in ("int8", "int16") and not encoder.has_symbols:
+        raise UsageError(
+            f"`dtype` is {options.dtype}, but {options.arch} has no symbols of its own: their "
+            "means depend on a hyperprior",
+            hint="repeat the command with --dtype float16",
+        )
+    side = options.size // DOWNSAMPLING
+    return Fingerprint(
+        image=options.image_spec(decoder_name()),
+        views=options.view_spec(),
+        encoder=encoder.spec,
+        latent=LatentSpec(
+            dtype=options.dtype,
+            step=options.step,
+            channels=encoder.num_channels,
+            height=side,
+            width=side,
+        ),
+    )
+
+
+def _manifest(
+    images: ImageSource,
+    encoder: FrozenEncoder,
+    plan: Plan,
+    fingerprint: Fingerprint,
+    layout: LayoutSpec,
+    classes: tuple[tuple[str, ...], tuple[str, ...]],
+) -> Manifest:
+    """Returns the manifest of a cache that is to be begun; `classes` are names and titles."""
+    names, titles = classes
+    medians = encoder.medians.tolist() if fingerprint.latent.is_symbols else None
+    return Manifest(
+        software=f"ci2p-cache {__version__}",
+        state="encoding",
+        fingerprint=fingerprint,
+        layout=layout,
+        source=_location_text(images),
+        classes=names,
+        class_titles=titles,
+        class_order=class_order(names),
+        splits=plan.splits,
+        plan=_file_record(PLAN, plan.to_bytes()),
+        encoder=_file_record(ENCODER, encoder.to_bytes()),
+        offset=tuple(medians or (0.0,) * fingerprint.latent.channels),
+    )
+
+
+def _file_record(path: str, data: bytes) -> FileRecord:
+    return FileRecord(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _location_text(images: ImageSource) -> str:
+    """Returns where a source is as JSON can hold it: what is not UTF-8 is shown with escapes."""
+    return images.location().encode("utf-8", "backslashreplace").decode()
+
+
+def _grown(
+    root: Path,
+    images: ImageSource,
+    options: EncodeOptions,
+    encoder: FrozenEncoder,
+    fingerprint: Fingerprint,
+    layout: LayoutSpec,
+) -> Intent:
+    """Lists the source anew; the committed rows of the cache stay as they are."""
+    manifest = read_manifest(root)
+    made = manifest.layout
+    if made.limit is None or (layout.limit or math.inf) >= made.limit:
+        made = replace(made, limit=layout.limit)
+    refuse_difference(root, replace(manifest, layout=made), fingerprint, layout)
+    earlier = read_plan(root, manifest)
+    cache = Intent(manifest=manifest, is_begun=True, plan=earlier, folder=root)
+    commits, missing = committed_shards(root, cache)
+    if missing and manifest.is_complete:
+        raise ShardError(
+            f"{root} is damaged: {missing_text(cache, missing)} are not what was committed; "
+            "nothing was changed",
+            hint=command("verify", root, "--repair"),
+        )
+    plan, classes = earlier, (manifest.classes, manifest.class_titles)
+    notices: list[str] = []
+    again: dict[str, frozenset[int]] = {}
+    if options.rescan or layout != manifest.layout:
+        names, titles, labels = merged_classes(manifest, images)
+        classes = names, titles
+        rows = EarlierRows(earlier, labels)
+        plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=rows)
+        notices, changed = compare_originals(root, images, rows, plan, list(commits))
+        if rows.moved:
+            plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=rows)
+        if options.reencode_changed:
+            again = dict(changed)
+            plan = plan.with_paths({s: {r: rows.paths[s][r] for r in changed[s]} for s in changed})
+        if new := names[len(manifest.classes) :]:
+            notices.append(
+                f"new classes come after those of the cache: {', '.join(new[:3])}"
+                + (f" and {len(new) - 3:,} more" if len(new) > 3 else "")
+            )
+    if options.retry_failed:
+        for split, failed in failed_rows(root, list(commits)).items():
+            again[split] = again.get(split, frozenset()) | failed
+    if plan.num_samples == earlier.num_samples and not again and layout == manifest.layout:
+        return replace(cache, notices=(*notices, f"nothing new for {root}"))
+    return Intent(
+        manifest=_manifest(images, encoder, plan, fingerprint, layout, classes),
+        is_begun=False,
+        plan=plan,
+        folder=root / GROWTH,
+        growth=Growth(plan=earlier, committed=frozenset(commits), again=again),
+        notices=tuple(notices),
+    )
+
+
+def begin(
+    images: ImageSource,
+    intent: Intent,
+    encoder: FrozenEncoder,
+    staging: StagingArea,
+    observer: EncodeObserver,
+) -> None:
+    """Writes plan, encoder and manifest: a cache is begun.
+
+    The caller holds the folder's lock; the observer receives what listing the source has found.
+
+    Raises:
+        ResourceError: writing failed.
+    """
+    for text in images.notices:
+        observer.notice(text)
+    if "train" in intent.plan.splits and intent.plan.is_sorted_by_class("train"):
+        observer.notice(_SORTED)
+    staging.put(PLAN, intent.plan.to_bytes())
+    staging.put(ENCODER, encoder.to_bytes())
+    staging.put_sealed(MANIFEST, intent.manifest.to_dict())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -143,46 +143,24 @@ class EncodeOptions(Record):
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
         """Returns the options that bind a cache; whence its encoder came is not recorded."""
-        made, layout = manifest.fingerprint, manifest.layout
-        image, encoder = made.image, made.encoder
-        return cls(
-            arch=encoder.arch,
-            quality=encoder.quality,
-            metric=encoder.metric,
-            precision=encoder.precision,
-            size=image.size,
-            resize_side=None if image.resize_side == image.size else image.resize_side,
-            interpolation=image.interpolation,
-            exif=image.exif,
-            max_pixels=image.max_pixels,
-            views=str(made.views),
-            dtype=made.latent.dtype,
-            step=made.latent.step,
-            format=layout.format,
-            codec=layout.codec,
-            level=layout.level,
-            shard_samples=layout.shard_samples,
-            labels="auto" if manifest.classes else "none",
-            val_fraction=layout.val_fraction,
-            seed=layout.seed,
-            limit=layout.limit,
-        )
+        made, known = manifest.fingerprint, {field.name for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for record in (made.image, made.encoder, made.latent, manifest.layout):
+            values |= {name: value for name, value in record.to_dict().items() if name in known}
+        if made.image.resize_side == made.image.size:
+            values["resize_side"] = None
+        labels: Labels = "auto" if manifest.classes else "none"
+        return cls(**values, views=str(made.views), labels=labels)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain JSON values, paths as str."""
-        paths = {"weights": self.weights, "root": self.root}
-        return Record.to_dict(self) | {
-            name: None if path is None else str(path) for name, path in paths.items()
-        }
+        values = Record.to_dict(self)
+        return {n: str(value) if isinstance(value, Path) else value for n, value in values.items()}
 
     def source_options(self) -> SourceOptions:
         """Returns what the user says of the source."""
-        return SourceOptions(
-            root=None if self.root is None else str(self.root),
-            image_column=self.image_column,
-            label_column=self.label_column,
-            labels=self.labels,
-        )
+        root = None if self.root is None else str(self.root)
+        return SourceOptions(**self._shared(SourceOptions) | {"root": root})
 
     def part(self) -> ShardRange | None:
         """Returns the range of shards that is asked for; auto is read from the environment.
@@ -196,14 +174,8 @@ class EncodeOptions(Record):
 
     def image_spec(self, decoder: str) -> ImageSpec:
         """Returns the part of the fingerprint that speaks of pixels."""
-        return ImageSpec(
-            size=self.size,
-            resize_side=self.size if self.resize_side is None else self.resize_side,
-            interpolation=self.interpolation,
-            exif=self.exif,
-            max_pixels=self.max_pixels,
-            decoder=decoder,
-        )
+        side = self.size if self.resize_side is None else self.resize_side
+        return ImageSpec(**self._shared(ImageSpec) | {"resize_side": side, "decoder": decoder})
 
     def view_spec(self) -> ViewSpec:
         """Returns the part of the fingerprint that speaks of views."""
@@ -211,12 +183,9 @@ class EncodeOptions(Record):
 
     def layout_spec(self) -> LayoutSpec:
         """Returns the fields that decide which sample is where."""
-        return LayoutSpec(
-            val_fraction=self.val_fraction,
-            seed=self.seed,
-            shard_samples=self.shard_samples,
-            limit=self.limit,
-            format=self.format,
-            codec=self.codec,
-            level=self.level,
-        )
+        return LayoutSpec(**self._shared(LayoutSpec))
+
+    def _shared(self, spec: type[ImageSpec | LayoutSpec | SourceOptions]) -> dict[str, Any]:
+        """Returns the options that a spec has a field of the same name for."""
+        names = [field.name for field in fields(spec) if hasattr(self, field.name)]
+        return {name: getattr(self, name) for name in names}

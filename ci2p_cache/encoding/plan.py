@@ -1,13 +1,19 @@
 """The plan: which sample is in which row of which shard, fixed before the first is encoded.
 
-How an image came by its row is not known here.
+A row is the rank of hash(seed, split, key), so rows are not sorted by class and any window of the
+cache is mixed; nothing that goes wrong with one image moves another. Sources that are best read in
+sequence (tars, parquet) say so by `ImageRef.order`: their rows follow it, and are as mixed as they
+were written. Shards may cross archives.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +22,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ci2p_cache.cache.commit import sha256_file
-from ci2p_cache.cache.manifest import Manifest, SplitRecord
+from ci2p_cache.cache.manifest import Manifest, SplitRecord, shard_rows
 from ci2p_cache.cache.parquet import parquet_bytes, read_parquet
 from ci2p_cache.cache.paths import MANIFEST, PLAN
-from ci2p_cache.errors import ManifestError, command
+from ci2p_cache.errors import ManifestError, SourceError, command
+from ci2p_cache.images.archives import SPLIT_ORDER
+from ci2p_cache.images.layout_refusals import NONE_HINT
+from ci2p_cache.images.source import ImageRef, ImageSource
+from ci2p_cache.images.splits import look_like_parts, look_like_splits
+from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec
 
-__all__ = ["PLAN_SCHEMA", "Plan", "Sample", "ShardPlan", "read_plan"]
+__all__ = [
+    "EarlierRows",
+    "Plan",
+    "Sample",
+    "ShardPlan",
+    "build_plan",
+    "plan_of_rows",
+    "plan_text",
+    "read_plan",
+    "refuse_no_classes",
+]
 
 _LEADS_OUT = r"^$|^/|(^|/)\.\.(/|$)"
 
@@ -36,8 +57,13 @@ PLAN_SCHEMA = pa.schema(
     ]
 )
 
+_LISTED_SCHEMA = pa.schema([("rank", pa.uint64()), *list(PLAN_SCHEMA)[-3:]])
+
+_BLOCK_ROWS = 2**16
+"""Listed samples that are Python objects at a time."""
 _FEWEST_SORTED = 64
 """Fewer rows may come sorted by chance."""
+_CLASSES_SHOWN, _MAX_NAME = 10, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +92,14 @@ class ShardPlan:
         return self.samples[0].row
 
 
+@dataclass(frozen=True, eq=False, slots=True)
 class Plan:
-    """All samples of all splits, kept as columns.
+    """All samples of all splits, as columns."""
 
-    Args:
-        tables: One table per split, of `PLAN_SCHEMA`, rows ascending from 0.
-        records: The shape of each split.
-    """
-
-    def __init__(self, tables: dict[str, pa.Table], records: dict[str, SplitRecord]) -> None:
-        self.tables = tables
-        self.splits = records
+    tables: dict[str, pa.Table]
+    """One table per split, of `PLAN_SCHEMA`, rows ascending from 0."""
+    splits: dict[str, SplitRecord]
+    """The shape of each split."""
 
     @property
     def num_samples(self) -> int:
@@ -98,18 +121,12 @@ class Plan:
         """Returns the samples of one shard."""
         rows = self.splits[split].rows_of(shard)
         part = self.tables[split].slice(rows.start, len(rows))
-        samples = zip(
-            rows,
-            part["key"].to_pylist(),
-            part["label"].to_pylist(),
-            part["path"].to_pylist(),
-            strict=True,
-        )
-        digest = self.shard_sha256(split, shard)
-        return ShardPlan(split, shard, tuple(Sample(*sample) for sample in samples), digest)
+        columns = (part[name].to_pylist() for name in ("key", "label", "path"))
+        samples = tuple(Sample(*values) for values in zip(rows, *columns, strict=True))
+        return ShardPlan(split, shard, samples, self.shard_sha256(split, shard))
 
     def shard_sha256(self, split: str, shard: int) -> str:
-        """Returns the digest of a shard's samples; its commit record tells a changed plan by it.
+        """Returns the digest of a shard's samples; a commit record of another plan does not fit.
 
         It is over "row NUL label NUL key NUL path LF" of each, without an object for any of them:
         a resumed run asks for all shards before it does anything else.
@@ -126,19 +143,16 @@ class Plan:
         return digest.hexdigest()
 
     def with_paths(self, paths: Mapping[str, Mapping[int, bytes]]) -> Plan:
-        """Returns the plan with the bytes of some rows elsewhere in the source.
-
-        Args:
-            paths: Split -> row -> path.
-        """
+        """Returns the plan with other paths in the source, by split and row."""
         tables = dict(self.tables)
         for split, moved in paths.items():
             found = tables[split]["path"].to_pylist()
             for row, path in moved.items():
                 found[row] = path
-            place = tables[split].schema.get_field_index("path")
             column = pa.array(found, pa.binary())
-            tables[split] = tables[split].set_column(place, PLAN_SCHEMA.field("path"), column)
+            tables[split] = tables[split].set_column(
+                PLAN_SCHEMA.get_field_index("path"), PLAN_SCHEMA.field("path"), column
+            )
         return Plan(tables, self.splits)
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:
@@ -208,3 +222,254 @@ def _impossible(table: pa.Table, record: SplitRecord, num_classes: int) -> str |
     if len(pc.unique(table["key"])) != record.rows:
         return "has a key twice"
     return None
+
+
+def build_plan(
+    source: ImageSource,
+    layout: LayoutSpec,
+    views: ViewSpec,
+    latent: LatentSpec,
+    *,
+    earlier: EarlierRows | None = None,
+    counts: Counter[tuple[str | None, int]] | None = None,
+) -> Plan:
+    """Lists a source and gives every image its split and row.
+
+    Args:
+        source: Where the images are.
+        layout: Validation share, seed, limit and shard size.
+        views: How many views a training sample has; with `latent` it bounds the shard size.
+        latent: The shape and dtype of one latent.
+        earlier: The rows of the same folder's plan; they stay, and new ones follow.
+        counts: Counts what the source has by (its split, label), for `refuse_no_classes`.
+
+    Raises:
+        SourceError: there is no image, or two of a split have the same key.
+    """
+    # In arrow's columns a sample takes about 80 bytes; as Python objects some 270.
+    rows: dict[str, list[tuple[int, str, int, bytes]]] = {}
+    listed: dict[str, list[pa.Table]] = {}
+    plan = earlier.plan if earlier is not None else Plan({}, {})
+    for ref, split in _limited(_new_images(source, layout, earlier, counts), layout, plan):
+        rank = ref.order
+        if rank is None:
+            rank = _hash64(ref.key, f"row:{split}", layout.seed)
+        label = earlier.label(ref) if earlier is not None else ref.label
+        rows.setdefault(split, []).append((rank, ref.key, label, ref.path))
+        if len(rows[split]) == _BLOCK_ROWS:
+            listed.setdefault(split, []).append(_listed_table(rows.pop(split)))
+    names = {*rows, *listed, *plan.splits}
+    if not names:
+        raise SourceError(f"{source.location()} holds no image")
+    # One form for all index parts: readers of the whole folder take the schema of the first.
+    names_split = all(record.names_split for record in plan.splits.values())
+    tables, records = {}, {}
+    for name in sorted(names, key=lambda n: (SPLIT_ORDER.index(n), n)):
+        found = pa.concat_tables([*listed.pop(name, ()), _listed_table(rows.pop(name, []))])
+        # By rank; should two have the same one, by key.
+        found = found.sort_by([(column, "ascending") for column in _LISTED_SCHEMA.names])
+        _refuse_doubles(source, name, found)
+        num_views = views.num_views(name)
+        size = shard_rows(layout, latent, num_views)
+        tables[name] = _table(name, size, plan.tables.get(name), found)
+        records[name] = SplitRecord(
+            rows=len(tables[name]), views=num_views, shard_rows=size, names_split=names_split
+        )
+    return Plan(tables, records)
+
+
+def plan_of_rows(rows: Mapping[str, Iterable[Sample]], records: Mapping[str, SplitRecord]) -> Plan:
+    """Puts a plan together again from all samples of each split, in row order."""
+    tables = {}
+    for name, samples in rows.items():
+        listed = _listed_table([(0, each.key, each.label, each.path) for each in samples])
+        tables[name] = _table(name, records[name].shard_rows, None, listed)
+    return Plan(tables, dict(records))
+
+
+def _listed_table(rows: list[tuple[int, str, int, bytes]]) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [()] * len(_LISTED_SCHEMA)
+    arrays = [pa.array(c, t) for c, t in zip(columns, _LISTED_SCHEMA.types, strict=True)]
+    return pa.table(arrays, schema=_LISTED_SCHEMA)
+
+
+def _table(split: str, size: int, earlier: pa.Table | None, listed: pa.Table) -> pa.Table:
+    """Numbers earlier samples, then new ones; the same ones give the same bytes, however listed."""
+    tables = [listed] if earlier is None else [earlier, listed]
+    samples = pa.concat_tables([table.select(["key", "label", "path"]) for table in tables])
+    rows = np.arange(len(samples))
+    columns = [
+        pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(rows)), pa.int8()), [split]),
+        pa.array(rows),
+        pa.array(rows // size, pa.int32()),
+        *samples.columns,
+    ]
+    return pa.table(columns, schema=PLAN_SCHEMA).combine_chunks()
+
+
+def _refuse_doubles(source: ImageSource, split: str, listed: pa.Table) -> None:
+    """Refuses two images of one key: a batch could not say which of them it holds."""
+    keys = listed["key"]
+    if len(pc.unique(keys)) == len(keys):
+        return
+    counts = pc.value_counts(keys).to_pylist()
+    double = next(item["values"] for item in counts if item["counts"] > 1)
+    raise SourceError(
+        f"{source.location()} lists {double!r} twice in split {split}; keys are unique in a split",
+        hint="rename one of them, or leave one out",
+    )
+
+
+def _new_images(
+    source: ImageSource,
+    layout: LayoutSpec,
+    earlier: EarlierRows | None,
+    counts: Counter[tuple[str | None, int]] | None,
+) -> Iterator[tuple[ImageRef, str]]:
+    """Yields the images without a row yet, with their split; counts all of them.
+
+    Where the source has no splits, train or val is drawn by the hash of the key alone, so added
+    files move no other file.
+    """
+    for ref in source.scan():
+        if counts is not None:
+            counts[ref.split, ref.label] += 1
+        split = ref.split or "train"
+        if ref.split is None and layout.val_fraction:
+            share = _hash64(ref.key, "val", layout.seed) / 2**64
+            split = "val" if share < layout.val_fraction else "train"
+        if earlier is None or not earlier.holds(ref, split):
+            yield ref, split
+
+
+def _limited(
+    refs: Iterable[tuple[ImageRef, str]], layout: LayoutSpec, plan: Plan
+) -> Iterable[tuple[ImageRef, str]]:
+    """Keeps as many images as the plan lacks up to `limit`, those of smallest hash.
+
+    They are the same ones each time, spread over classes.
+    """
+    if layout.limit is None:
+        return refs
+
+    def rank(item: tuple[ImageRef, str]) -> tuple[int, bytes]:
+        return _hash64(item[0].key, "limit", layout.seed), item[0].path
+
+    left = max(0, layout.limit - plan.num_samples)
+    # Where none is left they are listed all the same: what has gone or changed is found by it.
+    return heapq.nsmallest(max(1, left), refs, key=rank)[:left]
+
+
+def _hash64(key: str, purpose: str, seed: int) -> int:
+    digest = _keyed(purpose, seed).copy()
+    digest.update(key.encode())
+    return int.from_bytes(digest.digest(), "little")
+
+
+@cache
+def _keyed(purpose: str, seed: int) -> hashlib.blake2b:
+    """Returns the hash before the key: a copy of it costs half as much as a new one."""
+    return hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little"), person=purpose.encode())
+
+
+class EarlierRows:
+    """The rows that a cache has, and what a new listing of its source says of them."""
+
+    def __init__(self, plan: Plan, labels: Sequence[int]) -> None:
+        self.plan = plan
+        self.paths: dict[str, dict[int, bytes]] = {name: {} for name in plan.splits}
+        """Where the source has the original of a row now, by split and row."""
+        self.moved: Mapping[tuple[str, str], tuple[str, int]] = {}
+        """Split and key in the source -> split and row here, of images that have another name or
+        split there now; they count as the rows that they were."""
+        self.relabelled: set[str] = set()
+        """Keys of rows that have another class in the source now."""
+        self._to_label = labels
+        self._labels = {name: plan.labels(name) for name in plan.splits}
+        self._rows = {
+            name: {key: row for row, key in enumerate(plan.tables[name]["key"].to_pylist())}
+            for name in plan.splits
+        }
+
+    def label(self, ref: ImageRef) -> int:
+        """Returns the label that an image of the source has in the cache."""
+        return self._to_label[ref.label] if ref.label >= 0 else ref.label
+
+    def holds(self, ref: ImageRef, split: str) -> bool:
+        """Whether the cache has a row for an image of the source; notes the image's path."""
+        if (split, ref.key) in self.moved:
+            name, row = self.moved[split, ref.key]
+            self.paths[name][row] = ref.path
+            return True
+        if ref.key not in self._rows.get(split, {}):
+            return False
+        row = self._rows[split][ref.key]
+        self.paths[split][row] = ref.path
+        if self._labels[split][row] != self.label(ref):
+            self.relabelled.add(ref.key)
+        return True
+
+
+def refuse_no_classes(source: ImageSource, counts: Counter[tuple[str | None, int]]) -> None:
+    """Refuses a source from which no classifier could be trained; never one without classes.
+
+    Raises:
+        SourceError: all images to train from are of one class, the classes look like splits or
+            parts, or train knows no class of another split.
+    """
+    classes, where = source.classes, source.location()
+    if not classes:
+        return
+    by_split: dict[str | None, set[int]] = {}
+    for split, label in counts:
+        by_split.setdefault(split, set()).add(label)
+    names = [classes[label] for label in sorted(set().union(*by_split.values()))]
+    train = by_split.get("train") or by_split.get(None) or set()
+    if len(train) < 2:
+        count = sum(n for (split, _), n in counts.items() if split in ("train", None))
+        found = f"{classes[min(train)] if train else None!r}"
+        raise SourceError(
+            "; ".join(
+                (
+                    f"all {count:,} images to train from in {where} are of one class, {found}",
+                    "wanted at least two",
+                    *source.notices,
+                )
+            ),
+            hint="name the folder whose folders are the classes, if that is another; or "
+            f"{NONE_HINT}",
+        )
+    if look_like_splits(names) or look_like_parts(names):
+        raise SourceError(
+            f"the classes of {where} would be {_listed(names)}, which look like splits or "
+            "parts of one set",
+            hint=f"give each image its class, by its folder or in a list; or {NONE_HINT}",
+        )
+    for split, own in by_split.items():
+        if split in ("val", "test") and not own & train:
+            raise SourceError(
+                f"none of the {len(own)} classes of {split} in {where} is known to train: "
+                f"{_listed([classes[label] for label in sorted(own)])} in {split}, "
+                f"{_listed([classes[label] for label in sorted(train)])} in train",
+                hint=f"give the class folders of {split} the names that train has; or {NONE_HINT}",
+            )
+
+
+def plan_text(plan: Plan, classes: tuple[str, ...]) -> str:
+    """Returns splits, classes and counts in one line, for people."""
+    splits = ", ".join(f"{name} {record.rows:,}" for name, record in plan.splits.items())
+    text = f"{plan.num_samples:,} images ({splits})"
+    if not classes:
+        return f"{text}, no labels"
+    labels = np.concatenate([plan.labels(name) for name in plan.splits])
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    shown = [f"{name[:_MAX_NAME]} {count:,}" for name, count in zip(classes, counts, strict=True)]
+    listed = ", ".join(shown[:_CLASSES_SHOWN])
+    if len(classes) > _CLASSES_SHOWN:
+        listed += f", ... ({counts.min():,} to {counts.max():,} images each)"
+    return f"{text}, {len(classes):,} classes: {listed}"
+
+
+def _listed(names: list[str]) -> str:
+    more = ", ..." if len(names) > 5 else ""
+    return ", ".join(repr(name[:_MAX_NAME]) for name in names[:5]) + more

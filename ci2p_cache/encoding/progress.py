@@ -1,4 +1,4 @@
-"""What stage one tells while it runs and when it has ended."""
+"""What stage one reports while it runs and when it has ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ __all__ = [
     "EncodeSummary",
     "ProgressMeter",
     "summarise",
-    "summarise_part",
 ]
 
 _TICK_SECONDS = 0.1
@@ -110,52 +109,35 @@ class EncodeSummary(Record):
         return self.cache_bytes / max(self.images, 1)
 
 
+@dataclass
 class ProgressMeter:
-    """Counts images and reports to an observer now and then.
+    """Counts images and reports to an observer now and then."""
 
-    Args:
-        observer: Who is told.
-        total: Images planned.
-        done: Images committed by earlier runs.
-        bad: Bad ones among these.
-        clock: Gives the time in seconds.
-    """
+    observer: EncodeObserver
+    total: int
+    """Images planned."""
+    done: int
+    """Images encoded or found bad, earlier runs included."""
+    bad: int
+    """Images that could not be decoded, earlier runs included."""
+    clock: Callable[[], float] = time.perf_counter
+    busy_seconds: float = 0.0
+    """How long g_a has run."""
 
-    def __init__(
-        self,
-        observer: EncodeObserver,
-        *,
-        total: int,
-        done: int,
-        bad: int,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._clock = clock
-        self._observer = observer
-        self._total = total
-        self._first = done
-        self._done = done
-        self._bad = bad
-        self._started = clock()
-        self._next_tick = 0.0
+    def __post_init__(self) -> None:
+        self._first, self._started, self._next_tick = self.done, self.clock(), 0.0
         self._first_image: float | None = None
         self._warm: tuple[float, int] | None = None
-        self.busy_seconds = 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds since the meter was made."""
-        return self._clock() - self._started
-
-    @property
-    def bad(self) -> int:
-        """Images that could not be decoded, earlier runs included."""
-        return self._bad
+        return self.clock() - self._started
 
     @property
     def images_now(self) -> int:
         """Images counted by this meter."""
-        return self._done - self._first
+        return self.done - self._first
 
     @property
     def waiting_share(self) -> float:
@@ -164,8 +146,8 @@ class ProgressMeter:
 
     def count(self, good: bool, busy_seconds: float) -> None:
         """Counts one image; `busy_seconds` is how long g_a has run so far."""
-        self._done += 1
-        self._bad += not good
+        self.done += 1
+        self.bad += not good
         self.busy_seconds = busy_seconds
         if self._first_image is None:
             self._first_image = self.seconds
@@ -177,23 +159,22 @@ class ProgressMeter:
 
     def take_back(self, good: int, bad: int) -> None:
         """Uncounts images whose worker was lost: they are encoded, and counted, again."""
-        self._done -= good + bad
-        self._bad -= bad
+        self.done -= good + bad
+        self.bad -= bad
 
     def report(self) -> None:
-        """Tells the observer."""
-        rate = self.images_now / max(self.seconds, 1e-9)
-        eta = 0.0 if self._done == self._total else None
+        """Calls the observer."""
+        eta = 0.0 if self.done == self.total else None
         if self._warm is not None and self.images_now > self._warm[1]:
             since, counted = self._warm
-            left = self._total - self._done
+            left = self.total - self.done
             eta = left * (self.seconds - since) / (self.images_now - counted)
-        self._observer.progress(
+        self.observer.progress(
             EncodeProgress(
-                done=self._done,
-                total=self._total,
-                bad=self._bad,
-                images_per_second=rate,
+                done=self.done,
+                total=self.total,
+                bad=self.bad,
+                images_per_second=self.images_now / max(self.seconds, 1e-9),
                 eta_seconds=eta,
                 waiting_share=self.waiting_share,
             )
@@ -201,64 +182,29 @@ class ProgressMeter:
 
 
 def summarise(
-    root: Path, manifest: Manifest, meter: ProgressMeter, seconds: float
-) -> EncodeSummary:
-    """Builds the summary of a completed cache."""
-    records = manifest.splits.values()
-    return _summary(
-        root,
-        manifest,
-        meter,
-        seconds,
-        valid={name: record.valid_rows or 0 for name, record in manifest.splits.items()},
-        rows=sum(record.rows for record in records),
-        part=None,
-        cache_bytes=sum(record.bytes or 0 for record in records),
-    )
-
-
-def summarise_part(
     root: Path,
     manifest: Manifest,
-    commits: Iterable[CommitRecord],
     meter: ProgressMeter,
     seconds: float,
+    commits: Iterable[CommitRecord] | None = None,
     *,
-    part: ShardRange | None,
+    part: ShardRange | None = None,
 ) -> EncodeSummary:
-    """Builds the summary of what is committed of a cache that is not complete.
+    """Builds the summary of a cache, or of what is committed of one that is not complete.
 
-    Args:
-        root: The cache folder.
-        manifest: Its manifest.
-        commits: What is to be summed up: the records of the range.
-        meter: What this run counted.
-        seconds: Wall time of encoding in this run.
-        part: The range; None where nothing was asked for but a plan.
+    Without `commits`, the records of a range or of what is there, it sums up all of a complete one.
     """
-    valid = dict.fromkeys(manifest.splits, 0)
-    rows = size = 0
-    for commit in commits:
+    splits, size = manifest.splits, 0
+    valid, planned = dict.fromkeys(splits, 0), 0
+    if commits is None:
+        valid = {name: record.valid_rows or 0 for name, record in splits.items()}
+        planned = sum(record.rows for record in splits.values())
+        size = sum(record.bytes or 0 for record in splits.values())
+    for commit in commits or ():
         valid[commit.split] += commit.valid_rows
-        rows += commit.rows
+        planned += commit.rows
         size += sum(file.bytes for file in commit.files)
-    return _summary(
-        root, manifest, meter, seconds, valid=valid, rows=rows, part=part, cache_bytes=size
-    )
-
-
-def _summary(
-    root: Path,
-    manifest: Manifest,
-    meter: ProgressMeter,
-    seconds: float,
-    *,
-    valid: dict[str, int],
-    rows: int,
-    part: ShardRange | None,
-    cache_bytes: int,
-) -> EncodeSummary:
-    images, splits = sum(valid.values()), manifest.splits
+    images = sum(valid.values())
 
     def total(name: str) -> int | None:
         if not manifest.is_complete:
@@ -269,9 +215,9 @@ def _summary(
         path=str(root),
         complete=manifest.is_complete,
         shards=sum(record.num_shards for record in splits.values()),
-        shard_range=None if part is None else str(part),
+        shard_range=None if part is None or commits is None else str(part),
         images=images,
-        bad=rows - images,
+        bad=planned - images,
         views=sum(valid[name] * record.views for name, record in splits.items()),
         classes=len(manifest.classes),
         splits=valid,
@@ -279,7 +225,7 @@ def _summary(
         seconds=seconds,
         images_per_second=meter.images_now / seconds if meter.images_now else 0.0,
         waiting_share=meter.waiting_share if meter.images_now else 0.0,
-        cache_bytes=cache_bytes,
+        cache_bytes=size,
         source_bytes=total("source_bytes"),
         clipped=total("clipped"),
         exif_turned=total("exif_turned"),

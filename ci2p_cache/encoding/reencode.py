@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +12,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.finding import Finding
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.paths import data_paths
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.encoder.recorded import load_recorded_encoder
-from ci2p_cache.encoding.lane import (
+from ci2p_cache.encoding.plan import Sample
+from ci2p_cache.encoding.rows import LoadedImage, load_image
+from ci2p_cache.encoding.shard import (
     Lane,
     changed_numerics,
     encode_views,
     make_lanes,
     numerics,
+    refuse_other_decoder,
     single_threaded,
 )
-from ci2p_cache.encoding.same_decoder import refuse_other_decoder
-from ci2p_cache.errors import ImageDecodeError, ShardError, UsageError
-from ci2p_cache.images.decode import decode_image
+from ci2p_cache.errors import ShardError, UsageError
+from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.locate import open_reader
-from ci2p_cache.images.source import ImageReader
-from ci2p_cache.images.views import image_views
 from ci2p_cache.record import Record
 
 __all__ = ["ReencodeSummary", "reencode"]
@@ -60,15 +59,6 @@ class ReencodeSummary(Record):
     findings: tuple[Finding, ...]
     """Rows that differ although the same software and kind of device encoded them, and rows that
     cannot be read."""
-
-
-@dataclass(slots=True)
-class _Tally:
-    compared: int = 0
-    values: int = 0
-    differing: int = 0
-    largest: float = 0.0
-    other_software: int = 0
 
 
 def reencode(
@@ -100,73 +90,66 @@ def reencode(
     if count < 1:
         raise UsageError(f"`reencode` is {count}; it must be at least 1")
     cache = open_cache(path)
-    refuse_other_decoder(cache.fingerprint)
+    made = cache.fingerprint
+    refuse_other_decoder(made)
     images = open_reader(cache.manifest.source if source is None else source)
-    lanes = _Lanes(cache)
+    encoder = load_recorded_encoder(cache.encoder_path, made.encoder)
+
+    @functools.cache
+    def lane_of(device: str) -> Lane:
+        return make_lanes(encoder, device)[0]
+
     chosen = _drawn(cache, count, seed)
-    tally, changed, findings = _Tally(), [], []
-    threads = torch.get_num_threads()
+    found = ReencodeSummary(
+        rows=len(chosen),
+        compared=0,
+        values=0,
+        differing_values=0,
+        largest_difference=0.0,
+        other_software=0,
+        changed=(),
+        findings=(),
+    )
+    decoders, threads = Decoders(made.image, made.views), torch.get_num_threads()
+    load = functools.partial(load_image, images, decoders, ())
     single_threaded()
     try:
         for done, (split, row) in enumerate(chosen, 1):
-            found = _compare(split, row, images, lanes, tally)
-            if isinstance(found, Finding):
-                findings.append(found)
-            elif found is not None:
-                changed.append(found)
+            found = _compared(found, split, row, load, lane_of)
             if on_row is not None:
                 on_row(done, len(chosen))
     finally:
+        decoders.close()
         torch.set_num_threads(threads)
-    return ReencodeSummary(
-        rows=len(chosen),
-        compared=tally.compared,
-        values=tally.values,
-        differing_values=tally.differing,
-        largest_difference=tally.largest,
-        other_software=tally.other_software,
-        changed=tuple(changed),
-        findings=tuple(findings),
-    )
-
-
-class _Lanes:
-    """The cache's encoder on each kind of device that its shards ask for and this machine has."""
-
-    def __init__(self, cache: Cache) -> None:
-        self._encoder = load_recorded_encoder(cache.encoder_path, cache.fingerprint.encoder)
-        self._lanes: dict[str, Lane] = {}
-
-    def of(self, commit: CommitRecord) -> Lane:
-        wanted = commit.numerics.get("device_type")
-        kind = "cuda" if wanted == "cuda" and torch.cuda.is_available() else "cpu"
-        if kind not in self._lanes:
-            self._lanes[kind] = make_lanes(self._encoder, kind)[0]
-        return self._lanes[kind]
+    return found
 
 
 def _drawn(cache: Cache, count: int, seed: int) -> list[tuple[Split, int]]:
     """Draws valid rows without repetition, in ascending order."""
-    splits = list(cache.values())
-    ends = np.cumsum([len(split.valid_rows) for split in splits])
-    total = int(ends[-1])
+    total = sum(len(split.valid_rows) for split in cache.values())
     numbers = np.random.default_rng(seed).choice(total, min(count, total), replace=False)
-    found = []
-    for number in sorted(numbers.tolist()):
-        place = int(np.searchsorted(ends, number, side="right"))
-        first = int(ends[place]) - len(splits[place].valid_rows)
-        found.append((splits[place], int(splits[place].valid_rows[number - first])))
+    numbers.sort()
+    found: list[tuple[Split, int]] = []
+    for split in cache.values():
+        rows = split.valid_rows
+        own = numbers[(numbers >= 0) & (numbers < len(rows))]
+        found += [(split, row) for row in rows[own].tolist()]
+        numbers -= len(rows)
     return found
 
 
-def _compare(
-    split: Split, row: int, images: ImageReader, lanes: _Lanes, tally: _Tally
-) -> Finding | str | None:
-    """Compares one row: gives a finding, the name of a changed source image, or None."""
+def _compared(
+    summary: ReencodeSummary,
+    split: Split,
+    row: int,
+    load: Callable[[str, Sample], LoadedImage],
+    lane_of: Callable[[str], Lane],
+) -> ReencodeSummary:
+    """Compares one row; returns the summary with it."""
     shard = row // split.record.shard_rows
 
-    def finding(problem: str) -> Finding:
-        return Finding(
+    def found(problem: str) -> tuple[Finding, ...]:
+        finding = Finding(
             path=data_paths(split.layout, split.name, shard)[0],
             kind="differs",
             problem=f"row {row} {problem}",
@@ -175,70 +158,55 @@ def _compare(
             first_row=row,
             last_row=row,
         )
+        return (*summary.findings, finding)
 
     stored = np.empty((split.num_views, *split.latent.shape), split.latent.dtype)
     try:
         commit = split.read_commit(shard)
         columns = ["row", "key", "path", "path_bytes", "source_sha256", "status"]
         index = read_index(split.cache.path, split.name, shard, columns)
-        for view in range(split.num_views):
-            split.read_into(row, view, stored[view])
+        for view, out in enumerate(stored):
+            split.read_into(row, view, out)
     except ShardError as error:
-        return finding(f"cannot be read: {error}")
+        return replace(summary, findings=found(f"cannot be read: {error}"))
     assert commit is not None, "its shard was read"
     offset = row - split.record.rows_of(shard).start
     entry = index.slice(offset, 1).to_pylist()[0]
-    views = _views(split, entry, images)
-    if isinstance(views, str):
-        return f"{entry['path']} ({views})"
-    lane = lanes.of(commit)
+    image = load(split.name, Sample(row, entry["key"], -1, entry["path_bytes"]))
+    digest, wanted = image.row.source_sha256, entry["source_sha256"]
+    reason = image.row.error
+    if digest is not None and digest != wanted:
+        reason = f"its sha256 is {digest[:12]}..., {wanted[:12]}... was encoded"
+    if reason is not None or image.views is None:
+        return replace(summary, changed=(*summary.changed, f"{entry['path']} ({reason})"))
+    on_cuda = commit.numerics.get("device_type") == "cuda" and torch.cuda.is_available()
+    lane, batch = lane_of("cuda" if on_cuda else "cpu"), int(commit.numerics.get("batch_size", 1))
     before = sum(status == "ok" for status in index["status"].to_pylist()[:offset])
-    good = commit.valid_rows
-    batch = int(commit.numerics.get("batch_size", 1))
-    now = _encode(
-        lane, views, split, first=before * len(views), total=good * len(views), size=batch
-    )
-    different = now != stored
-    if split.latent.dtype.startswith("float"):
-        gap = np.abs(now.astype(np.float64) - stored.astype(np.float64))
-    else:
-        gap = np.abs(now.astype(np.int64) - stored.astype(np.int64))
-    lost, largest = int(different.sum()), float(gap.max())
+    first, total = before * split.num_views, commit.valid_rows * split.num_views
+    now = _encoded(lane, list(image.views), split, first=first, total=total, size=batch)
+    wide = np.float64 if split.latent.dtype.startswith("float") else np.int64
+    lost = int((now != stored).sum())
+    largest = float(np.abs(now.astype(wide) - stored.astype(wide)).max())
     same = not changed_numerics(commit.numerics, numerics(lane, batch))
-    tally.compared += 1
-    tally.values += stored.size
-    tally.differing += lost
-    tally.largest = max(tally.largest, largest)
-    tally.other_software += not same
-    if lost and same:
-        return finding(
-            f"({entry['key']}): {lost} of {stored.size} values are not what the encoder gives; "
-            f"the largest difference is {largest:g}"
-        )
-    return None
-
-
-def _views(split: Split, entry: dict[str, Any], images: ImageReader) -> list[torch.Tensor] | str:
-    """Makes the views of a row again, uint8 (3, size, size) each, or says why that is not fair."""
-    fingerprint = split.cache.fingerprint
-    try:
-        data = images.read(entry["path_bytes"])
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != entry["source_sha256"]:
-            return f"its sha256 is {digest[:12]}..., {entry['source_sha256'][:12]}... was encoded"
-        image = decode_image(data, fingerprint.image)
-    except ImageDecodeError as error:
-        return str(error)
-    views, _ = image_views(
-        image, fingerprint.image, fingerprint.views, split=split.name, key=entry["key"]
+    problem = (
+        f"({entry['key']}): {lost} of {stored.size} values are not what the encoder gives; "
+        f"the largest difference is {largest:g}"
     )
-    return list(views)
+    return replace(
+        summary,
+        compared=summary.compared + 1,
+        values=summary.values + stored.size,
+        differing_values=summary.differing_values + lost,
+        largest_difference=max(summary.largest_difference, largest),
+        other_software=summary.other_software + (not same),
+        findings=found(problem) if lost and same else summary.findings,
+    )
 
 
-def _encode(
+def _encoded(
     lane: Lane, views: list[torch.Tensor], split: Split, *, first: int, total: int, size: int
 ) -> npt.NDArray[Any]:
-    """Encodes the views of a row, on CUDA in batches of the size and at the place that they had.
+    """Encodes the views of a row, on CUDA in a batch of the size, and in the slot, that they had.
 
     On CPU the size of a batch changes no bit; on CUDA it chooses the algorithm.
     """

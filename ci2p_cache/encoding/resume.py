@@ -1,289 +1,211 @@
-"""Opens a begun cache or begins one, and tells what is committed from what is left to do."""
+"""Encodes what is not committed of a cache folder, or of a range of its shards; then completes it.
+
+The first range in a folder without a plan makes it; others wait for it. The last one to end
+finalises, where every shard of the folder is committed.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ci2p_cache import __version__
-from ci2p_cache.cache.growth import GROWTH, growth_of
-from ci2p_cache.cache.manifest import Manifest, class_order, read_manifest, refuse_difference
-from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
+from ci2p_cache.cache.commit import CommitRecord
+from ci2p_cache.cache.growth import drop_growth, growth_of, settle
+from ci2p_cache.cache.manifest import Manifest, read_manifest
+from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.load import load_encoder
-from ci2p_cache.encoding.counted import CountedSource
-from ci2p_cache.encoding.growth import (
-    Growth,
-    changed_originals,
-    failed_rows,
-    merged_classes,
+from ci2p_cache.cache.verify import verify
+from ci2p_cache.encoding.executors.run import encode_shards
+from ci2p_cache.encoding.executors.work import Work
+from ci2p_cache.encoding.finalise import finalise
+from ci2p_cache.encoding.growth import begin_growth
+from ci2p_cache.encoding.intent import (
+    Intent,
+    begin,
+    committed_shards,
+    load_chosen,
+    missing_text,
+    survey,
 )
-from ci2p_cache.encoding.intent import Intent, committed_shards, missing_text
-from ci2p_cache.encoding.lane import Lane
-from ci2p_cache.encoding.moved import find_moved
+from ci2p_cache.encoding.locks import Hold
 from ci2p_cache.encoding.options import EncodeOptions
-from ci2p_cache.encoding.plan import read_plan
-from ci2p_cache.encoding.planning import EarlierRows, build_plan
-from ci2p_cache.encoding.progress import EncodeObserver
-from ci2p_cache.encoding.shard import EncodeSettings
-from ci2p_cache.errors import FingerprintMismatchError, ShardError, UsageError, command
-from ci2p_cache.images.decode import decoder_name
-from ci2p_cache.images.decoder_server import start_decoder_server
+from ci2p_cache.encoding.plan import plan_text
+from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary, ProgressMeter, summarise
+from ci2p_cache.encoding.repair import restore
+from ci2p_cache.encoding.rows import Carrier
+from ci2p_cache.encoding.shard import refuse_more_bad
+from ci2p_cache.errors import IncompleteCacheError, ShardError, UsageError, command
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.machine import num_cores
-from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec
 
-__all__ = ["begin", "encode_settings", "load_chosen", "survey"]
+__all__ = ["resume"]
 
-
-_SORTED = (
-    "the images come one class after the other, and rows follow the archives: `train` mixes them "
-    "all the same, but with --order blocks, or through a stock webdataset reader, a batch would "
-    "hold few classes; shuffle the archives for those"
-)
+_Commits = dict[tuple[str, int], CommitRecord]
 
 
-def load_chosen(options: EncodeOptions, observer: EncodeObserver) -> FrozenEncoder:
-    """Loads the encoder that the options name, while the decoders' server starts.
-
-    Raises:
-        CacheError: as `load_encoder` has them.
-    """
-    # `encode` has started it before torch was imported; a dry run has not.
-    start_decoder_server()
-    return load_encoder(
-        options.encoder,
-        weights=options.weights,
-        arch=options.arch,
-        quality=options.quality,
-        metric=options.metric,
-        precision=options.precision,
-        progress=observer.download,
-    )
-
-
-def _fingerprint(options: EncodeOptions, encoder: FrozenEncoder) -> Fingerprint:
-    if options.dtype in ("int8", "int16") and not encoder.has_symbols:
-        raise UsageError(
-            f"`dtype` is {options.dtype}, but {options.arch} has no symbols of its own: their "
-            "means depend on a hyperprior",
-            hint="repeat the command with --dtype float16",
-        )
-    side = options.size // DOWNSAMPLING
-    return Fingerprint(
-        image=options.image_spec(decoder_name()),
-        views=options.view_spec(),
-        encoder=encoder.spec,
-        latent=LatentSpec(
-            dtype=options.dtype,
-            step=options.step,
-            channels=encoder.num_channels,
-            height=side,
-            width=side,
-        ),
-    )
-
-
-def survey(
-    root: Path, images: ImageSource, options: EncodeOptions, encoder: FrozenEncoder
-) -> Intent:
-    """Reads the manifest and plan of a begun cache, or lists the source; writes nothing.
-
-    A cache that is to grow is listed anew; nothing of it is read but what its records say.
-
-    Args:
-        root: The cache folder; it need not be there.
-        images: The source; its notices are complete afterwards, if it was listed.
-        options: What is asked for.
-        encoder: The encoder that they name.
-
-    Raises:
-        FingerprintMismatchError: the folder holds a cache made with other settings.
-        ManifestError: the folder's own records are damaged.
-        SourceError, ResourceError: listing failed, or there is no image.
-        UsageError: the encoder has no symbols, and symbols are asked for.
-    """
-    fingerprint, layout = _fingerprint(options, encoder), options.layout_spec()
-    if not (root / MANIFEST).exists():
-        counted = CountedSource(images)
-        plan = build_plan(counted, layout, fingerprint.views, fingerprint.latent)
-        counted.refuse_no_classes()
-        return Intent(
-            fingerprint=fingerprint,
-            layout=layout,
-            plan=plan,
-            classes=images.classes,
-            class_titles=images.class_titles,
-            manifest=None,
-            folder=root,
-        )
-    folder = growth_of(root) or root
-    manifest = read_manifest(folder)
-    _refuse_other_labels(root, manifest, options)
-    if not (options.rescan or options.retry_failed or _is_larger(layout, manifest.layout)):
-        refuse_difference(root, manifest, fingerprint, layout)
-        notices = _not_listed(root, folder, manifest, images)
-        return Intent.of(manifest, read_plan(folder, manifest), folder, notices)
-    return _grown(root, read_manifest(root), images, options, fingerprint, layout)
-
-
-def _refuse_other_labels(root: Path, manifest: Manifest, options: EncodeOptions) -> None:
-    made = EncodeOptions.of(manifest).labels
-    if options.labels != made:
-        raise FingerprintMismatchError(
-            f"{root} was made with `labels` {made!r}, {options.labels!r} is asked for; nothing was "
-            "changed",
-            hint=f"choose another --out folder, or repeat the command with --labels {made}",
-        )
-
-
-def _is_larger(wanted: LayoutSpec, made: LayoutSpec) -> bool:
-    """Whether more images are wanted, and nothing else is."""
-    limits = math.inf if wanted.limit is None else wanted.limit, made.limit
-    return (
-        limits[1] is not None
-        and limits[0] > limits[1]
-        and replace(wanted, limit=made.limit) == made
-    )
-
-
-def _not_listed(
-    root: Path, folder: Path, manifest: Manifest, images: ImageSource
-) -> tuple[str, ...]:
-    """Says that a begun cache goes by its plan, and where it was planned from another place."""
-    here, grows = _location_text(images), folder != root
-    notices = (f"{root} continues with the new images that were found before",) if grows else ()
-    if manifest.source != here:
-        return (
-            *notices,
-            f"{root} was planned from {manifest.source}; {here} is taken for the same images in "
-            "another place and was not listed (--rescan lists it)",
-        )
-    return notices or (f"{here} was not listed again (--rescan lists it and takes in new images)",)
-
-
-def _grown(
+def resume(
     root: Path,
-    manifest: Manifest,
     images: ImageSource,
     options: EncodeOptions,
-    fingerprint: Fingerprint,
-    layout: LayoutSpec,
-) -> Intent:
-    """Lists the source anew; the committed rows of the cache stay as they are."""
-    made = manifest.layout
-    if made.limit is None or (layout.limit or math.inf) >= made.limit:
-        made = replace(made, limit=layout.limit)
-    refuse_difference(root, replace(manifest, layout=made), fingerprint, layout)
-    earlier = read_plan(root, manifest)
-    cache = Intent.of(manifest, earlier, root)
-    commits, missing = committed_shards(root, cache)
-    if missing and manifest.is_complete:
-        raise ShardError(
-            f"{root} is damaged: {missing_text(cache, missing)} are not what was committed; "
-            "nothing was changed",
-            hint=command("verify", root, "--repair"),
-        )
-    plan, classes, titles = earlier, cache.classes, cache.class_titles
-    notices: list[str] = []
-    again: dict[str, frozenset[int]] = {}
-    if options.rescan or layout != manifest.layout:
-        classes, titles, labels = merged_classes(manifest, images)
-        rows = EarlierRows(earlier, labels)
-        plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=rows)
-        moved = find_moved(root, images, rows, plan, list(commits))
-        if moved:
-            rows.take_moved(moved)
-            plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, earlier=rows)
-        notices, changed = changed_originals(root, images, rows, list(commits), moved)
-        if options.reencode_changed:
-            again = dict(changed)
-            plan = plan.with_paths(rows.places(changed))
-        if new := classes[len(cache.classes) :]:
-            notices.append(
-                f"new classes come after those of the cache: {', '.join(new[:3])}"
-                + (f" and {len(new) - 3:,} more" if len(new) > 3 else "")
-            )
-    if options.retry_failed:
-        for split, failed in failed_rows(root, list(commits)).items():
-            again[split] = again.get(split, frozenset()) | failed
-    if plan.num_samples == earlier.num_samples and not again and layout == manifest.layout:
-        notices.append(f"nothing new for {root}")
-        return replace(cache, notices=tuple(notices))
-    return Intent(
-        fingerprint=fingerprint,
-        layout=layout,
-        plan=plan,
-        classes=classes,
-        class_titles=titles,
-        manifest=None,
-        folder=root / GROWTH,
-        growth=Growth(plan=earlier, committed=frozenset(commits), again=again),
-        notices=tuple(notices),
-    )
-
-
-def _location_text(images: ImageSource) -> str:
-    """Returns where a source is as JSON can hold it."""
-    return images.location().encode("utf-8", "backslashreplace").decode()
-
-
-def begin(
-    images: ImageSource,
-    intent: Intent,
-    encoder: FrozenEncoder,
-    staging: StagingArea,
     observer: EncodeObserver,
-) -> Manifest:
-    """Writes plan, encoder and manifest: a cache is begun.
+    hold: Hold,
+) -> EncodeSummary:
+    """Does all that is left to do in a cache folder, or in a range of it.
 
     Args:
-        images: The source, listed.
-        intent: What the folder is to become.
-        encoder: The encoder.
-        staging: Where files are staged; the caller holds the folder's lock.
-        observer: Receives what listing the source has found.
+        root: The cache folder; empty to begin with.
+        images: The source.
+        options: As for `encode`.
+        observer: As for `encode`.
+        hold: What this process holds of the folder.
 
     Raises:
-        ResourceError: writing failed.
+        CacheError: as `encode` has them.
     """
-    for text in images.notices:
+    encoder, part = load_chosen(options, observer), hold.part
+    if part is not None and not (root / MANIFEST).exists():
+        with hold.gate():
+            if not (root / MANIFEST).exists():
+                intent = survey(root, images, options, encoder)
+                with StagingArea(root, name=part.label) as staging:
+                    begin(images, intent, encoder, staging, observer)
+    intent = survey(root, images, options, encoder)
+    for text in intent.notices:
         observer.notice(text)
-    if "train" in intent.plan.splits and intent.plan.is_sorted_by_class("train"):
-        observer.notice(_SORTED)
-    latent = intent.fingerprint.latent
-    manifest = Manifest(
-        software=f"ci2p-cache {__version__}",
-        state="encoding",
-        fingerprint=intent.fingerprint,
-        layout=intent.layout,
-        # A path that is not UTF-8 is shown with escapes; JSON could not hold it.
-        source=_location_text(images),
-        classes=intent.classes,
-        class_titles=intent.class_titles,
-        class_order=class_order(intent.classes),
-        splits=intent.plan.splits,
-        plan=staging.put(PLAN, intent.plan.to_bytes()),
-        encoder=staging.put(ENCODER, encoder.to_bytes()),
-        offset=tuple(encoder.medians.tolist()) if latent.is_symbols else (0.0,) * latent.channels,
-    )
-    staging.put_sealed(MANIFEST, manifest.to_dict())
-    return manifest
+    if options.finalise and not intent.is_begun:
+        raise IncompleteCacheError(
+            f"{root} has no plan yet, so there is nothing to finalise",
+            hint="repeat the command without --finalise",
+        )
+    if part is None:
+        intent = _with_growth(root, intent, observer)
+    elif not intent.is_begun:
+        raise UsageError(
+            "a larger `limit` changes the plan, which the ranges of a folder share",
+            hint="once: --plan-only with the new --limit; then each range with it",
+        )
+    manifest, folder = intent.manifest, intent.folder
+    with StagingArea(folder, name="all" if part is None else part.label) as staging:
+        if not intent.is_begun:
+            begin(images, intent, encoder, staging, observer)
+        observer.planned(plan_text(intent.plan, manifest.classes))
+        own = list(intent.plan.shard_numbers())
+        if part is not None:
+            own = [own[at] for at in part.positions(len(own))]
+        commits, missing = committed_shards(folder, intent, own)
+        restored = 0
+        if missing and manifest.is_complete and not options.plan_only:
+            restored = _put_back(hold, intent, missing, images, options, observer)
+            commits, missing = committed_shards(folder, intent, own)
+            manifest = read_manifest(root)
+        meter = _meter(observer, intent, commits, missing)
+        if options.plan_only or (manifest.is_complete and not missing):
+            counted = commits.values() if missing or not manifest.is_complete else None
+            return replace(summarise(root, manifest, meter, 0.0, counted), encoded_now=restored)
+        if missing and options.finalise:
+            raise IncompleteCacheError(
+                f"{root} is not encoded to its end: {missing_text(intent, missing)} are missing; "
+                "nothing was changed",
+                hint=command("status", root, note="gives a command for each missing range"),
+            )
+        work = Work(folder, images, options, encoder, staging, intent, meter, observer)
+        commits |= encode_shards(work, missing) if missing else {}
+        seconds = meter.seconds
+        with hold.gate():
+            manifest = _finalised(hold, work, commits)
+            settle(root)
+            hold.release()
+    counted = None if manifest.is_complete else commits.values()
+    return summarise(root, manifest, meter, seconds, counted, part=part)
 
 
-def encode_settings(
-    intent: Intent, options: EncodeOptions, lanes: Sequence[Lane]
-) -> EncodeSettings:
-    """Returns what a shard encoder is to know, with the defaults that depend on the machine."""
-    on_cpu = lanes[0].device.type == "cpu"
-    return EncodeSettings(
-        fingerprint=intent.fingerprint,
-        layout=intent.layout,
-        splits=intent.plan.splits,
-        classes=intent.classes,
-        batch_size=options.batch_size or (8 if on_cpu else 256),
-        decode_threads=options.workers or num_cores(),
-    )
+def _with_growth(root: Path, intent: Intent, observer: EncodeObserver) -> Intent:
+    """Makes the folder of a growth, or drops one that is no longer asked for."""
+    was_begun = growth_of(root) is not None
+    if intent.folder == root:
+        # What was begun of another growth: now there is nothing new.
+        drop_growth(root)
+    if intent.growth is not None and begin_growth(
+        root, intent.growth, intent.plan, intent.manifest.plan.sha256
+    ):
+        # The very same growth was begun before.
+        intent = replace(intent, manifest=read_manifest(intent.folder), is_begun=True)
+    if was_begun and growth_of(root) is None:
+        observer.notice(
+            f"what an earlier run had begun to take into {root} was dropped, as this one asks for "
+            "other images (--rescan lists them all again)"
+        )
+    return intent
+
+
+def _put_back(
+    hold: Hold,
+    intent: Intent,
+    missing: Sequence[tuple[str, int]],
+    images: ImageSource,
+    options: EncodeOptions,
+    observer: EncodeObserver,
+) -> int:
+    """Repairs a complete cache that is damaged; returns how many images were encoded again.
+
+    An original may have gone or changed since: only the same bytes are put back.
+    """
+    root, text = hold.root, missing_text(intent, missing)
+    if hold.part is not None:
+        raise ShardError(
+            f"{root} is complete and damaged: {text} are not what was committed; nothing was "
+            "changed",
+            hint=command("verify", root, "--repair"),
+        )
+    observer.notice(f"{text} are damaged; they are encoded again")
+    found = verify(root, quick=True)
+    restored = restore(root, found, images.location(), options.weights, observer).images
+    _, left = committed_shards(root, intent, missing)
+    if left:
+        raise ShardError(
+            f"{missing_text(intent, left)} of {root} cannot be put back",
+            hint=command("verify", root, "--repair", note="says why"),
+        )
+    return restored
+
+
+def _meter(
+    observer: EncodeObserver, intent: Intent, commits: _Commits, missing: Sequence[tuple[str, int]]
+) -> ProgressMeter:
+    """Returns a meter over some shards; what needs no original is done: committed or carried."""
+    splits = intent.plan.splits
+    done = sum(commit.rows for commit in commits.values())
+    bad = done - sum(commit.valid_rows for commit in commits.values())
+    total = done + sum(len(splits[split].rows_of(shard)) for split, shard in missing)
+    carrier = Carrier.of(intent.folder)
+    if carrier is not None:
+        for split, shard in missing:
+            good, failed = carrier.count(split, shard)
+            done, bad = done + good + failed, bad + failed
+    return ProgressMeter(observer, total=total, done=done, bad=bad)
+
+
+def _finalised(hold: Hold, work: Work, commits: _Commits) -> Manifest:
+    """Finalises, unless other ranges run or a shard is missing; returns the manifest as it is."""
+    intent, folder, observer = work.intent, work.root, work.observer
+    manifest = intent.manifest
+    if hold.part is not None:
+        manifest = read_manifest(folder)
+        if manifest.is_complete:
+            return manifest
+        others = hold.others()
+        if others:
+            # One of them may be writing a shard again that is committed: the last one finalises.
+            observer.notice(f"range {hold.part} is done; {len(others)} other ranges are at work")
+            return manifest
+        commits, missing = committed_shards(folder, intent)
+        if missing:
+            observer.notice(
+                f"range {hold.part} is done; {missing_text(intent, missing)} are missing and no "
+                f"other range is at work (see {command('status', hold.root)})"
+            )
+            return manifest
+        bad = sum(commit.rows - commit.valid_rows for commit in commits.values())
+        refuse_more_bad(bad, work.bad_allowed, "they are those of all ranges together")
+    ordered = [commits[shard_id] for shard_id in intent.plan.shard_numbers()]
+    return finalise(folder, manifest, intent.plan, ordered, work.staging)

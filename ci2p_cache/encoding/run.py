@@ -8,17 +8,13 @@ from pathlib import Path
 
 from ci2p_cache.cache.lock import LOCK
 from ci2p_cache.cache.paths import MANIFEST
-from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.cache.staging import disk_errors, remove_path
-from ci2p_cache.encoding.claims import claimed, whole_folder
-from ci2p_cache.encoding.interrupt import interruptible
+from ci2p_cache.encoding.locks import held, interruptible, refuse_out
 from ci2p_cache.encoding.options import EncodeOptions
-from ci2p_cache.encoding.place import refuse_place
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.errors import UsageError
 from ci2p_cache.images.decoder_server import start_decoder_server
 from ci2p_cache.images.locate import open_source
-from ci2p_cache.images.source import ImageSource
 
 __all__ = ["encode"]
 
@@ -71,34 +67,19 @@ def encode(
             "`overwrite` removes the whole folder, and a range is only a part of it",
             hint="once: --plan-only --overwrite NAME; then each range without --overwrite",
         )
-    refuse_place(root, Path(source))
+    refuse_out(root, Path(source))
     is_planned = (root / MANIFEST).exists() and not (options.rescan or overwrite)
     images = open_source(source, options.source_options(), is_listed=is_planned)
     with interruptible(f"interrupted; every committed shard in {root} is safe"), _made(root):
-        # Who loses the race for the folder is told at once: torch, which takes seconds to import,
+        # Who loses the race for the folder hears it at once: torch, which takes seconds to import,
         # is imported only afterwards; and by the decoders' server at the same time.
         start_decoder_server()
-        if part is not None:
-            return _encode_range(root, images, options, part, observer)
-        with whole_folder(root, what="encode"):
+        with held(root, part) as hold:
             if overwrite:
                 _clear(root)
-            from ci2p_cache.encoding.whole import resume
+            from ci2p_cache.encoding.resume import resume
 
-            return resume(root, images, options, observer)
-
-
-def _encode_range(
-    root: Path,
-    images: ImageSource,
-    options: EncodeOptions,
-    part: ShardRange,
-    observer: EncodeObserver,
-) -> EncodeSummary:
-    with claimed(root, part) as claim:
-        from ci2p_cache.encoding.part import resume_range
-
-        return resume_range(root, images, options, observer, claim)
+            return resume(root, images, options, observer, hold)
 
 
 @contextmanager

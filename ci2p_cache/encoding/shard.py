@@ -9,19 +9,27 @@
 
 Images are decoded ahead across shards, so lanes do not run dry at a shard's end; batches never
 cross a shard and are filled in row order whatever the timing: the same plan gives the same bytes.
+
+A lane is an encoder on a device. On CPU there is one per core, each with one torch thread: that is
+the reference setting (two threads inside one convolution change about 3 in a million symbols, two
+lanes change none). A CUDA device has two that share its encoder, each with a stream and pinned
+memory of its own: one uploads and downloads while the other computes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
@@ -31,19 +39,250 @@ import torch
 from ci2p_cache.cache.chunk_codec import ChunkCodec
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import ChannelSums, IndexRow
-from ci2p_cache.cache.manifest import SplitRecord
+from ci2p_cache.cache.manifest import Manifest, SplitRecord
 from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.encoding.budget import ErrorBudget, SaturationProbe
-from ci2p_cache.encoding.carry import Carrier
-from ci2p_cache.encoding.lane import Lane, encode_views, numerics, single_threaded
+from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.quantize import saturate
+from ci2p_cache.encoder.zoo import ARCH
 from ci2p_cache.encoding.plan import ShardPlan
-from ci2p_cache.encoding.read_ahead import Awaited, LoadedImage, ReadAhead
+from ci2p_cache.encoding.rows import Awaited, Carrier, LoadedImage, load_image, read_ahead
+from ci2p_cache.errors import (
+    FingerprintMismatchError,
+    SaturationError,
+    TooManyBadImagesError,
+    UsageError,
+)
+from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.source import ImageReader
+from ci2p_cache.machine import chosen_devices, num_cores, tune_allocator
 from ci2p_cache.specs import Fingerprint, LatentSpec, LayoutSpec
 
-__all__ = ["EncodeSettings", "ShardEncoder"]
+__all__ = [
+    "EncodeSettings",
+    "ErrorBudget",
+    "Lane",
+    "ShardEncoder",
+    "changed_numerics",
+    "encode_views",
+    "make_lanes",
+    "numerics",
+    "parse_max_errors",
+    "refuse_more_bad",
+    "refuse_other_decoder",
+    "single_threaded",
+]
+
+_ALL_BAD = 64
+"""When that many images, the first ones, all fail, the source or the settings are wrong."""
+
+_MAX_CLIPPED_SHARE = 1e-4
+"""Share of saturated int8 symbols above which int16 is asked for; the official q5 is far below."""
+
+_PROBE_IMAGES = 512
+"""Images over which that share is judged."""
+
+
+def parse_max_errors(text: str, total: int) -> int:
+    """Returns how many of `total` images `--max-errors` allows to be bad: a share or a number.
+
+    A share above 0 allows at least one, but never all: 0.1% of 60 images would be none.
+
+    Raises:
+        UsageError: the text is neither.
+    """
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            if 0 <= share <= 1:
+                least = min(1, total - 1) if share else 0
+                return max(int(share * total + 1e-9), least)
+        elif int(text) >= 0:
+            return int(text)
+    except ValueError:
+        pass
+    raise UsageError(f"`max_errors` is {text!r}; wanted a share such as 0.1% or a count such as 5")
+
+
+@dataclass
+class ErrorBudget:
+    """Counts images that cannot be decoded."""
+
+    allowed: int
+    """Bad images that the whole cache may hold."""
+    already_bad: int = 0
+    """Those in shards committed earlier."""
+    _seen: int = 0
+    _bad: int = 0
+
+    def count(self, row: IndexRow) -> None:
+        """Counts one image.
+
+        Raises:
+            TooManyBadImagesError: the budget is used up, or none of the first images was good.
+        """
+        self._seen += 1
+        if row.status == "ok":
+            return
+        self._bad += 1
+        reason = f"the last one is {row.path}: {row.error}"
+        if self._bad == self._seen == _ALL_BAD:
+            raise TooManyBadImagesError(
+                f"the first {_ALL_BAD} images could all not be decoded; {reason}",
+                hint="is this the right folder? Look at that file first",
+            )
+        refuse_more_bad(self.already_bad + self._bad, self.allowed, reason)
+
+
+def refuse_more_bad(bad: int, allowed: int, reason: str) -> None:
+    """Holds a number of bad images against the budget; `reason` says what is known of the last one.
+
+    Raises:
+        TooManyBadImagesError: more are bad than are allowed.
+    """
+    if bad > allowed:
+        raise TooManyBadImagesError(
+            f"{bad} images could not be decoded, {allowed} are allowed; {reason}. "
+            "Shards committed so far are safe",
+            hint="mend or remove such files, or run the same command with --max-errors 1% "
+            "(or a count): bad images then become rows without a latent, listed in "
+            "errors.parquet",
+        )
+
+
+_LANES_PER_CUDA_DEVICE = 2
+"""Not measured: two are what overlap takes."""
+
+
+@dataclass(slots=True)
+class Lane:
+    """One encoder on one device; used by one thread at a time."""
+
+    encoder: FrozenEncoder
+    """Lanes of one device share it."""
+    device: torch.device
+    stream: torch.cuda.Stream | None = None
+    """Where its work is queued; None on CPU."""
+    _pinned: torch.Tensor | None = field(default=None, repr=False)
+
+    def queue(self) -> contextlib.AbstractContextManager[object]:
+        """Makes what is computed inside run on the lane's own stream."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def upload(self, views: list[torch.Tensor]) -> torch.Tensor:
+        """Gives views as one tensor on the device, uint8 (B, 3, size, size).
+
+        On CUDA by way of pinned memory, which holds them until the stream has come that far: a
+        lane waits for its results before it takes other views.
+        """
+        if self.stream is None:
+            return torch.stack(views).to(self.device)
+        if self._pinned is None or len(self._pinned) < len(views):
+            shape = (len(views), *views[0].shape)
+            self._pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        stacked = torch.stack(views, out=self._pinned[: len(views)])
+        return stacked.to(self.device, non_blocking=True)
+
+
+def make_lanes(encoder: FrozenEncoder, devices: str) -> list[Lane]:
+    """Builds the lanes for `--devices`, from an encoder on the CPU.
+
+    Raises:
+        UsageError: the text is none of these, or such a device is not there.
+    """
+    chosen = chosen_devices(devices)
+    if chosen[0].type == "cpu":
+        tune_allocator()
+        return [Lane(encoder, device) for device in chosen]
+    lanes = []
+    for device in chosen:
+        own = copy.deepcopy(encoder).to(device)
+        # The lanes' streams do not wait for the one on which the weights were laid out.
+        torch.cuda.synchronize(device)
+        for _ in range(_LANES_PER_CUDA_DEVICE):
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch stub
+            lanes.append(Lane(own, device, stream))
+    return lanes
+
+
+def single_threaded() -> None:
+    """Makes torch use one thread in the calling thread."""
+    torch.set_num_threads(1)
+
+
+def encode_views(
+    lane: Lane, views: list[torch.Tensor], latent: LatentSpec
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Runs g_a over B views, uint8 (3, size, size) each, and turns y into what is stored.
+
+    Returns:
+        stored (B, M, h, w) of the stored dtype, and the number of saturated symbols per sample and
+        channel, int64 (B, M).
+
+    Raises:
+        SaturationError: y holds values that the float dtype cannot hold.
+    """
+    with lane.queue():
+        images = lane.upload(views).to(torch.float32).div_(255)
+        y = lane.encoder(images)
+        if latent.is_symbols:
+            symbols = lane.encoder.quantize(y, step=latent.step)
+            stored, clipped = saturate(symbols, latent.symbol_limit)
+            return stored.cpu().numpy(), clipped.cpu().numpy()
+        values = y.to(getattr(torch, latent.dtype)).cpu()
+    if not bool(torch.isfinite(values).all()):
+        raise SaturationError(
+            f"the encoder gives values that {latent.dtype} cannot hold",
+            hint="repeat the command with --dtype float32 into a new --out folder",
+        )
+    return values.numpy(), np.zeros(values.shape[:2], np.int64)
+
+
+def numerics(lane: Lane, batch_size: int) -> dict[str, str | int]:
+    """Returns what a bit-identical repetition needs to know; every commit record holds it."""
+    cpu = lane.device.type == "cpu"
+    own = lane.encoder.spec.arch == ARCH
+    return {
+        "device_type": lane.device.type,
+        "device": torch.backends.cpu.get_cpu_capability()
+        if cpu
+        else torch.cuda.get_device_name(lane.device),
+        "batch_size": batch_size,
+        "threads": 1,
+        "memory_format": "channels_last",
+        "torch": torch.__version__,
+        "numcodecs": version("numcodecs"),
+        **({"encoder": "ci2p_cache"} if own else {"compressai": version("compressai")}),
+    }
+
+
+def changed_numerics(
+    then: Mapping[str, str | int], now: Mapping[str, str | int]
+) -> dict[str, tuple[str | int | None, str | int | None]]:
+    """Returns what of `numerics` was another then, and may have given other bits: name -> both.
+
+    Who computed the paper's encoder is left out, compressai once or this package: the bits are the
+    same.
+    """
+    left_out = {"encoder", "compressai"} if "encoder" in now else set()
+    names = [name for name in {**now, **then} if name not in left_out]
+    return {n: (then.get(n), now.get(n)) for n in names if then.get(n) != now.get(n)}
+
+
+def refuse_other_decoder(fingerprint: Fingerprint) -> None:
+    """Holds this machine's decoders against those of a cache.
+
+    Raises:
+        FingerprintMismatchError: they differ, so images would give other pixels.
+    """
+    made, here = fingerprint.image.decoder, decoder_name()
+    if made != here:
+        raise FingerprintMismatchError(
+            f"the cache was made with {made}; here is {here}, which may give other pixels. "
+            "Nothing was changed",
+            hint=f"install {made}, then run the same command",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,18 +298,38 @@ class EncodeSettings:
     decode_threads: int
     """Threads that read and compress, each with a process that decodes."""
 
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        lanes: Sequence[Lane],
+        *,
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> Self:
+        """Returns what a manifest asks for, with the defaults that depend on the machine."""
+        on_cpu = lanes[0].device.type == "cpu"
+        return cls(
+            fingerprint=manifest.fingerprint,
+            layout=manifest.layout,
+            splits=manifest.splits,
+            classes=manifest.classes,
+            batch_size=batch_size or (8 if on_cpu else 256),
+            decode_threads=workers or num_cores(),
+        )
+
 
 @dataclass(slots=True)
 class _Shard:
-    """One shard while it is being built."""
+    """One shard while it is being built; `raw`, `crc32c` and `clipped` by (row, view)."""
 
     plan: ShardPlan
     rows: list[IndexRow] = field(default_factory=list)
     chunks: list[bytes | None] = field(default_factory=list)
     raw: dict[tuple[int, int], memoryview] = field(default_factory=dict)
+    crc32c: dict[tuple[int, int], int] = field(default_factory=dict)
     batches: list[Future[Future[ChannelSums]]] = field(default_factory=list)
     carried: list[Future[ChannelSums]] = field(default_factory=list)
-    crc32c: dict[tuple[int, int], int] = field(default_factory=dict)
     clipped: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
@@ -109,24 +368,23 @@ class ShardEncoder:
         self._budget = budget
         self._on_image = on_image
         self._latent: LatentSpec = settings.fingerprint.latent
-        self._probe = SaturationProbe(self._latent)
+        self._probed = ChannelSums.empty(self._latent.channels)
         self._codec = ChunkCodec(
             settings.layout.codec, level=settings.layout.level, chunk_bytes=self._latent.num_bytes
         )
         self._free_lanes: deque[Lane] = deque(lanes)
         self._num_lanes = len(lanes)
         self._numerics = numerics(lanes[0], settings.batch_size)
-        self._slots = threading.Semaphore(2 * len(lanes) + settings.decode_threads)
+        self._free_slots = threading.Semaphore(2 * len(lanes) + settings.decode_threads)
         self._num_threads = torch.get_num_threads()
         self._busy_lock = threading.Lock()
         self._busy_seconds = 0.0
         self._decoders = Decoders(settings.fingerprint.image, settings.fingerprint.views)
         self._readers = ThreadPoolExecutor(settings.decode_threads, "read", single_threaded)
-        self._ahead = ReadAhead(
-            source,
-            self._decoders,
-            self._readers,
-            classes=settings.classes,
+        self._read_ahead = partial(
+            read_ahead,
+            pool=self._readers,
+            load=partial(load_image, source, self._decoders, settings.classes),
             most=max(32, 2 * settings.batch_size * len(lanes)),
             carrier=carrier,
         )
@@ -138,9 +396,10 @@ class ShardEncoder:
 
     def __exit__(self, *_: object) -> None:
         self._decoders.close()
-        for pool in (self._readers, self._lanes, self._committer):
+        pools = (self._readers, self._lanes, self._committer)
+        for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
-        for pool in (self._readers, self._lanes, self._committer):
+        for pool in pools:
             pool.shutdown(wait=True)
         # Set in a lane it also reaches MKL's global count; the caller gets its own back.
         torch.set_num_threads(self._num_threads)
@@ -160,9 +419,8 @@ class ShardEncoder:
             ResourceError: reading or writing failed for good; the same command continues later.
         """
         committing: Future[CommitRecord] | None = None
-        for _, loads in groupby(
-            self._ahead.read(shards), key=lambda item: (item[0].split, item[0].shard)
-        ):
+        awaited = self._read_ahead(shards)
+        for _, loads in groupby(awaited, key=lambda item: (item[0].split, item[0].shard)):
             built = self._encode_shard(loads)
             if committing is not None:
                 yield committing.result()
@@ -173,7 +431,7 @@ class ShardEncoder:
     def _encode_shard(self, loads: Iterator[Awaited]) -> _Shard:
         shard: _Shard | None = None
         views: list[torch.Tensor] = []
-        places: list[tuple[int, int]] = []
+        slots: list[tuple[int, int]] = []
         for plan, sample, future in loads:
             if shard is None:
                 record = self._settings.splits[plan.split]
@@ -185,39 +443,36 @@ class ShardEncoder:
                 continue
             self._budget.count(loaded.row)
             self._on_image(loaded.views is not None)
-            if loaded.views is None:
-                continue
-            for number, view in enumerate(loaded.views):
+            for number, view in enumerate(loaded.views if loaded.views is not None else ()):
                 views.append(view)
-                places.append((sample.row - plan.first_row, number))
+                slots.append((sample.row, number))
                 if len(views) == self._settings.batch_size:
-                    self._submit(shard, views, places)
-                    views, places = [], []
+                    self._submit(shard, views, slots)
+                    views, slots = [], []
         assert shard is not None, "a planned shard holds at least one sample"
         if views:
-            self._submit(shard, views, places)
+            self._submit(shard, views, slots)
         return shard
 
     def _carry(self, shard: _Shard, loaded: LoadedImage) -> ChannelSums:
-        """Takes a row over; its place in the shard, its sums, and those of clipped values."""
+        """Takes a row over; returns its sums, with the clipped values that come with it."""
         row, channels = loaded.row, self._latent.channels
-        zeros = np.zeros(channels)
         sums = ChannelSums.empty(channels)
         if loaded.stored is not None:
-            places = [(row.row - shard.plan.first_row, view) for view in range(len(loaded.stored))]
-            self._keep(shard, loaded.stored, places)
-            shard.clipped |= dict.fromkeys(places, 0) | {places[0]: row.clipped or 0}
-            sums = ChannelSums.of(loaded.stored, zeros)
+            slots = [(row.row, view) for view in range(len(loaded.stored))]
+            # How many values were clipped is known of the row alone.
+            self._keep(shard, loaded.stored, slots, [row.clipped or 0, *(0 for _ in slots[1:])])
+            sums = ChannelSums.of(loaded.stored, sums.clipped)
         return sums if loaded.clipped is None else replace(sums, clipped=loaded.clipped)
 
     def _submit(
-        self, shard: _Shard, views: list[torch.Tensor], places: list[tuple[int, int]]
+        self, shard: _Shard, views: list[torch.Tensor], slots: list[tuple[int, int]]
     ) -> None:
-        self._slots.acquire()
-        shard.batches.append(self._lanes.submit(self._run_batch, shard, views, places))
+        self._free_slots.acquire()
+        shard.batches.append(self._lanes.submit(self._run_batch, shard, views, slots))
 
     def _run_batch(
-        self, shard: _Shard, views: list[torch.Tensor], places: list[tuple[int, int]]
+        self, shard: _Shard, views: list[torch.Tensor], slots: list[tuple[int, int]]
     ) -> Future[ChannelSums]:
         try:
             lane = self._free_lanes.popleft()
@@ -228,9 +483,9 @@ class ShardEncoder:
                 self._free_lanes.append(lane)
                 with self._busy_lock:
                     self._busy_seconds += time.perf_counter() - started
-            return self._readers.submit(self._pack, shard, stored, clipped, places)
+            return self._readers.submit(self._pack, shard, stored, clipped, slots)
         except BaseException:
-            self._slots.release()
+            self._free_slots.release()
             raise
 
     def _pack(
@@ -238,26 +493,32 @@ class ShardEncoder:
         shard: _Shard,
         stored: npt.NDArray[Any],
         clipped: npt.NDArray[Any],
-        places: list[tuple[int, int]],
+        slots: list[tuple[int, int]],
     ) -> ChannelSums:
         try:
-            self._keep(shard, stored, places)
-            for place, lost in zip(places, clipped.sum(axis=1).tolist(), strict=True):
-                shard.clipped[place] = lost
+            self._keep(shard, stored, slots, clipped.sum(axis=1).tolist())
             return ChannelSums.of(stored, clipped.sum(axis=0))
         finally:
-            self._slots.release()
+            self._free_slots.release()
 
-    def _keep(self, shard: _Shard, stored: npt.NDArray[Any], places: list[tuple[int, int]]) -> None:
-        """Compresses latents, each to its place (row of the shard, view)."""
-        num_views = self._settings.splits[shard.plan.split].views
-        for latent, (offset, view) in zip(stored, places, strict=True):
+    def _keep(
+        self,
+        shard: _Shard,
+        stored: npt.NDArray[Any],
+        slots: list[tuple[int, int]],
+        clipped: list[int],
+    ) -> None:
+        """Compresses latents into their slots (row, view)."""
+        layout, num_views = self._settings.layout, self._settings.splits[shard.plan.split].views
+        for latent, (row, view), lost in zip(stored, slots, clipped, strict=True):
             raw = memoryview(latent.reshape(-1).view(np.uint8))
-            if self._settings.layout.has_zarr:
-                shard.chunks[offset * num_views + view] = self._codec.encode(raw)
-            if self._settings.layout.has_tar:
-                shard.raw[shard.plan.first_row + offset, view] = raw
-            shard.crc32c[offset, view] = google_crc32c.value(bytes(raw))
+            if layout.has_zarr:
+                chunk = (row - shard.plan.first_row) * num_views + view
+                shard.chunks[chunk] = self._codec.encode(raw)
+            if layout.has_tar:
+                shard.raw[row, view] = raw
+            shard.crc32c[row, view] = google_crc32c.value(bytes(raw))
+            shard.clipped[row, view] = lost
 
     def _finish(self, shard: _Shard) -> CommitRecord:
         sums = ChannelSums.empty(self._latent.channels)
@@ -265,14 +526,14 @@ class ShardEncoder:
             sums = sums + carried.result()
         for batch in shard.batches:
             sums = sums + batch.result().result()
-        self._probe.check(sums)
+        self._refuse_saturated(sums)
         plan, settings = shard.plan, self._settings
-        views = range(settings.splits[plan.split].views)
+        shape = settings.splits[plan.split]
         good = [row for row in shard.rows if row.status == "ok"]
         for row in good:
-            offset = row.row - plan.first_row
-            row.latent_crc32c = [shard.crc32c[offset, view] for view in views]
-            row.clipped = sum(shard.clipped[offset, view] for view in views)
+            slots = [(row.row, view) for view in range(shape.views)]
+            row.latent_crc32c = [shard.crc32c[slot] for slot in slots]
+            row.clipped = sum(shard.clipped[slot] for slot in slots)
         return put_shard(
             self._staging,
             partial(
@@ -286,10 +547,34 @@ class ShardEncoder:
             ),
             place=(plan.split, plan.shard),
             layout=settings.layout,
-            shape=settings.splits[plan.split],
+            shape=shape,
             latent=self._latent,
             rows=shard.rows,
             sums=sums,
             chunks=shard.chunks,
             raw=shard.raw,
         )
+
+    def _refuse_saturated(self, sums: ChannelSums) -> None:
+        """Refuses a dtype that too many symbols do not fit, before a shard is committed.
+
+        For int8 that is judged over the first images, for int16 over all.
+        """
+        latent, probed = self._latent, self._probed
+        clipped = sums.clipped.sum()
+        if latent.dtype == "int16" and clipped:
+            raise SaturationError(
+                f"{int(clipped)} symbols exceed int16 at step {latent.step}",
+                hint="repeat with a larger --step, or with --dtype float32 into a new folder",
+            )
+        if probed.count >= _PROBE_IMAGES * latent.height * latent.width:
+            return
+        self._probed = probed = probed + sums
+        share = probed.clipped.sum() / max(probed.count * latent.channels, 1)
+        if share > _MAX_CLIPPED_SHARE:
+            raise SaturationError(
+                f"{share:.2%} of the symbols exceed {latent.symbol_limit} in absolute value "
+                f"at step {latent.step}; {_MAX_CLIPPED_SHARE:.2%} are accepted for int8. "
+                "Nothing of this shard was committed",
+                hint="repeat the command with --dtype int16 into a new --out folder",
+            )

@@ -29,8 +29,7 @@ import ci2p_cache as cc
 from ci2p_cache.encoder.architecture import value_tensors
 from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoding import shard as shard_module
-from ci2p_cache.encoding.lane import single_threaded
-from ci2p_cache.encoding.read_ahead import ReadAhead
+from ci2p_cache.encoding.shard import single_threaded
 from ci2p_cache.images.decode import decode_image, decoder_name
 from ci2p_cache.images.views import image_views
 from ci2p_cache.machine import tune_allocator
@@ -234,7 +233,7 @@ def profiled() -> Iterator[dict[str, float]]:
     encoder = shard_module.ShardEncoder
     places: list[tuple[Any, str, str]] = [
         (shard_module, "encode_views", "g_a"),
-        (ReadAhead, "_load", "reading"),
+        (shard_module, "load_image", "reading"),
         (encoder, "_pack", "packing"),
         (encoder, "_finish", "committing"),
     ]

@@ -24,8 +24,7 @@ from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.zarr_shards import index_crc32c, pack_shard
 from ci2p_cache.demo_pictures import write_pictures
 from ci2p_cache.encoding.finalise import finalise
-from ci2p_cache.encoding.plan import Sample
-from ci2p_cache.encoding.planning import plan_of_rows
+from ci2p_cache.encoding.plan import Sample, plan_of_rows
 from ci2p_cache.specs import CodecName, LayoutSpec, ViewSpec
 
 __all__ = ["Data", "encoded", "generated", "read_data", "write_cache"]

@@ -15,7 +15,7 @@ import pytest
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache.manifest import SplitRecord, read_manifest
-from ci2p_cache.encoding.planning import build_plan
+from ci2p_cache.encoding.plan import build_plan
 from ci2p_cache.images.source import ImageRef
 from ci2p_cache.specs import Fingerprint, LatentSpec, LayoutSpec, ViewSpec
 from tests.support.caches import with_options

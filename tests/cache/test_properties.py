@@ -23,8 +23,7 @@ from ci2p_cache.cache.manifest import Manifest, SplitRecord, read_manifest, shar
 from ci2p_cache.cache.sealed import read_sealed, sealed_bytes
 from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard
 from ci2p_cache.encoder.quantize import dequantize, quantize, saturate
-from ci2p_cache.encoding.plan import Plan, read_plan
-from ci2p_cache.encoding.planning import EarlierRows, build_plan
+from ci2p_cache.encoding.plan import EarlierRows, Plan, build_plan, read_plan
 from ci2p_cache.errors import ManifestError, ShardError, SourceError
 from ci2p_cache.images.source import ImageRef
 from ci2p_cache.loader.order import epoch_order, epoch_views

@@ -214,7 +214,7 @@ def test_what_is_no_finished_cache_is_refused(
     source = local.parent / "src"
     ran = run("encode", source, "--out", "s3://data/new", "--encoder", "bundled")
     assert ran.code == 2
-    assert "caches are encoded into a local folder" in ran.err
+    assert "the cache is written on this machine" in ran.err
 
 
 def test_files_come_over_http_as_well(

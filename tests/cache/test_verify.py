@@ -259,7 +259,7 @@ class TestRepair:
         self, cache: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-        monkeypatch.setattr("ci2p_cache.encoding.repair.restore.BUNDLED", ("none", 1, "mse"))
+        monkeypatch.setattr("ci2p_cache.encoding.repair.BUNDLED", ("none", 1, "mse"))
         flip(cache / "encoder.safetensors", 0.9)
         flip(cache / SHARD)
         summary = cc.repair(cache)
@@ -330,7 +330,7 @@ def test_other_decoders_than_the_caches_change_and_compare_nothing(
 ) -> None:
     flip(cache / SHARD)
     damaged = (cache / SHARD).read_bytes()
-    monkeypatch.setattr("ci2p_cache.encoding.same_decoder.decoder_name", lambda: "another 9.9")
+    monkeypatch.setattr("ci2p_cache.encoding.shard.decoder_name", lambda: "another 9.9")
     for call in (lambda: cc.repair(cache), lambda: cc.reencode(cache, 1)):
         with pytest.raises(errors.FingerprintMismatchError, match=r"here is another 9\.9") as told:
             call()

@@ -294,6 +294,15 @@ def test_a_range_overwrites_nothing_and_a_dry_run_takes_none(
         cc.dry_run(image_folder, planned, with_options(shard_range="1/2"))
 
 
+def test_a_range_takes_in_no_more_images(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cc.encode(image_folder, out, with_options(plan_only=True, limit=8))
+    before = tree(out)
+    with pytest.raises(errors.UsageError, match="larger `limit` changes the plan"):
+        cc.encode(image_folder, out, with_options(shard_range="1/2", limit=12))
+    assert tree(out) == before
+
+
 class TestStatus:
     def test_begun_half_done_and_complete(
         self, run: Callable[..., Ran], image_folder: Path, planned: Path

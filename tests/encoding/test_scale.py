@@ -18,9 +18,9 @@ from ci2p_cache import errors
 from ci2p_cache.cache import open_shards
 from ci2p_cache.cache.manifest import read_manifest
 from ci2p_cache.cache.shard_reader import ShardReader
-from ci2p_cache.encoding import planning, progress
-from ci2p_cache.encoding.plan import Plan, read_plan
-from ci2p_cache.encoding.planning import build_plan
+from ci2p_cache.encoding import plan as planning
+from ci2p_cache.encoding import progress
+from ci2p_cache.encoding.plan import Plan, build_plan, read_plan
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.specs import LatentSpec
 from tests.long.scale import OPTIONS, commit_times, copy_shards, encode_until, make_source

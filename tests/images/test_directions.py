@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import ci2p_cache as cc
-from ci2p_cache.encoding.budget import parse_max_errors
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeProgress, ProgressMeter
 from ci2p_cache.encoding.reencode import reencode
+from ci2p_cache.encoding.shard import parse_max_errors
 from ci2p_cache.errors import SourceError, TooManyBadImagesError, UsageError
 from ci2p_cache.images.locate import open_reader, open_source
 from ci2p_cache.images.source import SourceOptions

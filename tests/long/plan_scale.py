@@ -27,8 +27,7 @@ import ci2p_cache as cc
 from ci2p_cache.cache.manifest import Manifest, read_manifest
 from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.encoding.plan import read_plan
-from ci2p_cache.encoding.planning import build_plan
+from ci2p_cache.encoding.plan import build_plan, read_plan
 from ci2p_cache.images.source import ImageRef
 
 ROWS, NUM_CLASSES, MIB = 10_000_000, 21_841, 2**20

@@ -45,9 +45,8 @@ from ci2p_cache.cache.paths import index_path, shard_path
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.verify import verify
 from ci2p_cache.encoding import finalise as finalising
-from ci2p_cache.encoding import lane
-from ci2p_cache.encoding.plan import read_plan
-from ci2p_cache.encoding.planning import build_plan
+from ci2p_cache.encoding.plan import build_plan, read_plan
+from ci2p_cache.encoding.shard import encode_views as true_encode_views
 from ci2p_cache.errors import InterruptedRunError
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.specs import LatentSpec
@@ -289,7 +288,7 @@ def resume(source: Path, out: Path) -> dict[str, Any]:
         if not first:
             first["seconds"] = time.monotonic() - started
             first["grown_bytes"] = peak_bytes() - base
-        return lane.encode_views(*args)
+        return true_encode_views(*args)
 
     def finalise(*args: Any) -> Any:
         nonlocal finalise_seconds
@@ -300,7 +299,7 @@ def resume(source: Path, out: Path) -> dict[str, Any]:
 
     with (
         mock.patch("ci2p_cache.encoding.shard.encode_views", encode_views),
-        mock.patch("ci2p_cache.encoding.whole.finalise", finalise),
+        mock.patch("ci2p_cache.encoding.resume.finalise", finalise),
     ):
         started = time.monotonic()
         summary = cc.encode(source, out, OPTIONS)

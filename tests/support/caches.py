@@ -29,8 +29,7 @@ from ci2p_cache.cache.paths import CHECKSUMS, ENCODER, PLAN
 from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.finalise import finalise
-from ci2p_cache.encoding.plan import ShardPlan
-from ci2p_cache.encoding.planning import build_plan
+from ci2p_cache.encoding.plan import ShardPlan, build_plan
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.source import ImageRef
 from ci2p_cache.specs import (

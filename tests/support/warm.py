@@ -475,7 +475,7 @@ def _main() -> None:
     for name in names:
         importlib.import_module(name)
     for module in (
-        "cli.app", "cli.watch", "encoding.whole", "previews", "report.plots", "training.run",
+        "cli.app", "cli.watch", "encoding.resume", "previews", "report.plots", "training.run",
         "cache.sample_card", "cache.verify", "inference.classifier", "experiment.run",
     ):  # fmt: skip
         importlib.import_module(f"ci2p_cache.{module}")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoding.dry_run.decode_trial import DecodeTrial
 from ci2p_cache.encoding.dry_run.trial import EncodeTrial, shard_index_bytes
 from ci2p_cache.encoding.intent import Intent
@@ -176,19 +175,20 @@ class Findings:
             views = count * good * plan.splits[split].views
             total += views * trial.view_bytes.get(split, mean) + count * trial.index_row_bytes
         for split, _ in self.work.missing:
-            whole = shard_index_bytes(plan.splits[split], self.work.intent.layout)
+            whole = shard_index_bytes(plan.splits[split], self.work.intent.manifest.layout)
             total += whole + trial.index_part_bytes
         return total
 
-    def other_bytes(self, encoder: FrozenEncoder) -> float:
+    def other_bytes(self) -> float:
         """Bytes of everything else that a run writes."""
         intent, shards = self.work.intent, len(self.work.missing)
-        if intent.manifest is not None and intent.manifest.is_complete and not shards:
+        if intent.manifest.is_complete and not shards:
             return 0.0
         plan = intent.plan
-        files = 2 + intent.layout.has_zarr + intent.layout.has_tar
+        layout, manifest = intent.manifest.layout, intent.manifest
+        files = 2 + layout.has_zarr + layout.has_tar
         records = shards * (self.encoded.commit_bytes + files * _CHECKSUM_BYTES)
-        begun = 0 if intent.manifest else len(plan.to_bytes()) + len(encoder.to_bytes())
+        begun = 0 if intent.is_begun else manifest.plan.bytes + manifest.encoder.bytes
         return begun + records + _FOLDER_BYTES + len(plan.splits) * _SPLIT_BYTES
 
 
@@ -196,7 +196,6 @@ def report(
     root: Path,
     images: ImageSource,
     found: Findings,
-    encoder: FrozenEncoder,
     free_bytes: int,
 ) -> DryRunReport:
     """Makes the forecast.
@@ -205,7 +204,6 @@ def report(
         root: The cache folder.
         images: The source.
         found: What is to be done, and what a sample showed.
-        encoder: The encoder; a cache holds it.
         free_bytes: Free space on the folder's disk.
     """
     plan, trial, work = found.work.intent.plan, found.encoded, found.work
@@ -218,7 +216,7 @@ def report(
         path=str(root),
         source=images.location().encode("utf-8", "backslashreplace").decode(),
         images=plan.num_samples,
-        classes=len(work.intent.classes),
+        classes=len(work.intent.manifest.classes),
         splits={name: record.rows for name, record in plan.splits.items()},
         views={name: record.views for name, record in plan.splits.items()},
         shards=plan.num_shards,
@@ -231,7 +229,7 @@ def report(
         decode_images_per_second=found.decoded.images_per_second,
         bottleneck=("decoding" if share < 1 - _WAITING else "g_a") if trial.images else "",
         seconds=found.seconds,
-        disk_bytes=round(latents + found.other_bytes(encoder)),
+        disk_bytes=round(latents + found.other_bytes()),
         latent_bytes=round(latents),
         bytes_per_image=latents / max(1, left),
         free_bytes=free_bytes,

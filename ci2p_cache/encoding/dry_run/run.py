@@ -20,19 +20,15 @@ from pathlib import Path
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.lock import LOCK, live_ranges, lock_holder
 from ci2p_cache.cache.staging import disk_errors
-from ci2p_cache.encoding.budget import parse_max_errors
 from ci2p_cache.encoding.dry_run.decode_trial import DecodeTrial, try_decoding
 from ci2p_cache.encoding.dry_run.forecast import DryRunReport, Findings, Work, report
 from ci2p_cache.encoding.dry_run.sample import draw, small_shards
 from ci2p_cache.encoding.dry_run.trial import EncodeTrial, try_encoding
-from ci2p_cache.encoding.intent import Intent, committed_shards
-from ci2p_cache.encoding.interrupt import interruptible
-from ci2p_cache.encoding.lane import Lane, make_lanes
+from ci2p_cache.encoding.intent import Intent, committed_shards, load_chosen, survey
+from ci2p_cache.encoding.locks import interruptible, refuse_out
 from ci2p_cache.encoding.options import EncodeOptions
-from ci2p_cache.encoding.place import refuse_place
 from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
-from ci2p_cache.encoding.resume import encode_settings, load_chosen, survey
-from ci2p_cache.encoding.shard import EncodeSettings
+from ci2p_cache.encoding.shard import EncodeSettings, Lane, make_lanes, parse_max_errors
 from ci2p_cache.errors import LockedError, UsageError
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
@@ -92,7 +88,7 @@ def dry_run(
             hint="leave them out: N equal machines take an N-th of the time that it tells",
         )
     observer = observer or EncodeObserver()
-    refuse_place(root, Path(source))
+    refuse_out(root, Path(source))
     images = open_source(source, options.source_options())
     with interruptible(f"interrupted; nothing was written to {root}"), _scratch(root) as scratch:
         _refuse_busy(root)
@@ -115,11 +111,13 @@ def dry_run(
         prepared = time.perf_counter() - started
         if missing:
             lanes = make_lanes(encoder, options.devices)
-            settings = encode_settings(intent, options, lanes)
+            settings = EncodeSettings.of(
+                intent.manifest, lanes, batch_size=options.batch_size, workers=options.workers
+            )
             encoded, decoded = _try(images, work, settings, lanes, scratch, observer)
         free = shutil.disk_usage(_existing(root)).free + (_tree_bytes(root) if overwrite else 0)
     found = Findings(work, encoded, decoded, prepared)
-    return report(root, images, found, encoder, free)
+    return report(root, images, found, free)
 
 
 def _left(folder: Path, intent: Intent) -> tuple[dict[_Place, CommitRecord], list[_Place]]:

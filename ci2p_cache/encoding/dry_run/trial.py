@@ -24,11 +24,9 @@ from ci2p_cache.cache.manifest import SplitRecord
 from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.paths import commit_path, index_path
 from ci2p_cache.cache.staging import StagingArea, remove_path
-from ci2p_cache.encoding.budget import ErrorBudget
 from ci2p_cache.encoding.dry_run.sample import BadFile
-from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.plan import ShardPlan
-from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
+from ci2p_cache.encoding.shard import EncodeSettings, ErrorBudget, Lane, ShardEncoder
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.specs import LayoutSpec
 

@@ -10,12 +10,9 @@ import shutil
 
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.tar_shards import tar_sample_bytes
-from ci2p_cache.encoding.budget import ErrorBudget
-from ci2p_cache.encoding.carry import Carrier
 from ci2p_cache.encoding.executors.work import Place, Work
-from ci2p_cache.encoding.lane import make_lanes
-from ci2p_cache.encoding.resume import encode_settings
-from ci2p_cache.encoding.shard import ShardEncoder
+from ci2p_cache.encoding.rows import Carrier
+from ci2p_cache.encoding.shard import EncodeSettings, ErrorBudget, ShardEncoder, make_lanes
 from ci2p_cache.machine import bf16_notice, chosen_devices
 
 __all__ = ["encode_shards"]
@@ -62,7 +59,12 @@ def encode_shards(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]
 
 def _encode_here(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:
     lanes = make_lanes(work.encoder, work.options.devices)
-    settings = encode_settings(work.intent, work.options, lanes)
+    settings = EncodeSettings.of(
+        work.intent.manifest,
+        lanes,
+        batch_size=work.options.batch_size,
+        workers=work.options.workers,
+    )
     plan, meter, commits = work.intent.plan, work.meter, {}
     with ShardEncoder(
         work.images,
@@ -80,15 +82,15 @@ def _encode_here(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:
 
 
 def _tell_disk_need(work: Work, missing: list[Place]) -> None:
-    root, intent, observer = work.root, work.intent, work.observer
-    latent, splits = intent.fingerprint.latent, intent.plan.splits
-    share = 1.0 if intent.layout.codec == "none" else _EXPECTED_SHARE[latent.dtype]
+    root, observer, manifest = work.root, work.observer, work.intent.manifest
+    latent, splits, layout = manifest.fingerprint.latent, manifest.splits, manifest.layout
+    share = 1.0 if layout.codec == "none" else _EXPECTED_SHARE[latent.dtype]
     need = 0.0
     for split, number in missing:
         rows, views = len(splits[split].rows_of(number)), splits[split].views
-        if intent.layout.has_zarr:
+        if layout.has_zarr:
             need += share * rows * views * latent.num_bytes
-        if intent.layout.has_tar:
+        if layout.has_tar:
             need += rows * tar_sample_bytes(latent, views)
     free = shutil.disk_usage(root).free
     if need > free:

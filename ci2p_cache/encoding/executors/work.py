@@ -8,11 +8,11 @@ from pathlib import Path
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoding.budget import parse_max_errors, refuse_more_bad
-from ci2p_cache.encoding.carry import Carrier
 from ci2p_cache.encoding.intent import Intent
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
+from ci2p_cache.encoding.rows import Carrier
+from ci2p_cache.encoding.shard import parse_max_errors, refuse_more_bad
 from ci2p_cache.images.source import ImageSource
 
 __all__ = ["Place", "Work"]

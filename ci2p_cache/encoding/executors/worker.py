@@ -30,15 +30,15 @@ from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.manifest import read_manifest
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.recorded import load_recorded_encoder
-from ci2p_cache.encoding.budget import ErrorBudget
-from ci2p_cache.encoding.carry import Carrier
-from ci2p_cache.encoding.intent import Intent
-from ci2p_cache.encoding.lane import make_lanes
-from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import read_plan
-from ci2p_cache.encoding.resume import encode_settings
-from ci2p_cache.encoding.same_decoder import refuse_other_decoder
-from ci2p_cache.encoding.shard import ShardEncoder
+from ci2p_cache.encoding.rows import Carrier
+from ci2p_cache.encoding.shard import (
+    EncodeSettings,
+    ErrorBudget,
+    ShardEncoder,
+    make_lanes,
+    refuse_other_decoder,
+)
 from ci2p_cache.errors import CacheError
 from ci2p_cache.images.locate import open_reader
 
@@ -87,12 +87,10 @@ class Worker:
         self._plan = read_plan(root, manifest)
         encoder = load_recorded_encoder(root / manifest.encoder.path, manifest.fingerprint.encoder)
         lanes = make_lanes(encoder, job.devices)
-        intent = Intent.of(manifest, self._plan, root)
-        options = EncodeOptions(batch_size=job.batch_size, workers=job.workers)
         self._staging = StagingArea(root, name=job.name)
         self._shards = ShardEncoder(
             open_reader(job.source),
-            encode_settings(intent, options, lanes),
+            EncodeSettings.of(manifest, lanes, batch_size=job.batch_size, workers=job.workers),
             lanes,
             self._staging,
             budget=ErrorBudget(job.bad_allowed, already_bad=job.bad_already),

@@ -1,1 +1,0 @@
-"""What `verify` finds damaged, put back to the same bytes."""

@@ -1,0 +1,242 @@
+"""The rows of a shard: read and decoded ahead of the encoder, or carried over from a committed one.
+
+What their views are encoded with, and where they go, is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import torch
+
+from ci2p_cache.cache.commit import CommitRecord, has_its_files
+from ci2p_cache.cache.growth import GROWTH, NOTES
+from ci2p_cache.cache.index import ChannelSums, IndexRow, index_rows, read_index, read_sums
+from ci2p_cache.cache.sealed import read_sealed
+from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.store import Cache
+from ci2p_cache.encoding.finalise import require_intact
+from ci2p_cache.encoding.plan import Sample, ShardPlan
+from ci2p_cache.errors import ImageDecodeError, ManifestError
+from ci2p_cache.images.decoders import Decoders
+from ci2p_cache.images.source import ImageReader
+
+__all__ = [
+    "Awaited",
+    "Carrier",
+    "LoadedImage",
+    "ShardValues",
+    "load_image",
+    "read_ahead",
+    "read_notes",
+    "read_values",
+]
+
+
+@dataclass(slots=True)
+class LoadedImage:
+    """One image read and decoded, or the reason why not; or a row that is carried over."""
+
+    row: IndexRow
+    """What the index says of it, but for what only encoding shows."""
+    views: torch.Tensor | None = None
+    """uint8 (V, 3, size, size); None where it could not be decoded."""
+    is_carried: bool = False
+    """Whether its row was committed before and is taken over: nothing was read."""
+    stored: npt.NDArray[Any] | None = None
+    """Stored values (V, M, h, w) of a row that is carried over and valid."""
+    clipped: npt.NDArray[np.float64] | None = None
+    """Clipped values per channel (M,) of all rows of the shard that are carried over, at the first
+    of them; None at the others."""
+
+
+def load_image(
+    source: ImageReader, decoders: Decoders, classes: Sequence[str], split: str, sample: Sample
+) -> LoadedImage:
+    """Reads and decodes one planned sample of a split.
+
+    Raises:
+        SourceError, ResourceError: reading failed for another reason than the image itself.
+    """
+    row = IndexRow(
+        row=sample.row,
+        key=sample.key,
+        label=sample.label,
+        class_name=classes[sample.label] if sample.label >= 0 else "",
+        path=sample.path.decode("utf-8", "backslashreplace"),
+        path_bytes=sample.path,
+    )
+    try:
+        data = source.read(sample.path)
+        row.source_bytes = len(data)
+        row.source_sha256 = hashlib.sha256(data).hexdigest()
+        image = decoders.decode(data, split=split, key=sample.key)
+    except ImageDecodeError as error:
+        row.status, row.error = "invalid", str(error)
+        return LoadedImage(row)
+    row.width, row.height = image.width, image.height
+    row.mode, row.format = image.mode, image.format
+    row.exif_orientation = image.orientation
+    row.boxes = [asdict(box) for box in image.boxes]
+    return LoadedImage(row, image.views)
+
+
+Awaited = tuple[ShardPlan, Sample, Future[LoadedImage]]
+"""A planned sample, the shard that it belongs to, and what it becomes."""
+
+
+def read_ahead(
+    shards: Iterable[ShardPlan],
+    pool: ThreadPoolExecutor,
+    load: Callable[[str, Sample], LoadedImage],
+    *,
+    most: int,
+    carrier: Carrier | None = None,
+) -> Iterator[Awaited]:
+    """Yields planned samples in order, while the next ones are read and decoded.
+
+    Args:
+        shards: What to read.
+        pool: Whose threads read and wait for the decoders.
+        load: `load_image`, for a split and a sample.
+        most: Images that are read or being read at a time.
+        carrier: Gives rows that were committed before; None where all are read.
+    """
+    waiting: deque[Awaited] = deque()
+    for shard in shards:
+        carried = carrier.load(shard.split, shard.shard) if carrier is not None else {}
+        for sample in shard.samples:
+            if sample.row in carried:
+                future: Future[LoadedImage] = Future()
+                future.set_result(carried[sample.row])
+            else:
+                future = pool.submit(load, shard.split, sample)
+            waiting.append((shard, sample, future))
+            if len(waiting) >= most:
+                yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
+
+
+class ShardValues(NamedTuple):
+    """What one committed shard holds, whatever its container."""
+
+    commit: CommitRecord
+    rows: list[IndexRow]
+    sums: ChannelSums
+    latents: dict[int, npt.NDArray[Any]]
+    """Stored values (V, M, h, w) of each valid row, in row order."""
+
+
+def read_values(split: Split, shard: int, pool: ThreadPoolExecutor) -> ShardValues:
+    """Reads a whole shard; every latent is held against its crc32c in the index part.
+
+    Raises:
+        ShardError: the shard is missing, damaged or not committed.
+        ManifestError: its commit record is damaged.
+    """
+    commit = split.read_commit(shard)
+    if commit is None:
+        raise split.damage(shard, "it has no commit record")
+    require_intact(split.cache.path, commit)
+    table = read_index(split.cache.path, split.name, shard)
+    rows = index_rows(table)
+
+    def read(row: IndexRow) -> npt.NDArray[Any]:
+        stored = np.empty((split.num_views, *split.latent.shape), split.latent.dtype)
+        for view, out in enumerate(stored):
+            split.read_into(row.row, view, out)
+        if [google_crc32c.value(latent.tobytes()) for latent in stored] != row.latent_crc32c:
+            raise split.damage(shard, f"row {row.row} is not what its index part speaks of")
+        return stored
+
+    good = [row for row in rows if row.status == "ok"]
+    latents = dict(zip((row.row for row in good), pool.map(read, good), strict=True))
+    return ShardValues(commit, rows, read_sums(table), latents)
+
+
+def read_notes(growth: Path) -> dict[str, Any] | None:
+    """Returns what a growth was begun with; None where that is not known."""
+    try:
+        data, intact = read_sealed(growth / NOTES)
+    except (OSError, ManifestError):
+        return None
+    return data if intact else None
+
+
+class Carrier:
+    """Gives the rows that a growth takes from the cache in whose folder it is made.
+
+    Raises:
+        ManifestError: the records of the cache or of the growth are damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._cache = Cache(folder.parent)
+        notes = read_notes(folder)
+        if notes is None:
+            raise ManifestError(f"{folder / NOTES} is damaged")
+        self._again = {split: set(rows) for split, rows in notes["again"].items()}
+
+    @classmethod
+    def of(cls, folder: Path) -> Self | None:
+        """Returns the carrier of a growth's folder; None where the folder is that of a cache."""
+        return cls(folder) if folder.name == GROWTH else None
+
+    def rows(self, split: str, shard: int) -> Collection[int]:
+        """Returns the rows of a shard that are carried over."""
+        cache = self._cache
+        if split not in cache or shard >= cache[split].record.num_shards:
+            return ()
+        try:
+            commit = cache[split].read_commit(shard)
+        except ManifestError:
+            return ()
+        if commit is None or not has_its_files(cache.path, commit):
+            return ()
+        return set(cache[split].record.rows_of(shard)) - self._again.get(split, set())
+
+    def count(self, split: str, shard: int) -> tuple[int, int]:
+        """Returns how many rows of a shard are carried over, valid ones and failed ones."""
+        rows = self.rows(split, shard)
+        if not rows:
+            return 0, 0
+        table = read_index(self._cache.path, split, shard, ["row", "status"])
+        good = table.filter(pc.equal(table["status"], "ok"))["row"].to_pylist()
+        num_good = sum(row in rows for row in good)
+        return num_good, len(rows) - num_good
+
+    def load(self, split: str, shard: int) -> dict[int, LoadedImage]:
+        """Reads what is carried over of a shard; each latent is held against its crc32c.
+
+        Raises:
+            ShardError: the shard of the cache is damaged.
+        """
+        rows, latent = self.rows(split, shard), self._cache.fingerprint.latent
+        if not rows:
+            return {}
+        with ThreadPoolExecutor(1, "carry") as pool:
+            found = read_values(self._cache[split], shard, pool)
+        carried: dict[int, LoadedImage] = {}
+        clipped = found.sums.clipped
+        for row in found.rows:
+            stored = found.latents.get(row.row)
+            if row.row in rows:
+                carried[row.row] = LoadedImage(row, is_carried=True, stored=stored)
+            elif row.clipped:
+                # Which channels were clipped is known of the shard alone; such values are limits.
+                magnitude = np.abs(found.latents[row.row].astype(np.int64))
+                at_limit = (magnitude == latent.symbol_limit).sum((0, 2, 3))
+                clipped = np.maximum(clipped - at_limit, 0.0)
+        next(iter(carried.values())).clipped = clipped
+        return carried
