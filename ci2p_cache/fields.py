@@ -73,17 +73,14 @@ class Option:
         )
 
     def _range(self) -> str:
-        parts = [
-            text
-            for text, bound in (
-                (f"from {self.low}", self.low),
-                (f"above {self.above}", self.above),
-                (f"to {self.high}", self.high),
-                (f"below {self.below}", self.below),
-            )
-            if bound is not None
-        ]
-        return f" {' '.join(parts)}" if parts else ""
+        bounds = (
+            (("{} <= ", self.low), ("{} < ", self.above)),
+            ((" <= {}", self.high), (" < {}", self.below)),
+        )
+        lower, upper = (
+            "".join(text.format(b) for text, b in side if b is not None) for side in bounds
+        )
+        return f", {lower}value{upper}" if lower or upper else ""
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
