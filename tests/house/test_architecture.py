@@ -113,10 +113,10 @@ class Source:
         """Its lines without docstrings, strings that describe a field, imports and blank lines."""
         left_out: set[int] = set()
         for node in ast.walk(self.tree):
-            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            if text or isinstance(node, ast.Import | ast.ImportFrom):
-                assert node.end_lineno is not None
-                left_out |= set(range(node.lineno, node.end_lineno + 1))
+            if isinstance(node, ast.Import | ast.ImportFrom) or (
+                isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            ):
+                left_out |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         lines = enumerate(self.text.splitlines(), start=1)
         return sum(bool(line.strip()) and number not in left_out for number, line in lines)
 
