@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ci2p_cache.cache.store import Cache
-from ci2p_cache.encoding.dry_run.run import dry_run
+from ci2p_cache.encoding.forecast import dry_run
 from ci2p_cache.encoding.lane import Lane, make_lanes, single_threaded
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver

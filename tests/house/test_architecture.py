@@ -166,11 +166,11 @@ def test_imports_point_down_only(package: list[Source]) -> None:
 
 
 def test_the_rooms_within_encoding_do_not_know_each_other(package: list[Source]) -> None:
-    # What is beside them repairs a complete cache that is damaged; dry runs, repairs and
-    # conversions stand upon it.
+    # What is beside them repairs a complete cache that is damaged; repairs and conversions stand
+    # upon it.
     root = PACKAGE / "encoding"
     inner = {path.name for path in root.iterdir() if (path / "__init__.py").exists()}
-    assert inner == {"convert", "dry_run", "repair"}
+    assert inner == {"convert", "repair"}
     offenders = []
     for source in package:
         if source.room != "encoding":
