@@ -87,7 +87,7 @@ def _forecast(
 ) -> None:
     """Predicts a run, and ends with the error that it is certain to end with."""
     from ci2p_cache.cli.watch import EncodeWatch
-    from ci2p_cache.encoding.dry_run.run import dry_run
+    from ci2p_cache.encoding.forecast import dry_run
 
     with render.ProgressLine("sample", unit="images") as line:
         report = dry_run(source, out, options, overwrite=overwrite, observer=EncodeWatch(line))
