@@ -21,7 +21,6 @@ import pyarrow as pa
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import read_index, read_sums
 from ci2p_cache.cache.manifest import SplitRecord
-from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.paths import commit_path, index_path
 from ci2p_cache.cache.staging import StagingArea, remove_path
 from ci2p_cache.encoding.budget import ErrorBudget
@@ -30,6 +29,7 @@ from ci2p_cache.encoding.lane import Lane
 from ci2p_cache.encoding.plan import ShardPlan
 from ci2p_cache.encoding.shard import EncodeSettings, ShardEncoder
 from ci2p_cache.images.source import ImageSource
+from ci2p_cache.parquet import parquet_bytes
 from ci2p_cache.specs import LayoutSpec
 
 __all__ = ["EncodeTrial", "shard_index_bytes", "try_encoding"]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 
+from ci2p_cache.cache.codecs import CODECS
 from ci2p_cache.cache.commit import CommitRecord
-from ci2p_cache.cache.tar_shards import tar_sample_bytes
+from ci2p_cache.cache.containers import tar_sample_bytes
 from ci2p_cache.encoding.budget import ErrorBudget
 from ci2p_cache.encoding.carry import Carrier
 from ci2p_cache.encoding.executors.work import Place, Work
@@ -19,9 +20,6 @@ from ci2p_cache.encoding.shard import ShardEncoder
 from ci2p_cache.machine import bf16_notice, chosen_devices
 
 __all__ = ["encode_shards"]
-
-_EXPECTED_SHARE = {"int8": 0.22, "int16": 0.12, "float16": 0.95, "float32": 0.92}
-"""Compressed over raw bytes: measured for int8 and float16, a guess on the safe side otherwise."""
 
 
 def encode_shards(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:
@@ -82,7 +80,7 @@ def _encode_here(work: Work, missing: list[Place]) -> dict[Place, CommitRecord]:
 def _tell_disk_need(work: Work, missing: list[Place]) -> None:
     root, intent, observer = work.root, work.intent, work.observer
     latent, splits = intent.fingerprint.latent, intent.plan.splits
-    share = 1.0 if intent.layout.codec == "none" else _EXPECTED_SHARE[latent.dtype]
+    share = CODECS[intent.layout.codec].expected_share[latent.dtype]
     need = 0.0
     for split, number in missing:
         rows, views = len(splits[split].rows_of(number)), splits[split].views
