@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from ci2p_cache.encoder.frozen import FrozenEncoder
     from ci2p_cache.encoder.load import load_encoder
     from ci2p_cache.encoding.convert.run import ConvertSummary, convert
-    from ci2p_cache.encoding.dry_run.forecast import DryRunReport
-    from ci2p_cache.encoding.dry_run.run import dry_run
+    from ci2p_cache.encoding.forecast import DryRunReport, dry_run
     from ci2p_cache.encoding.options import EncodeOptions
     from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
     from ci2p_cache.encoding.reencode import ReencodeSummary, reencode
@@ -118,7 +117,7 @@ _HOMES = {
     "Classifier": "inference.classifier",
     "Complexity": "models.complexity",
     "ConvertSummary": "encoding.convert.run",
-    "DryRunReport": "encoding.dry_run.forecast",
+    "DryRunReport": "encoding.forecast",
     "EncodeObserver": "encoding.progress",
     "EncodeOptions": "encoding.options",
     "EncodeSummary": "encoding.progress",
@@ -145,7 +144,7 @@ _HOMES = {
     "complexity": "models.complexity",
     "convert": "encoding.convert.run",
     "create_model": "models.registry",
-    "dry_run": "encoding.dry_run.run",
+    "dry_run": "encoding.forecast",
     "encode": "encoding.run",
     "evaluate": "inference.scoring",
     "export_model": "inference.export",

@@ -10,10 +10,18 @@ import typer
 from ci2p_cache.cli import choices, render
 
 if TYPE_CHECKING:
-    from ci2p_cache.bench.encoding import EncodeReport
-    from ci2p_cache.bench.training import TrainReport
+    from ci2p_cache.bench import EncodeReport, TrainReport
 
 __all__ = ["bench"]
+
+_Cache = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)]
+_Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_ReadersAndDecoders = Annotated[
+    int | None, typer.Option(help="Threads that read and decode [default: one per core].")
+]
 
 bench = typer.Typer(
     name="bench",
@@ -53,9 +61,7 @@ def encode(
     batch_size: Annotated[
         int | None, typer.Option(help="Views per encoder call [default: 8 on CPU, 256 on CUDA].")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that read and decode [default: one per core].")
-    ] = None,
+    workers: _ReadersAndDecoders = None,
     devices: Annotated[
         str,
         typer.Option(
@@ -63,7 +69,7 @@ def encode(
         ),
     ] = "auto",
     seconds: Annotated[float, typer.Option(help="That g_a alone is timed.")] = 5.0,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: _Json = False,
 ) -> None:
     """How fast stage one is here, and what bounds it: the encoder, or decoding.
 
@@ -73,9 +79,9 @@ def encode(
       ci2p-cache bench encode photos/ --encoder bundled --workers 8 --batch-size 16
 
     A sample of the images is really encoded for some 10 s, into a temporary folder. How long all of
-    them take and how much disk, `ci2p-cache encode ... --dry-run` foretells.
+    them take and how much disk, `ci2p-cache encode ... --dry-run` forecasts.
     """
-    from ci2p_cache.bench.encoding import bench_encoding
+    from ci2p_cache.bench import bench_encoding
     from ci2p_cache.cli.watch import EncodeWatch
     from ci2p_cache.encoding.options import EncodeOptions
 
@@ -122,16 +128,14 @@ def _print_encoding(report: EncodeReport) -> None:
 
 @bench.command()
 def loader(
-    cache: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)],
+    cache: _Cache,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 128,
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core].")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
-    ] = "auto",
+    device: _Device = "auto",
     seconds: Annotated[float, typer.Option(help="Of each repeat of each way.")] = 3.0,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: _Json = False,
 ) -> None:
     """How fast batches come out of a cache, in the random order of training.
 
@@ -141,7 +145,7 @@ def loader(
 
     Each way is timed five times, in turns with the others, after a round that does not count.
     """
-    from ci2p_cache.bench.loading import bench_loading
+    from ci2p_cache.bench import bench_loading
 
     report = bench_loading(
         cache, batch_size=batch_size, device=device, threads=workers, seconds=seconds
@@ -170,7 +174,7 @@ def loader(
 
 @bench.command()
 def train(
-    cache: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)],
+    cache: _Cache,
     model: Annotated[
         str, typer.Option(help="As for `ci2p-cache train`.", autocompletion=choices.models)
     ] = "vitds",
@@ -178,18 +182,14 @@ def train(
     precision: Annotated[
         Literal["float32", "bf16"], typer.Option(help="As for `ci2p-cache train`.")
     ] = "float32",
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that read and decode [default: one per core].")
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
-    ] = "auto",
+    workers: _ReadersAndDecoders = None,
+    device: _Device = "auto",
     seconds: Annotated[float, typer.Option(help="Of each way, after two steps.")] = 20.0,
     encode_rate: Annotated[
         float | None,
         typer.Option(help="Images/s of stage one [default: measured, 10 s]."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: _Json = False,
 ) -> None:
     """Training from the cache against its compute alone, the encoder in the loop, and ViT-B/16.
 
@@ -202,7 +202,7 @@ def train(
     many epochs the cache has paid for itself; nothing is kept. The last two ways and the sample
     need the images that the cache was made of.
     """
-    from ci2p_cache.bench.training import bench_training
+    from ci2p_cache.bench import bench_training
     from ci2p_cache.training.spec import TrainSpec
 
     report = bench_training(
@@ -226,14 +226,13 @@ def train(
 
 def _encode_rate(path: Path, device: str) -> float | None:
     """Measures stage one as the cache was made; None, and a notice, where that cannot be done."""
+    from ci2p_cache.bench import encode_rate
     from ci2p_cache.cache.store import open_cache
     from ci2p_cache.errors import CacheError
 
     render.status("measuring stage one ...")
     try:
-        from ci2p_cache.bench.encoding import bench_encoding_again
-
-        return bench_encoding_again(open_cache(path), device=device).rows[0].images_per_second
+        return encode_rate(open_cache(path), device=device)
     except (CacheError, ImportError) as error:
         render.notice(f"how fast stage one is here was not measured: {error}")
         return None
