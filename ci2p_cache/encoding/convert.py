@@ -28,18 +28,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ci2p_cache import __version__
-from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache.codecs import ChunkCodec, codec_of
 from ci2p_cache.cache.commit import CommitRecord, FileRecord, read_commit, sha256_file
+from ci2p_cache.cache.containers import npy_header, put_shard
 from ci2p_cache.cache.index import INDEX_SCHEMA, read_index
 from ci2p_cache.cache.lock import LOCK, locked
 from ci2p_cache.cache.manifest import Manifest, SplitRecord, read_manifest, refuse_difference
-from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.paths import CHECKSUMS, MANIFEST, data_paths, index_path
-from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path, sync_folder
 from ci2p_cache.cache.store import Cache, open_cache
-from ci2p_cache.cache.tar_shards import npy_header
 from ci2p_cache.encoding.finalise import dequantising, finalise
 from ci2p_cache.encoding.locks import interruptible, refuse_foreign_folder
 from ci2p_cache.encoding.plan import read_plan
@@ -55,6 +53,7 @@ from ci2p_cache.errors import (
 )
 from ci2p_cache.machine import num_cores
 from ci2p_cache.outputs import refuse_url
+from ci2p_cache.parquet import parquet_bytes
 from ci2p_cache.record import Record, read_regular
 from ci2p_cache.specs import CodecName, FormatName, LayoutSpec
 
@@ -163,8 +162,7 @@ def _write_cache(
     cache: Cache, root: Path, layout: LayoutSpec, on_shard: Callable[[int, int], None]
 ) -> tuple[int, int]:
     """Converts what is not yet, and finalises; returns the bytes and the shards converted."""
-    chunk_bytes = cache.fingerprint.latent.num_bytes
-    codec = ChunkCodec(layout.codec, level=layout.level, chunk_bytes=chunk_bytes)
+    codec = codec_of(layout, cache.fingerprint.latent)
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
     with (

@@ -16,19 +16,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import zarr
 from zarr.abc.buffer import Buffer
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
-from ci2p_cache.cache.checksums import checksums_bytes
+from ci2p_cache.cache.codecs import codec_of
 from ci2p_cache.cache.commit import CommitRecord, FileRecord, sha256_file
+from ci2p_cache.cache.folder import checksums_bytes
 from ci2p_cache.cache.index import ChannelSums, read_index, read_sums
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
-from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.paths import CHECKSUMS, MANIFEST, index_path, tar_list_path, tar_path
-from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.plan import Plan
 from ci2p_cache.errors import ShardError, command
+from ci2p_cache.parquet import parquet_bytes
+from ci2p_cache.record import json_bytes
 
 __all__ = ["dequantising", "finalise", "require_intact"]
 
@@ -184,10 +185,6 @@ def _put_zarr_group(
     group = zarr.create_group(
         MemoryStore(made), attributes={"ci2p_cache_format": manifest.format_version}
     )
-    if layout.codec == "zstd":
-        compressor: ZstdCodec | Crc32cCodec = ZstdCodec(level=layout.level, checksum=True)
-    else:
-        compressor = Crc32cCodec()
     for name, record in plan.splits.items():
         split = group.create_group(name)
         if layout.has_zarr:
@@ -197,7 +194,7 @@ def _put_zarr_group(
                 dtype=latent.dtype,
                 chunks=(1, 1, *latent.shape),
                 shards=(record.shard_rows, record.views, *latent.shape),
-                compressors=compressor,
+                compressors=codec_of(layout, latent).zarr_metadata,
                 fill_value=latent.fill_value,
                 chunk_key_encoding={"name": "default", "separator": "."},
                 dimension_names=("sample", "view", "channel", "y", "x"),

@@ -22,7 +22,7 @@ from ci2p_cache.cache.growth import GROWTH, growth_of
 from ci2p_cache.cache.manifest import Manifest, class_order, read_manifest, refuse_difference
 from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.cache.traces import gaps, named_ranges
+from ci2p_cache.cache.survey import gaps, named_ranges
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoding.growth import Growth, compare_originals, failed_rows, merged_classes

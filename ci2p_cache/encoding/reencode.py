@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ci2p_cache.cache.finding import Finding
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.paths import data_paths
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
+from ci2p_cache.cache.verify import Finding
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.encoding.plan import Sample
 from ci2p_cache.encoding.rows import LoadedImage, load_image

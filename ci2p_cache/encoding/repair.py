@@ -23,9 +23,8 @@ from typing import TypeVar
 import pyarrow as pa
 import torch
 
-from ci2p_cache.cache.checksums import listed_digests
 from ci2p_cache.cache.commit import CommitRecord, read_commit, sha256_file
-from ci2p_cache.cache.finding import Finding
+from ci2p_cache.cache.folder import listed_digests
 from ci2p_cache.cache.growth import drop_growth
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.manifest import read_manifest
@@ -40,13 +39,14 @@ from ci2p_cache.cache.paths import (
 )
 from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path
 from ci2p_cache.cache.store import open_cache
-from ci2p_cache.cache.verify import verify
+from ci2p_cache.cache.verify import Finding, verify
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.encoder.weights import BUNDLED, official_url, weights_folder
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.locks import held, interruptible
+from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import Plan, Sample, ShardPlan, build_plan, plan_of_rows, read_plan
 from ci2p_cache.encoding.progress import EncodeObserver, ProgressMeter
 from ci2p_cache.encoding.shard import (
@@ -434,7 +434,8 @@ class _Repair:
         try:
             for (device, batch_size), group in groups.items():
                 lanes = make_lanes(encoder, device)
-                settings = EncodeSettings.of(self.manifest, lanes, batch_size=batch_size)
+                options = EncodeOptions(batch_size=batch_size or None)
+                settings = EncodeSettings.of(self.manifest, lanes, options)
                 self._notice_other_numerics(group, numerics(lanes[0], settings.batch_size))
                 scratch = self.staging.scratch("replay")
                 with (

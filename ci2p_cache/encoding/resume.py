@@ -16,8 +16,7 @@ from ci2p_cache.cache.manifest import Manifest, read_manifest
 from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.verify import verify
-from ci2p_cache.encoding.executors.run import encode_shards
-from ci2p_cache.encoding.executors.work import Work
+from ci2p_cache.encoding.drive import encode_shards
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.growth import begin_growth
 from ci2p_cache.encoding.intent import (
@@ -35,6 +34,7 @@ from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary, Progress
 from ci2p_cache.encoding.repair import restore
 from ci2p_cache.encoding.rows import Carrier
 from ci2p_cache.encoding.shard import refuse_more_bad
+from ci2p_cache.encoding.worker import Work
 from ci2p_cache.errors import IncompleteCacheError, ShardError, UsageError, command
 from ci2p_cache.images.source import ImageSource
 

@@ -22,7 +22,6 @@ import torch
 from ci2p_cache.cache.commit import CommitRecord, has_its_files
 from ci2p_cache.cache.growth import GROWTH, NOTES
 from ci2p_cache.cache.index import ChannelSums, IndexRow, index_rows, read_index, read_sums
-from ci2p_cache.cache.sealed import read_sealed
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoding.finalise import require_intact
@@ -30,6 +29,7 @@ from ci2p_cache.encoding.plan import Sample, ShardPlan
 from ci2p_cache.errors import ImageDecodeError, ManifestError
 from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.source import ImageReader
+from ci2p_cache.record import read_sealed
 
 __all__ = [
     "Awaited",

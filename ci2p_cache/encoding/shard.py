@@ -36,15 +36,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache.codecs import codec_of
 from ci2p_cache.cache.commit import CommitRecord
+from ci2p_cache.cache.containers import put_shard
 from ci2p_cache.cache.index import ChannelSums, IndexRow
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
-from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.quantize import saturate
 from ci2p_cache.encoder.zoo import ARCH
+from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import ShardPlan
 from ci2p_cache.encoding.rows import Awaited, Carrier, LoadedImage, load_image, read_ahead
 from ci2p_cache.errors import (
@@ -299,14 +300,7 @@ class EncodeSettings:
     """Threads that read and compress, each with a process that decodes."""
 
     @classmethod
-    def of(
-        cls,
-        manifest: Manifest,
-        lanes: Sequence[Lane],
-        *,
-        batch_size: int | None = None,
-        workers: int | None = None,
-    ) -> Self:
+    def of(cls, manifest: Manifest, lanes: Sequence[Lane], options: EncodeOptions) -> Self:
         """Returns what a manifest asks for, with the defaults that depend on the machine."""
         on_cpu = lanes[0].device.type == "cpu"
         return cls(
@@ -314,8 +308,8 @@ class EncodeSettings:
             layout=manifest.layout,
             splits=manifest.splits,
             classes=manifest.classes,
-            batch_size=batch_size or (8 if on_cpu else 256),
-            decode_threads=workers or num_cores(),
+            batch_size=options.batch_size or (8 if on_cpu else 256),
+            decode_threads=options.workers or num_cores(),
         )
 
 
@@ -369,9 +363,7 @@ class ShardEncoder:
         self._on_image = on_image
         self._latent: LatentSpec = settings.fingerprint.latent
         self._probed = ChannelSums.empty(self._latent.channels)
-        self._codec = ChunkCodec(
-            settings.layout.codec, level=settings.layout.level, chunk_bytes=self._latent.num_bytes
-        )
+        self._codec = codec_of(settings.layout, self._latent)
         self._free_lanes: deque[Lane] = deque(lanes)
         self._num_lanes = len(lanes)
         self._numerics = numerics(lanes[0], settings.batch_size)
