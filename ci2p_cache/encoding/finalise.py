@@ -20,18 +20,17 @@ from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
 from ci2p_cache.cache.codecs import codec_of
-from ci2p_cache.cache.commit import CommitRecord, FileRecord, sha256_file
+from ci2p_cache.cache.commit import CommitRecord, FileRecord
 from ci2p_cache.cache.folder import checksums_bytes
-from ci2p_cache.cache.index import ChannelSums, read_index, read_sums
+from ci2p_cache.cache.index import ChannelSums, read_index, read_sums, require_intact
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
-from ci2p_cache.cache.paths import CHECKSUMS, MANIFEST, index_path, tar_list_path, tar_path
+from ci2p_cache.cache.paths import CHECKSUMS, MANIFEST, tar_list_path, tar_path
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.plan import Plan
-from ci2p_cache.errors import ShardError, command
 from ci2p_cache.parquet import parquet_bytes
 from ci2p_cache.record import json_bytes
 
-__all__ = ["dequantising", "finalise", "require_intact"]
+__all__ = ["dequantising", "finalise"]
 
 _ERRORS_SCHEMA = pa.schema(
     [
@@ -104,25 +103,6 @@ def finalise(
     complete = dataclasses.replace(manifest, state="complete", splits=splits, files=tuple(written))
     staging.put_sealed(MANIFEST, complete.to_dict())
     return complete
-
-
-def require_intact(root: Path, commit: CommitRecord) -> None:
-    """Holds an index part against its committed digest, as where only some of its pages are read.
-
-    Raises:
-        ShardError: it is missing, or not what was committed.
-    """
-    path = index_path(commit.split, commit.shard)
-    listed = next((file.sha256 for file in commit.files if file.path == path), None)
-    try:
-        intact = sha256_file(root / path) == listed
-    except OSError as error:
-        raise ShardError(f"{root / path} cannot be read: {error.strerror}") from error
-    if not intact:
-        raise ShardError(
-            f"{root / path} is damaged: its sha256 is not that in its commit record",
-            hint=command("verify", root, "--repair"),
-        )
 
 
 def _statistics(split: str, sums: ChannelSums) -> pa.Table:

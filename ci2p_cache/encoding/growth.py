@@ -37,12 +37,8 @@ from ci2p_cache.errors import CacheError, UsageError
 from ci2p_cache.images.source import ImageSource
 
 __all__ = [
-    "Growth",
-    "begin_growth",
-    "compare_originals",
-    "failed_rows",
-    "merged_classes",
-]
+    "Growth", "begin_growth", "compare_originals", "failed_rows", "merged_classes",
+]  # fmt: skip
 
 Rows = Mapping[str, frozenset[int]]
 """Split -> rows."""

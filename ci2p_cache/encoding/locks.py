@@ -95,9 +95,13 @@ def held(root: Path, part: ShardRange | None = None, *, what: str = "encode") ->
         ResourceError: a lock file cannot be written or removed.
     """
     what = what if part is None else f"{_RANGE}{part}"
+
+    def waits_for(holder: LockHolder) -> bool:
+        return part is not None and holder.what.startswith(_RANGE)
+
     with ExitStack() as locks:
         with ExitStack() as moment:
-            lock = locked(root / LOCK, what=what, waits_for=None if part is None else _is_range)
+            lock = locked(root / LOCK, what=what, waits_for=waits_for)
             (locks if part is None else moment).enter_context(lock)
             live = live_ranges(root)
             others = [each for each in live if part is None or part.overlaps(each[0])]
@@ -114,10 +118,6 @@ def held(root: Path, part: ShardRange | None = None, *, what: str = "encode") ->
             if part is not None:
                 locks.enter_context(locked(range_lock(root, part), what=what))
         yield Hold(root, part, locks)
-
-
-def _is_range(holder: LockHolder | None) -> bool:
-    return holder is not None and holder.what.startswith(_RANGE)
 
 
 def _sweep(root: Path, live: list[str]) -> None:

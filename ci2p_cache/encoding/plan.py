@@ -33,16 +33,9 @@ from ci2p_cache.parquet import parquet_bytes, read_parquet
 from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec
 
 __all__ = [
-    "EarlierRows",
-    "Plan",
-    "Sample",
-    "ShardPlan",
-    "build_plan",
-    "plan_of_rows",
-    "plan_text",
-    "read_plan",
-    "refuse_no_classes",
-]
+    "EarlierRows", "Plan", "Sample", "ShardPlan", "build_plan", "plan_of_rows", "plan_text",
+    "read_plan", "refuse_no_classes",
+]  # fmt: skip
 
 _LEADS_OUT = r"^$|^/|(^|/)\.\.(/|$)"
 

@@ -13,12 +13,8 @@ from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.record import Record
 
 __all__ = [
-    "EncodeObserver",
-    "EncodeProgress",
-    "EncodeSummary",
-    "ProgressMeter",
-    "summarise",
-]
+    "EncodeObserver", "EncodeProgress", "EncodeSummary", "ProgressMeter", "summarise",
+]  # fmt: skip
 
 _TICK_SECONDS = 0.1
 _WARM_UP_SECONDS = 2.0

@@ -21,10 +21,16 @@ import torch
 
 from ci2p_cache.cache.commit import CommitRecord, has_its_files
 from ci2p_cache.cache.growth import GROWTH, NOTES
-from ci2p_cache.cache.index import ChannelSums, IndexRow, index_rows, read_index, read_sums
+from ci2p_cache.cache.index import (
+    ChannelSums,
+    IndexRow,
+    index_rows,
+    read_index,
+    read_sums,
+    require_intact,
+)
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
-from ci2p_cache.encoding.finalise import require_intact
 from ci2p_cache.encoding.plan import Sample, ShardPlan
 from ci2p_cache.errors import ImageDecodeError, ManifestError
 from ci2p_cache.images.decoders import Decoders
@@ -32,15 +38,9 @@ from ci2p_cache.images.source import ImageReader
 from ci2p_cache.record import read_sealed
 
 __all__ = [
-    "Awaited",
-    "Carrier",
-    "LoadedImage",
-    "ShardValues",
-    "load_image",
-    "read_ahead",
-    "read_notes",
+    "Awaited", "Carrier", "LoadedImage", "ShardValues", "load_image", "read_ahead", "read_notes",
     "read_values",
-]
+]  # fmt: skip
 
 
 @dataclass(slots=True)

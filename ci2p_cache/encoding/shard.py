@@ -61,19 +61,10 @@ from ci2p_cache.machine import chosen_devices, num_cores, tune_allocator
 from ci2p_cache.specs import Fingerprint, LatentSpec, LayoutSpec
 
 __all__ = [
-    "EncodeSettings",
-    "ErrorBudget",
-    "Lane",
-    "ShardEncoder",
-    "changed_numerics",
-    "encode_views",
-    "make_lanes",
-    "numerics",
-    "parse_max_errors",
-    "refuse_more_bad",
-    "refuse_other_decoder",
+    "EncodeSettings", "ErrorBudget", "Lane", "ShardEncoder", "changed_numerics", "encode_views",
+    "make_lanes", "numerics", "parse_max_errors", "refuse_more_bad", "refuse_other_decoder",
     "single_threaded",
-]
+]  # fmt: skip
 
 _ALL_BAD = 64
 """When that many images, the first ones, all fail, the source or the settings are wrong."""
