@@ -33,7 +33,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": {"errors"},
     "record": {"errors"},
     "parquet_pages": set(),
-    "intervals": set(),
     "specs": {"errors", "record"},
     "remote": {"errors"},
     "outputs": {"errors", "remote"},
@@ -47,42 +46,26 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cache",
     },
     "loader": {"machine", "errors", "record", "specs", "cache"},
-    "training": {"machine", "errors", "outputs", "record", "specs", "cache", "loader", "models"},
+    "runs": {"errors", "record", "specs", "cache", "models"},
+    "training": {
+        *("machine", "errors", "outputs", "record", "specs", "cache", "loader", "models", "runs"),
+    },
     "inference": {
         *("machine", "errors", "record", "specs", "images", "encoder", "cache", "loader", "models"),
-        *("training", "intervals", "outputs"),
+        *("training", "outputs", "runs"),
     },
-    "report": {"errors", "outputs", "record", "remote", "specs", "cache", "intervals"},
+    "pictures": {
+        *("errors", "outputs", "record", "remote", "specs", "cache", "images", "encoder"),
+    },
+    "report": {
+        *("errors", "outputs", "record", "remote", "specs", "cache", "runs", "pictures"),
+    },
     "experiment": {
-        *("errors", "record", "specs", "cache", "encoding", "demo_pictures", "training"),
-        *("inference", "report", "illustrations", "loader", "machine", "models", "outputs"),
-    },
-    "preview_figure": {"errors", "record", "specs", "cache"},
-    "reconstructions": {"errors", "record", "specs", "cache", "images", "encoder"},
-    "previews": {
-        "errors",
-        "record",
-        "specs",
-        "cache",
-        "images",
-        "encoder",
-        "outputs",
-        "preview_figure",
-        "reconstructions",
-    },
-    "illustrations": {
-        "errors",
-        "record",
-        "specs",
-        "cache",
-        "images",
-        "encoder",
-        "reconstructions",
-        "remote",
-        "report",
+        *("errors", "outputs", "record", "specs", "cache", "encoding", "pictures", "training"),
+        *("inference", "report", "runs"),
     },
 }
-"""Room -> rooms it may import. Rooms not named here (the cli, the demo) stand on top of all."""
+"""Room -> rooms it may import. Rooms not named here (the cli) stand on top of all."""
 
 EXCEPTIONS = {
     # Loading from the source images needs images, and the encoder where it is in the loop.

@@ -475,8 +475,9 @@ def _main() -> None:
     for name in names:
         importlib.import_module(name)
     for module in (
-        "cli.app", "cli.watch", "encoding.whole", "previews", "report.plots", "training.run",
-        "cache.sample_card", "cache.verify", "inference.classifier", "experiment.run",
+        "cli.app", "cli.watch", "encoding.whole", "pictures.previews", "report.charts",
+        "training.run", "cache.sample_card", "cache.verify", "inference.classifier",
+        "experiment.run",
     ):  # fmt: skip
         importlib.import_module(f"ci2p_cache.{module}")
     from tests.support.nano import add_nano_models
