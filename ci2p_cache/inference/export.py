@@ -22,8 +22,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -331,7 +330,8 @@ def write_exported(
     if to == "onnx":
         _require_onnx()
     batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
-    with _quiet(), torch.no_grad():
+    # torch's exporters warn of what no one here can act on.
+    with warnings.catch_warnings(action="ignore"), torch.no_grad():
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: batch},))
         if to == "torch":
             extra = {EXTRA_FILE: json.dumps(dict(metadata))}
@@ -343,7 +343,10 @@ def write_exported(
             program, (), dynamo=True, verbose=False, input_names=[name], output_names=["logits"]
         )
         assert onnx is not None
-        _name_batch(onnx.model)
+        # The free dimension of input and output is called what it is.
+        model: Any = onnx.model
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            value.shape = type(value.shape)(["batch", *list(value.shape)[1:]])
         onnx.model.metadata_props.update(metadata)
         onnx.save(path, external_data=False)
 
@@ -397,7 +400,7 @@ class _Program:
     """A `.pt2` in torch."""
 
     def __init__(self, path: Path) -> None:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):
             self._module = torch.export.load(path).module()
 
     def logits(self, inputs: Tensor) -> Tensor:
@@ -436,12 +439,6 @@ def _session(content: bytes) -> Any:
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def _name_batch(model: Any) -> None:
-    """Calls the free dimension of input and output what it is."""
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.shape = type(value.shape)(["batch", *list(value.shape)[1:]])
-
-
 def _require_onnx() -> None:
     try:
         import onnx  # noqa: F401
@@ -452,14 +449,6 @@ def _require_onnx() -> None:
             f"exporting to ONNX needs {error.name}, which is not installed",
             hint="pip install 'ci2p-cache[export]'",
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps torch's exporters from warning of what no one here can act on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def check_export(
