@@ -48,7 +48,6 @@ import numpy.typing as npt
 import torch
 
 import ci2p_cache as cc
-from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.cli import render
 from ci2p_cache.cli.ending import told_errors
 from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
@@ -57,7 +56,7 @@ from ci2p_cache.inference.run_folder import load_model, open_run
 from ci2p_cache.inference.scoring import keys_of
 from ci2p_cache.machine import checked_device
 from ci2p_cache.outputs import write_whole
-from ci2p_cache.record import Record, differing_fields, read_json
+from ci2p_cache.record import Record, differing_fields, json_bytes, read_json
 from ci2p_cache.runs.evaluations import EVALUATIONS, read_predictions
 from ci2p_cache.runs.files import read_summary, training_seconds
 from ci2p_cache.training.inputs import train_and_val

@@ -25,12 +25,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ci2p_cache.cache.card import stored_rows
 from ci2p_cache.cache.folder import CacheFolder
 from ci2p_cache.cache.index import IndexRow
-from ci2p_cache.cache.sample_card import read_row
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
+from ci2p_cache.cache.summary import read_row
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError, UsageError
@@ -146,10 +145,10 @@ class LatentIllustrator:
             WeightsError, DigestError: the cache's encoder is damaged or another.
         """
         splits = sorted(cache.values(), key=lambda split: split.name != "val")
-        split = next((each for each in splits if len(stored_rows(each))), None)
+        split = next((each for each in splits if len(each.valid_rows)), None)
         if split is None:
             return None
-        known = stored_rows(split)
+        known = split.valid_rows
         rng = np.random.default_rng(_SAMPLE_SEED)
         rows = np.sort(rng.choice(known, min(self._num_samples, len(known)), replace=False))
         images = None

@@ -26,8 +26,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ci2p_cache.cache.commit import FileRecord
-from ci2p_cache.cache.parquet import parquet_bytes, read_parquet
 from ci2p_cache.errors import UsageError
+from ci2p_cache.parquet import parquet_bytes, read_parquet
 from ci2p_cache.record import Record, read_json
 
 __all__ = [
