@@ -25,11 +25,9 @@ if TYPE_CHECKING:
     from ci2p_cache.encoding.repair import RepairSummary, repair
     from ci2p_cache.encoding.run import encode
     from ci2p_cache.errors import CacheError
-    from ci2p_cache.experiment.load import load_experiment
     from ci2p_cache.experiment.run import ExperimentSummary, run_experiment
-    from ci2p_cache.experiment.spec import Experiment
+    from ci2p_cache.experiment.spec import Experiment, load_experiment
     from ci2p_cache.inference.classifier import Classifier, load_classifier
-    from ci2p_cache.inference.evaluation import Evaluation
     from ci2p_cache.inference.export import export_model
     from ci2p_cache.inference.scoring import evaluate
     from ci2p_cache.loader.batch import Batch
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
     from ci2p_cache.models.complexity import Complexity, complexity
     from ci2p_cache.models.patch_embed import CI2PPatchEmbed
     from ci2p_cache.models.registry import create_model, list_models
+    from ci2p_cache.runs.evaluations import Evaluation
     from ci2p_cache.specs import (
         EncoderSpec,
         Fingerprint,
@@ -121,7 +120,7 @@ _HOMES = {
     "EncodeOptions": "encoding.options",
     "EncodeSummary": "encoding.progress",
     "EncoderSpec": "specs",
-    "Evaluation": "inference.evaluation",
+    "Evaluation": "runs.evaluations",
     "Experiment": "experiment.spec",
     "ExperimentSummary": "experiment.run",
     "Finding": "cache.verify",
@@ -150,7 +149,7 @@ _HOMES = {
     "list_models": "models.registry",
     "load_classifier": "inference.classifier",
     "load_encoder": "encoder.load",
-    "load_experiment": "experiment.load",
+    "load_experiment": "experiment.spec",
     "open_cache": "cache.store",
     "reencode": "encoding.reencode",
     "repair": "encoding.repair",

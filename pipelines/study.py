@@ -29,34 +29,67 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import io
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+import ci2p_cache as cc
 from ci2p_cache.cli import render
 from ci2p_cache.cli.ending import told_errors
 from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
-from ci2p_cache.errors import InterruptedRunError, UsageError
-from ci2p_cache.experiment.comparison import (
-    StudySettings,
-    read_study,
-    refuse_other_settings,
-    with_configuration,
-    write_study,
-)
-from ci2p_cache.experiment.cross_validation import CrossValidation, Plan, StudyObserver
-from ci2p_cache.experiment.study_table import study_csv, study_head, study_rows
+from ci2p_cache.errors import InterruptedRunError, ManifestError, RunMismatchError, UsageError
+from ci2p_cache.inference.run_folder import load_model, open_run
+from ci2p_cache.inference.scoring import keys_of
+from ci2p_cache.machine import checked_device
 from ci2p_cache.outputs import write_whole
+from ci2p_cache.record import Record, differing_fields, json_bytes, read_json
+from ci2p_cache.runs.evaluations import EVALUATIONS, read_predictions
+from ci2p_cache.runs.files import read_summary, training_seconds
+from ci2p_cache.training.inputs import train_and_val
+from ci2p_cache.training.ranks import Ranks
 
 REFERENCE = "a-int8"
 """What every configuration is compared with: the defaults, with the tiny ds model."""
+
+COLUMNS = (
+    "configuration", "what", "accuracy", f"against {REFERENCE}", "s/epoch", "bytes/view", "GMAC",
+    "command",
+)  # fmt: skip
+
+_DRAWS = 10_000
+"""Draws of the bootstrap: the ends of a 95 % interval then stay within a few hundredths of it."""
+
+_AT_ONCE = 500
+"""Draws that are in memory together; 4 MB for a thousand images."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One configuration: how it differs from what all start from."""
+
+    what: str
+    """In a few words."""
+    encode: dict[str, Any] = field(default_factory=dict)
+    """Fields of `EncodeOptions`."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Fields of `TrainSpec`."""
+    is_online: bool = False
+    """Whether the encoder is in the loop."""
+
 
 BASE = Plan(
     what="what every configuration starts from",
@@ -88,46 +121,166 @@ PLANS: dict[str, Plan] = {
 """All configurations, in the order of the table."""
 
 
-class Watch(StudyObserver):
-    """Shows a progress line for what runs."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudySettings(Record):
+    """What all configurations of a study share, unless a configuration is about it."""
 
-    @contextmanager
-    def encoding(self, name: str) -> Iterator[EncodeWatch]:
-        """Shows that a cache is made."""
-        with render.ProgressLine(f"encode {name}", unit="images") as line:
-            yield EncodeWatch(line)
-
-    @contextmanager
-    def training(self, name: str) -> Iterator[TrainWatch]:
-        """Shows that a fold is trained."""
-        with render.ProgressLine(name, unit="steps") as line:
-            yield TrainWatch(line)
+    size: int
+    """Side of the images in pixels."""
+    epochs: int
+    """Epochs of every run."""
+    batch_size: int
+    """Images per step."""
+    lr: float
+    """Peak learning rate."""
+    folds: int
+    """Parts of the data, each left out once."""
+    seed: int
+    """Seed of weights, order and views of every run, and of the rows of every cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked(CrossValidation):
-    """The study, and what the command line asks for."""
+class Configuration(Record):
+    """One row of the table: what came of one configuration, over all folds."""
 
-    base: Plan = BASE
+    name: str
+    """Its name, as `--only` takes it."""
+    what: str
+    """What it is, in a few words."""
+    model: str
+    """Name of the model."""
+    bits: str
+    """Which images were classified right: hex of a bit per key, the first key's the highest."""
+    samples: int
+    """Images validated, each once."""
+    correct: int
+    """Those classified right."""
+    seconds_per_epoch: float
+    """Median wall time of training one epoch of one fold, validation not included."""
+    bytes_per_view: float | None
+    """Cache bytes per stored view; None where none is read."""
+    gmac: float
+    """Multiply-accumulates of one forward pass in the training step, in thousand millions."""
+    device: str
+    """Where it was trained."""
+    command: str
+    """What makes this row again."""
+
+    def is_right(self) -> npt.NDArray[np.bool_]:
+        """Returns which images were classified right, bool (samples,), in the order of the keys."""
+        packed = np.frombuffer(bytes.fromhex(self.bits), np.uint8)
+        return np.unpackbits(packed)[: self.samples].astype(np.bool_)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study(Record):
+    """The file of a study."""
+
+    version: int = 1
+    """Version of this record."""
+    settings: StudySettings
+    """What all configurations share."""
+    keys: tuple[str, ...]
+    """The images, sorted."""
+    configurations: tuple[Configuration, ...]
+    """What was run, sorted by name."""
+
+    def __post_init__(self) -> None:
+        if self.version != 1:
+            raise UsageError(f"study `version` is {self.version}; this ci2p-cache reads 1")
+        for each in self.configurations:
+            size = len(each.bits) * 4
+            if each.samples != len(self.keys) or not 0 <= size - each.samples < 8:
+                raise UsageError(
+                    f"configuration {each.name} speaks of {each.samples} images in {size} bits; "
+                    f"the study has {len(self.keys)}"
+                )
+            if int(each.is_right().sum()) != each.correct:
+                raise UsageError(f"configuration {each.name}: its bits do not add up")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """The study that the command line asks for; run again, it continues."""
+
+    source: Path
+    """The images, a folder per class."""
+    out: Path
+    """Folder of its caches and runs."""
     results: Path
     """RESULTS.csv and RESULTS.json, without their ends."""
+    settings: StudySettings
+    """What all configurations share."""
     names: tuple[str, ...]
     """Configurations to run, in the order of the table."""
     jobs: int
     """Folds trained at once."""
+    device: str
+    """auto, cpu, cuda or cuda:1, of both stages; auto leaves stage one to its own default."""
     words: tuple[str, ...]
     """The options as they were given, without --only, --jobs and --table."""
 
-    @property
-    def record(self) -> Path:
-        """RESULTS.json."""
-        return self.results.with_suffix(".json")
+    def encode_options(self, plan: Plan, **changes: Any) -> cc.EncodeOptions:
+        """Returns how the cache of a configuration is made, but for `changes`."""
+        fields = {**BASE.encode, "size": self.settings.size, "val_fraction": 0.0}
+        return cc.EncodeOptions(**{**fields, **plan.encode, "seed": self.settings.seed, **changes})
+
+    def spec(self, plan: Plan, fold: int) -> cc.TrainSpec:
+        """Returns how a fold of a configuration is trained, 0 <= fold < folds."""
+        shared = self.settings
+        fields = {**BASE.train, "epochs": shared.epochs, "batch_size": shared.batch_size}
+        fields |= {"lr": shared.lr, "seed": shared.seed, "folds": shared.folds, "fold": fold}
+        return cc.TrainSpec(**{**fields, **plan.train})
+
+    def cache_dir(self, options: cc.EncodeOptions) -> Path:
+        """Returns where a cache is; configurations that only train otherwise share one."""
+        name = f"{options.dtype}-step{options.step:g}-{options.views.replace(':', '')}"
+        return self.out / "caches" / f"{name}-{options.size}"
+
+    def run_dir(self, name: str, fold: int) -> Path:
+        """Returns the run folder of a fold of the configuration `name`."""
+        size, epochs = self.settings.size, self.settings.epochs
+        return self.out / "runs" / f"{name}-{size}-{epochs}ep-fold{fold}"
+
+
+def encode(asked: Asked, plan: Plan) -> cc.EncodeSummary:
+    """Makes the caches of a configuration, or finds them made; returns that of training.
+
+    Crops are trained from and whole images validated, so crops take two caches.
+    """
+    options = asked.encode_options(plan)
+    made = [asked.encode_options(plan, views="none")] if options.views.startswith("crops") else []
+    for each in (*made, options):
+        out, on_auto = asked.cache_dir(each), asked.device == "auto"
+        how = each if on_auto else dataclasses.replace(each, devices=asked.device)
+        with render.ProgressLine(f"encode {out.name}", unit="images") as line:
+            summary = cc.encode(asked.source, out, how, observer=EncodeWatch(line))
+    return summary
+
+
+def train(asked: Asked, name: str, fold: int) -> cc.TrainSummary:
+    """Trains one fold of one configuration, or finds it trained; its cache is complete."""
+    plan, run = PLANS[name], asked.run_dir(name, fold)
+    spec, cache_dir = asked.spec(plan, fold), asked.cache_dir(asked.encode_options(plan))
+    with contextlib.ExitStack() as stack:
+        loader = None
+        if plan.is_online:
+            split, _ = train_and_val(cc.open_cache(cache_dir), spec, Ranks())
+            device = checked_device(asked.device)
+            loader = stack.enter_context(
+                cc.OnlineLoader(split, batch_size=spec.batch_size, seed=spec.seed, device=device)
+            )
+        line = stack.enter_context(render.ProgressLine(f"{name} fold {fold}", unit="steps"))
+        return cc.train(
+            cache_dir, spec=spec, runs_dir=run.parent, name=run.name, device=asked.device,
+            loader=loader, observer=TrainWatch(line),
+        )  # fmt: skip
 
 
 def run_all(asked: Asked) -> None:
     """Encodes, trains and collects what is asked for."""
     for name in asked.names:
-        asked.encode(PLANS[name])
+        encode(asked, PLANS[name])
     tasks = [(name, fold) for name in asked.names for fold in range(asked.settings.folds)]
     if asked.jobs > 1:
         # Each fold in a process of its own; what they have trained is then found trained.
@@ -148,15 +301,173 @@ def _in_process(asked: Asked, name: str, fold: int) -> None:
 
 
 def collect(asked: Asked, name: str) -> None:
-    """Trains what is not trained of a configuration, and adds it to the results."""
+    """Trains what is not trained of a configuration, validates all folds, adds it to the results.
+
+    Raises:
+        RunMismatchError: the results are of other settings or images.
+    """
     plan = PLANS[name]
-    summaries = [asked.train(name, plan, fold) for fold in range(asked.settings.folds)]
-    words = ("python", "pipelines/study.py", *asked.words, "--only", name)
-    keys, added = asked.collect(name, plan, summaries, command=shlex.join(words))
-    study = with_configuration(read_study(asked.record), asked.settings, keys, added)
-    write_study(asked.record, study)
-    table = study_csv(study, PLANS, reference=REFERENCE)
-    write_whole(asked.results.with_suffix(".csv"), table, what="table")
+    summaries = [train(asked, name, fold) for fold in range(asked.settings.folds)]
+    right: dict[str, bool] = {}
+    for fold in range(asked.settings.folds):
+        right |= _classified(asked, name, fold)
+    keys = tuple(sorted(right))
+    bits = np.asarray([right[key] for key in keys])
+    spec, made = asked.spec(plan, 0), encode(asked, plan)
+    cost = cc.complexity(spec.model, size=asked.settings.size, num_classes=made.classes)
+    is_cached = not plan.is_online and cost.encoder_parameters > 0
+    seconds = [s for each in summaries for s in training_seconds(read_summary(Path(each.path)))]
+    added = Configuration(
+        name=name,
+        what=plan.what,
+        model=spec.model,
+        bits=np.packbits(bits).tobytes().hex(),
+        samples=len(bits),
+        correct=int(bits.sum()),
+        seconds_per_epoch=statistics.median(seconds),
+        bytes_per_view=made.cache_bytes / made.views if is_cached else None,
+        gmac=(cost.macs if plan.is_online else cost.model_macs) / 1e9,
+        device=summaries[0].device,
+        command=shlex.join(("python", "pipelines/study.py", *asked.words, "--only", name)),
+    )
+    record = asked.results.with_suffix(".json")
+    found = read_study(record, asked.settings)
+    study = with_configuration(found, asked.settings, keys, added)
+    write_whole(record, json_bytes(study.to_dict()), what="study")
+    write_whole(asked.results.with_suffix(".csv"), study_csv(study), what="table")
+
+
+def _classified(asked: Asked, name: str, fold: int) -> dict[str, bool]:
+    """Returns which images of a fold the last weights classify right, by key."""
+    plan, run = PLANS[name], asked.run_dir(name, fold)
+    options = asked.encode_options(plan)
+    cache_dir = asked.cache_dir(options)
+    if not options.views.startswith("crops"):
+        made = cc.evaluate(run, cache=cache_dir, checkpoint="last", device=asked.device)
+        found = read_predictions(run / EVALUATIONS / made.predictions.path)
+        return dict(zip(found.key, found.correct.tolist(), strict=True))
+    # The first view of such a cache is a crop like the others; whole images are in another.
+    _, val = train_and_val(cc.open_cache(cache_dir), asked.spec(plan, fold), Ranks())
+    assert val is not None
+    whole = cc.open_cache(asked.cache_dir(asked.encode_options(plan, views="none")))["train"]
+    device, keys, key_of = checked_device(asked.device), set(keys_of(val).values()), keys_of(whole)
+    rows = np.asarray(sorted(row for row, key in key_of.items() if key in keys))
+    model = load_model(open_run(run, checkpoint="last"), device)
+    right: dict[str, bool] = {}
+    with (
+        torch.inference_mode(),
+        cc.LatentLoader(
+            whole.subset(rows), batch_size=asked.settings.batch_size, device=device, shuffle=False,
+            views=0,
+        ) as loader,
+    ):  # fmt: skip
+        for batch in loader:
+            latents = batch.latents.contiguous(memory_format=torch.channels_last)
+            hits = (model(latents).argmax(1) == batch.labels).tolist()
+            right |= {key_of[row]: hit for row, hit in zip(batch.rows.tolist(), hits, strict=True)}
+    return right
+
+
+def paired_difference(
+    ours: npt.NDArray[np.bool_], theirs: npt.NDArray[np.bool_]
+) -> tuple[float, float, float]:
+    """Compares two configurations image by image (bootstrap: Efron 1979, percentile interval).
+
+    Args:
+        ours: Which images the one classified right, bool (N,).
+        theirs: The same of the other, in the same order.
+
+    Returns:
+        Accuracy of the one less that of the other, -1 to 1, and the ends of its 95 % interval.
+
+    Raises:
+        UsageError: they are not of the same images.
+    """
+    if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
+        raise UsageError(f"two configurations of {ours.shape} and {theirs.shape} images")
+    gain = ours.astype(np.float64) - theirs
+    rng = np.random.default_rng(0)
+    means = np.concatenate(
+        [
+            gain[rng.integers(0, len(gain), (_AT_ONCE, len(gain)))].mean(axis=1)
+            for _ in range(_DRAWS // _AT_ONCE)
+        ]
+    )
+    low, high = np.quantile(means, (0.025, 0.975)).tolist()
+    return float(gain.mean()), low, high
+
+
+def read_study(path: Path, settings: StudySettings | None = None) -> Study | None:
+    """Reads the file of a study, None where there is none.
+
+    Raises:
+        ManifestError: it is damaged or of another version.
+        RunMismatchError: `settings` are given, and it has others; the message lists them.
+    """
+    try:
+        study = Study.from_dict(read_json(path))
+    except FileNotFoundError:
+        return None
+    except (ManifestError, ValueError) as error:
+        raise ManifestError(f"{path} is damaged or of another version: {error}") from error
+    lines = [
+        f"  {name}: {ours!r} in the study, {theirs!r} asked for"
+        for name, ours, theirs in differing_fields(study.settings, settings or study.settings)
+    ]
+    if lines:
+        raise RunMismatchError(
+            "the study was made with other settings; nothing was changed:\n" + "\n".join(lines),
+            hint="choose another --results",
+        )
+    return study
+
+
+def with_configuration(
+    study: Study | None, settings: StudySettings, keys: Sequence[str], added: Configuration
+) -> Study:
+    """Returns a study with a configuration added, or in place of the one of that name.
+
+    Raises:
+        RunMismatchError: the study has other images.
+    """
+    if study is not None and study.keys != tuple(keys):
+        raise RunMismatchError(
+            f"the study is of {len(study.keys)} other images than these {len(keys)}",
+            hint="choose another --results",
+        )
+    known = {} if study is None else {each.name: each for each in study.configurations}
+    _, ordered = zip(*sorted((known | {added.name: added}).items()), strict=True)
+    return Study(settings=settings, keys=tuple(keys), configurations=ordered)
+
+
+def study_rows(study: Study | None) -> Iterator[tuple[str, ...]]:
+    """Yields a row per configuration, run or not, in the order of the plans."""
+    known = {} if study is None else {each.name: each for each in study.configurations}
+    base = known.get(REFERENCE)
+    for name, plan in PLANS.items():
+        found = known.get(name)
+        if found is None:
+            yield (name, plan.what, *["not run yet"] * 5, f"--only {name}")
+            continue
+        against = "reference" if name == REFERENCE else "no reference yet"
+        if base is not None and base is not found:
+            gap = paired_difference(found.is_right(), base.is_right())
+            against = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * each for each in gap))
+        size = "-" if found.bytes_per_view is None else f"{found.bytes_per_view:,.0f}"
+        yield (
+            name, found.what, f"{found.correct / found.samples:.1%} of {found.samples:,}", against,
+            f"{found.seconds_per_epoch:.1f}", size, f"{found.gmac:.3f}", found.command,
+        )  # fmt: skip
+
+
+def study_csv(study: Study) -> bytes:
+    """Returns the table of what was run as CSV."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    names = {each.name for each in study.configurations}
+    writer.writerows(row for row in study_rows(study) if row[0] in names)
+    return text.getvalue().encode()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,7 +507,6 @@ def _asked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Asked:
         names=tuple(name for name in PLANS if name in (given.only or PLANS)),
         jobs=given.jobs,
         device=given.device,
-        observer=Watch(),
         words=tuple(words),
     )  # fmt: skip
 
@@ -209,20 +519,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Two threads that wait for each other lose tenfold when another job takes a core.
     torch.set_num_threads(1)
     with told_errors(go_on="run the same command again to continue"):
-        study = read_study(asked.record)
-        if study is not None:
-            refuse_other_settings(study, asked.settings)
+        record = asked.results.with_suffix(".json")
+        study = read_study(record, asked.settings)
         if given.fold is not None:
             for name in asked.names:
-                asked.train(name, PLANS[name], given.fold)
+                train(asked, name, given.fold)
             return
         if not given.table:
             run_all(asked)
-            study = read_study(asked.record)
-    head = study_head(REFERENCE)
-    render.line("| " + " | ".join(head) + " |")
-    render.line("|---" * len(head) + "|")
-    for row in study_rows(study, PLANS, reference=REFERENCE):
+            study = read_study(record)
+    render.line("| " + " | ".join(COLUMNS) + " |")
+    render.line("|---" * len(COLUMNS) + "|")
+    for row in study_rows(study):
         render.line("| " + " | ".join(row) + " |")
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ci2p_cache.cli import choices, render
+from ci2p_cache.cli.run import show_stage
 
 if TYPE_CHECKING:
-    from ci2p_cache.demo import DemoEvent, DemoResult
+    from ci2p_cache.experiment.demo import DemoResult
 
 __all__ = ["demo"]
 
@@ -33,12 +34,12 @@ def demo(
     and reconstructions. It ends with the commands that do the same on your own images.
     """
     from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
-    from ci2p_cache.demo import run_demo
+    from ci2p_cache.experiment.demo import run_demo
 
     with render.ProgressLine("demo", unit="") as line:
         result = run_demo(
             folder,
-            on_event=_tell,
+            on_event=show_stage,
             encode_observer=EncodeWatch(line),
             train_observer=TrainWatch(line),
         )
@@ -46,13 +47,6 @@ def demo(
         render.print_json(result.to_dict())
     else:
         _print_result(result)
-
-
-def _tell(event: DemoEvent) -> None:
-    if event.seconds is None:
-        render.status(f"{event.text} ...")
-    else:
-        render.status(f"  {event.text}  ({event.seconds:.1f} s)")
 
 
 def _print_result(result: DemoResult) -> None:

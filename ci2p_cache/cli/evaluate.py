@@ -11,7 +11,7 @@ import typer
 from ci2p_cache.cli import choices, render
 
 if TYPE_CHECKING:
-    from ci2p_cache.inference.evaluation import Evaluation
+    from ci2p_cache.runs.evaluations import Evaluation
 
 __all__ = ["evaluate"]
 
@@ -59,8 +59,8 @@ def evaluate(
     for each split and checkpoint. From the run's own cache the numbers are those that training
     recorded for these weights. A cache with other classes, or encoded in another way, is refused.
     """
-    from ci2p_cache.inference import evaluate as score
-    from ci2p_cache.inference.evaluation import EVALUATIONS
+    from ci2p_cache.inference.scoring import evaluate as score
+    from ci2p_cache.runs.evaluations import EVALUATIONS
 
     with ExitStack() as stack:
         line = stack.enter_context(render.ProgressLine("evaluate", unit="images"))

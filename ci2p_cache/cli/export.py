@@ -53,7 +53,7 @@ def export(
     renamed into place; a file that is there already is refused. Needs
     `pip install 'ci2p-cache[export]'`.
     """
-    from ci2p_cache.inference import export_model
+    from ci2p_cache.inference.export import export_model
 
     if overwrite is not None and overwrite != out.name:
         raise UsageError(

@@ -11,7 +11,7 @@ from ci2p_cache.cli import choices, render
 
 if TYPE_CHECKING:
     from ci2p_cache.cache.summary import CacheCard, SampleCard
-    from ci2p_cache.previews import PreviewResult
+    from ci2p_cache.pictures.previews import PreviewResult
 
 __all__ = ["inspect"]
 
@@ -61,7 +61,7 @@ def inspect(
     cache = open_cache(path, partial=True)
     chosen = split or cache.splits[0]
     if picture is not None:
-        from ci2p_cache.previews import check_picture, draw_preview
+        from ci2p_cache.pictures.previews import check_picture, draw_preview
 
         check_picture(cache, picture)
     if row is not None or key is not None:

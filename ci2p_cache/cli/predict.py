@@ -11,7 +11,7 @@ from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import InputDataError
 
 if TYPE_CHECKING:
-    from ci2p_cache.inference.prediction import Prediction
+    from ci2p_cache.inference.classifier import Prediction
 
 __all__ = ["predict"]
 
@@ -45,7 +45,7 @@ def predict(
     logits that `evaluate` gives it. Images that cannot be read are named at the end, with exit
     code 3; the others are classified all the same.
     """
-    from ci2p_cache.inference import load_classifier
+    from ci2p_cache.inference.classifier import load_classifier
     from ci2p_cache.machine import tune_allocator
 
     with ExitStack() as stack:

@@ -40,7 +40,7 @@ def report(
     checkpoint on the run's own validation split, or what comes next to it. The page shows pictures
     from the cache: think before it is sent on. An earlier report is replaced, no other file.
     """
-    from ci2p_cache.illustrations import LatentIllustrator
+    from ci2p_cache.pictures.reconstructions import LatentIllustrator
     from ci2p_cache.report.html import write_report
 
     illustrator = LatentIllustrator(source=source, num_samples=samples) if pictures else None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ci2p_cache.experiment.run import ExperimentSummary, StageEvent
     from ci2p_cache.experiment.spec import Experiment
 
-__all__ = ["run"]
+__all__ = ["run", "show_stage"]
 
 
 def run(
@@ -56,8 +56,7 @@ def run(
     and report.html. The same command continues where it stopped. A recipe file is Python code of
     yours and is imported; --set changes single fields of what it returns.
     """
-    from ci2p_cache.experiment.change import with_changes
-    from ci2p_cache.experiment.load import load_experiment, split_location
+    from ci2p_cache.experiment.spec import load_experiment, split_location, with_changes
 
     path, name = split_location(recipe)
     if name is None:
@@ -85,11 +84,11 @@ def run(
 
 def _list(path: Path, *, json: bool) -> None:
     """Prints the recipes of a file."""
-    from ci2p_cache.experiment.load import list_recipes
+    from ci2p_cache.experiment.spec import list_recipes
 
     entries = list_recipes(path)
     if json:
-        render.print_json([dataclasses.asdict(entry) for entry in entries])
+        render.print_json([{"name": name, "summary": text} for name, text in entries.items()])
         return
     if not entries:
         raise UsageError(
@@ -97,9 +96,8 @@ def _list(path: Path, *, json: bool) -> None:
             "return an Experiment",
             hint="pipelines/README.md says how to write one",
         )
-    rows = [(entry.name, entry.summary) for entry in entries]
-    render.print_table(("recipe", "what it is"), rows, title=str(path))
-    render.line(f"run one: {command('run', f'{path}:{entries[0].name}')}")
+    render.print_table(("recipe", "what it is"), entries.items(), title=str(path))
+    render.line(f"run one: {command('run', f'{path}:{next(iter(entries))}')}")
 
 
 def _run(experiment: Experiment, out: Path | None, *, until: Any, device: str, json: bool) -> None:
@@ -114,7 +112,7 @@ def _run(experiment: Experiment, out: Path | None, *, until: Any, device: str, j
                 out,
                 device=device,
                 until=until,
-                on_event=_tell,
+                on_event=show_stage,
                 encode_observer=EncodeWatch(line),
                 train_observer=TrainWatch(line) if ranks.is_writer else None,
                 ranks=ranks,
@@ -131,7 +129,8 @@ def _run(experiment: Experiment, out: Path | None, *, until: Any, device: str, j
         _print_summary(summary)
 
 
-def _tell(event: StageEvent) -> None:
+def show_stage(event: StageEvent) -> None:
+    """Prints that a stage starts, or what came of it."""
     if event.seconds is None:
         render.status(f"{event.text} ...")
     else:

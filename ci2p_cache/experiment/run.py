@@ -15,35 +15,49 @@ Each stage continues where it stopped, so this keeps no state of its own: what i
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path
-from ci2p_cache.demo_pictures import write_pictures
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.encoding.run import encode
-from ci2p_cache.errors import RunMismatchError, UsageError, command
-from ci2p_cache.experiment.clock import StageClock
+from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError, command
 from ci2p_cache.experiment.spec import EXPERIMENT, Experiment, read_experiment, refuse_other
-from ci2p_cache.experiment.stages import Scores, evaluate_run, report_path, write_report
+from ci2p_cache.inference.scoring import evaluate
 from ci2p_cache.outputs import refuse_url
-from ci2p_cache.record import Record
+from ci2p_cache.pictures.drawn import write_pictures
+from ci2p_cache.record import Record, read_json
+from ci2p_cache.runs.evaluations import (
+    EVALUATIONS,
+    OLD_EVALUATION,
+    Evaluation,
+    evaluation_name,
+    read_evaluation,
+)
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver, TrainSummary
 from ci2p_cache.training.run import train
 
-__all__ = ["STAGES", "ExperimentSummary", "Stage", "StageEvent", "run_experiment"]
+__all__ = [
+    "ExperimentSummary",
+    "Scores",
+    "Stage",
+    "StageClock",
+    "StageEvent",
+    "run_experiment",
+]
 
 Stage = Literal["pictures", "encode", "train", "evaluate", "report"]
+DemoStage = Literal["verify", "draw"]
+"""What the demo does beside these."""
 
-_Clock = StageClock[Stage]
-
-STAGES: tuple[Stage, ...] = ("encode", "train", "evaluate", "report")
+_STAGES: tuple[Stage, ...] = ("encode", "train", "evaluate", "report")
 """What `until` may name, in order."""
 
 _OWN = {".lock", ".staging"}
@@ -54,12 +68,52 @@ _OWN = {".lock", ".staging"}
 class StageEvent:
     """A stage that starts or has ended."""
 
-    stage: Stage
+    stage: Stage | DemoStage
     """Which one."""
     text: str
     """One line: what it will do, or what came of it."""
     seconds: float | None
     """How long it took; None when it starts."""
+
+
+class StageClock:
+    """Times stages by name.
+
+    Args:
+        on_event: Called when a stage starts and ends; None: nothing is.
+    """
+
+    def __init__(self, on_event: Callable[[StageEvent], None] | None) -> None:
+        self._on_event = on_event or (lambda _: None)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: Stage | DemoStage, plan: str) -> Iterator[list[str]]:
+        """Reports that a stage starts and, if it succeeds, what the caller put into the list."""
+        self._on_event(StageEvent(stage=name, text=plan, seconds=None))
+        started = time.perf_counter()
+        outcome: list[str] = []
+        yield outcome
+        self.seconds[name] = seconds = time.perf_counter() - started
+        self._on_event(StageEvent(stage=name, text="; ".join(outcome), seconds=seconds))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores(Record):
+    """What an evaluation comes to; `evaluations` in the run folder has all of it."""
+
+    checkpoint: str
+    """Name of the checkpoint folder whose weights were evaluated."""
+    samples: int
+    """Images of the validation split."""
+    top1: float
+    """Share of them whose class came first, 0 to 1."""
+    top5: float
+    """Share whose class was among the first five, 0 to 1."""
+    nll: float
+    """Mean negative log-likelihood of the right class, in nats."""
+    ece: float
+    """Expected calibration error, 0 to 1 (Guo et al. 2017, arXiv 1706.04599)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,15 +177,14 @@ def run_experiment(
         InterruptedRunError: a signal stopped it; run it again to continue.
         CacheError: whatever `encode`, `train` and the evaluation raise.
     """
-    if until not in STAGES:
-        raise UsageError(f"`until` is {until!r}; wanted one of {', '.join(STAGES)}")
+    if until not in _STAGES:
+        raise UsageError(f"`until` is {until!r}; wanted one of {', '.join(_STAGES)}")
     root = Path("experiments", experiment.name) if out is None else Path(out)
     refuse_url(root, what="experiment")
     with ExitStack() as stack:
         if ranks is None:
             ranks = stack.enter_context(Ranks.from_environment().joined(device))
-        tell = on_event if on_event is not None and ranks.is_writer else lambda _: None
-        clock = _Clock(lambda stage, text, s: tell(StageEvent(stage=stage, text=text, seconds=s)))
+        clock = StageClock(on_event if ranks.is_writer else None)
         encoded: EncodeSummary | None = None
         if ranks.world_size > 1:
             _require_cache(experiment, root)
@@ -151,7 +204,12 @@ def run_experiment(
                     observer=train_observer,
                     ranks=ranks,
                 )
-                outcome.append(_trained_text(trained))
+                last, best = trained.last, trained.best
+                text = f"training loss {last.loss:.3f} after {last.epoch} epochs"
+                if last.top1 is not None and best.top1 is not None:
+                    text = f"top-1 {last.top1:.2%} after {last.epoch} epochs, "
+                    text += f"best {best.top1:.2%} in epoch {best.epoch}"
+                outcome.append(text)
         scores = report = None
         if trained is not None and ranks.is_writer:
             if until in ("evaluate", "report"):
@@ -215,7 +273,7 @@ def _encode(
     experiment: Experiment,
     root: Path,
     device: str,
-    clock: _Clock,
+    clock: StageClock,
     observer: EncodeObserver | None,
 ) -> EncodeSummary:
     source = experiment.source
@@ -236,7 +294,7 @@ def _encode(
     return summary
 
 
-def _draw(pictures: Path, per_class: int, seed: int, clock: _Clock) -> None:
+def _draw(pictures: Path, per_class: int, seed: int, clock: StageClock) -> None:
     """Draws the demo's pictures; a folder that stands is whole, because it was renamed."""
     if pictures.exists():
         return
@@ -249,38 +307,48 @@ def _draw(pictures: Path, per_class: int, seed: int, clock: _Clock) -> None:
         outcome.append(f"{count} pictures, drawn by this program: no photographs")
 
 
-def _trained_text(trained: TrainSummary) -> str:
-    last, best = trained.last, trained.best
-    if last.top1 is None or best.top1 is None:
-        return f"training loss {last.loss:.3f} after {last.epoch} epochs"
-    return (
-        f"top-1 {last.top1:.2%} after {last.epoch} epochs, best {best.top1:.2%} in epoch "
-        f"{best.epoch}"
-    )
-
-
 def _evaluate(
-    experiment: Experiment, root: Path, trained: TrainSummary, device: str, clock: _Clock
+    experiment: Experiment, root: Path, trained: TrainSummary, device: str, clock: StageClock
 ) -> Scores | None:
+    """Evaluates the run on its validation split; reads what a finished one was evaluated to."""
     if trained.last.top1 is None:
         return None
-    with clock.stage("evaluate", f"evaluating the {experiment.checkpoint} weights") as outcome:
-        scores = evaluate_run(
-            Path(trained.path),
-            cache=root / "shards",
-            checkpoint=experiment.checkpoint,
-            device=device,
-            is_new=trained.trained_epochs > 0,
-        )
+    run, checkpoint = Path(trained.path), experiment.checkpoint
+    with clock.stage("evaluate", f"evaluating the {checkpoint} weights") as outcome:
+        found = None
+        if not trained.trained_epochs:
+            found = _evaluated(
+                run, str(read_json(run / "checkpoints" / "last.json").get(checkpoint))
+            )
+        if found is None:
+            found = evaluate(run, cache=root / "shards", checkpoint=checkpoint, device=device)
+        scores = Scores(**{each.name: getattr(found, each.name) for each in fields(Scores)})
         outcome.append(f"top-1 {scores.top1:.2%} of {scores.samples:,} images")
     return scores
 
 
-def _report(root: Path, trained: TrainSummary, clock: _Clock) -> str:
-    path = report_path(root)
+def _evaluated(run: Path, checkpoint: str) -> Evaluation | None:
+    """Returns what a checkpoint reached on the run's own validation split; None: not known."""
+    name = evaluation_name("val", checkpoint)
+    for path in (run / EVALUATIONS / f"{name}.json", run / OLD_EVALUATION):
+        try:
+            found = read_evaluation(path)
+        except (FileNotFoundError, ManifestError):
+            continue
+        if (found.checkpoint, found.split, found.is_own_data) == (checkpoint, "val", True):
+            return found
+    return None
+
+
+def _report(root: Path, trained: TrainSummary, clock: StageClock) -> str:
+    path = root / "report.html"
     if path.exists() and not trained.trained_epochs:
         return str(path)
+    # Only here: drawing takes long to import, and a finished experiment draws nothing.
+    from ci2p_cache.pictures.reconstructions import LatentIllustrator
+    from ci2p_cache.report.html import write_report
+
     with clock.stage("report", f"writing {path}") as outcome:
-        write_report(path, runs=[Path(trained.path)], cache=root / "shards")
+        write_report([trained.path, root / "shards"], path, illustrator=LatentIllustrator())
         outcome.append(f"{path.stat().st_size / 1e6:.1f} MB")
     return str(path)

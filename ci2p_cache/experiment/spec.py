@@ -4,21 +4,48 @@
 
     pipelines/flowers.py:vitds_tiny --load--> Experiment --changed by --set--> Experiment --run-->
         out/experiment.json, out/shards/, out/runs/NAME/, out/report.html
+
+Recipes are Python files whose public functions each return an `Experiment`. A recipe file is code
+that the user names on the command line, as a test file is for pytest: it is imported, with
+everything that it does on import, and its functions are called. Nothing is loaded from a cache or a
+run folder in this way.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import inspect
 import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from ci2p_cache.encoding.options import EncodeOptions
-from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
+from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError, command
 from ci2p_cache.record import Record, differing_fields, read_json
 from ci2p_cache.training.spec import TrainSpec
 
-__all__ = ["EXPERIMENT", "FREE_FIELDS", "Experiment", "read_experiment", "refuse_other"]
+__all__ = [
+    "EXPERIMENT",
+    "Experiment",
+    "list_recipes",
+    "load_experiment",
+    "read_experiment",
+    "refuse_other",
+    "settable_fields",
+    "split_location",
+    "with_changes",
+]
 
 EXPERIMENT = "experiment.json"
 """Name of the file that holds the resolved experiment."""
@@ -26,21 +53,15 @@ EXPERIMENT = "experiment.json"
 _VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
+_SWITCH = {"true": True, "yes": True, "false": False, "no": False}
+
 _ONE_CALL = ("plan_only", "finalise", "shard_range", "retry_failed", "rescan", "reencode_changed")
 """What speaks of one call of `encode`, and so of no experiment."""
 
-FREE_FIELDS = frozenset(
-    {
-        "claim",
-        "source",
-        "encode.root",
-        "encode.batch_size",
-        "encode.workers",
-        "encode.devices",
-        "encode.max_errors",
-        "encode.executor",
-    }
-)
+_FREE_FIELDS = {
+    *("claim", "source", "encode.root", "encode.batch_size", "encode.workers", "encode.devices"),
+    *("encode.max_errors", "encode.executor"),
+}
 """Fields that change no number of an experiment, and may differ when it continues."""
 
 
@@ -129,15 +150,228 @@ def refuse_other(folder: Path, made: Experiment, asked: Experiment) -> None:
     """Refuses to continue with another experiment than the one that a folder was made for.
 
     Raises:
-        RunMismatchError: fields other than `FREE_FIELDS` differ; the message lists them.
+        RunMismatchError: fields other than `_FREE_FIELDS` differ; the message lists them.
     """
     lines = [
         f"  {name}: {ours!r} in the folder, {theirs!r} asked for"
         for name, ours, theirs in differing_fields(made, asked)
-        if name not in FREE_FIELDS
+        if name not in _FREE_FIELDS
     ]
     if lines:
         raise RunMismatchError(
             f"{folder} holds another experiment; nothing was changed:\n" + "\n".join(lines),
             hint="choose another --out, or leave it out and change --set name=NAME",
         )
+
+
+def settable_fields() -> tuple[str, ...]:
+    """Returns the dotted names that `with_changes` takes, in the order of the records."""
+    return tuple(_fields())
+
+
+def with_changes(experiment: Experiment, changes: Sequence[str]) -> Experiment:
+    """Returns an experiment with fields replaced.
+
+    ::
+
+        with_changes(experiment, ["train.epochs=2", "encode.size=64", "encode.limit=none"])
+
+    Args:
+        experiment: What is changed.
+        changes: FIELD=VALUE each; the value is read as the field's type: a number, true or false,
+            one of its choices, a text, numbers with commas between them, or none where the field
+            may be None.
+
+    Raises:
+        UsageError: a field is unknown or given twice, a value is not of its type, or the experiment
+            cannot be so.
+    """
+    fields = _fields()
+    values: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        name = name.strip()
+        if not equals:
+            raise UsageError(
+                f"`--set` got {change!r}; wanted FIELD=VALUE, for example train.epochs=2"
+            )
+        if name not in fields:
+            bare = name.rpartition(".")[2]
+            close = [each for each in fields if each.rpartition(".")[2] == bare]
+            close += difflib.get_close_matches(name, fields, n=3, cutoff=0.6)
+            known = f"the fields are {', '.join(fields)}"
+            if close:
+                known = f"did you mean {' or '.join(dict.fromkeys(close))}?"
+            raise UsageError(f"no field is named {name!r}; {known}")
+        group, _, bare = name.rpartition(".")
+        if bare in values.setdefault(group, {}):
+            raise UsageError(f"`--set` names {name} twice; which value is meant?")
+        values[group][bare] = _read(name, fields[name], text.strip())
+    top = values.pop("", {})
+    for group, changed in values.items():
+        top[group] = dataclasses.replace(getattr(experiment, group), **changed)
+    return dataclasses.replace(experiment, **top)
+
+
+def _fields() -> dict[str, Any]:
+    """Returns the type of every field that can be set, by its dotted name."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(Experiment).items():
+        if isinstance(hint, type) and issubclass(hint, Record):
+            inner = typing.get_type_hints(hint)
+            found |= {f"{name}.{each}": kind for each, kind in inner.items()}
+        else:
+            found[name] = hint
+    return {name: hint for name, hint in found.items() if name.rpartition(".")[2] != "version"}
+
+
+def _read(name: str, wanted: Any, text: str) -> Any:
+    """Reads a value of a field's type."""
+    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is types.UnionType:
+        if text.lower() == "none" and type(None) in args:
+            return None
+        return _read(name, next(arg for arg in args if arg is not type(None)), text)
+    if origin is Literal:
+        if text not in args:
+            raise UsageError(f"`{name}` is {text!r}; wanted one of {', '.join(map(str, args))}")
+        return text
+    if origin is tuple:
+        return tuple(_read(name, args[0], part.strip()) for part in text.split(","))
+    if wanted is bool:
+        if text.lower() not in _SWITCH:
+            raise UsageError(f"`{name}` is {text!r}; wanted true or false")
+        return _SWITCH[text.lower()]
+    if wanted is Path:
+        return Path(text)
+    try:
+        return wanted(text)
+    except ValueError as error:
+        kind = "a whole number" if wanted is int else "a number"
+        raise UsageError(f"`{name}` is {text!r}; wanted {kind}") from error
+
+
+def split_location(location: str) -> tuple[Path, str | None]:
+    """Cuts `FILE.py:NAME` into file and name; the name is None in a plain `FILE.py`."""
+    path, colon, name = location.rpartition(":")
+    if colon and path.endswith(".py") and "/" not in name:
+        return Path(path), name
+    return Path(location), None
+
+
+def list_recipes(path: str | Path) -> dict[str, str]:
+    """Returns the recipes of a file, in its order: name and first line of the docstring.
+
+    They are the functions defined in the file itself whose name has no leading underscore, that can
+    be called without arguments, and that are annotated to return an `Experiment`.
+
+    Raises:
+        UsageError: there is no such file, it is no Python file, or importing it raises.
+    """
+    return {
+        name: (inspect.getdoc(function) or "").partition("\n")[0]
+        for name, function in _recipes(_imported(Path(path)))
+    }
+
+
+def load_experiment(location: str) -> Experiment:
+    """Returns the experiment of `FILE.py:NAME`.
+
+    ::
+
+        experiment = load_experiment("pipelines/flowers.py:vitds_tiny")
+
+    Args:
+        location: A Python file, a colon, and the name of a function in it that can be called
+            without arguments.
+
+    Raises:
+        UsageError: there is no such file or function, the function needs arguments or returns
+            something else, or the file or the function raises.
+    """
+    path, name = split_location(location)
+    module = _imported(path)
+    known = [entry for entry, _ in _recipes(module)]
+    if name is None:
+        raise UsageError(
+            f"{path} has several recipes; which one? It has {', '.join(known) or 'none'}",
+            hint=command("run", f"{path}:{known[0]}" if known else f"{path}:NAME"),
+        )
+    function = getattr(module, name, None)
+    if not callable(function) or name.startswith("_"):
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        raise UsageError(
+            f"{path} has no recipe {name!r}; it has {', '.join(known) or 'none'}",
+            hint=command("run", f"{path}:{close[0]}") if close else None,
+        )
+    if needed := _needed(function):
+        raise UsageError(
+            f"{path}:{name} wants the arguments {', '.join(needed)}; a recipe can be called "
+            "without any"
+        )
+    with _named(f"{path}:{name}", path):
+        experiment = function()
+    if not isinstance(experiment, Experiment):
+        raise UsageError(
+            f"{path}:{name} returns {type(experiment).__name__}; a recipe returns an Experiment"
+        )
+    return experiment
+
+
+def _imported(path: Path) -> ModuleType:
+    """Imports a file by its path, under a name that no other module has."""
+    if not path.exists():
+        raise UsageError(
+            f"there is no file {path}",
+            hint="recipes are in pipelines/ of the clone: ci2p-cache run pipelines/smoke.py",
+        )
+    if not path.is_file() or path.suffix != ".py":
+        raise UsageError(f"{path} is no Python file; wanted FILE.py or FILE.py:NAME")
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    name = f"ci2p_cache_recipe_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses of the file look their module up.
+    sys.modules[name] = module
+    with _named(str(path), path):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _named(what: str, path: Path) -> Iterator[None]:
+    """Turns whatever a recipe raises into an error that names its line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            line = error.lineno
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
+        at = "" if line is None else f" in line {line}"
+        raise UsageError(f"{what} raises {type(error).__name__}{at}: {error}") from error
+
+
+def _recipes(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yields the recipes of an imported file."""
+    for name, function in vars(module).items():
+        if not inspect.isfunction(function) or function.__module__ != module.__name__:
+            continue
+        returns = function.__annotations__.get("return")
+        text = returns if isinstance(returns, str) else getattr(returns, "__name__", "")
+        is_public = text.rpartition(".")[2] == Experiment.__name__ and not name.startswith("_")
+        if is_public and not _needed(function):
+            yield name, function
+
+
+def _needed(function: Callable[..., Any]) -> list[str]:
+    """Returns the names of the arguments that a call must give."""
+    return [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]

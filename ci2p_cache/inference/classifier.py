@@ -10,30 +10,67 @@ Shape suffixes: B batch, H W pixels, M latent channels, h w latent rows and colu
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ci2p_cache.errors import UsageError
-from ci2p_cache.images.decode import decoder_name
-from ci2p_cache.inference.model_inputs import as_floats, as_stored, encode_by_cores
-from ci2p_cache.inference.pictures import find_pictures, read_ahead, read_picture, shown
-from ci2p_cache.inference.prediction import Guess, Prediction, likeliest
-from ci2p_cache.inference.run_encoder import load_run_encoder
-from ci2p_cache.inference.run_folder import RunFolder, load_model, open_run
+from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError, UsageError
+from ci2p_cache.images.decode import decode_image, decoder_name
+from ci2p_cache.images.kinds import is_image
+from ci2p_cache.images.listing import walk
+from ci2p_cache.images.names import as_key
+from ci2p_cache.images.reading import read_file
+from ci2p_cache.images.tally import Tally
+from ci2p_cache.images.views import image_views
+from ci2p_cache.inference.run_folder import RunFolder, load_model, load_run_encoder, open_run
 from ci2p_cache.machine import checked_device, ieee_float32, num_cores
-from ci2p_cache.specs import Fingerprint
+from ci2p_cache.record import Record
+from ci2p_cache.specs import Fingerprint, ViewSpec
 from ci2p_cache.training.metrics import autocast
 
 if TYPE_CHECKING:
     from ci2p_cache.encoder.frozen import FrozenEncoder
 
-__all__ = ["Classifier", "load_classifier"]
+__all__ = ["Classifier", "Guess", "Prediction", "find_pictures", "load_classifier"]
+
+_ONE_VIEW = ViewSpec(kind="none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guess(Record):
+    """One class that a picture may show."""
+
+    label: int
+    """Index into the model's classes."""
+    name: str
+    """Name of the class."""
+    title: str
+    """Its name for people."""
+    probability: float
+    """Softmax of the logits, 0 to 1."""
+    logit: float
+    """What the model gave."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction(Record):
+    """What the model says of one picture, or why it says nothing."""
+
+    path: str
+    """The file as it was named or found; bytes that are not UTF-8 are shown as \\xNN."""
+    guesses: tuple[Guess, ...] = ()
+    """The likeliest classes first; of equal ones the lower label. Empty where there is an error."""
+    error: str | None = None
+    """Why the picture could not be read; None where all is well."""
 
 
 class Classifier:
@@ -125,7 +162,7 @@ class Classifier:
     def inputs(self, images_B3HW: Tensor) -> Tensor:
         """Gives what the model reads of images: latents, or the images themselves in [0, 1].
 
-        The symbols are the cache's to the last one, see `encode_by_cores`.
+        The symbols are the cache's to the last one, see `latents`.
 
         Args:
             images_B3HW: As for a call.
@@ -148,15 +185,40 @@ class Classifier:
         Raises:
             UsageError: they have another shape or dtype than a call takes.
         """
-        return as_floats(images_B3HW, size=self.fingerprint.image.size, device=self.device)
+        size = self.fingerprint.image.size
+        shape, dtype = tuple(images_B3HW.shape), images_B3HW.dtype
+        if shape[1:] != (3, size, size) or not shape[0]:
+            raise UsageError(
+                f"images have shape {shape}; wanted (batch, 3, {size}, {size}), the size that the "
+                "run was trained at"
+            )
+        if dtype == torch.uint8:
+            return images_B3HW.to(self.device).to(torch.float32).div_(255)
+        if not dtype.is_floating_point:
+            raise UsageError(f"images have dtype {dtype}; wanted uint8, or floats in [0, 1]")
+        return images_B3HW.to(self.device, torch.float32)
 
     def latents(self, images_B3HW: Tensor) -> Tensor:
         """Runs g_a on float32 images in [0, 1], (B, 3, H, W); gives y, float32 (B, M, h, w).
 
+        As the cache did: on CPU one thread per call, with a part of the batch on each core.
+
         Raises:
             InputDataError, DigestError, UsageError: as for `encoder`.
         """
-        return encode_by_cores(self.encoder, images_B3HW)
+        encoder = self.encoder
+        if images_B3HW.device.type != "cpu":
+            return encoder(images_B3HW)
+        threads = torch.get_num_threads()
+        parts = images_B3HW.chunk(min(threads, len(images_B3HW)))
+        try:
+            with ThreadPoolExecutor(
+                len(parts), initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
+                return torch.cat(list(pool.map(encoder, parts)))
+        finally:
+            # torch keeps the number that was set last for threads that are still to come.
+            torch.set_num_threads(threads)
 
     def stored(self, y_BMhw: Tensor) -> Tensor:
         """Gives what the cache would store of y, of its dtype: saturated symbols, or y itself.
@@ -168,7 +230,14 @@ class Classifier:
             InputDataError, DigestError, UsageError: as for `encoder`, whose medians symbols need.
         """
         latent = self.fingerprint.latent
-        return as_stored(y_BMhw, latent, self.encoder if latent.is_symbols else None)
+        dtype: torch.dtype = getattr(torch, latent.dtype)
+        if not latent.is_symbols:
+            return y_BMhw.to(dtype)
+        # Only here: evaluating from a cache must run where compressai is not installed.
+        from ci2p_cache.encoder.quantize import saturate
+
+        symbols = self.encoder.quantize(y_BMhw, step=latent.step)
+        return saturate(symbols, latent.symbol_limit)[0].to(dtype)
 
     def dequantise(self, stored_BMhw: Tensor) -> Tensor:
         """Gives stored values as the loaders do: symbols * step + median, or y itself.
@@ -203,11 +272,20 @@ class Classifier:
     def read(self, path: str | os.PathLike[str]) -> Tensor:
         """Reads one picture as validation images were read; gives uint8 (3, size, size).
 
+        It is decoded in this process, as in the loaders: a file that crashes the decoder itself
+        ends the command.
+
         Raises:
             ImageDecodeError: the file is missing, unreadable or no image.
             ResourceError: reading failed again and again.
         """
-        return read_picture(os.fspath(path), self.fingerprint.image)
+        if not os.path.exists(path):  # noqa: PTH110
+            raise ImageDecodeError("there is no such file")
+        folder, name = os.path.split(os.fsencode(path))
+        spec = self.fingerprint.image
+        decoded = decode_image(read_file(folder or b".", name), spec)
+        views, _ = image_views(decoded, spec, _ONE_VIEW, split="val", key="")
+        return views[0]
 
     def predict(
         self,
@@ -221,7 +299,7 @@ class Classifier:
         """Says what pictures show.
 
         Args:
-            paths: Files, folders and patterns, as `pictures.find_pictures` reads them.
+            paths: Files, folders and patterns, as `find_pictures` reads them.
             top: Number of classes given for each, all where there are fewer.
             batch_size: Pictures per batch.
             threads: Threads that read and decode; None: one per core.
@@ -242,7 +320,7 @@ class Classifier:
             _ = self.encoder
         listed = find_pictures(paths)
         done: list[Prediction] = []
-        for batch in read_ahead(
+        for batch in _read_ahead(
             listed, self.read, batch_size=batch_size, threads=threads or num_cores()
         ):
             done += self._predictions(batch, top)
@@ -257,12 +335,31 @@ class Classifier:
         views = [view for _, view in batch if isinstance(view, Tensor)]
         guesses: Iterator[tuple[Guess, ...]] = iter(())
         if views:
-            guesses = likeliest(self(torch.stack(views)), self.classes, self.class_titles, top=top)
+            guesses = self._likeliest(self(torch.stack(views)), top)
         for path, view in batch:
+            shown = as_key(os.fsencode(path))
             if isinstance(view, Tensor):
-                yield Prediction(path=shown(path), guesses=next(guesses))
+                yield Prediction(path=shown, guesses=next(guesses))
             else:
-                yield Prediction(path=shown(path), error=view)
+                yield Prediction(path=shown, error=view)
+
+    def _likeliest(self, logits_BK: Tensor, top: int) -> Iterator[tuple[Guess, ...]]:
+        """Yields the likeliest classes of each picture of a batch, the likeliest first."""
+        logits_BK = logits_BK.cpu()
+        shares_BK = logits_BK.softmax(dim=1)
+        # Stable: of equal logits the lower label comes first.
+        order_BK = logits_BK.argsort(dim=1, descending=True, stable=True)[:, :top]
+        for logits, shares, order in zip(logits_BK, shares_BK, order_BK, strict=True):
+            yield tuple(
+                Guess(
+                    label=label,
+                    name=self.classes[label],
+                    title=self.class_titles[label],
+                    probability=float(shares[label]),
+                    logit=float(logits[label]),
+                )
+                for label in order.tolist()
+            )
 
 
 def load_classifier(
@@ -296,3 +393,74 @@ def load_classifier(
     return Classifier(
         open_run(path, checkpoint=checkpoint), device=checked_device(device), cache=cache
     )
+
+
+def find_pictures(names: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str | None]]:
+    """Lists the pictures that names stand for.
+
+    Args:
+        names: Files, folders (everything below them that is an image, hidden files left out), or
+            patterns with `*`, `?`, `[...]` and `**`, where no file of that very name is there.
+
+    Returns:
+        (path, None) for each picture, in the order of the names, those of a folder or pattern in
+        the order of their bytes; (name, reason) for what stands for no picture.
+    """
+    found: list[tuple[str, str | None]] = []
+    for each in names:
+        name = os.fspath(each)
+        if os.path.isdir(name):  # noqa: PTH112
+            found += _of_folder(name)
+        elif os.path.lexists(name) or not glob.has_magic(name):
+            found.append((name, None))
+        else:
+            matches = sorted(glob.glob(name, recursive=True), key=os.fsencode)  # noqa: PTH207
+            files = [match for match in matches if not os.path.isdir(match)]  # noqa: PTH112
+            found += [(file, None) for file in files] or [(name, "no file is named like that")]
+    return found
+
+
+def _of_folder(name: str) -> list[tuple[str, str | None]]:
+    root, tally = os.fsencode(name), Tally()
+    try:
+        paths = [path for path in walk(root, b"", tally) if is_image(root, path, tally)]
+    except (SourceError, ResourceError) as error:
+        return [(name, str(error))]
+    if not paths:
+        return [(name, "the folder holds no image")]
+    return [(str(Path(name) / os.fsdecode(path)), None) for path in paths]
+
+
+def _read_ahead(
+    entries: Iterable[tuple[str, str | None]],
+    read: Callable[[str], Tensor],
+    *,
+    batch_size: int,
+    threads: int,
+) -> Iterator[list[tuple[str, Tensor | str]]]:
+    """Reads pictures in threads, always a batch ahead of the one that is worked on.
+
+    Yields:
+        Batches in the order of the entries, which are as `find_pictures` gives them: each path
+        with its picture, or with the reason why there is none.
+    """
+
+    def tried(path: str) -> Tensor | str:
+        try:
+            return read(path)
+        except (ImageDecodeError, ResourceError) as error:
+            return str(error)
+
+    coming = iter(entries)
+    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+
+        def started() -> list[tuple[str, str | Future[Tensor | str]]]:
+            return [
+                (path, pool.submit(tried, path) if reason is None else reason)
+                for path, reason in islice(coming, batch_size)
+            ]
+
+        ahead = started()
+        while ahead:
+            batch, ahead = ahead, started()
+            yield [(path, each if isinstance(each, str) else each.result()) for path, each in batch]

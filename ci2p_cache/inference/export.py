@@ -1,32 +1,100 @@
-"""`export_model`: a trained run as one file for other programs, checked before it counts."""
+"""`export_model`: a trained run as one file for other programs, checked before it counts.
+
+::
+
+    model:  latents (B, M, h, w), or images (B, 3, size, size) ----------------------> logits (B, K)
+    full:   images -> g_a -> stored as the cache did -> dequantised -> the model ----> logits (B, K)
+
+    run --graph_of--> module --write_exported--> file --open_exported--> check_export --> in place
+
+Two programs that add in another order differ in the last bits. That is nothing after a float, but
+where y is rounded a value at a tie may fall to either side, and one other symbol changes logits by
+far more. So the graph is checked on both sides of the rounding: stored values may differ at ties
+only, and are counted; and the logits must be those that eager gives from the file's own stored
+values.
+
+Shape suffixes: B batch, M latent channels, h w latent rows and columns, K classes.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 from uuid import uuid4
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from ci2p_cache import __version__
 from ci2p_cache.cache.staging import disk_errors, sync_folder
-from ci2p_cache.errors import ImageDecodeError, InputDataError, UsageError
-from ci2p_cache.inference.classifier import Classifier, load_classifier
-from ci2p_cache.inference.export_check import ExportCheck, check_export
-from ci2p_cache.inference.exported import open_exported, write_exported
-from ci2p_cache.inference.graph import full_graph, model_graph
-from ci2p_cache.inference.pictures import find_pictures
+from ci2p_cache.errors import (
+    ImageDecodeError,
+    InputDataError,
+    IntegrityError,
+    MissingDependencyError,
+    UsageError,
+)
+from ci2p_cache.inference.classifier import Classifier, find_pictures, load_classifier
 from ci2p_cache.outputs import check_output
 from ci2p_cache.record import Record
 
-__all__ = ["ExportSummary", "export_model"]
+__all__ = [
+    "EXTRA_FILE",
+    "ExportCheck",
+    "ExportSummary",
+    "Exported",
+    "check_export",
+    "export_model",
+    "graph_of",
+    "open_exported",
+    "write_exported",
+]
+
+Format = Literal["onnx", "torch"]
 
 _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+
+EXTRA_FILE = "ci2p_cache.json"
+"""Where a `.pt2` keeps what ONNX has as `metadata_props`."""
+
+_MAX_BATCH = 2**16
+
+_TOLERANCE = 1e-4
+"""Largest difference of a logit, as a share of the largest logit."""
+
+_TIE = 1e-3
+"""How near to halfway between two symbols a value has to be to fall to either side."""
+
+_FLOAT_NOISE = 1e-5
+"""How far y may be apart between two programs, as a share of its largest value."""
+
+_CHECKED_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportCheck(Record):
+    """What was compared, and how far apart it was."""
+
+    inputs: int
+    """Images, or latents, that were run through both."""
+    scale: float
+    """Largest absolute logit that eager gave."""
+    max_difference: float
+    """Largest difference of a logit, given the same stored values; refused above 1e-4 of scale."""
+    end_to_end_difference: float
+    """Largest difference of a logit from input to output, ties included."""
+    stored_values: int
+    """Symbols, or float16 values, that were compared; 0 where nothing is rounded on the way."""
+    differing_values: int
+    """Those of them that fell to the other side of a tie."""
+    differing_inputs: int
+    """Inputs in which that happened."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +132,7 @@ def export_model(
     """Exports a trained model, with its encoder, to one file, and holds the file against eager.
 
     The file computes in float32, whatever the run was trained in. It is run in onnxruntime or torch
-    on the CPU before it is renamed into place, see `export_check`.
+    on the CPU before it is renamed into place, see `check_export`.
 
     Args:
         run: A run folder, or a checkpoint folder inside one.
@@ -100,8 +168,7 @@ def export_model(
         )
     check_output(out, what=f"{to} export", suffixes=(_SUFFIXES[to],), overwrite=overwrite)
     classifier = load_classifier(run, checkpoint=checkpoint, cache=cache, device="cpu")
-    is_full = what == "full"
-    graph = full_graph(classifier) if is_full else model_graph(classifier)
+    graph, is_full = graph_of(classifier, what), what == "full"
     inputs = _inputs(classifier, images, count, is_full=is_full)
     staged = out.with_name(f".{out.stem}.{uuid4().hex[:8]}{_SUFFIXES[to]}")
     try:
@@ -182,3 +249,289 @@ def _metadata(classifier: Classifier, what: str) -> dict[str, str]:
         "class_titles": json.dumps(list(classifier.class_titles), ensure_ascii=False),
         "fingerprint": classifier.fingerprint.digest,
     }
+
+
+class FullGraph(nn.Module):
+    """Images (B, 3, size, size) in [0, 1] to logits, the arithmetic of `Classifier` in floats.
+
+    Symbols are whole numbers in float32, exact up to 2**24; the stored dtypes end at 32,767.
+    """
+
+    offset: Tensor
+
+    def __init__(self, classifier: Classifier, g_a: nn.Module) -> None:
+        super().__init__()
+        self.g_a = g_a
+        self.model = copy.deepcopy(classifier.model)
+        file, latent = classifier.run.file, classifier.fingerprint.latent
+        self.register_buffer("offset", torch.tensor(file.offset)[:, None, None])
+        self._step = file.scale
+        self._limit = latent.symbol_limit if latent.is_symbols else None
+        self._is_half = latent.dtype == "float16"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits (B, K)."""
+        y_BMhw = self.g_a(images)
+        if self._limit is not None:
+            symbols_BMhw = torch.round((y_BMhw - self.offset) / self._step)
+            stored_BMhw = symbols_BMhw.clamp(-self._limit, self._limit)
+            y_BMhw = stored_BMhw * self._step + self.offset
+        elif self._is_half:
+            y_BMhw = y_BMhw.to(torch.float16).to(torch.float32)
+        logits_BK: Tensor = self.model(y_BMhw)
+        return logits_BK
+
+
+class ModelGraph(nn.Module):
+    """What the model reads, to logits."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(classifier.model)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Returns logits (B, K)."""
+        logits_BK: Tensor = self.model(inputs)
+        return logits_BK
+
+
+def graph_of(classifier: Classifier, what: Literal["full", "model"]) -> nn.Module:
+    """Returns the module that is exported: from images, or from what the model reads, to logits.
+
+    Raises:
+        UsageError: the encoder computes in bfloat16.
+        InputDataError, DigestError: the run's encoder is not there or another.
+    """
+    if what == "model" or classifier.reads == "images":
+        return ModelGraph(classifier).eval()
+    from ci2p_cache.encoder.graph import analysis_transform
+
+    return FullGraph(classifier, analysis_transform(classifier.encoder)).eval()
+
+
+class Exported(Protocol):
+    """An exported file, opened for running on the CPU."""
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Returns the logits (B, K) of a batch."""
+
+    def stored(self, inputs: Tensor) -> Tensor | None:
+        """Returns the rounded values (B, M, h, w) on the way; None where nothing is rounded."""
+
+
+def write_exported(
+    graph: nn.Module, example: Tensor, path: Path, to: Format, metadata: Mapping[str, str]
+) -> None:
+    """Exports a module, in eval mode on the CPU, for batches of any size; `example` has two inputs.
+
+    Raises:
+        MissingDependencyError: onnx or onnxscript is not installed.
+    """
+    if to == "onnx":
+        _require_onnx()
+    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
+    # torch's exporters warn of what no one here can act on.
+    with warnings.catch_warnings(action="ignore"), torch.no_grad():
+        program = torch.export.export(graph, (example,), dynamic_shapes=({0: batch},))
+        if to == "torch":
+            extra = {EXTRA_FILE: json.dumps(dict(metadata))}
+            torch.export.save(program, path, extra_files=extra)
+            return
+        name = next(spec.arg.name for spec in program.graph_signature.input_specs
+                    if spec.kind.name == "USER_INPUT")  # fmt: skip
+        onnx = torch.onnx.export(
+            program, (), dynamo=True, verbose=False, input_names=[name], output_names=["logits"]
+        )
+        assert onnx is not None
+        # The free dimension of input and output is called what it is.
+        model: Any = onnx.model
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            value.shape = type(value.shape)(["batch", *list(value.shape)[1:]])
+        onnx.model.metadata_props.update(metadata)
+        onnx.save(path, external_data=False)
+
+
+def open_exported(path: Path, to: Format) -> Exported:
+    """Opens an exported file as others will: ONNX in onnxruntime, `.pt2` in torch.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+    """
+    if to == "onnx":
+        _require_onnx()
+        return _Onnx(path)
+    return _Program(path)
+
+
+class _Onnx:
+    """An ONNX file in onnxruntime, as it is; and once more with its rounded values as an output."""
+
+    def __init__(self, path: Path) -> None:
+        import onnx
+
+        self._session = _session(path.read_bytes())
+        self._input = self._session.get_inputs()[0].name
+        model = onnx.load(path)
+        half = onnx.TensorProto.FLOAT16
+        rounded = [
+            (node.output[0], half if node.op_type == "Cast" else onnx.TensorProto.FLOAT)
+            for node in model.graph.node
+            if node.op_type == "Round"
+            or (node.op_type == "Cast" and any(a.i == half for a in node.attribute))
+        ]
+        self._tapped: Any = None
+        if len(rounded) == 1:
+            output = onnx.helper.make_tensor_value_info(*rounded[0], None)
+            model.graph.output.append(output)
+            self._tapped = _session(model.SerializeToString())
+            self._name = rounded[0][0]
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return self._run(self._session, "logits", inputs)
+
+    def stored(self, inputs: Tensor) -> Tensor | None:
+        return None if self._tapped is None else self._run(self._tapped, self._name, inputs)
+
+    def _run(self, session: Any, output: str, inputs: Tensor) -> Tensor:
+        return torch.from_numpy(session.run([output], {self._input: inputs.numpy()})[0])
+
+
+class _Program:
+    """A `.pt2` in torch."""
+
+    def __init__(self, path: Path) -> None:
+        with warnings.catch_warnings(action="ignore"):
+            self._module = torch.export.load(path).module()
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = self._module(inputs)
+        return found
+
+    def stored(self, inputs: Tensor) -> Tensor | None:
+        tap = _Tap(self._module)
+        with torch.no_grad():
+            tap.run(inputs)
+        return tap.rounded
+
+
+class _Tap(fx.Interpreter):
+    """Runs a program and keeps what it rounds, to whole numbers or to float16."""
+
+    rounded: Tensor | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one operation."""
+        value = super().run_node(n)
+        if n.op == "call_function" and isinstance(value, Tensor):
+            rounds = n.target is torch.ops.aten.round.default
+            if rounds or value.dtype == torch.float16:
+                self.rounded = value
+        return value
+
+
+def _session(content: bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"exporting to ONNX needs {error.name}, which is not installed",
+            hint="pip install 'ci2p-cache[export]'",
+        ) from error
+
+
+def check_export(
+    file: Exported, classifier: Classifier, inputs: Tensor, *, is_full: bool
+) -> ExportCheck:
+    """Runs an exported file and eager over the same inputs, what the file reads, (N, ...).
+
+    Raises:
+        IntegrityError: they differ by more than rounding explains; says where.
+    """
+    is_full = is_full and classifier.reads == "latents"
+    scale, gaps, end_to_end_gaps = 0.0, [0.0], [0.0]
+    stored_values = differing = differing_inputs = 0
+    # A single input first: the batch may be of any size.
+    for part in (inputs[:1], *torch.split(inputs[1:], _CHECKED_BATCH)):
+        if not len(part):
+            continue
+        found_BK, read = file.logits(part), part
+        if is_full:
+            y_BMhw = classifier.latents(part)
+            wanted_BMhw = classifier.stored(y_BMhw)
+            found_BMhw = file.stored(part)
+            read = classifier.dequantise(wanted_BMhw)
+            if found_BMhw is not None:
+                differs_BMhw = _differing(classifier, y_BMhw, wanted_BMhw, found_BMhw)
+                stored_values += differs_BMhw.numel()
+                differing += int(differs_BMhw.sum())
+                differing_inputs += int(differs_BMhw.flatten(1).any(dim=1).sum())
+        eager_BK = classifier.logits(read)
+        scale = max(scale, float(eager_BK.abs().max()))
+        end_to_end_gaps.append(float((found_BK - eager_BK).abs().max()))
+        if is_full and found_BMhw is not None:
+            limit = classifier.fingerprint.latent
+            if limit.is_symbols:
+                found_BMhw = found_BMhw.clamp(-limit.symbol_limit, limit.symbol_limit)
+            eager_BK = classifier.logits(classifier.dequantise(found_BMhw))
+        gaps.append(float((found_BK - eager_BK).abs().max()))
+    # torch's max, unlike Python's, is not a number where one of them is not; neither passes `<=`.
+    difference, end_to_end = (float(torch.tensor(each).max()) for each in (gaps, end_to_end_gaps))
+    if not difference <= _TOLERANCE * scale:
+        raise IntegrityError(
+            f"the exported graph gives other logits than eager: they differ by {difference:.3g}, "
+            f"{_TOLERANCE:g} of the largest logit {scale:.3g} is allowed; the file was not written",
+            hint="report it, with the versions of torch, onnx and onnxruntime; --to torch may do",
+        )
+    return ExportCheck(
+        inputs=len(inputs),
+        scale=scale,
+        max_difference=difference,
+        end_to_end_difference=end_to_end,
+        stored_values=stored_values,
+        differing_values=differing,
+        differing_inputs=differing_inputs,
+    )
+
+
+def _differing(
+    classifier: Classifier, y_BMhw: Tensor, wanted_BMhw: Tensor, found_BMhw: Tensor
+) -> Tensor:
+    """Returns where stored values differ, bool (B, M, h, w).
+
+    Raises:
+        IntegrityError: one differs that is not at a tie, or by more than one step.
+    """
+    latent = classifier.fingerprint.latent
+    if latent.is_symbols:
+        found_BMhw = found_BMhw.clamp(-latent.symbol_limit, latent.symbol_limit)
+        offset_M11 = torch.tensor(classifier.run.file.offset)[:, None, None]
+        scaled = (y_BMhw - offset_M11) / classifier.run.file.scale
+        from_tie = (scaled - scaled.floor() - 0.5).abs()
+        step = torch.ones_like(y_BMhw)
+    else:
+        # Neighbours in float16 are at most 2**-10 of the value apart; among the smallest values
+        # that is less than what y itself differs by.
+        from_tie = torch.zeros_like(y_BMhw)
+        step = wanted_BMhw.float().abs() * 2**-10 + _FLOAT_NOISE * float(y_BMhw.abs().max())
+    gap = (found_BMhw.float() - wanted_BMhw.float()).abs()
+    differs = gap > 0
+    wrong = differs & ((from_tie > _TIE) | (gap > step))
+    if bool(wrong.any()):
+        raise IntegrityError(
+            f"the exported graph stores other values than the cache does: {int(wrong.sum())} of "
+            f"{wrong.numel()} differ that are at no tie; the file was not written",
+            hint="report it, with the versions of torch, onnx and onnxruntime",
+        )
+    return differs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,26 +13,25 @@ from ci2p_cache.cache.store import Cache
 from ci2p_cache.cache.summary import CacheCard, describe
 from ci2p_cache.errors import CacheError, IntegrityError, SourceError, command
 from ci2p_cache.parquet import read_parquet
-from ci2p_cache.report.charts import energy_chart
+from ci2p_cache.report.charts import energy_chart, histogram
+from ci2p_cache.report.data import flattened
 from ci2p_cache.report.elements import (
     Cell,
     Html,
     bar,
     details,
-    element,
     figure,
+    image,
+    markup,
     notice,
     section,
     size,
     table,
     tiles,
 )
-from ci2p_cache.report.pictures import CacheSample, Illustrator
-from ci2p_cache.report.reconstruction_page import (
-    quality_figure,
-    reconstruction_section,
-    size_table,
-)
+
+if TYPE_CHECKING:
+    from ci2p_cache.pictures.reconstructions import CacheSample, LatentIllustrator, Reconstruction
 
 __all__ = ["cache_section"]
 
@@ -41,57 +40,51 @@ _LISTED_CLASSES = 30
 _LISTED_ERRORS = 30
 _MAX_TABLE_BYTES = 2**26
 """Of errors.parquet and channels.parquet; ours have kilobytes."""
+_GROUPS = {"worst": "Worst by PSNR", "median": "In the middle", "random": "Drawn at random"}
 
 
 def cache_section(
-    cache: Cache, *, anchor: str, illustrator: Illustrator | None, num_shown: int
+    cache: Cache, *, anchor: str, illustrator: LatentIllustrator | None, num_shown: int
 ) -> Html:
-    """Returns the section of a cache.
-
-    Args:
-        cache: The cache; one whose encoding has not finished is described as far as it goes.
-        anchor: What the list of contents points to.
-        illustrator: Measures and decodes a sample; None leaves that out and says so.
-        num_shown: Reconstructions of each group.
+    """Returns the section of a cache; one whose encoding has not finished, as far as it goes.
 
     Raises:
-        ManifestError: the small arrays or a commit record are damaged.
-        ShardError: an index part of an incomplete cache is damaged.
+        ManifestError, ShardError: small arrays, a commit record or an index part are damaged.
         SourceError: the illustrator was given a source that cannot be opened.
     """
     card = describe(cache)
     sample: CacheSample | None = None
-    told = "Reconstructions and bounds were not asked for."
+    reason = "Reconstructions and bounds were not asked for."
     if illustrator is not None:
-        told = "No sample holds a latent yet."
+        reason = "No sample holds a latent yet."
         try:
             sample = illustrator.measure(cache, num_shown=num_shown)
         except SourceError:
-            # The caller named a place; that it is wrong is not for the page to say.
+            # The caller named it; that it is wrong is not for the page to say.
             raise
         except CacheError as error:
-            told = f"Nothing could be decoded: {error}"
-    if sample is None:
-        measures, shown = [], [notice(told)]
-    else:
-        spread = quality_figure(card, sample)
-        measures = [size_table(card, sample), *([spread] if spread is not None else [])]
-        shown = [reconstruction_section(sample)]
-    measures.append(_channels(cache, card))
-    name = cache.path.resolve().name
+            reason = f"Nothing could be decoded: {error}"
+    measures, shown = [_channels(cache, card)], [notice(reason)]
+    if sample is not None:
+        measures = [_size_table(card, sample), *_quality(card, sample), *measures]
+        shown = [_reconstructions(sample)]
+    lead = markup(
+        '<p class="lead">Encoded from <code>{}</code>; fingerprint <code>{}</code></p>',
+        card.source, card.fingerprint_digest[:16],
+    )  # fmt: skip
+    begun = [lead, _headline(card)]
+    if not card.complete:
+        text = (
+            f"Encoding has not finished: {card.committed_shards:,} of {card.shards:,} shards are "
+            "committed. This is what they hold."
+        )
+        begun.append(notice(text, command("status", card.path)))
     return section(
-        f"Cache {name}",
-        element(
-            "p",
-            "Encoded from ",
-            element("code", card.source),
-            "; fingerprint ",
-            element("code", card.fingerprint_digest[:16]),
-            class_="lead",
+        f"Cache {cache.path.resolve().name}",
+        *begun,
+        section(
+            "Bytes, quality, channels", markup('<div class="grid">{}</div>', measures), level=3
         ),
-        _headline(card),
-        *_unfinished(card),
-        section("Bytes, quality, channels", element("div", *measures, class_="grid"), level=3),
         *shown,
         _classes(card),
         _errors(cache, card),
@@ -102,11 +95,12 @@ def cache_section(
 
 def _headline(card: CacheCard) -> Html:
     views = sum(split.valid_rows * split.views for split in card.splits)
+    per_split = ", ".join(f"{split.name} {split.valid_rows:,}" for split in card.splits)
     per_image = "-" if card.bytes_per_image is None else size(card.bytes_per_image)
     ratio = "" if card.source_ratio is None else f"{card.source_ratio:.2f} x the source files"
     return tiles(
         [
-            ("images", f"{card.images:,}", f"{views:,} views; {_per_split(card)}"),
+            ("images", f"{card.images:,}", f"{views:,} views; {per_split}"),
             ("classes", f"{len(card.classes):,}", ""),
             ("per image", per_image, ratio),
             ("on disk", size(card.disk_bytes), f"{card.shards:,} shards, {card.layout.format}"),
@@ -118,18 +112,85 @@ def _headline(card: CacheCard) -> Html:
     )
 
 
-def _per_split(card: CacheCard) -> str:
-    return ", ".join(f"{split.name} {split.valid_rows:,}" for split in card.splits)
+def _size_table(card: CacheCard, sample: CacheSample) -> Html:
+    """Returns bytes per view against the entropy bound, JPEG and float16."""
+    latent = card.fingerprint.latent
+    pixels = card.fingerprint.image.size**2
+    bounds = [row.bpp[0] * pixels / 8 for row in sample.rows if row.bpp[0] is not None]
+    half = 2.0 * latent.channels * latent.height * latent.width
+    codec = card.layout.codec if card.layout.has_zarr else "in tars"
+    stored = float(np.mean([row.stored_bytes[0] for row in sample.rows]))
+    known = [(f"this cache: {latent.dtype}, {codec}", stored)]
+    if bounds:
+        unit = "entropy bound" if latent.is_symbols else "entropy bound, were y rounded"
+        known.append((unit, float(np.mean(bounds))))
+    if sample.jpeg_bytes:
+        known.append(("JPEG, quality 90", float(np.mean(sample.jpeg_bytes))))
+    known.append(("y as float16", half))
+    known.append(("8-bit pixels", 3.0 * pixels))
+    most = max(value for _, value in known)
+    rows: list[list[Cell]] = [
+        [name, bar(value / most, size(value)), f"{value / stored:.2f}"] for name, value in known
+    ]
+    parts = [
+        table(
+            f"Bytes per view, mean of {len(sample.rows):,} of {sample.split}",
+            ["stored as", "per view", "ratio"],
+            rows,
+        )
+    ]
+    if not bounds:
+        parts.append(notice("This encoder has no symbols of its own, hence no entropy bound."))
+    if not sample.jpeg_bytes:
+        reason = "The source images have changed since, so there is nothing to compare with."
+        if {row.source for row in sample.rows} != {"changed"}:
+            reason = (
+                "The source images were not found, so PSNR and JPEG size are not known; --source "
+                "says where they are now."
+            )
+        parts.append(notice(reason))
+    return markup('<div class="card">{}</div>', parts)
 
 
-def _unfinished(card: CacheCard) -> list[Html]:
-    if card.complete:
+def _quality(card: CacheCard, sample: CacheSample) -> list[Html]:
+    """Returns how the PSNR of reconstructions is spread; nothing where it is not known."""
+    known = [row.psnr_db[0] for row in sample.rows if row.psnr_db[0] is not None]
+    if not known:
         return []
     text = (
-        f"Encoding has not finished: {card.committed_shards:,} of {card.shards:,} shards are "
-        "committed. This is what they hold."
+        f"PSNR of {len(known):,} reconstructed views of {sample.split}, drawn with a fixed seed: "
+        f"{min(known):.1f} to {max(known):.1f} dB, median {np.median(known):.1f} dB (the line)."
     )
-    return [notice(text, command("status", card.path))]
+    name = f"PSNR of reconstructions of {card.path}"
+    return [figure(histogram(name, known, x_label="PSNR, dB", y_label="views"), text)]
+
+
+def _reconstructions(sample: CacheSample) -> Html:
+    """Returns originals beside what g_s makes of the latents."""
+    parts = []
+    for group, title in _GROUPS.items():
+        shown = [_pair(one) for one in sample.shown if one.group == group]
+        if shown:
+            parts.append(markup('<h4>{}</h4><div class="pairs">{}</div>', title, shown))
+    intro = Html(
+        "<p>The view that was encoded, then what is decoded from the cache: no one can take these "
+        "latents for anonymised.</p>"
+    )
+    return section("Reconstructions", intro, *parts, level=3)
+
+
+def _pair(one: Reconstruction) -> Html:
+    measured, (psnr_db,) = one.measured, one.measured.psnr_db
+    name = measured.class_title or measured.key
+    side = image(one.original, f"Original view of {name}") if one.original is not None else ""
+    decoded = image(one.decoded, f"The same, decoded from its latent: {name}")
+    quality = "PSNR unknown" if psnr_db is None else f"{psnr_db:.1f} dB"
+    caption = markup(
+        "<b>{}</b> {}, {}<br><small>{} row {}, {}</small>",
+        measured.class_title or "no class", quality, size(measured.stored_bytes[0]),
+        measured.split, str(measured.row), measured.key,
+    )  # fmt: skip
+    return figure(markup('<div class="pair">{}{}</div>', side, decoded), caption)
 
 
 def _channels(cache: Cache, card: CacheCard) -> Html:
@@ -201,7 +262,7 @@ def _classes(card: CacheCard) -> Html:
 def _errors(cache: Cache, card: CacheCard) -> Html:
     title = "Images that could not be decoded"
     if not card.bad_images:
-        return section(title, element("p", "None."), level=3)
+        return section(title, Html("<p>None.</p>"), level=3)
     try:
         found = _table(cache, "errors.parquet")
         if found is None:
@@ -252,22 +313,14 @@ def _settings(cache: Cache, card: CacheCard) -> Html:
     ]  # fmt: skip
     head = ["split", "rows", "with latents", "views", "array", "shards", "rows per shard",
             "stored", "source files", "saturated"]  # fmt: skip
-    return details(
-        "Fingerprint, layout, splits and machine",
-        element(
-            "div",
-            table(
-                "Fingerprint: every setting that changes a value", ["field", "value"], fingerprint
-            ),
-            element(
-                "div",
-                table("Layout: every setting that changes a place", ["field", "value"], layout),
-                _made_on(cache, card),
-            ),
-            class_="grid two",
-        ),
-        table("Splits", head, splits),
+    tables = markup(
+        '<div class="grid two">{}<div>{}{}</div></div>',
+        table("Fingerprint: every setting that changes a value", ["field", "value"], fingerprint),
+        table("Layout: every setting that changes a place", ["field", "value"], layout),
+        _made_on(cache, card),
     )
+    title = "Fingerprint, layout, splits and machine"
+    return details(title, tables, table("Splits", head, splits))
 
 
 def _made_on(cache: Cache, card: CacheCard) -> Html:
@@ -278,17 +331,10 @@ def _made_on(cache: Cache, card: CacheCard) -> Html:
             commit = split.read_commit(shard)
             if commit is not None:
                 rows += [[name, str(value)] for name, value in commit.numerics.items()]
-                return table(
-                    f"What {split.name} shard {shard} was made on", ["what", "value"], rows
-                )
+                title = f"What {split.name} shard {shard} was made on"
+                return table(title, ["what", "value"], rows)
     return table("Made by", ["what", "value"], rows)
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> list[list[Cell]]:
-    rows: list[list[Cell]] = []
-    for name, value in data.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{name}.")
-        else:
-            rows.append([f"{prefix}{name}", "none" if value is None else str(value)])
-    return rows
+def _flat(data: Mapping[str, Any]) -> list[list[Cell]]:
+    return [[name, "none" if value is None else str(value)] for name, value in flattened(data)]

@@ -1,7 +1,7 @@
 """Charts as inline SVG: text stays text, colours follow the page, the same figures the same bytes.
 
 matplotlib draws with placeholder colours, which are then replaced by the page's own variables, so
-that one drawing serves light and dark.
+that one drawing serves light and dark. `draw_curves` is for people without the page.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -19,14 +20,17 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from ci2p_cache.outputs import write_whole
 from ci2p_cache.report.elements import Html, plain
+from ci2p_cache.runs.files import best_epoch_of, read_summary
 
 __all__ = [
     "NUM_COLORS",
     "Line",
     "calibration_chart",
+    "draw_curves",
     "energy_chart",
     "histogram",
     "line_chart",
@@ -59,34 +63,23 @@ _VARIABLES = {
 
 _DASHES = ("-", "--", ":", "-.")
 
+_TRAIN, _VAL, _TOP5, _WAIT = "#8a8a8a", "#1f5fa8", "#7fb2e5", "#b5651d"
+"""Of `draw_curves`: grey for what is trained on, blue for what is measured, brown for waiting."""
+
+_MARKED_EPOCHS = 40
+"""Up to this many epochs every one gets a dot; more would run together."""
+
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _FAINT,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "text.parse_math": False,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "xtick.major.size": 3.0,
-    "ytick.major.size": 3.0,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.0,
-    "legend.frameon": False,
-    "legend.fontsize": 9.0,
-    "path.simplify": False,
-}
+    "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9.5,
+    "text.color": _INK, "text.parse_math": False, "path.simplify": False,
+    "axes.edgecolor": _FAINT, "axes.labelcolor": _INK, "axes.linewidth": 0.8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": _FAINT, "grid.alpha": 0.25, "grid.linewidth": 0.6,
+    "xtick.color": _FAINT, "ytick.color": _FAINT, "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK, "xtick.major.size": 3.0, "ytick.major.size": 3.0,
+    "lines.linewidth": 1.6, "lines.markersize": 4.0,
+    "legend.frameon": False, "legend.fontsize": 9.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +175,9 @@ def histogram(alt: str, values: Sequence[float], *, x_label: str, y_label: str) 
 
 
 def energy_chart(alt: str, energy: npt.NDArray[np.float64], dead: npt.NDArray[np.bool_]) -> Html:
-    """Draws the mean energy of channels, the largest first, on a logarithmic axis; dead ones red.
+    """Draws the mean squares (M,) of channels, the largest first, on a logarithmic axis.
 
-    Args:
-        alt: What is to be seen.
-        energy: Mean squares (M,), not negative.
-        dead: Which channels never change (M,).
+    Channels that are `dead`, bool (M,), because they never change, are red.
     """
     order = np.argsort(-energy, kind="stable")
     energy, dead = energy[order], dead[order]
@@ -264,8 +254,8 @@ def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[
     """Returns at most `_MAX_POINTS` points, evenly taken, first and last among them."""
     if len(x) <= _MAX_POINTS:
         return list(x), list(y)
-    kept = np.linspace(0, len(x) - 1, _MAX_POINTS).round().astype(int).tolist()
-    return [x[i] for i in kept], [y[i] for i in kept]
+    chosen = np.linspace(0, len(x) - 1, _MAX_POINTS).round().astype(int).tolist()
+    return [x[i] for i in chosen], [y[i] for i in chosen]
 
 
 def _svg(figure: Figure, alt: str) -> Html:
@@ -297,3 +287,69 @@ def _svg(figure: Figure, alt: str) -> Html:
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None
     return Html(f'<svg class="chart" {box[0]} role="img" aria-label="{plain(alt)}">{rest}'.rstrip())
+
+
+def draw_curves(run_dir: str | Path, path: str | Path | None = None) -> Path:
+    """Draws loss, accuracy and waiting share over the epochs of a run, as a PNG of 1000 x 600 px.
+
+    Args:
+        run_dir: A run folder with a `summary.csv`.
+        path: Where the picture goes; None: `curves.png` in the run folder. Replaced whole.
+
+    Returns:
+        Where the picture is.
+
+    Raises:
+        InputDataError: there is no `summary.csv`, it lacks a column, or no epoch has ended yet.
+        ResourceError: the picture cannot be written.
+    """
+    run_dir = Path(run_dir)
+    path = run_dir / "curves.png" if path is None else Path(path)
+    columns = read_summary(run_dir)
+    figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(5, 1))
+    loss, accuracy = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+    wait = figure.add_subplot(grid[1, :])
+
+    def line(axes: Axes, name: str, color: str, label: str = "") -> None:
+        """Draws a column over the epochs, unless the run never had it."""
+        values = columns[name]
+        if not all(map(math.isnan, values)):
+            marker = "." if len(values) <= _MARKED_EPOCHS else ""
+            axes.plot(columns["epoch"], values, marker=marker, color=color, label=label)
+
+    line(loss, "loss", _TRAIN, "train")
+    line(loss, "val_loss", _VAL, "validation")
+    loss.set(xlabel="epoch", ylabel="cross-entropy", title="loss")
+    loss.set_ylim(bottom=0)
+    loss.legend(frameon=False)
+    line(accuracy, "train_top1", _TRAIN, "train top-1")
+    line(accuracy, "top1", _VAL, "validation top-1")
+    line(accuracy, "top5", _TOP5, "validation top-5")
+    title = f"{run_dir.resolve().name}: {len(columns['epoch'])} epochs, no validation split"
+    best = best_epoch_of(columns)
+    if best is not None:
+        accuracy.plot(*best, "o", color=_VAL, markersize=8, fillstyle="none")
+        title = (
+            f"{run_dir.resolve().name}: best validation top-1 {best[1]:.1%} in epoch {best[0]:.0f}"
+        )
+    accuracy.set(xlabel="epoch", ylabel="images classified right", title="accuracy")
+    accuracy.set_ylim(0, 1.02)
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    accuracy.legend(frameon=False, loc="lower right")
+    line(wait, "wait_share", _WAIT)
+    wait.set(ylabel="waiting\nfor data", xlabel="epoch")
+    wait.set_ylim(0, max(0.1, 1.1 * max(columns["wait_share"])))
+    wait.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    wait.yaxis.set_major_locator(MaxNLocator(2))
+    last = int(columns["epoch"][-1])
+    for axes in (loss, accuracy, wait):
+        axes.set_xlim(0.5, last + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png")
+    write_whole(path, sink.getvalue(), what="picture")
+    return path

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ci2p_cache.report.pictures import Picture
+from PIL import Image
 
 __all__ = [
     "Cell",
@@ -20,10 +21,9 @@ __all__ = [
     "bar",
     "details",
     "duration",
-    "element",
     "figure",
     "image",
-    "join",
+    "markup",
     "notice",
     "percent",
     "plain",
@@ -52,9 +52,7 @@ Cell = Html | str | int | float | None
 def plain(text: str, *, longest: int = _MAX_TEXT) -> str:
     """Returns text that a page only shows: escaped, cut, control and direction characters visible.
 
-    Args:
-        text: Anything, also with lone surrogates, as file names have them.
-        longest: Characters shown at most.
+    It may hold lone surrogates, as file names do.
     """
     if len(text) > longest:
         half = (longest - 5) // 2
@@ -67,34 +65,21 @@ def plain(text: str, *, longest: int = _MAX_TEXT) -> str:
     return html.escape(text, quote=True)
 
 
-def element(tag: str, *children: Html | str, **attributes: str | bool) -> Html:
-    """Returns an element; a trailing underscore of an attribute's name is dropped.
+def markup(template: str, *parts: Html | str | Iterable[Html]) -> Html:
+    """Fills the `{}` of a template of ours: text is escaped, markup joined."""
 
-    Args:
-        tag: Its name, one of ours.
-        children: Texts, which are escaped, and markup.
-        attributes: Values, which are escaped; True gives the bare name, False leaves it out.
-    """
-    given = "".join(
-        f" {name.rstrip('_').replace('_', '-')}"
-        + ("" if value is True else f'="{plain(str(value), longest=10_000)}"')
-        for name, value in attributes.items()
-        if value is not False
-    )
-    if tag in ("img", "meta", "br"):
-        return Html(f"<{tag}{given}>")
-    return Html(f"<{tag}{given}>{join(*children).text}</{tag}>")
+    def text(part: Html | str | Iterable[Html]) -> str:
+        if isinstance(part, Html):
+            return part.text
+        return plain(part) if isinstance(part, str) else "".join(each.text for each in part)
 
-
-def join(*children: Html | str) -> Html:
-    """Returns children one after another."""
-    return Html("".join(c.text if isinstance(c, Html) else plain(c) for c in children))
+    return Html(template.format(*map(text, parts)))
 
 
 def section(title: str, *parts: Html, level: int = 2, anchor: str = "") -> Html:
     """Returns a titled section; `anchor` is what the list of contents points to."""
-    heading = element(f"h{level}", title)
-    return element("section", heading, *parts, **({"id": anchor} if anchor else {}))
+    given = markup(' id="{}"', anchor) if anchor else ""
+    return markup(f"<section{{}}><h{level}>{{}}</h{level}>{{}}</section>", given, title, parts)
 
 
 def table(
@@ -102,87 +87,71 @@ def table(
 ) -> Html:
     """Returns a table in a box that scrolls sideways; the first column heads its row.
 
-    Args:
-        caption: What it shows.
-        head: Column names.
-        rows: Cells; numbers are set flush right.
-        is_titled: Whether a heading above says what the caption says, which is then only read out.
+    Numbers are set flush right. With `is_titled` a heading above says what the caption says, which
+    is then only read out.
     """
     lines = [list(row) for row in rows]
-    right = [
-        bool(lines)
-        and all(isinstance(row[i], (int, float)) or row[i] is None for row in lines)
+    numbers = [
+        {type(row[i]) for row in lines} <= {int, float, type(None)}
         and any(row[i] is not None for row in lines)
         for i in range(len(head))
     ]
 
-    def cell(tag: str, value: Cell, number: int, scope: str | bool = False) -> Html:
-        kind = "n" if right[number] else False
-        content = value if isinstance(value, Html) else _written(value)
-        return element(tag, content, class_=kind, scope=scope)
+    def row_of(values: Sequence[Cell], scope: str = "") -> Html:
+        cells = []
+        for i, (value, is_number) in enumerate(zip(values, numbers, strict=True)):
+            scoped = scope or ("row" if i == 0 else "")
+            tag = "th" if scoped else "td"
+            given = ' class="n"' * is_number + f' scope="{scoped}"' * bool(scoped)
+            content = value if isinstance(value, Html) else _written(value)
+            cells.append(markup(f"<{tag}{given}>{{}}</{tag}>", content))
+        return markup("<tr>{}</tr>", cells)
 
-    body = [
-        element(
-            "tr",
-            *(
-                cell("th" if i == 0 else "td", value, i, "row" if i == 0 else False)
-                for i, value in enumerate(row)
-            ),
-        )
-        for row in lines
-    ]
-    names = element("tr", *(cell("th", name, i, "col") for i, name in enumerate(head)))
-    whole = element(
-        "table",
-        element("caption", caption, class_="away" if is_titled else False),
-        element("thead", names),
-        element("tbody", *body),
-    )
-    return element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    away = ' class="away"' if is_titled else ""
+    return markup(
+        '<div class="scroll" tabindex="0" role="region" aria-label="{}"><table>'
+        f"<caption{away}>{{}}</caption><thead>{{}}</thead><tbody>{{}}</tbody></table></div>",
+        caption, caption, row_of(head, "col"), map(row_of, lines),
+    )  # fmt: skip
 
 
 def tiles(entries: Iterable[tuple[str, str, str]]) -> Html:
     """Returns headline figures: (name, figure, what stands small below it)."""
-    shown = [
-        element(
-            "div",
-            element("dt", name),
-            element("dd", element("strong", value), element("small", note)),
-        )
-        for name, value, note in entries
-    ]
-    return element("dl", *shown, class_="tiles")
+    one = "<div><dt>{}</dt><dd><strong>{}</strong><small>{}</small></dd></div>"
+    return markup('<dl class="tiles">{}</dl>', [markup(one, *entry) for entry in entries])
 
 
-def figure(body: Html, caption: Html | str, *, wide: bool = False) -> Html:
+def figure(body: Html, caption: Html | str) -> Html:
     """Returns a picture or chart with what is to be seen in it."""
-    return element("figure", body, element("figcaption", caption), class_="wide" if wide else False)
+    return markup("<figure>{}<figcaption>{}</figcaption></figure>", body, caption)
 
 
-def image(picture: Picture, alt: str) -> Html:
+def image(jpeg: bytes, alt: str) -> Html:
     """Returns a picture with its bytes in the page."""
-    data = base64.b64encode(picture.jpeg).decode("ascii")
-    return Html(
-        f'<img src="data:image/jpeg;base64,{data}" width="{picture.width_px}" '
-        f'height="{picture.height_px}" alt="{plain(alt)}" loading="eager">'
+    width, height = Image.open(io.BytesIO(jpeg)).size
+    data = base64.b64encode(jpeg).decode("ascii")
+    return markup(
+        f'<img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" alt="{{}}" '
+        'loading="eager">',
+        alt,
     )
 
 
 def bar(share: float, text: str) -> Html:
     """Returns a figure with a bar behind it as long as `share`, 0 to 1."""
     width = 100 * min(max(share, 0.0), 1.0)
-    return Html(f'<span class="bar"><i style="width:{width:.1f}%"></i><b>{plain(text)}</b></span>')
+    return markup(f'<span class="bar"><i style="width:{width:.1f}%"></i><b>{{}}</b></span>', text)
 
 
 def notice(text: str, command: str = "") -> Html:
     """Returns a remark on what is missing, with the command that makes it."""
-    told = element("code", Html(plain(command, longest=2000))) if command else ""
-    return element("p", text, Html(" "), told, class_="notice")
+    code = Html(f"<code>{plain(command, longest=2000)}</code>" if command else "")
+    return markup('<p class="notice">{} {}</p>', text, code)
 
 
 def details(summary: str, *parts: Html) -> Html:
     """Returns what is shown when it is asked for; print shows the summary."""
-    return element("details", element("summary", summary), *parts)
+    return markup("<details><summary>{}</summary>{}</details>", summary, parts)
 
 
 def size(num_bytes: float) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ci2p_cache import __version__
 from ci2p_cache.cache.paths import MANIFEST
@@ -24,12 +25,13 @@ from ci2p_cache.outputs import check_output, write_whole
 from ci2p_cache.record import Record
 from ci2p_cache.remote import url_of
 from ci2p_cache.report.cache_page import cache_section
-from ci2p_cache.report.comparison import comparison_section
-from ci2p_cache.report.elements import Html, element, notice, plain
-from ci2p_cache.report.pictures import Illustrator
-from ci2p_cache.report.run_data import ARGS, RunData, read_run
-from ci2p_cache.report.run_page import run_section
-from ci2p_cache.report.summary import has_epoch
+from ci2p_cache.report.data import RunData, read_run
+from ci2p_cache.report.elements import Html, markup, notice, plain
+from ci2p_cache.report.run_page import comparison_section, run_section
+from ci2p_cache.runs.files import ARGS, has_epoch
+
+if TYPE_CHECKING:
+    from ci2p_cache.pictures.reconstructions import LatentIllustrator
 
 __all__ = ["MAX_BYTES", "ReportSummary", "write_report"]
 
@@ -67,7 +69,7 @@ class ReportSummary(Record):
 
 
 def write_report(
-    paths: Sequence[str | Path], out: str | Path, *, illustrator: Illustrator | None = None
+    paths: Sequence[str | Path], out: str | Path, *, illustrator: LatentIllustrator | None = None
 ) -> ReportSummary:
     """Writes one self-contained HTML page about runs and caches.
 
@@ -77,8 +79,8 @@ def write_report(
             the page says so.
         out: The file to write, .html, .htm or without a suffix. Of the files that may be there
             only an earlier report is replaced, as a whole.
-        illustrator: Decodes latents for reconstructions, bounds and mistakes
-            (`illustrations.LatentIllustrator`); None leaves these out, and the page says so.
+        illustrator: Decodes latents for reconstructions, bounds and mistakes; None leaves these
+            out, and the page says so.
 
     Returns:
         What it holds.
@@ -94,16 +96,14 @@ def write_report(
         ResourceError: the file cannot be written.
     """
     check_output(Path(out), what="report", suffixes=("", ".htm", ".html"), mark=_MARK)
-    runs, caches, skipped = _read_all(
-        [Path(path) if url_of(path) is None else str(path) for path in paths]
-    )
+    runs, caches, skipped = _read_all(paths)
     contents: list[Html] = []
     sections = [
         notice(f"Run {path.resolve().name} is left out: it has no epoch yet.") for path in skipped
     ]
 
     def add(anchor: str, title: str, content: Html) -> None:
-        contents.append(element("li", element("a", title, href=f"#{anchor}")))
+        contents.append(markup('<li><a href="#{}">{}</a></li>', anchor, title))
         sections.append(content)
 
     if len(runs) > 1:
@@ -111,29 +111,24 @@ def write_report(
     detailed = runs[:_DETAILED_RUNS]
     fewest, most = _RUN_MISTAKES
     for number, run in enumerate(detailed):
-        anchor = f"run-{number}"
         content = run_section(
             run,
-            anchor=anchor,
+            anchor=f"run-{number}",
             cache=_cache_of(run, caches),
             illustrator=illustrator,
             num_mistakes=min(max(_ALL_MISTAKES // len(detailed), fewest), most),
         )
-        add(anchor, f"Run {run.name}", content)
+        add(f"run-{number}", f"Run {run.name}", content)
     if len(runs) > len(detailed):
         text = (
             f"Only the first {len(detailed)} of {len(runs)} runs have a section of their own; the "
             "others stand in the comparison."
         )
         sections.append(notice(text, command("report", runs[len(detailed)].path)))
+    num_shown = _SHOWN_OF_FEW if len(caches) <= _FEW_CACHES else _SHOWN_OF_MANY
     for number, cache in enumerate(caches):
         anchor = f"cache-{number}"
-        content = cache_section(
-            cache,
-            anchor=anchor,
-            illustrator=illustrator,
-            num_shown=_SHOWN_OF_FEW if len(caches) <= _FEW_CACHES else _SHOWN_OF_MANY,
-        )
+        content = cache_section(cache, anchor=anchor, illustrator=illustrator, num_shown=num_shown)
         add(anchor, f"Cache {cache.path.resolve().name}", content)
     page = _page(_title(runs, caches), contents, sections).encode("utf-8")
     if len(page) > MAX_BYTES:
@@ -151,12 +146,13 @@ def write_report(
     )
 
 
-def _read_all(paths: Sequence[str | Path]) -> tuple[list[RunData], list[Cache], list[Path]]:
+def _read_all(given: Sequence[str | Path]) -> tuple[list[RunData], list[Cache], list[Path]]:
     """Returns the runs, the caches, and the folders of runs that have no epoch yet."""
-    if not 1 <= len(paths) <= _MAX_PATHS:
-        raise UsageError(f"{len(paths)} paths are given; 1 to {_MAX_PATHS} fit a report")
-    places = [path if isinstance(path, str) else path.resolve() for path in paths]
-    twice = next((path for i, path in enumerate(places) if path in places[:i]), None)
+    if not 1 <= len(given) <= _MAX_PATHS:
+        raise UsageError(f"{len(given)} paths are given; 1 to {_MAX_PATHS} fit a report")
+    paths = [Path(path) if url_of(path) is None else str(path) for path in given]
+    real = [path if isinstance(path, str) else path.resolve() for path in paths]
+    twice = next((path for i, path in enumerate(real) if path in real[:i]), None)
     if twice is not None:
         raise UsageError(f"{twice} is given twice")
     runs, caches, skipped = [], [], []
@@ -180,15 +176,14 @@ def _read_all(paths: Sequence[str | Path]) -> tuple[list[RunData], list[Cache], 
 
 def _cache_of(run: RunData, given: Sequence[Cache]) -> Cache | None:
     """Returns the cache that a run was trained from: one of those given, or where it was."""
-    for cache in given:
-        if cache.fingerprint.to_dict() == run.fingerprint:
-            return cache
-    for place in (run.evaluation.cache if run.evaluation is not None else "", run.cache):
-        if not place or url_of(place) is not None:
+    evaluated = run.evaluation.cache if run.evaluation is not None else ""
+    candidates: list[Cache | str] = [*given, evaluated, run.cache]
+    for each in candidates:
+        if isinstance(each, str) and (not each or url_of(each) is not None):
             # A report fetches nothing that it was not given.
             continue
         try:
-            cache = open_cache(place, partial=True)
+            cache = each if isinstance(each, Cache) else open_cache(each, partial=True)
         except CacheError:
             continue
         if cache.fingerprint.to_dict() == run.fingerprint:
@@ -204,20 +199,12 @@ def _title(runs: Sequence[RunData], caches: Sequence[Cache]) -> str:
 
 def _page(title: str, contents: Sequence[Html], sections: Sequence[Html]) -> str:
     style = package_files("ci2p_cache.report").joinpath("style.css").read_text("utf-8")
-    body = element(
-        "body",
-        element(
-            "header",
-            element("h1", title),
-            element("nav", element("ul", *contents), aria_label="Contents"),
-        ),
-        element("main", *sections),
-        element(
-            "footer",
-            f"Written by ci2p-cache {__version__} from run folders and caches alone; the same "
-            "ones give the same page. It loads nothing.",
-        ),
-    )
+    body = markup(
+        '<body><header><h1>{}</h1><nav aria-label="Contents"><ul>{}</ul></nav></header>'
+        f"<main>{{}}</main><footer>Written by ci2p-cache {__version__} from run folders and caches "
+        "alone; the same ones give the same page. It loads nothing.</footer></body>",
+        title, contents, sections,
+    )  # fmt: skip
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'

@@ -1,16 +1,6 @@
-"""The run folder: whose it is, what it is bound to, and who may write there.
+"""The run folder as training writes it: whose it is, what it is bound to, who may write there.
 
-::
-
-    runs/<name>/
-      args.yaml       what binds the folder (RunSettings), and what it was started with
-      model.json      everything needed to rebuild the model and to read its latents
-      encoder.safetensors   the cache's, so that the folder alone classifies pictures
-      summary.csv     a row per epoch
-      tensorboard/    the same as events
-      checkpoints/    see checkpoint.py
-      evaluations/    what `evaluate` found, see inference/evaluation.py
-      .lock           only while somebody trains here
+`runs/files.py` draws it. Rank 0 alone reads and writes it, for all ranks.
 """
 
 from __future__ import annotations
@@ -20,23 +10,131 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.staging import StagingArea, disk_errors
+from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
-from ci2p_cache.record import differing_fields, read_yaml
+from ci2p_cache.models.registry import AnyModelConfig
+from ci2p_cache.record import differing_fields
+from ci2p_cache.runs.files import (
+    ARGS,
+    MODEL_FILE,
+    SUMMARY,
+    EpochRecord,
+    args_bytes,
+    read_args,
+    summary_csv,
+)
+from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore
+from ci2p_cache.training.checkpoint_folder import TrainState
+from ci2p_cache.training.encoder_copy import copy_encoder
+from ci2p_cache.training.inputs import model_record
+from ci2p_cache.training.learner import Learner
 from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.settings import RunArgs, RunSettings
 
-__all__ = ["open_run_folder", "read_run_args", "run_path"]
+__all__ = ["RunWriter", "open_writer", "read_run_args", "run_path"]
 
-_ARGS = "args.yaml"
-_MAX_ARGS_BYTES = 2**16
-"""Ours have a few thousand."""
 _OWN_WORK = {".lock", ".staging"}
+_BOARD_TAGS = {
+    "loss/train": "loss",
+    "loss/val": "val_loss",
+    "top1/train": "train_top1",
+    "top1/val": "top1",
+    "top5/val": "top5",
+    "optimizer/lr": "lr",
+    "optimizer/grad_norm": "grad_norm",
+    "optimizer/skipped_steps": "skipped_steps",
+    "speed/images_per_second": "images_per_second",
+    "speed/wait_share": "wait_share",
+}
+"""Tag of TensorBoard -> field of `EpochRecord`."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class RunWriter:
+    """The run folder as it is written: checkpoints, `summary.csv` and TensorBoard events.
+
+    `run` is the digest of the run's settings; the observer receives epochs that are safe on disk.
+    """
+
+    def __init__(
+        self, staging: StagingArea, *, run: str, has_average: bool, observer: TrainObserver
+    ) -> None:
+        self._staging = staging
+        self._observer = observer
+        self._store = CheckpointStore(staging, run=run, has_average=has_average)
+        self._events = staging.root / "tensorboard"
+        self._board: Any = None
+        self._num_epochs = 0
+
+    def load(self) -> Checkpoint | None:
+        """Reads the newest whole checkpoint; what was written beyond it is dropped.
+
+        Returns:
+            None where the run has not saved one yet.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none of them is whole.
+            ResourceError: the folder cannot be written.
+        """
+        checkpoint = self._store.load(self._observer)
+        history = checkpoint.state.history if checkpoint is not None else ()
+        # Whatever a killed process left there beyond its last checkpoint.
+        self._staging.put(SUMMARY, summary_csv(history))
+        self._num_epochs = len(history)
+        return checkpoint
+
+    def open_board(self, state: TrainState) -> None:
+        """Opens the TensorBoard events for the epochs that follow `state`.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        # Takes seconds, and reading a finished run needs none of it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        with disk_errors(self._events):
+            # What a resumed run trains again replaces the old.
+            self._board = SummaryWriter(str(self._events), purge_step=max(state.epoch, 1))
+        if state.history:
+            # A process killed between its checkpoint and this may not have written it.
+            self._add(state.history[-1])
+
+    def _add(self, record: EpochRecord) -> None:
+        """Writes an epoch's events through to the file."""
+        with disk_errors(self._events):
+            for tag, name in _BOARD_TAGS.items():
+                value = getattr(record, name)
+                if value is not None:
+                    self._board.add_scalar(tag, value, record.epoch)
+            self._board.flush()
+
+    def save(self, state: TrainState, learner: Learner) -> None:
+        """Writes a checkpoint, and the epoch that has ended with it, if one has.
+
+        Raises:
+            ResourceError: it cannot be written; earlier checkpoints are safe.
+        """
+        self._store.save(learner.checkpoint(state))
+        new = state.history[self._num_epochs :]
+        if new:
+            self._num_epochs = len(state.history)
+            self._staging.put(SUMMARY, summary_csv(state.history))
+            self._add(new[0])
+            self._observer.epoch(new[0])
+
+    def close(self) -> None:
+        """Closes the files.
+
+        Raises:
+            ResourceError: what was not written yet cannot be.
+        """
+        if self._board is not None:
+            with disk_errors(self._events):
+                self._board.close()
 
 
 def run_path(runs_dir: Path, name: str | None, settings: RunSettings) -> Path:
@@ -58,23 +156,27 @@ def run_path(runs_dir: Path, name: str | None, settings: RunSettings) -> Path:
 
 
 @contextmanager
-def open_run_folder(
-    path: Path, args: RunArgs, *, overwrite: bool, observer: TrainObserver
-) -> Iterator[StagingArea]:
+def open_writer(
+    path: Path,
+    args: RunArgs,
+    *,
+    cache: Cache,
+    config: AnyModelConfig,
+    overwrite: bool,
+    observer: TrainObserver,
+) -> Iterator[RunWriter]:
     """Makes or takes up a run folder and holds its lock while the block runs.
 
-    Args:
-        path: The folder.
-        args: What is asked for.
-        overwrite: Whether to remove the run that is there first.
-        observer: Receives a notice where device, threads or versions have changed since the start.
+    `args` is what is asked for; with `overwrite` the run that is there is removed first. The
+    observer receives epochs, and a notice where device, threads or versions have changed.
 
     Yields:
-        The folder's staging area; `args.yaml` stands.
+        What writes there; `args.yaml`, `model.json` and the encoder's copy stand.
 
     Raises:
         RunMismatchError: a run with other settings is there, or something else than a run.
         LockedError: another process trains there.
+        DigestError: the cache's encoder is missing or is not the one that was committed.
         ResourceError: the folder cannot be written.
     """
     _refuse_foreign(path)
@@ -82,7 +184,13 @@ def open_run_folder(
         path.mkdir(parents=True, exist_ok=True)
     with locked(path / ".lock", what="train"):
         _refuse_foreign(path)
-        started = _read_args(path)
+        try:
+            started = read_run_args(path)
+        except ManifestError as error:
+            raise RunMismatchError(
+                f"cannot read which run this is: {error}",
+                hint="choose another --name, or remove the folder by hand",
+            ) from error
         if started is not None and overwrite:
             _clear(path)
             started = None
@@ -90,11 +198,31 @@ def open_run_folder(
             _refuse_difference(path, started.settings, args.settings)
         with StagingArea(path, name="train") as staging:
             if started is None:
-                text = yaml.safe_dump(args.to_dict(), sort_keys=False, allow_unicode=True)
-                staging.put(_ARGS, text.encode())
+                staging.put(ARGS, args_bytes(args.to_dict()))
             elif started.numerics != args.numerics:
                 observer.notice(_changed_numerics(started.numerics, args.numerics))
-            yield staging
+            if not (path / MODEL_FILE).exists():
+                encoder = copy_encoder(cache, config, staging)
+                staging.put_json(MODEL_FILE, model_record(cache, config, encoder))
+            settings = args.settings
+            yield RunWriter(
+                staging, run=settings.digest, has_average=settings.spec.ema > 0, observer=observer
+            )
+
+
+def read_run_args(path: Path) -> RunArgs | None:
+    """Reads a run's `args.yaml`; None where the folder has none, so that it is no run.
+
+    Raises:
+        ManifestError: it is damaged or of another version.
+    """
+    file = path / ARGS
+    if not file.exists():
+        return None
+    try:
+        return RunArgs.from_dict(read_args(path))
+    except (ManifestError, OSError) as error:
+        raise ManifestError(f"{file} is damaged or of another version: {error}") from error
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -109,37 +237,12 @@ def _refuse_foreign(path: Path) -> None:
                 hint="choose another --name; to keep runs elsewhere, name that place with --runs",
             )
         names = {child.name for child in path.iterdir()}
-        if _ARGS in names or not names - _OWN_WORK:
+        if ARGS in names or not names - _OWN_WORK:
             return
     raise RunMismatchError(
-        f"{path} exists and is no run folder: it has no {_ARGS}; nothing was changed",
+        f"{path} exists and is no run folder: it has no {ARGS}; nothing was changed",
         hint="choose another --name",
     )
-
-
-def read_run_args(path: Path) -> RunArgs | None:
-    """Reads a run's `args.yaml`; None where the folder has none, so that it is no run.
-
-    Raises:
-        ManifestError: it is damaged or of another version.
-    """
-    file = path / _ARGS
-    if not file.exists():
-        return None
-    try:
-        return RunArgs.from_dict(read_yaml(file, max_bytes=_MAX_ARGS_BYTES))
-    except (ManifestError, OSError) as error:
-        raise ManifestError(f"{file} is damaged or of another version: {error}") from error
-
-
-def _read_args(path: Path) -> RunArgs | None:
-    try:
-        return read_run_args(path)
-    except ManifestError as error:
-        raise RunMismatchError(
-            f"the run cannot be told apart: {error}",
-            hint="choose another --name, or remove the folder by hand",
-        ) from error
 
 
 def _refuse_difference(path: Path, made: RunSettings, asked: RunSettings) -> None:
@@ -159,7 +262,7 @@ def _clear(path: Path) -> None:
     """Removes a run; `args.yaml` goes last, so that what is left stays recognised as a run."""
     children = [child for child in path.iterdir() if child.name not in _OWN_WORK]
     with disk_errors(path):
-        for child in sorted(children, key=lambda child: child.name == _ARGS):
+        for child in sorted(children, key=lambda child: child.name == ARGS):
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)
             else:

@@ -15,7 +15,7 @@ from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.outputs import refuse_url
 from ci2p_cache.training.checkpoint import share_checkpoint
 from ci2p_cache.training.checkpoint_folder import TrainState
-from ci2p_cache.training.folder import run_path
+from ci2p_cache.training.folder import open_writer, run_path
 from ci2p_cache.training.inputs import (
     data_digest,
     model_config_for,
@@ -29,7 +29,6 @@ from ci2p_cache.training.records import EpochRecord, TrainObserver, TrainProgres
 from ci2p_cache.training.session import Session
 from ci2p_cache.training.settings import RunArgs, RunSettings, require_same_settings
 from ci2p_cache.training.spec import TrainSpec
-from ci2p_cache.training.writer import open_writer
 
 __all__ = ["EpochRecord", "TrainObserver", "TrainProgress", "TrainSpec", "TrainSummary", "train"]
 

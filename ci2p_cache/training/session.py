@@ -14,13 +14,13 @@ from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.training.batch_norm import opened_statistics
 from ci2p_cache.training.checkpoint import Checkpoint
 from ci2p_cache.training.checkpoint_folder import TrainState, checkpoint_path
+from ci2p_cache.training.folder import RunWriter
 from ci2p_cache.training.learner import Learner
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver, TrainSummary, best_epoch
 from ci2p_cache.training.signals import StopSignal
 from ci2p_cache.training.spec import TrainSpec
 from ci2p_cache.training.trainer import Trainer
-from ci2p_cache.training.writer import RunWriter
 
 __all__ = ["Session"]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ci2p_cache.images.decode import decode_image, decoder_name
 from ci2p_cache.images.views import image_views
-from ci2p_cache.reconstructions import JPEG_QUALITY, jpeg_bytes
+from ci2p_cache.pictures.reconstructions import JPEG_QUALITY, jpeg_bytes
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
 __all__ = ["JPEG_QUALITY", "jpeg", "mean_psnr", "to_pixels", "unjpeg", "views"]

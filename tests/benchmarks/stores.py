@@ -22,9 +22,9 @@ from ci2p_cache.cache.index import ChannelSums, IndexRow, index_bytes
 from ci2p_cache.cache.manifest import Manifest, SplitRecord, shard_rows
 from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN, index_path, shard_path
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.demo_pictures import write_pictures
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.plan import Sample, plan_of_rows
+from ci2p_cache.pictures.drawn import write_pictures
 from ci2p_cache.specs import CodecName, LayoutSpec, ViewSpec
 
 __all__ = ["Data", "encoded", "generated", "read_data", "write_cache"]

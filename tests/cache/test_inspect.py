@@ -25,7 +25,7 @@ from ci2p_cache.errors import (
     SourceError,
     UsageError,
 )
-from ci2p_cache.previews import draw_preview
+from ci2p_cache.pictures.previews import draw_preview
 from ci2p_cache.record import sealed_bytes
 from tests.support.pictures import picture, write_image_folder
 from tests.support.tiers import thinned

@@ -21,7 +21,7 @@ from ci2p_cache.cache.summary import describe, describe_sample
 from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.weights import WeightsCard, tensor_digest, weights_bytes
 from ci2p_cache.errors import command
-from ci2p_cache.previews import draw_preview
+from ci2p_cache.pictures.previews import draw_preview
 from tests.support.caches import data_digests, flip, with_options
 from tests.support.pictures import write_image_folder
 from tests.support.seals import reseal

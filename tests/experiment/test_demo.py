@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +10,20 @@ import pytest
 from PIL import Image
 
 import ci2p_cache as cc
-from ci2p_cache.demo import DemoEvent, DemoOptions, run_demo
-from ci2p_cache.demo_pictures import CLASSES, make_picture, write_pictures
 from ci2p_cache.encoding.progress import EncodeProgress
 from ci2p_cache.errors import CacheError, ResourceError, UsageError
+from ci2p_cache.experiment.demo import DEMO, run_demo
+from ci2p_cache.experiment.run import StageEvent
+from ci2p_cache.pictures.drawn import CLASSES, make_picture, write_pictures
 from ci2p_cache.training.run import EpochRecord, TrainObserver
 from ci2p_cache.training.spec import TrainSpec
 
-SMALL = DemoOptions(per_class=40, size=64, epochs=14, batch_size=20)
+SMALL = dataclasses.replace(
+    DEMO,
+    generate=40,
+    encode=dataclasses.replace(DEMO.encode, size=64),
+    train=dataclasses.replace(DEMO.train, epochs=14, batch_size=20),
+)
 """Quick, and still learnt well above chance."""
 
 
@@ -74,18 +80,18 @@ def test_pictures_are_written_as_a_labelled_folder(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_runs_end_to_end_and_learns(tmp_path):
-    events: list[DemoEvent] = []
+    events: list[StageEvent] = []
     epochs, images = Epochs(), Images()
     folder = tmp_path / "demo"
     result = run_demo(
         folder,
-        options=SMALL,
+        experiment=SMALL,
         on_event=events.append,
         encode_observer=images,
         train_observer=epochs,
     )
     steps = ["pictures", "encode", "verify", "train", "draw"]
-    assert [event.step for event in events] == [step for step in steps for _ in range(2)]
+    assert [event.stage for event in events] == [step for step in steps for _ in range(2)]
     assert [event.seconds is None for event in events] == [True, False] * 5
     assert list(result.seconds) == steps
     assert images.done == result.images == 200
@@ -98,6 +104,7 @@ def test_the_demo_runs_end_to_end_and_learns(tmp_path):
         with Image.open(path) as image:
             assert image.format == "PNG"
     assert {path.name for path in folder.iterdir()} == {
+        "experiment.json",
         "pictures",
         "shards",
         "runs",
@@ -111,12 +118,16 @@ def test_the_demo_runs_end_to_end_and_learns(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_that_learns_nothing_fails_the_demo(tmp_path, monkeypatch):
+def test_a_model_that_learns_nothing_fails_the_demo(tmp_path):
     # A single step is enough for these pictures: the installation is broken by a rate of nothing.
-    monkeypatch.setattr("ci2p_cache.demo.run.TrainSpec", partial(TrainSpec, lr=1e-30, min_lr=0.0))
-    options = DemoOptions(per_class=30, size=32, epochs=1, batch_size=100)
+    experiment = dataclasses.replace(
+        DEMO,
+        generate=30,
+        encode=dataclasses.replace(DEMO.encode, size=32),
+        train=dataclasses.replace(DEMO.train, epochs=1, batch_size=100, lr=1e-30, min_lr=0.0),
+    )
     with pytest.raises(CacheError, match="the model did not learn") as caught:
-        run_demo(tmp_path / "demo", options=options)
+        run_demo(tmp_path / "demo", experiment=experiment)
     assert caught.value.exit_code == 1
 
 
@@ -135,7 +146,9 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
         run_demo(tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize("name", ["per_class", "epochs", "batch_size"])
+@pytest.mark.parametrize("name", ["generate", "epochs", "batch_size"])
 def test_a_demo_without_pictures_or_epochs_is_refused(name):
-    with pytest.raises(UsageError, match=f"demo `{name}` is 0"):
-        DemoOptions(**{name: 0})
+    with pytest.raises(UsageError, match=f"`{name}` is 0"):
+        if name == "generate":
+            dataclasses.replace(DEMO, generate=0)
+        TrainSpec(**DEMO.train.to_dict() | {name: 0})

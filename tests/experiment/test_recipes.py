@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import json
@@ -11,20 +12,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 
 import ci2p_cache as cc
-from ci2p_cache.experiment.comparison import paired_difference, read_study
-from ci2p_cache.experiment.load import list_recipes
-from ci2p_cache.experiment.study_table import study_csv
+from ci2p_cache.errors import RunMismatchError, UsageError
+from ci2p_cache.experiment.spec import list_recipes
 from ci2p_cache.models.registry import model_config
 from tests.support.commands import REPO, Ran
 from tests.support.pictures import write_image_folder
 
 PIPELINES = REPO / "pipelines"
 FILES = sorted(path for path in PIPELINES.glob("*.py") if list_recipes(path))
-RECIPES = [f"{path}:{entry.name}" for path in FILES for entry in list_recipes(path)]
+RECIPES = [f"{path}:{name}" for path in FILES for name in list_recipes(path)]
 
 
 def script(name: str) -> ModuleType:
@@ -51,9 +53,8 @@ def test_every_recipe_makes_an_experiment(recipe: str) -> None:
     assert experiment == cc.load_experiment(recipe)
     assert experiment.claim
     assert model_config(experiment.train.model, num_classes=10).num_classes == 10
-    name = recipe.rpartition(":")[2]
-    summary = {entry.name: entry.summary for entry in list_recipes(recipe.rpartition(":")[0])}
-    assert summary[name].endswith(".")
+    path, _, name = recipe.rpartition(":")
+    assert list_recipes(path)[name].endswith(".")
 
 
 def test_no_two_recipes_share_a_folder() -> None:
@@ -163,10 +164,10 @@ def test_the_tables_of_the_study_are_what_its_results_give() -> None:
     records = sorted((PIPELINES / "results").glob("*.json"))
     assert records
     for record in records:
-        found = read_study(record)
+        found = study.read_study(record)
         assert found is not None
         table = record.with_suffix(".csv").read_bytes()
-        assert table == study_csv(found, study.PLANS, reference=study.REFERENCE)
+        assert table == study.study_csv(found)
         page = (PIPELINES / "README.md").read_text("utf-8")
         for row in csv.DictReader(io.StringIO(table.decode())):
             command = row.pop("command")
@@ -184,18 +185,16 @@ def test_a_study_validates_each_image_once_and_names_what_was_not_run(
              "64", "--epochs", "1", "--batch-size", "4", "--folds", "2", "--results",
              str(tmp_path / "found")]  # fmt: skip
     study.main([*words, "--only", "a-int8", "--only", "b-crops4", "--only", "c-online"])
-    found = read_study(tmp_path / "found.json")
+    found = study.read_study(tmp_path / "found.json")
     assert found is not None
+    known = {each.name: each for each in found.configurations}
     assert [each.name for each in found.configurations] == ["a-int8", "b-crops4", "c-online"]
     assert {each.samples for each in found.configurations} == {13}
-    cached, online = found.find("a-int8"), found.find("c-online")
-    assert cached is not None
-    assert online is not None
+    cached, online = known["a-int8"], known["c-online"]
     # The encoder in the loop gives the same losses to the last bit, so the same images are right.
     assert cached.bits == online.bits
     assert online.gmac > cached.gmac
-    gap = paired_difference(cached.is_right(), online.is_right())
-    assert (gap.value, gap.low, gap.high) == (0, 0, 0)
+    assert study.paired_difference(cached.is_right(), online.is_right()) == (0, 0, 0)
     with (tmp_path / "found.csv").open(newline="") as file:
         assert [row["configuration"] for row in csv.DictReader(file)] == [
             "a-int8", "b-crops4", "c-online",
@@ -206,3 +205,48 @@ def test_a_study_validates_each_image_once_and_names_what_was_not_run(
     with pytest.raises(SystemExit) as refused:
         study.main([*words, "--epochs", "2", "--table"])
     assert refused.value.code == 4
+
+
+def test_bits_of_a_study_survive_and_pairs_are_compared_image_by_image(tmp_path: Path) -> None:
+    made = script("study")
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.random(101) < 0.9, rng.random(101) < 0.5
+    keys = [f"{number:03d}" for number in range(101)]
+    settings = made.StudySettings(size=64, epochs=1, batch_size=8, lr=1e-3, folds=2, seed=0)
+
+    def configuration(name: str, bits: np.ndarray) -> Any:
+        return made.Configuration(
+            name=name, what="", model="vit", bits=np.packbits(bits).tobytes().hex(), samples=101,
+            correct=int(bits.sum()), seconds_per_epoch=1.0, bytes_per_view=None, gmac=1.0,
+            device="cpu", command="",
+        )  # fmt: skip
+
+    study = made.with_configuration(None, settings, keys, configuration("b", ours))
+    study = made.with_configuration(study, settings, keys, configuration("a", theirs))
+    (tmp_path / "study.json").write_text(json.dumps(study.to_dict()))
+    again = made.read_study(tmp_path / "study.json")
+    assert again == study
+    assert [each.name for each in study.configurations] == ["a", "b"]
+    found = study.configurations[1]
+    assert np.array_equal(found.is_right(), ours)
+    gap = made.paired_difference(ours, theirs)
+    value, low, high = gap
+    assert value == pytest.approx(ours.mean() - theirs.mean())
+    assert 0 < low < value < high < 1
+    assert made.paired_difference(ours, theirs) == gap
+    assert made.paired_difference(ours, ours) == (0, 0, 0)
+    # Of 101 images with 61 more right than wrong the normal interval is close.
+    half = 1.96 * float(np.std(ours.astype(float) - theirs.astype(float))) / 101**0.5
+    assert low == pytest.approx(value - half, abs=0.02)
+    with pytest.raises(RunMismatchError, match="epochs: 1 in the study, 2 asked for"):
+        made.read_study(tmp_path / "study.json", dataclasses.replace(settings, epochs=2))
+    with pytest.raises(RunMismatchError, match="other images"):
+        made.with_configuration(study, settings, keys[:-1], configuration("c", ours))
+    with pytest.raises(UsageError, match="do not add up"):
+        made.Study(
+            settings=settings,
+            keys=tuple(keys),
+            configurations=(dataclasses.replace(found, correct=3),),
+        )
+    with pytest.raises(UsageError, match="images"):
+        made.paired_difference(ours, theirs[:-1])

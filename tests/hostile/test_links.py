@@ -182,7 +182,7 @@ def test_a_link_that_appears_while_files_are_written_is_refused_by_name(
 def test_an_encoder_that_is_a_link_is_not_read(cache: Path, outside: Path, tmp_path: Path) -> None:
     shutil.move(cache / "encoder.safetensors", outside / "moved")
     (cache / "encoder.safetensors").symlink_to(outside / "moved")
-    from ci2p_cache.previews import draw_preview
+    from ci2p_cache.pictures.previews import draw_preview
 
     with pytest.raises(errors.IntegrityError, match=r"encoder\.safetensors is a link"):
         draw_preview(cc.open_cache(cache), tmp_path / "look.png")

@@ -34,7 +34,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": {"errors"},
     "record": {"errors"},
     "parquet": set(),
-    "intervals": set(),
     "specs": {"errors", "record"},
     "remote": {"errors"},
     "outputs": {"errors", "remote"},
@@ -48,44 +47,28 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("cache", "fields", "parquet"),
     },
     "loader": {"machine", "errors", "record", "specs", "cache"},
+    "runs": {"errors", "parquet", "record", "specs", "cache", "models"},
     "training": {
         *("machine", "errors", "fields", "outputs", "record", "specs", "cache", "loader", "models"),
+        "runs",
     },
     "inference": {
         *("machine", "errors", "record", "specs", "images", "encoder", "cache", "loader", "models"),
-        *("training", "intervals", "outputs", "parquet"),
+        *("training", "outputs", "runs"),
     },
-    "report": {"errors", "outputs", "parquet", "record", "remote", "specs", "cache", "intervals"},
+    "pictures": {
+        *("errors", "outputs", "record", "remote", "specs", "cache", "images", "encoder"),
+    },
+    "report": {
+        *("errors", "outputs", "parquet", "record", "remote", "specs", "cache", "runs"),
+        "pictures",
+    },
     "experiment": {
-        *("errors", "record", "specs", "cache", "encoding", "demo_pictures", "training"),
-        *("inference", "report", "illustrations", "loader", "machine", "models", "outputs"),
-    },
-    "preview_figure": {"errors", "record", "specs", "cache"},
-    "reconstructions": {"errors", "record", "specs", "cache", "images", "encoder"},
-    "previews": {
-        "errors",
-        "record",
-        "specs",
-        "cache",
-        "images",
-        "encoder",
-        "outputs",
-        "preview_figure",
-        "reconstructions",
-    },
-    "illustrations": {
-        "errors",
-        "record",
-        "specs",
-        "cache",
-        "images",
-        "encoder",
-        "reconstructions",
-        "remote",
-        "report",
+        *("errors", "outputs", "record", "specs", "cache", "encoding", "pictures", "training"),
+        *("inference", "report", "runs"),
     },
 }
-"""Room -> rooms it may import. Rooms not named here (the cli, the demo) stand on top of all."""
+"""Room -> rooms it may import. Rooms not named here (the cli) stand on top of all."""
 
 EXCEPTIONS = {
     # Loading from the source images needs images, and the encoder where it is in the loop.

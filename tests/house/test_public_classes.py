@@ -15,8 +15,8 @@ import pytest
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache.commit import FileRecord
-from ci2p_cache.inference.evaluation import CalibrationBin, ClassScore
 from ci2p_cache.record import Record
+from ci2p_cache.runs.evaluations import CalibrationBin, ClassScore
 from ci2p_cache.training.records import EpochRecord
 from tests.support.caches import make_cache
 

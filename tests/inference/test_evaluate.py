@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.inference.scores import (
+from ci2p_cache.inference.scoring import (
     calibration_bins,
     confusion_triples,
     expected_calibration_error,
 )
-from ci2p_cache.intervals import wilson_interval
+from ci2p_cache.runs.evaluations import wilson_interval
 from tests.support.caches import data_digests
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder

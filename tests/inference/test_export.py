@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.inference.export_check import check_export
+from ci2p_cache.inference.export import check_export
 from tests.support.commands import Ran, needs
 from tests.support.trained import make_run
 

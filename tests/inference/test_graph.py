@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import ci2p_cache as cc
-from ci2p_cache.inference.exported import open_exported, write_exported
-from ci2p_cache.inference.graph import full_graph
+from ci2p_cache.inference.export import graph_of, open_exported, write_exported
 from tests.support.commands import needs
 from tests.support.trained import make_run
 
@@ -29,7 +28,7 @@ def test_a_value_at_a_tie_falls_to_the_even_symbol_as_in_the_cache(tmp_path: Pat
     y_hat_BMhw = classifier.dequantise(stored_BMhw)
 
     # What comes before and behind the rounding is left out: y goes in, y_hat comes out.
-    graph = full_graph(classifier)
+    graph = graph_of(classifier, "full")
     graph.g_a = graph.model = nn.Identity()
     assert torch.equal(graph(y_BMhw), y_hat_BMhw)
     write_exported(graph, torch.zeros_like(y_BMhw[:2]), tmp_path / "a.onnx", "onnx", {})

@@ -232,7 +232,7 @@ def walk(folder: Path, pictures: Path) -> int:
     import webdataset
     import zarr
 
-    from ci2p_cache.demo_pictures import write_pictures
+    from ci2p_cache.pictures.drawn import write_pictures
 
     if not pictures.exists():
         list(write_pictures(pictures, per_class=8))

@@ -250,7 +250,7 @@ MUTATIONS = (
     Mutation(
         name="onnx-rounds-half-away-from-zero",
         says="An exported model rounds y halfway between two symbols away from zero, not to even.",
-        file="ci2p_cache/inference/graph.py",
+        file="ci2p_cache/inference/export.py",
         old="torch.round((y_BMhw - self.offset) / self._step)",
         new="(lambda x: x.sign() * (x.abs() + 0.5).floor())((y_BMhw - self.offset) / self._step)",
         where=(

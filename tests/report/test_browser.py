@@ -12,7 +12,7 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache.cache.summary import index_parts
-from ci2p_cache.illustrations import LatentIllustrator
+from ci2p_cache.pictures.reconstructions import LatentIllustrator
 from ci2p_cache.report.html import write_report
 from tests.support.pictures import write_image_folder
 from tests.support.run_records import write_evaluation, write_run

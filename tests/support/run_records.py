@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -100,6 +101,8 @@ def write_evaluation(
     place = np.minimum((confidence * 15).astype(int), 14)
     bins = [
         {
+            "low": i / 15,
+            "high": (i + 1) / 15,
             "samples": int((place == i).sum()),
             "confidence": float(confidence[place == i].mean()) if (place == i).any() else None,
             "accuracy": float(correct[place == i].mean()) if (place == i).any() else None,
@@ -109,12 +112,23 @@ def write_evaluation(
     counts = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
     evaluation = {
         "version": 1,
+        "run": run.name,
+        "model": "vitds_tiny",
         "checkpoint": checkpoint,
-        "split": split,
+        "epoch": 3,
+        "step": 0,
         "cache": cache,
+        "split": split,
+        "folds": 0,
+        "fold": 0,
         "is_own_data": is_own,
+        "source": "cache",
+        "device": "cpu",
+        "batch_size": 64,
         "samples": len(labels),
         "top1": float(correct.mean()),
+        "top1_low": 0.0,
+        "top1_high": 1.0,
         "top5": 0.99,
         "nll": 0.7,
         "ece": 0.05,
@@ -129,6 +143,13 @@ def write_evaluation(
             for c in np.unique(labels)
         ],
         "confusion": [[a, b, n] for (a, b), n in sorted(counts.items())],
+        "predictions": {
+            "path": predictions.name,
+            "bytes": predictions.stat().st_size,
+            "sha256": hashlib.sha256(predictions.read_bytes()).hexdigest(),
+        },
+        "recorded_top1": float(correct.mean()),
+        "recorded_nll": 0.7,
     }
     path.write_text(json.dumps(evaluation))
     return path

@@ -472,8 +472,9 @@ def _main() -> None:
     for name in ("torch.utils.tensorboard", "rich.table"):
         importlib.import_module(name)
     for module in (
-        "cli.app", "cli.watch", "encoding.resume", "previews", "report.plots", "training.run",
-        "cache.summary", "cache.verify", "inference.classifier", "experiment.run",
+        "cli.app", "cli.watch", "encoding.resume", "pictures.previews", "report.charts",
+        "training.run", "cache.summary", "cache.verify", "inference.classifier",
+        "experiment.run",
     ):  # fmt: skip
         importlib.import_module(f"ci2p_cache.{module}")
     from tests.support.nano import add_nano_models

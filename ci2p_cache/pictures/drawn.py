@@ -42,10 +42,7 @@ _JPEG_QUALITY = 90
 def write_pictures(root: Path, *, per_class: int, seed: int = 0) -> Iterator[Path]:
     """Writes `root/CLASS/NNN.jpg` for each of `CLASSES`, yielding each path once it is written.
 
-    Args:
-        root: A folder; made if it does not exist.
-        per_class: Pictures of each class.
-        seed: The same seed gives the same pictures.
+    The folders are made. The same seed gives the same pictures.
 
     Raises:
         OSError: a picture cannot be written.
@@ -132,7 +129,7 @@ def _blobs(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
 
 
 def _two_colours(hue: float, rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """Returns a colour of that hue and a paler one of any hue, told apart easily."""
+    """Returns a colour of that hue and a paler one of any hue, easy to tell from it."""
     while True:
         colour = _rgb(hue, rng.uniform(0.45, 0.95), rng.uniform(0.5, 0.95))
         ground = _rgb(rng.random(), rng.uniform(0, 0.4), rng.uniform(0.15, 0.95))

@@ -1,0 +1,209 @@
+"""A run folder as the report reads it: settings, epochs, and its evaluations.
+
+A run folder may come from a stranger: links are not followed, sizes and counts are capped, and what
+is damaged or missing besides `args.yaml` and `summary.csv` becomes a remark instead of an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ci2p_cache.errors import InputDataError, ManifestError, command
+from ci2p_cache.record import read_json
+from ci2p_cache.runs.evaluations import (
+    EVALUATIONS,
+    OLD_EVALUATION,
+    Evaluation,
+    Predictions,
+    predictions_path,
+    read_evaluation,
+    read_predictions,
+)
+from ci2p_cache.runs.files import ARGS, MODEL_FILE, read_args, read_summary
+
+__all__ = ["RunData", "flattened", "is_encoded_again", "read_run"]
+
+_MAX_EVALUATIONS = 64
+
+Remark = tuple[str, str]
+"""What is missing from a report, a sentence, and the command that makes it, or nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RunData:
+    """What a run folder says."""
+
+    path: Path
+    """The folder."""
+    name: str
+    """Its name."""
+    cache: str
+    """Where the cache was."""
+    model: str
+    """Name of the model."""
+    fingerprint: Mapping[str, Any]
+    """The cache's fingerprint."""
+    settings: dict[str, str]
+    """Everything that binds the run, dotted names to written values."""
+    numerics: dict[str, str]
+    """Device, threads and versions."""
+    class_titles: tuple[str, ...]
+    """Names of the classes; empty where `model.json` is missing."""
+    columns: dict[str, list[float]]
+    """The columns of `summary.csv`."""
+    evaluations: dict[Path, Evaluation]
+    """Everything that it was evaluated on, by file; that of an earlier version is the last one."""
+    evaluation: Evaluation | None
+    """The one of them that is shown in full; None where there is none."""
+    predictions: Predictions | None
+    """Those of `evaluation`; None where there are none."""
+    remarks: tuple[Remark, ...]
+    """What is missing or damaged."""
+
+    def title_of(self, label: int) -> str:
+        """Returns the name of a class, or its number where it has none."""
+        if 0 <= label < len(self.class_titles):
+            return self.class_titles[label]
+        return f"class {label}"
+
+
+def read_run(path: Path) -> RunData:
+    """Reads a run folder.
+
+    Raises:
+        InputDataError: `args.yaml` or `summary.csv` is missing or damaged, or no epoch has ended.
+    """
+    args = _checked_args(path)
+    settings = args["settings"]
+    remarks: list[Remark] = []
+    titles: tuple[str, ...] = ()
+    try:
+        titles = tuple(map(str, read_json(path / MODEL_FILE).get("class_titles", ())))
+    except (OSError, ManifestError, TypeError) as error:
+        text = _damage_of(MODEL_FILE, error)
+        remarks.append((f"{text} Classes have numbers instead of names.", ""))
+    evaluate = command("evaluate", path)
+    found, damages = _read_evaluations(path, evaluate)
+    remarks += damages
+    evaluation = predictions = None
+    chosen = _chosen(found, path)
+    if chosen is not None:
+        evaluation, file = found[chosen], predictions_path(chosen)
+        try:
+            predictions = read_predictions(file)
+        except FileNotFoundError:
+            text = f"{file.name} is missing, so there are no intervals and no mistakes."
+            remarks.append((text, evaluate))
+        except (OSError, pa.ArrowException, ValueError) as error:
+            remarks.append((_damage_of(file.name, error), evaluate))
+    elif not damages:
+        text = "This run was not evaluated, so classes, confusions and calibration are not known."
+        remarks.append((text, evaluate))
+    return RunData(
+        path=path,
+        name=path.resolve().name,
+        cache=str(args.get("cache", "")),
+        model=str(settings["spec"].get("model", "?")),
+        fingerprint=settings.get("fingerprint") or {},
+        settings={k.removeprefix("spec."): _written(v) for k, v in flattened(settings)},
+        numerics={str(k): str(v) for k, v in dict(args.get("numerics") or {}).items()},
+        class_titles=titles,
+        columns=read_summary(path),
+        evaluations=found,
+        evaluation=evaluation,
+        predictions=predictions,
+        remarks=tuple(remarks),
+    )
+
+
+def is_encoded_again(path: Path) -> bool:
+    """Says whether an evaluation is of a model on latents that got them from the images."""
+    return path.stem.endswith("-images")
+
+
+def _read_evaluations(run: Path, evaluate: str) -> tuple[dict[Path, Evaluation], list[Remark]]:
+    """Returns what can be read, by file, and a remark for each of the others."""
+    folder = run / EVALUATIONS
+    paths = [] if folder.is_symlink() else sorted(folder.glob("*.json"))
+    remarks: list[Remark] = []
+    if len(paths) > _MAX_EVALUATIONS:
+        text = f"Of {len(paths)} evaluations the first {_MAX_EVALUATIONS} are shown."
+        remarks.append((text, ""))
+    found: dict[Path, Evaluation] = {}
+    for path in (*paths[:_MAX_EVALUATIONS], run / OLD_EVALUATION):
+        try:
+            one = read_evaluation(path)
+        except FileNotFoundError:
+            continue
+        except (OSError, ManifestError, OverflowError) as error:
+            remarks.append((_damage_of(path.name, error), evaluate))
+            continue
+        # The file of an earlier version counts where there is no newer one of the same.
+        known = [(each.split, each.checkpoint, each.is_own_data) for each in found.values()]
+        if path.name != OLD_EVALUATION or (one.split, one.checkpoint, one.is_own_data) not in known:
+            found[path] = one
+    return found, remarks
+
+
+def _chosen(found: Mapping[Path, Evaluation], run: Path) -> Path | None:
+    """Returns the evaluation that says most about a run; None of none.
+
+    Its own validation images come first, then images that training has not seen, then its training
+    images; of equal ones the best checkpoint, then the latest.
+    """
+    try:
+        best = str(read_json(run / "checkpoints" / "last.json").get("best", ""))
+    except (OSError, ManifestError):
+        best = ""
+
+    def worth(path: Path) -> tuple[int, bool, bool, str]:
+        one = found[path]
+        own = {"val": 2, "train": 0}.get(one.split, 1) if one.is_own_data else 1
+        return own, not is_encoded_again(path), one.checkpoint == best, one.checkpoint
+
+    return max(found, key=worth, default=None)
+
+
+def _damage_of(name: str, error: Exception) -> str:
+    """Returns a sentence about a file; errors of ours name it already, and say what is wrong."""
+    return f"{error}." if name in str(error) else f"{name} is damaged: {error}."
+
+
+def _checked_args(path: Path) -> dict[str, Any]:
+    file = path / ARGS
+    try:
+        args = read_args(path)
+    except (OSError, ManifestError) as error:
+        raise InputDataError(f"{file} cannot be read: {error}") from error
+    settings = args.get("settings")
+    if not isinstance(settings, dict) or not isinstance(settings.get("spec"), dict):
+        raise InputDataError(f"{file} is damaged: it has no `settings` with a `spec`")
+    if not isinstance(args.get("numerics") or {}, dict):
+        raise InputDataError(f"{file} is damaged: `numerics` is no mapping")
+    return args
+
+
+def flattened(data: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted names and values, in the order of the file."""
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "default"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(_written(item) for item in value[:16])
+    return str(value)
