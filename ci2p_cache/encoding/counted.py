@@ -9,7 +9,7 @@ import numpy as np
 
 from ci2p_cache.encoding.plan import Plan
 from ci2p_cache.errors import SourceError
-from ci2p_cache.images.layout_refusals import NONE_HINT
+from ci2p_cache.images.layouts import NONE_HINT
 from ci2p_cache.images.source import ImageRef, ImageSource
 from ci2p_cache.images.splits import look_like_parts, look_like_splits
 

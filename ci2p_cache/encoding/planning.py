@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 from ci2p_cache.cache.manifest import SplitRecord, shard_rows
 from ci2p_cache.encoding.plan import PLAN_SCHEMA, Plan, Sample
 from ci2p_cache.errors import SourceError
-from ci2p_cache.images.archives import SPLIT_ORDER
 from ci2p_cache.images.source import ImageRef, ImageSource
+from ci2p_cache.images.splits import SPLIT_ORDER
 from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec
 
 __all__ = ["EarlierRows", "build_plan", "plan_of_rows"]

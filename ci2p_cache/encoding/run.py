@@ -16,7 +16,7 @@ from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.place import refuse_place
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.errors import UsageError
-from ci2p_cache.images.decoder_server import start_decoder_server
+from ci2p_cache.images.decoders import start_decoder_server
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
 

@@ -32,20 +32,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ci2p_cache.errors import CacheError, ImageDecodeError, MissingDependencyError, UsageError
 from ci2p_cache.images.decode import decode_image
+from ci2p_cache.images.decoders import MAX_MESSAGE_BYTES, RAISED
 from ci2p_cache.images.views import image_views
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
-__all__ = ["MAX_MESSAGE_BYTES", "RAISED", "import_torchvision"]
-
-MAX_MESSAGE_BYTES = 2**17
-"""A key of 4,096 bytes, all of them escaped, and the boxes of some hundred crops fit."""
-
-RAISED: dict[str, type[CacheError]] = {
-    error.__name__: error for error in (ImageDecodeError, MissingDependencyError, UsageError)
-}
-"""Errors of ours that an answer may name; any other is a bug and comes as its traceback."""
+__all__ = ["import_torchvision"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -166,14 +158,9 @@ def _work(channel: socket.socket, memory: int) -> None:
             answer = {"bug": traceback.format_exc()}
         else:
             os.pwrite(memory, views.numpy().data.cast("B"), 0)
-            answer = {
-                "width": image.width,
-                "height": image.height,
-                "mode": image.mode,
-                "format": image.format,
-                "orientation": image.orientation,
-                "boxes": [asdict(box) for box in boxes],
-            }
+            names = ("width", "height", "mode", "format", "orientation")
+            answer = {name: getattr(image, name) for name in names}
+            answer["boxes"] = [asdict(box) for box in boxes]
         # What an image left behind must not make the next one fail.
         if not _tell(channel, answer | {"retires": _data_bytes() > limit}):
             return

@@ -3,48 +3,65 @@
 Image decoders are C code that reads what strangers wrote. One that dies, loops or allocates without
 end takes a worker process with it; the file it held is known, is tried once more in a fresh worker,
 and is then a bad image like any other.
+
+This module imports no torch until an image is decoded: it starts the process that does.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import signal
 import socket
+import sys
 import threading
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ci2p_cache.errors import CacheError, ImageDecodeError, ResourceError
-from ci2p_cache.images.decoder_process import MAX_MESSAGE_BYTES, RAISED
-from ci2p_cache.images.decoder_server import fork_decoder, server_gone, start_decoder_server
-from ci2p_cache.images.views import CropBox
+from ci2p_cache.errors import (
+    CacheError,
+    ImageDecodeError,
+    MissingDependencyError,
+    ResourceError,
+    UsageError,
+)
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
-__all__ = ["Decoders", "ViewedImage"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
+__all__ = ["MAX_MESSAGE_BYTES", "RAISED", "Decoders", "ViewedImage", "start_decoder_server"]
+
+MAX_MESSAGE_BYTES = 2**17
+"""A key of 4,096 bytes, all of them escaped, and the boxes of some hundred crops fit."""
+
+RAISED: dict[str, type[CacheError]] = {
+    error.__name__: error for error in (ImageDecodeError, MissingDependencyError, UsageError)
+}
+"""Errors of ours that an answer may name; any other is a bug and comes as its traceback."""
+
+_PROCESS = "ci2p_cache.images.decoder_process"
 _ATTEMPTS = 2
 """A second death on the same file, in a worker that decoded nothing before it, is the file's."""
 
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Signals that no decoder raises itself: the machine or a person did."""
 
-
-_KEPT_BYTES = 2**23
-"""Shared memory that a worker keeps between images; more is given back after a large one."""
+_MEMORY_BYTES = 2**23
+"""Shared memory that a worker holds between images; more is given back after a large one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewedImage:
     """One decoded image, cut into views."""
 
-    views: torch.Tensor
+    views: Tensor
     """uint8 (V, 3, size, size), 0-255, contiguous, owning its memory."""
-    boxes: tuple[CropBox, ...]
-    """Where each view was cut."""
+    boxes: list[dict[str, Any]]
+    """Where each view was cut: the fields of a `views.CropBox`."""
     width: int
     """Pixels per row in the file."""
     height: int
@@ -109,9 +126,9 @@ class Decoders:
         while True:
             worker = self._take(fresh=deaths > 0)
             answer = worker.ask(data, split=split, key=key)
-            if "views" in answer or "raised" in answer or "bug" in answer:
+            if "retires" in answer:
                 self._give_back(worker, retires=answer.pop("retires"))
-                return self._image(answer)
+                return _image(answer)
             self._forget(worker)
             if "refused" in answer:
                 raise ResourceError(
@@ -125,7 +142,7 @@ class Decoders:
             else:
                 losses += 1
                 if losses == _ATTEMPTS:
-                    raise server_gone()
+                    raise _server_gone()
 
     def _take(self, *, fresh: bool) -> _Worker:
         with self._lock:
@@ -154,15 +171,6 @@ class Decoders:
         if closed:
             raise ResourceError("decoding was stopped")
 
-    @staticmethod
-    def _image(answer: dict[str, Any]) -> ViewedImage:
-        if "bug" in answer:
-            raise CacheError(f"decoding failed by a mistake of ours: {answer['bug']}")
-        if "raised" in answer:
-            raise RAISED[answer["raised"]](answer["message"], hint=answer["hint"])
-        boxes = tuple(CropBox(**box) for box in answer.pop("boxes"))
-        return ViewedImage(boxes=boxes, **answer)
-
 
 class _Worker:
     """A worker process as its owner sees it: a channel, and memory that both can reach."""
@@ -173,42 +181,44 @@ class _Worker:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._memory = os.memfd_create("ci2p-cache decoder")
         with theirs:
-            fork_decoder(theirs.fileno(), self._memory)
-        self._tell({"image": image_spec.to_dict(), "views": view_spec.to_dict()})
+            _SERVER.fork(theirs.fileno(), self._memory)
+        self._send({"image": image_spec.to_dict(), "views": view_spec.to_dict()})
 
     def ask(self, data: bytes, *, split: str, key: str) -> dict[str, Any]:
         """Lets the worker decode.
 
         Returns:
-            `views` and what else is known of the image, or `raised`, `bug`, `died`, `refused`;
-            nothing where server and worker have both gone.
+            `retires`, and `views` and what else is known of the image, or `raised` or `bug`; or
+            `died` or `refused` alone; nothing where server and worker have both gone.
         """
-        _write(self._memory, data)
-        self._tell({"bytes": len(data), "split": split, "key": key})
-        answer = self._hear()
+        import torch
+
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._memory, memoryview(data)[written:], written)
+        self._send({"bytes": len(data), "split": split, "key": key})
+        answer = self._receive()
         if "boxes" in answer:
             shape = (self._view_spec.num_views(split), 3, self._size, self._size)
             answer["views"] = views = torch.empty(shape, dtype=torch.uint8)
             got = os.preadv(self._memory, [views.numpy().data.cast("B")], 0)
             assert got == views.numel(), "a worker writes views before it answers"
-        if len(data) > _KEPT_BYTES:
+        if len(data) > _MEMORY_BYTES:
             os.ftruncate(self._memory, 0)
         return answer
 
-    def _tell(self, message: dict[str, Any]) -> None:
-        # Where no one listens any more, the last words are still to be heard.
+    def _send(self, message: dict[str, Any]) -> None:
+        # Where no one listens any more, the last words are still to be received.
         with contextlib.suppress(OSError):
             self._channel.send(json.dumps(message).encode())
 
-    def _hear(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         for _ in range(2):
-            try:
+            # Comes first where the worker died before it read the request.
+            with contextlib.suppress(ConnectionResetError):
                 message = self._channel.recv(MAX_MESSAGE_BYTES)
-            except ConnectionResetError:
-                # Comes first where the worker died before it read the request.
-                continue
-            answer: dict[str, Any] = json.loads(message) if message else {}
-            return answer
+                answer: dict[str, Any] = json.loads(message) if message else {}
+                return answer
         return {}
 
     def hang_up(self) -> None:
@@ -221,10 +231,12 @@ class _Worker:
         os.close(self._memory)
 
 
-def _write(memory: int, data: bytes) -> None:
-    written = 0
-    while written < len(data):
-        written += os.pwrite(memory, memoryview(data)[written:], written)
+def _image(answer: dict[str, Any]) -> ViewedImage:
+    if "bug" in answer:
+        raise CacheError(f"decoding failed by a mistake of ours: {answer['bug']}")
+    if "raised" in answer:
+        raise RAISED[answer["raised"]](answer["message"], hint=answer["hint"])
+    return ViewedImage(**answer)
 
 
 def _cause_of_death(code: int) -> CacheError:
@@ -240,3 +252,93 @@ def _cause_of_death(code: int) -> CacheError:
     if code < 0:
         return ImageDecodeError(f"the decoder crashed on it ({signal.Signals(-code).name})")
     return ImageDecodeError(f"the decoder ended its process (exit code {code})")
+
+
+class _Server:
+    """The process that forks workers: one for this process and whatever is forked from it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._control: socket.socket | None = None
+
+    def start(self) -> None:
+        """Starts it unless it runs; it imports torch meanwhile and ends with this process."""
+        with self._lock:
+            self._started()
+
+    def fork(self, channel: int, memory: int) -> None:
+        """Starts a worker.
+
+        Args:
+            channel: Descriptor of the socket that it answers on.
+            memory: Descriptor of the memory that it takes bytes from and leaves views in.
+
+        Raises:
+            ResourceError: the server cannot be started, or has ended twice.
+        """
+        with self._lock:
+            for _ in range(2):
+                control = self._started()
+                try:
+                    socket.send_fds(control, [b"fork"], [channel, memory])
+                except (BrokenPipeError, ConnectionResetError):
+                    control.close()
+                    self._control = None
+                else:
+                    return
+        raise _server_gone()
+
+    def _started(self) -> socket.socket:
+        if self._control is None:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                _spawn(theirs.fileno())
+            self._control = ours
+            atexit.register(ours.close)
+        return self._control
+
+
+_SERVER = _Server()
+
+
+def start_decoder_server() -> None:
+    """Starts the process that decoder workers are forked from, if it does not run yet.
+
+    Raises:
+        ResourceError: it cannot be started.
+    """
+    _SERVER.start()
+
+
+def _server_gone() -> ResourceError:
+    return ResourceError(
+        "the process that starts decoders has ended, twice",
+        hint=f"{sys.executable} -m {_PROCESS} < /dev/null   (says why)",
+    )
+
+
+def _spawn(control: int) -> None:
+    """Starts a fresh interpreter, because a fork of one with threads is not safe."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
+        # More threads would be lost in its forks, and none of them is wanted.
+        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    }
+    try:
+        os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-P", "-W", "ignore", "-m", _PROCESS],
+            environment,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, control, 0),
+                # Who reads our output waits for all that hold it, and this one may still be
+                # importing when we have gone. libjpeg's and libtiff's complaints go there too;
+                # what counts of them comes as an error.
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            # Ctrl-C and the terminal's end go to all its processes; this one ends with its owner.
+            setsigmask=[signal.SIGINT, signal.SIGHUP],
+        )
+    except OSError as error:
+        raise ResourceError(f"no process for decoding can be started: {error}") from error

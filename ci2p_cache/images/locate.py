@@ -9,10 +9,8 @@ import os
 
 from ci2p_cache.errors import SourceError, UsageError
 from ci2p_cache.images.archives import PARQUET_SUFFIXES, TAR_SUFFIXES, kind_of_folder
-from ci2p_cache.images.folder import FolderSource
-from ci2p_cache.images.reading import read_file
+from ci2p_cache.images.folder import FolderSource, TreeSource
 from ci2p_cache.images.source import ImageReader, ImageSource, SourceOptions
-from ci2p_cache.images.tree_source import TreeSource
 from ci2p_cache.images.zip import ZIP_SUFFIXES, ZipSource
 from ci2p_cache.remote import url_of
 
@@ -125,26 +123,13 @@ def open_reader(location: str | os.PathLike[str]) -> ImageReader:
         return FetchedSource(url, open_source, open_reader, SourceOptions())
     full = os.path.abspath(name)
     if os.path.isdir(full) and os.listdir(full) and kind_of_folder(full) is None:
-        return _Files(full)
+        return FolderSource(os.fsdecode(full))
     if os.path.isfile(name) and name.lower().endswith((*_LIST_SUFFIXES, *PARQUET_SUFFIXES)):
         from ci2p_cache.images.table import is_table
 
         if name.lower().endswith(_LIST_SUFFIXES) or is_table(name):
-            return _Files(os.path.dirname(full))
+            return FolderSource(os.fsdecode(os.path.dirname(full)))
     return open_source(location)
-
-
-class _Files:
-    """An `ImageReader` over the files below a folder."""
-
-    def __init__(self, root: bytes) -> None:
-        self._root = root
-
-    def location(self) -> str:
-        return os.fsdecode(self._root)
-
-    def read(self, path: bytes) -> bytes:
-        return read_file(self._root, path)
 
 
 def _refuse(options: SourceOptions, names: str, kind: str) -> None:

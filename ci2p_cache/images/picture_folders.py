@@ -12,11 +12,9 @@ from torch import Tensor
 
 from ci2p_cache.errors import ImageDecodeError, SourceError
 from ci2p_cache.images.decode import decode_image, decoder_name
-from ci2p_cache.images.kinds import is_image
-from ci2p_cache.images.listing import walk
-from ci2p_cache.images.names import for_display
+from ci2p_cache.images.names import Tally, for_display
 from ci2p_cache.images.reading import read_file
-from ci2p_cache.images.tally import Tally
+from ci2p_cache.images.tree import DiskTree
 from ci2p_cache.specs import ImageSpec
 
 __all__ = ["PictureFolders"]
@@ -101,9 +99,8 @@ class PictureFolders(Sequence[Tensor]):
         if not folder.is_dir():
             raise SourceError(f"{folder} is no folder; wanted a folder with pictures in it")
         root, tally = os.fsencode(folder.absolute()), Tally()
-        for path in walk(root, b"", tally):
-            if is_image(root, path, tally):
-                yield root, path
+        for path in DiskTree(root).images(b"", tally):
+            yield root, path
         self.notices += tally.notices()
 
     def __len__(self) -> int:

@@ -21,11 +21,9 @@ from torch import Tensor
 
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.decode import decode_image
-from ci2p_cache.images.kinds import is_image
-from ci2p_cache.images.listing import walk
-from ci2p_cache.images.names import as_key
+from ci2p_cache.images.names import Tally, as_key
 from ci2p_cache.images.reading import read_file
-from ci2p_cache.images.tally import Tally
+from ci2p_cache.images.tree import DiskTree
 from ci2p_cache.images.views import image_views
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
@@ -60,9 +58,8 @@ def find_pictures(names: Iterable[str | os.PathLike[str]]) -> list[tuple[str, st
 
 
 def _of_folder(name: str) -> list[tuple[str, str | None]]:
-    root, tally = os.fsencode(name), Tally()
     try:
-        paths = [path for path in walk(root, b"", tally) if is_image(root, path, tally)]
+        paths = list(DiskTree(os.fsencode(name)).images(b"", Tally()))
     except (SourceError, ResourceError) as error:
         return [(name, str(error))]
     if not paths:
