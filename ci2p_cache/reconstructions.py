@@ -27,10 +27,9 @@ from ci2p_cache.cache.split import Split
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
-from ci2p_cache.images.decode import decode_image
+from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.locate import open_reader
 from ci2p_cache.images.source import ImageReader
-from ci2p_cache.images.views import image_views
 
 __all__ = [
     "JPEG_QUALITY",
@@ -103,14 +102,14 @@ def original_views(
     if hashlib.sha256(data).hexdigest() != entry.source_sha256:
         return None, "changed"
     fingerprint = split.cache.fingerprint
-    views, _ = image_views(
-        decode_image(data, fingerprint.image),
-        fingerprint.image,
-        fingerprint.views,
-        split=split.name,
-        key=entry.key,
-    )
-    return views, "unchanged"
+    decoders = Decoders(fingerprint.image, fingerprint.views)
+    try:
+        return decoders.decode(data, split=split.name, key=entry.key).views, "unchanged"
+    except ImageDecodeError:
+        # It was decoded once: here its decoder crashes, or is another one.
+        return None, "missing"
+    finally:
+        decoders.close()
 
 
 def stored_latent(split: Split, row: int, view: int) -> Tensor:

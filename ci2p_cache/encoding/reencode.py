@@ -29,10 +29,9 @@ from ci2p_cache.encoding.lane import (
 )
 from ci2p_cache.encoding.same_decoder import refuse_other_decoder
 from ci2p_cache.errors import ImageDecodeError, ShardError, UsageError
-from ci2p_cache.images.decode import decode_image
+from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.locate import open_reader
 from ci2p_cache.images.source import ImageReader
-from ci2p_cache.images.views import image_views
 from ci2p_cache.record import Record
 
 __all__ = ["ReencodeSummary", "reencode"]
@@ -102,6 +101,7 @@ def reencode(
     cache = open_cache(path)
     refuse_other_decoder(cache.fingerprint)
     images = open_reader(cache.manifest.source if source is None else source)
+    decoders = Decoders(cache.fingerprint.image, cache.fingerprint.views)
     lanes = _Lanes(cache)
     chosen = _drawn(cache, count, seed)
     tally, changed, findings = _Tally(), [], []
@@ -109,7 +109,7 @@ def reencode(
     single_threaded()
     try:
         for done, (split, row) in enumerate(chosen, 1):
-            found = _compare(split, row, images, lanes, tally)
+            found = _compare(split, row, images, decoders, lanes, tally)
             if isinstance(found, Finding):
                 findings.append(found)
             elif found is not None:
@@ -117,6 +117,7 @@ def reencode(
             if on_row is not None:
                 on_row(done, len(chosen))
     finally:
+        decoders.close()
         torch.set_num_threads(threads)
     return ReencodeSummary(
         rows=len(chosen),
@@ -160,7 +161,7 @@ def _drawn(cache: Cache, count: int, seed: int) -> list[tuple[Split, int]]:
 
 
 def _compare(
-    split: Split, row: int, images: ImageReader, lanes: _Lanes, tally: _Tally
+    split: Split, row: int, images: ImageReader, decoders: Decoders, lanes: _Lanes, tally: _Tally
 ) -> Finding | str | None:
     """Compares one row: gives a finding, the name of a changed source image, or None."""
     shard = row // split.record.shard_rows
@@ -188,7 +189,7 @@ def _compare(
     assert commit is not None, "its shard was read"
     offset = row - split.record.rows_of(shard).start
     entry = index.slice(offset, 1).to_pylist()[0]
-    views = _views(split, entry, images)
+    views = _views(split, entry, images, decoders)
     if isinstance(views, str):
         return f"{entry['path']} ({views})"
     lane = lanes.of(commit)
@@ -218,21 +219,18 @@ def _compare(
     return None
 
 
-def _views(split: Split, entry: dict[str, Any], images: ImageReader) -> list[torch.Tensor] | str:
+def _views(
+    split: Split, entry: dict[str, Any], images: ImageReader, decoders: Decoders
+) -> list[torch.Tensor] | str:
     """Makes the views of a row again, uint8 (3, size, size) each, or says why that is not fair."""
-    fingerprint = split.cache.fingerprint
     try:
         data = images.read(entry["path_bytes"])
         digest = hashlib.sha256(data).hexdigest()
         if digest != entry["source_sha256"]:
             return f"its sha256 is {digest[:12]}..., {entry['source_sha256'][:12]}... was encoded"
-        image = decode_image(data, fingerprint.image)
+        return list(decoders.decode(data, split=split.name, key=entry["key"]).views)
     except ImageDecodeError as error:
         return str(error)
-    views, _ = image_views(
-        image, fingerprint.image, fingerprint.views, split=split.name, key=entry["key"]
-    )
-    return list(views)
 
 
 def _encode(

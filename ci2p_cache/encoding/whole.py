@@ -98,7 +98,7 @@ def _encoded(
         # An original may have gone or changed since: only the same bytes are put back.
         observer.notice(f"{missing_text(intent, missing)} are damaged; they are encoded again")
         found = verify(root, quick=True)
-        restored = restore(root, found, images.location(), options.weights, observer).images
+        restored = restore(root, found, images, options.weights, observer).images
         commits, missing = committed_shards(folder, intent)
         if missing:
             raise ShardError(

@@ -20,7 +20,7 @@ _LIST_SUFFIXES = (b".csv", b".tsv")
 
 
 def open_source(
-    location: str | os.PathLike[str],
+    location: str | os.PathLike[str] | ImageSource,
     options: SourceOptions | None = None,
     *,
     is_listed: bool = False,
@@ -38,7 +38,8 @@ def open_source(
             - parquet files with the images in them: a file, a folder, a pattern (see
               `parquet.ParquetSource`);
             - any of these behind `s3://`, `gs://` or `http(s)://` (see `fetched.FetchedSource`);
-            - a list of paths and labels: a CSV or parquet file (see `table.TableSource`).
+            - a list of paths and labels: a CSV or parquet file (see `table.TableSource`);
+            - any other `ImageSource`, which is returned as it is.
         options: What the names of columns and the folder of a list are, where they are not the
             usual ones, and whether labels count.
         is_listed: Whether the images were listed before; the layout of a folder is then found out
@@ -54,6 +55,11 @@ def open_source(
         ResourceError: the file system failed again and again.
     """
     options = options or SourceOptions()
+    if not isinstance(location, str | os.PathLike):
+        _refuse(options, "root image_column label_column", "a source of your own")
+        if options.labels == "none" and not is_listed and location.classes:
+            raise UsageError("`labels` is none, and the source has classes; wanted auto")
+        return location
     source = _opened(location, options)
     if isinstance(source, TreeSource) and not is_listed:
         # A layout that is not understood is refused before anything else takes its time.
@@ -104,17 +110,20 @@ def _opened(location: str | os.PathLike[str], options: SourceOptions) -> ImageSo
     return of_folders(location, labelled=options.labels == "auto")
 
 
-def open_reader(location: str | os.PathLike[str]) -> ImageReader:
+def open_reader(location: str | os.PathLike[str] | ImageReader) -> ImageReader:
     """Opens images that were listed before, for reading alone.
 
     Nothing is listed and no layout found out: it is enough that the files are there.
 
     Args:
-        location: As `ImageSource.location` gave it, or where the same files are now.
+        location: As `ImageSource.location` gave it, where the same files are now, or any reader,
+            which is returned as it is.
 
     Raises:
         SourceError, UsageError, MissingDependencyError, ResourceError: as `open_source` has them.
     """
+    if not isinstance(location, str | os.PathLike):
+        return location
     name = os.fsencode(location)
     url = url_of(os.fsdecode(name))
     if url is not None:

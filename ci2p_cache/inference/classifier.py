@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ci2p_cache.errors import UsageError
 from ci2p_cache.images.decode import decoder_name
+from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.inference.model_inputs import as_floats, as_stored, encode_by_cores
 from ci2p_cache.inference.pictures import find_pictures, read_ahead, read_picture, shown
 from ci2p_cache.inference.prediction import Guess, Prediction, likeliest
@@ -207,7 +208,11 @@ class Classifier:
             ImageDecodeError: the file is missing, unreadable or no image.
             ResourceError: reading failed again and again.
         """
-        return read_picture(os.fspath(path), self.fingerprint.image)
+        return read_picture(os.fspath(path), self._decoders)
+
+    @cached_property
+    def _decoders(self) -> Decoders:
+        return Decoders(self.fingerprint.image).end_with(self)
 
     def predict(
         self,

@@ -4,8 +4,8 @@
 
     files, folders, patterns -> one entry per picture -> bytes -> pixels -> view 0, uint8
 
-What is wrong with one picture is said of it, and the others continue. Decoding happens in this
-process, as in the loaders: a file that crashes the decoder itself ends the command.
+What is wrong with one picture is said of it, and the others continue. Decoding happens in processes
+of its own: a file that crashes its decoder is one bad picture.
 """
 
 from __future__ import annotations
@@ -20,16 +20,12 @@ from pathlib import Path
 from torch import Tensor
 
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
-from ci2p_cache.images.decode import decode_image
+from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.names import Tally, as_key
 from ci2p_cache.images.reading import read_file
 from ci2p_cache.images.tree import DiskTree
-from ci2p_cache.images.views import image_views
-from ci2p_cache.specs import ImageSpec, ViewSpec
 
 __all__ = ["find_pictures", "read_ahead", "read_picture", "shown"]
-
-_ONE_VIEW = ViewSpec(kind="none")
 
 
 def find_pictures(names: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str | None]]:
@@ -67,12 +63,12 @@ def _of_folder(name: str) -> list[tuple[str, str | None]]:
     return [(str(Path(name) / os.fsdecode(path)), None) for path in paths]
 
 
-def read_picture(path: str, spec: ImageSpec) -> Tensor:
+def read_picture(path: str, decoders: Decoders) -> Tensor:
     """Reads a picture as a validation image of the cache was read.
 
     Args:
         path: The file.
-        spec: How images are decoded, resized and cut.
+        decoders: How images are decoded, resized and cut.
 
     Returns:
         uint8 (3, size, size), 0-255: the centre square.
@@ -84,9 +80,7 @@ def read_picture(path: str, spec: ImageSpec) -> Tensor:
     if not os.path.exists(path):  # noqa: PTH110
         raise ImageDecodeError("there is no such file")
     folder, name = os.path.split(os.fsencode(path))
-    decoded = decode_image(read_file(folder or b".", name), spec)
-    views, _ = image_views(decoded, spec, _ONE_VIEW, split="val", key="")
-    return views[0]
+    return decoders.decode(read_file(folder or b".", name), split="val", key="").views[0]
 
 
 def read_ahead(

@@ -33,7 +33,7 @@ from ci2p_cache.encoding.repair.witnesses import Witnesses
 from ci2p_cache.encoding.same_decoder import refuse_other_decoder
 from ci2p_cache.errors import SourceError, command
 from ci2p_cache.images.locate import open_reader, open_source
-from ci2p_cache.images.source import ImageReader
+from ci2p_cache.images.source import ImageReader, ImageSource
 
 __all__ = ["repair", "restore"]
 
@@ -96,7 +96,7 @@ def repair(
 def restore(
     root: Path,
     found: list[Finding],
-    source: str,
+    source: ImageSource,
     weights: Path | None,
     observer: EncodeObserver,
 ) -> RepairSummary:
@@ -119,7 +119,7 @@ class _Repair:
         self,
         root: Path,
         found: list[Finding],
-        source: str | Path | None,
+        source: str | Path | ImageSource | None,
         weights: Path | None,
         observer: EncodeObserver,
     ) -> None:
@@ -197,7 +197,7 @@ class _Repair:
             self._images = self._opened(open_reader)
         return self._images
 
-    def _opened(self, opener: Callable[[str | Path], _T]) -> _T:
+    def _opened(self, opener: Callable[[str | Path | ImageSource], _T]) -> _T:
         place = self.manifest.source if self._source is None else self._source
         try:
             return opener(place)
