@@ -11,16 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ci2p_cache.cache.finding import Finding
     from ci2p_cache.cache.split import Split
-    from ci2p_cache.cache.status import CacheStatus, status
     from ci2p_cache.cache.store import Cache, open_cache
-    from ci2p_cache.cache.verify import verify
+    from ci2p_cache.cache.survey import CacheStatus, status
+    from ci2p_cache.cache.verify import Finding, verify
     from ci2p_cache.encoder.frozen import FrozenEncoder
     from ci2p_cache.encoder.load import load_encoder
     from ci2p_cache.encoding.convert.run import ConvertSummary, convert
-    from ci2p_cache.encoding.dry_run.forecast import DryRunReport
-    from ci2p_cache.encoding.dry_run.run import dry_run
+    from ci2p_cache.encoding.forecast import DryRunReport, dry_run
     from ci2p_cache.encoding.options import EncodeOptions
     from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
     from ci2p_cache.encoding.reencode import ReencodeSummary, reencode
@@ -115,11 +113,11 @@ _HOMES = {
     "CI2PPatchEmbed": "models.patch_embed",
     "Cache": "cache.store",
     "CacheError": "errors",
-    "CacheStatus": "cache.status",
+    "CacheStatus": "cache.survey",
     "Classifier": "inference.classifier",
     "Complexity": "models.complexity",
     "ConvertSummary": "encoding.convert.run",
-    "DryRunReport": "encoding.dry_run.forecast",
+    "DryRunReport": "encoding.forecast",
     "EncodeObserver": "encoding.progress",
     "EncodeOptions": "encoding.options",
     "EncodeSummary": "encoding.progress",
@@ -127,7 +125,7 @@ _HOMES = {
     "Evaluation": "inference.evaluation",
     "Experiment": "experiment.spec",
     "ExperimentSummary": "experiment.run",
-    "Finding": "cache.finding",
+    "Finding": "cache.verify",
     "Fingerprint": "specs",
     "FrozenEncoder": "encoder.frozen",
     "ImageSpec": "specs",
@@ -146,7 +144,7 @@ _HOMES = {
     "complexity": "models.complexity",
     "convert": "encoding.convert.run",
     "create_model": "models.registry",
-    "dry_run": "encoding.dry_run.run",
+    "dry_run": "encoding.forecast",
     "encode": "encoding.run",
     "evaluate": "inference.scoring",
     "export_model": "inference.export",
@@ -158,7 +156,7 @@ _HOMES = {
     "reencode": "encoding.reencode",
     "repair": "encoding.repair.run",
     "run_experiment": "experiment.run",
-    "status": "cache.status",
+    "status": "cache.survey",
     "train": "training.run",
     "verify": "cache.verify",
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ci2p_cache.cli import choices, render
+from ci2p_cache.cli.fields import takes_options
+from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.training.spec import TrainSpec
 
 if TYPE_CHECKING:
-    from ci2p_cache.bench.encoding import EncodeReport
-    from ci2p_cache.bench.training import TrainReport
+    from ci2p_cache.bench import EncodeReport, TrainReport
 
 __all__ = ["bench"]
 
@@ -33,37 +35,18 @@ bench = typer.Typer(
 
 
 @bench.command()
+@takes_options(
+    EncodeOptions,
+    only=("encoder", "weights", "size", "views", "precision", "batch_size", "workers", "devices"),
+)
 def encode(
+    *,
     source: Annotated[
         Path, typer.Argument(help="As for `ci2p-cache encode`.", metavar="SRC", readable=False)
     ],
-    encoder: Annotated[
-        Literal["official", "bundled"], typer.Option(help="As for `ci2p-cache encode`.")
-    ] = "official",
-    weights: Annotated[
-        Path | None, typer.Option(help="As for `ci2p-cache encode`.", readable=False)
-    ] = None,
-    size: Annotated[int, typer.Option(help="Side of the square in pixels.")] = 256,
-    views: Annotated[
-        str, typer.Option(help="none, flip or crops:K.", autocompletion=choices.views)
-    ] = "flip",
-    precision: Annotated[
-        Literal["float32", "tf32", "bf16"], typer.Option(help="Arithmetic of the encoder.")
-    ] = "float32",
-    batch_size: Annotated[
-        int | None, typer.Option(help="Views per encoder call [default: 8 on CPU, 256 on CUDA].")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that read and decode [default: one per core].")
-    ] = None,
-    devices: Annotated[
-        str,
-        typer.Option(
-            help="auto, cpu, cpu:N (lanes), cuda, cuda:0,1.", autocompletion=choices.devices
-        ),
-    ] = "auto",
+    options: EncodeOptions,
     seconds: Annotated[float, typer.Option(help="That g_a alone is timed.")] = 5.0,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """How fast stage one is here, and what bounds it: the encoder, or decoding.
 
@@ -73,16 +56,11 @@ def encode(
       ci2p-cache bench encode photos/ --encoder bundled --workers 8 --batch-size 16
 
     A sample of the images is really encoded for some 10 s, into a temporary folder. How long all of
-    them take and how much disk, `ci2p-cache encode ... --dry-run` foretells.
+    them take and how much disk, `ci2p-cache encode ... --dry-run` forecasts.
     """
-    from ci2p_cache.bench.encoding import bench_encoding
+    from ci2p_cache.bench import bench_encoding
     from ci2p_cache.cli.watch import EncodeWatch
-    from ci2p_cache.encoding.options import EncodeOptions
 
-    options = EncodeOptions(
-        encoder=encoder, weights=weights, size=size, views=views, precision=precision,
-        batch_size=batch_size, workers=workers, devices=devices,
-    )  # fmt: skip
     with render.ProgressLine("sample", unit="images") as line:
         report = bench_encoding(source, options, seconds=seconds, observer=EncodeWatch(line))
     if json:
@@ -122,16 +100,14 @@ def _print_encoding(report: EncodeReport) -> None:
 
 @bench.command()
 def loader(
-    cache: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)],
+    cache: choices.CacheFolder,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 128,
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core].")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
-    ] = "auto",
+    device: choices.Device = "auto",
     seconds: Annotated[float, typer.Option(help="Of each repeat of each way.")] = 3.0,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """How fast batches come out of a cache, in the random order of training.
 
@@ -141,7 +117,7 @@ def loader(
 
     Each way is timed five times, in turns with the others, after a round that does not count.
     """
-    from ci2p_cache.bench.loading import bench_loading
+    from ci2p_cache.bench import bench_loading
 
     report = bench_loading(
         cache, batch_size=batch_size, device=device, threads=workers, seconds=seconds
@@ -169,27 +145,21 @@ def loader(
 
 
 @bench.command()
+@takes_options(TrainSpec, only=("model", "batch_size", "precision"))
 def train(
-    cache: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)],
-    model: Annotated[
-        str, typer.Option(help="As for `ci2p-cache train`.", autocompletion=choices.models)
-    ] = "vitds",
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
-    precision: Annotated[
-        Literal["float32", "bf16"], typer.Option(help="As for `ci2p-cache train`.")
-    ] = "float32",
+    *,
+    cache: choices.CacheFolder,
+    options: TrainSpec,
     workers: Annotated[
         int | None, typer.Option(help="Threads that read and decode [default: one per core].")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
-    ] = "auto",
+    device: choices.Device = "auto",
     seconds: Annotated[float, typer.Option(help="Of each way, after two steps.")] = 20.0,
     encode_rate: Annotated[
         float | None,
         typer.Option(help="Images/s of stage one [default: measured, 10 s]."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Training from the cache against its compute alone, the encoder in the loop, and ViT-B/16.
 
@@ -202,12 +172,11 @@ def train(
     many epochs the cache has paid for itself; nothing is kept. The last two ways and the sample
     need the images that the cache was made of.
     """
-    from ci2p_cache.bench.training import bench_training
-    from ci2p_cache.training.spec import TrainSpec
+    from ci2p_cache.bench import bench_training
 
     report = bench_training(
         cache,
-        spec=TrainSpec(model=model, batch_size=batch_size, precision=precision),
+        spec=options,
         device=device,
         threads=workers,
         seconds=seconds,
@@ -226,14 +195,13 @@ def train(
 
 def _encode_rate(path: Path, device: str) -> float | None:
     """Measures stage one as the cache was made; None, and a notice, where that cannot be done."""
+    from ci2p_cache.bench import encode_rate
     from ci2p_cache.cache.store import open_cache
     from ci2p_cache.errors import CacheError
 
     render.status("measuring stage one ...")
     try:
-        from ci2p_cache.bench.encoding import bench_encoding_again
-
-        return bench_encoding_again(open_cache(path), device=device).rows[0].images_per_second
+        return encode_rate(open_cache(path), device=device)
     except (CacheError, ImportError) as error:
         render.notice(f"how fast stage one is here was not measured: {error}")
         return None

@@ -10,7 +10,7 @@ from ci2p_cache.cli import render
 from ci2p_cache.errors import command
 
 if TYPE_CHECKING:
-    from ci2p_cache.encoding.dry_run.forecast import DryRunReport
+    from ci2p_cache.encoding.forecast import DryRunReport
     from ci2p_cache.encoding.progress import EncodeSummary
 
 __all__ = ["print_forecast", "print_summary", "print_unfinished"]

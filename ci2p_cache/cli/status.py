@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import command
 
 if TYPE_CHECKING:
     from ci2p_cache.cache.manifest import Manifest
-    from ci2p_cache.cache.status import CacheStatus
+    from ci2p_cache.cache.survey import CacheStatus
 
 __all__ = ["status"]
 
 
 def status(
     path: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR")],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Say how far encoding is, who works on it now, and which commands do the rest.
 
@@ -33,7 +33,7 @@ def status(
     """
     from ci2p_cache.cache.growth import growth_of
     from ci2p_cache.cache.manifest import read_manifest
-    from ci2p_cache.cache.status import status as look
+    from ci2p_cache.cache.survey import status as look
 
     found = look(path)
     if json:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ci2p_cache.cache.finding import Finding
+    from ci2p_cache.cache.verify import Finding
     from ci2p_cache.encoding.reencode import ReencodeSummary
     from ci2p_cache.encoding.repair.summary import RepairSummary
 
@@ -41,7 +41,7 @@ def verify(
         Path | None,
         typer.Option(help="For --repair: restore a damaged encoder from this weights file."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Check that every byte of a cache is what was committed, and put it back where it is not.
 

@@ -12,14 +12,14 @@ from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoding.budget import parse_max_errors, refuse_more_bad
 from ci2p_cache.encoding.claims import Claim
 from ci2p_cache.encoding.counted import plan_text
-from ci2p_cache.encoding.executors.run import encode_shards
-from ci2p_cache.encoding.executors.work import Work
+from ci2p_cache.encoding.drive import encode_shards
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.intent import Intent, committed_shards, missing_text
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary, summarise, summarise_part
 from ci2p_cache.encoding.resume import begin, load_chosen, survey
 from ci2p_cache.encoding.whole import meter_of
+from ci2p_cache.encoding.worker import Work
 from ci2p_cache.errors import ShardError, command
 from ci2p_cache.images.source import ImageSource
 

@@ -14,8 +14,7 @@ from ci2p_cache.cache.verify import verify
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoding.carry import Carrier
 from ci2p_cache.encoding.counted import plan_text
-from ci2p_cache.encoding.executors.run import encode_shards
-from ci2p_cache.encoding.executors.work import Work
+from ci2p_cache.encoding.drive import encode_shards
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.growth import begin_growth
 from ci2p_cache.encoding.intent import Intent, committed_shards, missing_text
@@ -29,6 +28,7 @@ from ci2p_cache.encoding.progress import (
 )
 from ci2p_cache.encoding.repair.run import restore
 from ci2p_cache.encoding.resume import begin, load_chosen, survey
+from ci2p_cache.encoding.worker import Work
 from ci2p_cache.errors import IncompleteCacheError, ShardError, command
 from ci2p_cache.images.source import ImageSource
 

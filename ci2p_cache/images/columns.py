@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from ci2p_cache.errors import SourceError
 from ci2p_cache.images.labels import written
 from ci2p_cache.images.names import for_display
-from ci2p_cache.parquet_pages import RowGroup, require_small_pages
+from ci2p_cache.parquet import RowGroup, require_small_pages
 
 __all__ = ["columns_hint", "holds_paths", "image_column", "label_column",
            "label_values", "open_parquet", "path_column", "plain", "shown_names"]  # fmt: skip

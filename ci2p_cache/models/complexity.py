@@ -265,11 +265,12 @@ def _count(config: AnyModelConfig, input_shape: tuple[int, ...]) -> _Count:
         norm_macs += factor * given.numel()
 
     for part in model.modules():
-        for kind in type(part).__mro__:
-            if factor := _NORM_MACS.get(kind.__name__):
-                part.register_forward_pre_hook(
-                    lambda _, given, factor=factor: add(factor, given[0])
-                )
+        # By name, for timm need not be imported; its LayerNorm has one of that name below it.
+        names = {kind.__name__ for kind in type(part).__mro__}
+        for name in names & _NORM_MACS.keys():
+            part.register_forward_pre_hook(
+                lambda _, given, factor=_NORM_MACS[name]: add(factor, given[0])
+            )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.empty(input_shape, device="meta"))
     by_operation = counter.get_flop_counts().get("Global", {})

@@ -28,10 +28,9 @@ from dataclasses import dataclass, field
 import safetensors.torch
 from torch import Tensor
 
-from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path, sync_folder
 from ci2p_cache.errors import CheckpointError, ManifestError, ResourceError
-from ci2p_cache.record import read_json
+from ci2p_cache.record import json_bytes, read_json
 from ci2p_cache.training.checkpoint_folder import (
     AVERAGE,
     CHECKPOINTS,

@@ -6,7 +6,7 @@
 # Folder and images must have the same path on every node, and every node needs this package
 # (pip install 'ci2p-cache[ray]'). Without RAY_ADDRESS Ray starts on this machine alone.
 # Tried: a local cluster of three nodes on two CPU cores, one node killed in mid-run; the result has
-# the bytes of one process (tests/test_executors.py). Not tried: several machines, GPUs.
+# the bytes of one process (tests/encoding/test_executors.py). Not tried: several machines, GPUs.
 set -euo pipefail
 source_images=$1 out=$2
 shift 2

@@ -26,9 +26,13 @@ import torch
 from PIL import Image
 
 import ci2p_cache as cc
-from ci2p_cache.bench.loading import bench_loading
-from ci2p_cache.bench.machine import matmul_flops, synchronise
-from ci2p_cache.bench.training import TrainReport, bench_training
+from ci2p_cache.bench import (
+    TrainReport,
+    bench_loading,
+    bench_training,
+    matmul_flops,
+    synchronise,
+)
 from ci2p_cache.machine import checked_device
 from ci2p_cache.models.complexity import complexity
 from tests.benchmarks.measure import Report, Table, machine

@@ -30,6 +30,7 @@ from ci2p_cache.encoder.zoo import compressai_model
 from ci2p_cache.errors import UsageError, WeightsError
 from tests.support.encoders import lively_state, needs_compressai, reference_of
 from tests.support.pictures import picture
+from tests.support.tiers import thinned
 
 if TYPE_CHECKING:
     from compressai.models import CompressionModel
@@ -315,7 +316,10 @@ def test_bundled_weights_compress_photographs_as_their_card_says(shared_data, bu
 @needs_compressai
 @pytest.mark.parametrize(
     "arch",
-    ["bmshj2018-hyperprior", "mbt2018-mean", "mbt2018", "cheng2020-anchor", "cheng2020-attn"],
+    thinned(
+        ["bmshj2018-hyperprior", "mbt2018-mean", "mbt2018", "cheng2020-anchor", "cheng2020-attn"],
+        step=4,
+    ),
 )
 def test_hyperprior_encoders_give_y_and_refuse_symbols(arch, tmp_path):
     model = drawn_model(arch)

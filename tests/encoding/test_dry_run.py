@@ -21,9 +21,8 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.encoding.dry_run.forecast import DryRunReport
-from ci2p_cache.encoding.dry_run.run import dry_run
-from ci2p_cache.encoding.dry_run.sample import draw
+from ci2p_cache.cache.manifest import read_manifest
+from ci2p_cache.encoding.forecast import DryRunReport, _cut, _draw, dry_run
 from ci2p_cache.encoding.plan import read_plan
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeProgress
 from tests.support.caches import data_digests
@@ -83,7 +82,7 @@ def test_of_a_larger_source_a_sample_foretells_the_size(
     many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On a busy machine ten seconds would end the sample early, and a small one misses the size.
-    monkeypatch.setattr("ci2p_cache.encoding.dry_run.run._SECONDS", math.inf)
+    monkeypatch.setattr("ci2p_cache.encoding.forecast._SECONDS", math.inf)
     options = with_options(shard_samples=256, devices="cpu:1", workers=1, val_fraction=0.1)
     seen: list[EncodeProgress] = []
 
@@ -219,20 +218,27 @@ def test_where_nothing_can_be_written_beside_the_folder_the_sample_lies_elsewher
 def test_the_same_seed_draws_the_same_images_and_all_splits_have_their_share(
     many_images: Path, tmp_path: Path
 ) -> None:
-    options = with_options(limit=400, shard_samples=16, views="none")
+    options = with_options(limit=400, shard_samples=16, views="none", plan_only=True)
     cc.encode(many_images, tmp_path / "shards", options)
-    plan = read_plan(tmp_path / "shards", cc.open_cache(tmp_path / "shards").manifest)
-    missing = list(plan.shard_numbers())[1:]
-    drawn = draw(plan, missing, 100, seed=3)
-    assert drawn == draw(plan, missing, 100, seed=3)
-    assert drawn != draw(plan, missing, 100, seed=4)
-    for name, samples in drawn.items():
-        share = len(samples) / (plan.splits[name].rows - (16 if name == "train" else 0))
-        assert share == pytest.approx(100 / 384, abs=0.02)
-        assert len({sample.key for sample in samples}) == len(samples)
-    assert min(sample.row for sample in drawn["train"]) >= 16
-    everything = draw(plan, missing, 10**6, seed=0)
-    assert sum(map(len, everything.values())) == 384
+    plan = read_plan(tmp_path / "shards", read_manifest(tmp_path / "shards"))
+    missing, sizes = list(plan.shard_numbers())[1:], dict.fromkeys(plan.splits, 2)
+    drawn = _draw(plan, missing, sizes, seed=3)
+    assert drawn == _draw(plan, missing, sizes, seed=3)
+    assert drawn != _draw(plan, missing, sizes, seed=4)
+    samples = [
+        [(shard.split, sample) for shard in _cut(plan, drawn[:count], sizes)
+         for sample in shard.samples]
+        for count in (50, len(drawn))
+    ]  # fmt: skip
+    for some in samples:
+        assert len({sample.key for _, sample in some}) == len(some)
+        assert min(sample.row for split, sample in some if split == "train") >= 16
+    for name, record in plan.splits.items():
+        share = sum(split == name for split, _ in samples[0]) / (
+            record.rows - (16 if name == "train" else 0)
+        )
+        assert share == pytest.approx(100 / 384, abs=0.03)
+    assert len(samples[1]) == 384
 
 
 def test_the_command_prints_a_table_and_the_command_that_does_it(

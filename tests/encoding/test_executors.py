@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import queue
 import signal
 import sys
 import threading
@@ -15,6 +17,7 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
+from ci2p_cache.encoding.worker import Event, Job, ShardId, serve
 from tests.support.encode_bench import tree
 from tests.support.pictures import write_image_folder
 from tests.support.warm import WarmParent
@@ -22,7 +25,7 @@ from tests.support.warm import WarmParent
 SMALL = cc.EncodeOptions(
     encoder="bundled", size=32, shard_samples=8, devices="cpu:1", workers=1, val_fraction=0.0
 )
-WORKER = "ci2p_cache.encoding.executors.worker"
+WORKER = "ci2p_cache.encoding.worker"
 
 
 def with_options(**changes: object) -> cc.EncodeOptions:
@@ -159,6 +162,83 @@ def test_what_a_process_cannot_do_is_the_runs_error(tmp_path: Path) -> None:
     assert (summary.images, summary.bad) == (9, 3)
 
 
+class Threads:
+    """A crew of threads, whose first `num_lost` workers are lost when they have committed a shard.
+
+    They commit that shard and report neither it nor its images.
+    """
+
+    most_losses = 4
+    num_lost = 0
+
+    def __init__(self, options: cc.EncodeOptions, num_shards: int) -> None:
+        self.devices = ["cpu:1"]
+        self.threads = 1
+        self.events: queue.Queue[tuple[int, Event]] = queue.Queue()
+        self.answers: list[queue.Queue[ShardId | None]] = []
+
+    def start(self, number: int, job: Job) -> None:
+        self.answers.append(queue.Queue())
+        threading.Thread(target=self.work, args=(number, job), daemon=True).start()
+
+    def work(self, number: int, job: Job) -> None:
+        def say(text: str) -> None:
+            event = json.loads(text)
+            if number >= self.num_lost or "wants" in event:
+                self.events.put((number, event))
+            elif "commit" in event:
+                raise InterruptedError
+
+        try:
+            serve(job, say, self.answers[number].get)
+        except InterruptedError:
+            self.events.put((number, {"lost": "a thread fell asleep"}))
+
+    def poll(self) -> tuple[int, Event]:
+        return self.events.get()
+
+    def give(self, number: int, shard: ShardId | None) -> None:
+        self.answers[number].put(shard)
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_lost_worker_had_committed_counts(
+    pictures: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ci2p_cache.encoding.processes.Processes", Threads)
+    monkeypatch.setattr(Threads, "num_lost", 3)
+    observer, options = Notices(), with_options(executor="processes")
+    summary = cc.encode(pictures, tmp_path / "out", options, observer=observer)
+    assert sum("a thread fell asleep" in text for text in observer.texts) == 3
+    assert summary.encoded_now == summary.images == 160
+    assert tree(tmp_path / "out") == tree(whole)
+
+
+def test_workers_that_are_lost_again_and_again_end_the_run(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unable(Threads):
+        most_losses = 2
+        asks = True
+
+        def work(self, number: int, job: Job) -> None:
+            if self.asks:
+                self.events.put((number, {"wants": "shard"}))
+            self.events.put((number, {"lost": "a thread fell asleep"}))
+
+    monkeypatch.setattr("ci2p_cache.encoding.processes.Processes", Unable)
+    options = with_options(executor="processes")
+    with pytest.raises(errors.ResourceError, match=r"2 workers .* held train shard 0"):
+        cc.encode(pictures, tmp_path / "out", options)
+    monkeypatch.setattr(Unable, "asks", False)
+    with pytest.raises(errors.ResourceError, match=r"2 workers .* held no shard yet"):
+        cc.encode(pictures, tmp_path / "out", options)
+    assert not (tmp_path / "out" / ".staging").exists()
+    assert cc.encode(pictures, tmp_path / "out", SMALL).complete
+
+
 class TestRay:
     @pytest.fixture
     def cluster(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
@@ -194,7 +274,7 @@ class TestRay:
         def kill_a_node(out: Path, ended: threading.Event) -> None:
             # All three nodes are at work: each actor stages under its own name.
             while not ended.wait(0.005):
-                if len(list(out.glob(".staging/all-ray-*"))) == 3 and list(out.glob("commits/*")):
+                if len(list(out.glob(".staging/all-*"))) == 3 and list(out.glob("commits/*")):
                     cluster.remove_node(nodes[0], allow_graceful=False)  # type: ignore[attr-defined]
                     killed.append(len(list(out.glob("commits/*"))))
                     return

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ci2p_cache.cache.parquet import parquet_bytes
+from ci2p_cache.parquet import parquet_bytes
 from tests.hostile.attacks import MAX_GROWTH, SHARD, attacked, refused, replace, snapshot
 from tests.support.seals import reseal
 from tests.support.tiers import thinned
@@ -97,7 +97,7 @@ def encode(place: Path) -> tuple[Any, ...]:
     return ("encode", place / "src", "--out", place / "shards", *ENCODE)
 
 
-@pytest.mark.parametrize("case", thinned(PLANS, step=3))
+@pytest.mark.parametrize("case", thinned(PLANS, step=4))
 def test_a_plan_that_cannot_be_is_refused_by_name(warm: WarmParent, place: Path, case: str) -> None:
     path = place / "shards" / PLAN
     path.write_bytes(parquet_bytes(PLANS[case](pq.read_table(path))))

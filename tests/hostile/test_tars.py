@@ -17,6 +17,7 @@ from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.locate import open_source
 from tests.hostile.attacks import MAX_GROWTH
 from tests.support.sources import entries, pack, samples, tar_bytes
+from tests.support.tiers import thinned
 
 PICTURE = b"\xff\xd8\xff\xe0 the start of a JPEG"
 
@@ -185,7 +186,7 @@ BOMBS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("suffix", BOMBS)
+@pytest.mark.parametrize("suffix", thinned(reversed(BOMBS)))
 def test_a_bomb_is_refused_before_it_takes_memory(tmp_path: Path, suffix: str) -> None:
     packed = BOMBS[suffix](zeros(2**26))
     # Many members, or frames, of one archive: 1.3 GB from 1.3 MB or less.

@@ -173,10 +173,10 @@ def test_help_says_what_a_loader_takes(kind: type[BatchLoader]) -> None:
 
 
 def test_the_bench_reads_on_where_it_left(tmp_path: Path) -> None:
-    from ci2p_cache.bench.loading import _rate
+    from ci2p_cache.bench import _loader_rate
 
     root = make_cache(tmp_path / "c", {"train": {"ant": 12, "bee": 8}})
     with cc.LatentLoader(cc.open_cache(root)["train"], batch_size=5) as loader:
         for step in range(1, 5):
-            _rate(loader, floats=False, seconds=0)
+            _loader_rate(loader, floats=False, seconds=0)
             assert loader.state_dict()["step"] == step

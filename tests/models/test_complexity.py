@@ -107,6 +107,8 @@ def test_models_on_images_have_no_encoder_that_a_cache_could_take_away():
 def test_timms_models_are_counted_on_images_and_on_latents():
     deit = complexity("timm:deit_tiny_patch16_224", size=64)
     assert deit.encoder_macs == 0
+    # Its 25 LayerNorms, 5 per value, each once: timm has a LayerNorm of its own below torch's.
+    assert deit.norm_macs == 5 * 25 * (4 * 4 + 1) * 192
     ours = complexity("ci2p+timm:deit_tiny_patch16_224", size=64)
     assert giga(ours.encoder_macs) == giga(complexity("vit", size=64).encoder_macs)
     # 4 + 1 tokens instead of 16 + 1, 12 blocks, 192 wide.

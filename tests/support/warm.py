@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import gc
-import importlib.util
+import importlib
 import json
 import os
 import pty
@@ -469,14 +469,11 @@ def _main() -> None:
     # It imports torch while this process does.
     start_decoder_server()
     # What the commands import late; nothing here computes or starts a thread.
-    names = ["torch.utils.tensorboard", "rich.table", "timm.models"]
-    if importlib.util.find_spec("compressai") is not None:
-        names.append("compressai.zoo.image")
-    for name in names:
+    for name in ("torch.utils.tensorboard", "rich.table"):
         importlib.import_module(name)
     for module in (
         "cli.app", "cli.watch", "encoding.whole", "previews", "report.plots", "training.run",
-        "cache.sample_card", "cache.verify", "inference.classifier", "experiment.run",
+        "cache.summary", "cache.verify", "inference.classifier", "experiment.run",
     ):  # fmt: skip
         importlib.import_module(f"ci2p_cache.{module}")
     from tests.support.nano import add_nano_models

@@ -28,9 +28,9 @@ from safetensors.torch import load_file
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache.lock import locked
-from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model
+from ci2p_cache.record import sealed_bytes
 from ci2p_cache.report.plots import draw_curves
 from ci2p_cache.training.metrics import validate
 from ci2p_cache.training.optim import lr_at
@@ -655,7 +655,7 @@ def test_a_spec_survives_its_record_and_refuses_what_cannot_be() -> None:
     for fields, message in (
         ({"epochs": 0}, "`epochs` is 0"),
         ({"epochs": True}, "`epochs` is True"),
-        ({"accumulate": 65}, "from 1 to 64"),
+        ({"accumulate": 65}, "at most 64"),
         ({"lr": float("nan")}, "`lr`"),
         ({"min_lr": 1.0}, "`min_lr`"),
         ({"warmup_epochs": 100}, "less than `epochs` 100"),
@@ -664,14 +664,17 @@ def test_a_spec_survives_its_record_and_refuses_what_cannot_be() -> None:
         ({"betas": (0.9, 1.0)}, "`betas`"),
         ({"betas": (0.9,)}, "`betas`"),
         ({"eps": 0}, "`eps`"),
-        ({"clip_grad_norm": -1}, "0 switches it off"),
+        ({"clip_grad_norm": -1}, "wanted a number, 0 <= value"),
         ({"label_smoothing": 1}, "`label_smoothing`"),
-        ({"mixup": -1}, "`mixup` is -1.0; 0 "),
+        ({"mixup": -1}, "`mixup` is -1; wanted a number"),
         ({"cutmix": float("inf")}, "`cutmix`"),
-        ({"mixup": 1, "mix_probability": 0}, "`mix_probability` is 0.0; 0 < value <= 1"),
+        (
+            {"mixup": 1, "mix_probability": 0},
+            "`mix_probability` is 0; wanted a number, 0 < value <= 1",
+        ),
         ({"mix_probability": 0.5}, "nothing is mixed"),
         ({"latent_flip": 2}, "`latent_flip`"),
-        ({"ema": 1}, "`ema` is 1.0; 0 <= value < 1"),
+        ({"ema": 1}, "`ema` is 1; wanted a number, 0 <= value < 1"),
         ({"layer_decay": 0}, "`layer_decay`"),
         ({"version": 3}, "`version` is 3"),
     ):

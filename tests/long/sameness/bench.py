@@ -131,8 +131,9 @@ class Bench:
     def refused(
         self, item: str, *words: object, environment: Mapping[str, str] | None = None
     ) -> None:
-        """Runs a command that must end with an error; notes exit code and what it says."""
-        ended = self.run(*words, codes=range(2, 7), environment=environment)
+        """Runs a command that the commit refuses; notes exit code and what it says of errors."""
+        codes = range(2, 7) if self.tree is self.base else range(7)
+        ended = self.run(*words, codes=codes, environment=environment)
         self.note(item, {"code": ended.code} | first_lines(ended.err))
 
     def ended(self, item: str, *words: object) -> None:

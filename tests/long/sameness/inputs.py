@@ -255,6 +255,9 @@ def _real(inputs: Inputs, root: Path) -> None:
         inputs.skipped.append("real photographs (flowers)")
     if awkward.is_dir():
         shutil.copytree(awkward, root / "awkward" / "all")
+        # A second class: images of one are no data set to train from.
+        (root / "awkward" / "one").mkdir()
+        shutil.copy(awkward / "cmyk_adobe_noicc.jpg", root / "awkward" / "one")
         inputs.put("awkward", root / "awkward")
     else:
         inputs.skipped.append("the folder of awkward files")

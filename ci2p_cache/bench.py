@@ -1,0 +1,553 @@
+"""`ci2p-cache bench`: what this machine does with the user's own data; measured, never assumed.
+
+::
+
+    bench_encoding   a sample really encoded; g_a alone on batches that never change; reading and
+                     decoding alone, with g_a at rest
+    bench_loading    batches out of a cache, in the random order of training
+    bench_training   the real loop from the cache; over one batch that never changes; with the
+                     encoder in the loop; and that of the ViT-B/16 it replaces, on the images
+
+All run in one process, one after another, with the same settings, device and threads.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from ci2p_cache.cache.split import Split
+from ci2p_cache.cache.store import Cache, open_cache
+from ci2p_cache.encoding.forecast import DryRunReport, dry_run
+from ci2p_cache.encoding.lane import Lane, make_lanes, single_threaded
+from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.encoding.progress import EncodeObserver
+from ci2p_cache.encoding.resume import load_chosen
+from ci2p_cache.encoding.same_decoder import refuse_other_decoder
+from ci2p_cache.errors import CacheError, UsageError
+from ci2p_cache.loader.batches import BatchLoader
+from ci2p_cache.loader.latents import LatentLoader
+from ci2p_cache.loader.online import OnlineLoader
+from ci2p_cache.loader.order import Rows
+from ci2p_cache.loader.pixels import PixelLoader
+from ci2p_cache.loader.resident import ResidentLoader, choose_resident
+from ci2p_cache.machine import checked_device, num_cores, raise_open_files, tune_allocator
+from ci2p_cache.models.complexity import BASELINE, complexity
+from ci2p_cache.models.registry import build_model, model_config
+from ci2p_cache.record import Record
+from ci2p_cache.training.checkpoint_folder import TrainState
+from ci2p_cache.training.inputs import model_config_for, train_and_val
+from ci2p_cache.training.optim import make_optimizer
+from ci2p_cache.training.ranks import Ranks
+from ci2p_cache.training.records import TrainObserver
+from ci2p_cache.training.spec import TrainSpec
+from ci2p_cache.training.trainer import Trainer
+
+__all__ = [
+    "EncodeReport",
+    "TrainReport",
+    "bench_encoding",
+    "bench_loading",
+    "bench_training",
+    "encode_rate",
+    "matmul_flops",
+    "synchronise",
+]
+
+_REPEATS = 5
+"""Of each way of loading."""
+_WARMUP_STEPS = 2
+_LEAST_STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeRow(Record):
+    """One part of stage one, measured."""
+
+    name: str
+    """whole, g_a or decoding."""
+    images_per_second: float
+    """Images, all their views together."""
+    views_per_second: float
+    """Views; of `decoding` too, which makes them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeReport(Record):
+    """What `bench_encoding` found."""
+
+    source: str
+    """The source of images."""
+    device: str
+    """Where g_a ran, and in how many lanes."""
+    precision: str
+    """Arithmetic of g_a."""
+    views_per_image: int
+    """Views of a training image."""
+    batch_size: int
+    """Views per call of g_a."""
+    rows: tuple[EncodeRow, ...]
+    """whole, g_a, and decoding where there were images enough to tell."""
+    waiting_share: float
+    """Share of the time in which g_a waited for images, 0 to 1."""
+    bytes_per_image: float
+    """Written per image, all its views together."""
+
+
+def bench_encoding(
+    source: str | Path,
+    options: EncodeOptions | None = None,
+    *,
+    seconds: float = 5.0,
+    observer: EncodeObserver | None = None,
+) -> EncodeReport:
+    """Measures stage one with images of a source, as `dry_run` does and with its errors.
+
+    All images count as training images, so that each has all views.
+
+    Args:
+        source: As for `encode`.
+        options: As for `encode`; `seed` draws the sample.
+        seconds: How long g_a alone is timed; the whole takes some 10 s, decoding 2.
+        observer: Receives progress and notices.
+    """
+    options, observer = options or EncodeOptions(), observer or EncodeObserver()
+    whole = _sample(source, options, observer)
+    views = options.view_spec().num_views("train")
+    lanes = make_lanes(load_chosen(options, observer), options.devices)
+    batch_size = options.batch_size or (8 if lanes[0].device.type == "cpu" else 256)
+    rates = {
+        "whole": whole.images_per_second,
+        "g_a": _g_a_alone(lanes, batch_size, options.size, seconds) / views,
+        "decoding": whole.decode_images_per_second,
+    }
+    return EncodeReport(
+        source=whole.source,
+        device=f"{lanes[0].device.type}, {len(lanes)} lanes",
+        precision=options.precision,
+        views_per_image=views,
+        batch_size=batch_size,
+        rows=tuple(
+            EncodeRow(name=name, images_per_second=rate, views_per_second=views * rate)
+            for name, rate in rates.items()
+            if rate
+        ),
+        waiting_share=1 - whole.encoder_share,
+        bytes_per_image=whole.bytes_per_image,
+    )
+
+
+def encode_rate(cache: Cache, *, device: str = "auto") -> float:
+    """Measures making a cache anew, with its own encoder and settings, in images per second.
+
+    Raises:
+        FingerprintMismatchError: this machine decodes with other software, of another speed.
+        CacheError: as `dry_run` has them; the images have to be where they were.
+    """
+    refuse_other_decoder(cache.fingerprint)
+    options = replace(
+        EncodeOptions.of(cache.manifest),
+        weights=cache.encoder_path,
+        devices=device,
+        max_errors="100%",
+    )
+    return _sample(cache.manifest.source, options, EncodeObserver()).images_per_second
+
+
+def _sample(source: str | Path, options: EncodeOptions, observer: EncodeObserver) -> DryRunReport:
+    options = replace(options, val_fraction=0.0, labels="none")
+    with tempfile.TemporaryDirectory(prefix="ci2p-cache-bench-") as folder:
+        return dry_run(source, Path(folder) / "cache", options, observer=observer)
+
+
+def _g_a_alone(lanes: list[Lane], batch_size: int, size: int, seconds: float) -> float:
+    """Returns views per second of all lanes together, each on a batch in its device's memory."""
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    views_B3HW = torch.rand((batch_size, 3, size, size), generator=generator)
+
+    def rate(lane: Lane) -> float:
+        batch, done = views_B3HW.to(lane.device, memory_format=torch.channels_last), 0
+        with lane.queue():
+            lane.encoder(batch).cpu()
+            started = time.perf_counter()
+            while time.perf_counter() - started < seconds:
+                # Only a byte is fetched, to know that the batch is done.
+                lane.encoder(batch)[0, 0, 0, 0].cpu()
+                done += batch_size
+        return done / (time.perf_counter() - started)
+
+    with ThreadPoolExecutor(len(lanes), "lane", single_threaded) as pool:
+        total = sum(pool.map(rate, lanes))
+    torch.set_num_threads(threads)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderRow(Record):
+    """One way of loading, measured."""
+
+    name: str
+    """What was handed out, and from where."""
+    threads: int
+    """Threads that read."""
+    images_per_second: float
+    """Median over the repeats."""
+    slowest: float
+    """Of the repeats, in images per second."""
+    fastest: float
+    """Of the repeats, in images per second."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderReport(Record):
+    """What `bench_loading` found."""
+
+    device: str
+    """Where batches were put."""
+    batch_size: int
+    """Images per batch."""
+    bytes_per_image: int
+    """Of one stored latent, uncompressed."""
+    rows: tuple[LoaderRow, ...]
+    """The ways of loading."""
+    note: str
+    """Whether the split would be kept in memory, and why; empty where there is nothing to tell."""
+
+
+def bench_loading(
+    cache_dir: str | Path,
+    *,
+    batch_size: int = 128,
+    device: str = "auto",
+    threads: int | None = None,
+    seconds: float = 3.0,
+) -> LoaderReport:
+    """Measures reading the train split in random order; nothing is written.
+
+    A round of all ways that does not count comes first; it leaves in the page cache what fits.
+
+    Args:
+        cache_dir: A complete cache.
+        batch_size: Images per batch.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:1.
+        threads: Threads that read; None: one per core.
+        seconds: How long each of the five repeats of each way is timed.
+
+    Raises:
+        CacheError: as `open_cache` and `LatentLoader` have them.
+    """
+    cache, used = open_cache(cache_dir), _ready_device(device)
+    split = cache["train" if "train" in cache else cache.splits[0]]
+    most = threads or num_cores()
+    stays, note = choose_resident(split, used, "auto")
+    stored, floats = f"{split.latent.dtype}, as stored", "float32, dequantised"
+    ways: dict[tuple[str, int], type[BatchLoader]] = {
+        (stored, 1): LatentLoader,
+        (stored, most): LatentLoader,
+        (floats, most): LatentLoader,
+    }
+    if stays:
+        ways[f"{stored}, resident", most] = ResidentLoader
+    rates: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
+    with ExitStack() as stack:
+        loaders = {
+            (text, count): stack.enter_context(
+                kind(split, batch_size=batch_size, device=used, threads=count, recycle=True)
+            )
+            for (text, count), kind in ways.items()
+        }
+        for repeat in range(_REPEATS + 1):
+            for way, loader in loaders.items():
+                rate = _loader_rate(loader, floats=way[0] == floats, seconds=seconds)
+                rates[way] += [rate] if repeat else []
+    return LoaderReport(
+        device=str(used),
+        batch_size=batch_size,
+        bytes_per_image=split.latent.num_bytes,
+        rows=tuple(
+            LoaderRow(
+                name=text,
+                threads=count,
+                images_per_second=median(found),
+                slowest=min(found),
+                fastest=max(found),
+            )
+            for (text, count), found in rates.items()
+        ),
+        note=note,
+    )
+
+
+def _loader_rate(loader: BatchLoader, *, floats: bool, seconds: float) -> float:
+    """Returns images per second over some time, continuing where the last call left off."""
+    images, started = 0, time.perf_counter()
+    loader.load_state_dict(loader.state_dict())
+    while True:
+        for batch in loader:
+            images += len(batch.rows)
+            if floats:
+                _ = batch.latents
+            if time.perf_counter() - started >= seconds:
+                synchronise(loader.device)
+                return images / (time.perf_counter() - started)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRow(Record):
+    """One way of training, measured."""
+
+    name: str
+    """cached, compute alone, in the loop, or vit_b16."""
+    images_per_second: float
+    """Training images, forward, backward and optimiser step, after warm-up."""
+    wait_share: float
+    """Share of the time that the loop waited for data, 0 to 1."""
+    utilisation: float
+    """Model FLOPs per second over the measured rate of matrix products, 0 to 1."""
+    epoch_seconds: float
+    """What an epoch over the train split takes at this rate."""
+    steps: int
+    """Steps that were timed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainReport(Record):
+    """What `bench_training` found."""
+
+    model: str
+    """Name of the model."""
+    device: str
+    """Where it trained."""
+    threads: int
+    """Threads that torch computed with."""
+    precision: str
+    """float32 or bf16."""
+    batch_size: int
+    """Images per step."""
+    matmul_flops: float
+    """Measured rate of matrix products of this precision on this device, in FLOP per second."""
+    rows: tuple[TrainRow, ...]
+    """The ways that could be measured, cached first."""
+    missing: tuple[str, ...]
+    """Which could not, and why."""
+
+    def row(self, name: str) -> TrainRow | None:
+        """Returns the row of that name, None where it was not measured."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    def paid_after(self, encode_rate: float) -> dict[str, float | None]:
+        """Returns after how many epochs encoding the train split has paid for itself.
+
+        Args:
+            encode_rate: Images per second of stage one.
+
+        Returns:
+            Epochs, for each way that does without the cache; None where it is no slower.
+        """
+        cached, *others = self.rows
+        seconds = cached.epoch_seconds * cached.images_per_second / encode_rate
+        saved = {row.name: row.epoch_seconds - cached.epoch_seconds for row in others}
+        saved.pop("compute alone", None)
+        return {name: seconds / each if each > 0 else None for name, each in saved.items()}
+
+
+def bench_training(
+    cache_dir: str | Path,
+    *,
+    spec: TrainSpec,
+    device: str = "auto",
+    threads: int | None = None,
+    seconds: float = 20.0,
+    ways: tuple[str, ...] = ("cached", "compute alone", "in the loop", BASELINE),
+    tell: Callable[[str], None] = lambda _: None,
+) -> TrainReport:
+    """Measures training with a cache on this machine; nothing is written.
+
+    Args:
+        cache_dir: A complete cache; the images it was made of, for the ways that need them.
+        spec: Model, batch size and precision, as for `train`.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:1.
+        threads: Threads that read and decode; None: one per core.
+        seconds: How long each way is timed, after two steps of warm-up; three steps at least.
+        ways: Which to measure.
+        tell: Called with a word on what is being measured.
+
+    Raises:
+        UsageError: the model reads images.
+        CacheError: as `train` has them.
+    """
+    cache, used = open_cache(cache_dir), _ready_device(device)
+    train, _ = train_and_val(cache, spec, Ranks())
+    config = model_config_for(cache, spec)
+    if config.reads != "latents":
+        raise UsageError(
+            f"{spec.model} reads images; what is measured here is a model on latents against others"
+        )
+    baseline = model_config(
+        BASELINE,
+        num_classes=config.num_classes,
+        latent_size=cache.fingerprint.latent.height,
+        drop_path_rate=spec.drop_path,
+    )
+    tell("matrix products")
+    peak = matmul_flops(used, spec.precision)
+    loaders = _ways(cache, train, spec.model, used)
+    batch_size = min(spec.batch_size, len(train.valid_rows))
+    rows, missing = [], []
+    for name in ways:
+        tell(name)
+        kind, flops = loaders[name]
+        try:
+            loader = kind(
+                train, batch_size=batch_size, seed=spec.seed, device=used, threads=threads,
+                drop_last=True, recycle=True,
+            )  # fmt: skip
+        except CacheError as error:
+            missing.append(f"{name}: {error}")
+            continue
+        with loader:
+            torch.manual_seed(spec.seed)
+            model = build_model(baseline if name == BASELINE else config)
+            timer = _Timer(model.to(used), loader, spec, seconds)
+        rows.append(
+            TrainRow(
+                name=name,
+                images_per_second=timer.rate,
+                wait_share=timer.wait_share,
+                utilisation=timer.rate * flops / peak,
+                epoch_seconds=len(train.valid_rows) / timer.rate,
+                steps=timer.steps,
+            )
+        )
+    return TrainReport(
+        model=spec.model,
+        device=str(used),
+        threads=torch.get_num_threads(),
+        precision=spec.precision,
+        batch_size=batch_size,
+        matmul_flops=peak,
+        rows=tuple(rows),
+        missing=tuple(missing),
+    )
+
+
+def _ways(
+    cache: Cache, split: Split, model: str, device: torch.device
+) -> dict[str, tuple[type[BatchLoader], int]]:
+    """Returns each way's loader, and what a training step computes per image.
+
+    That is forward, and backward twice as much; the frozen encoder is run forward only.
+    """
+    stays, _ = choose_resident(split, device, "auto")
+    cost = complexity(
+        model,
+        size=cache.fingerprint.image.size,
+        latent_channels=split.latent.channels,
+        num_classes=len(cache.classes),
+    )
+    return {
+        "cached": (ResidentLoader if stays else LatentLoader, 6 * cost.model_macs),
+        "compute alone": (_OneBatchLoader, 6 * cost.model_macs),
+        "in the loop": (OnlineLoader, 6 * cost.model_macs + 2 * cost.encoder_macs),
+        BASELINE: (PixelLoader, 6 * cost.baseline_macs),
+    }
+
+
+class _OneBatchLoader(BatchLoader):
+    """Hands out the same stored values for ever: what training is like that waits for nothing."""
+
+    def _prepare(self) -> None:
+        with LatentLoader(self.split, batch_size=self.batch_size, device=self.device) as loader:
+            self._batch = next(iter(loader)).stored
+
+    def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
+        return lambda: self._batch[: len(rows)]
+
+
+class _Timer:
+    """Runs the real loop for some time, and times it from the end of the warm-up on."""
+
+    def __init__(
+        self, model: nn.Module, loader: BatchLoader, spec: TrainSpec, seconds: float
+    ) -> None:
+        self.rate = self.wait_share = 0.0
+        self.steps = 0
+        self._loader = loader
+        self._seconds = seconds
+        self._begun: tuple[float, float, int] | None = None
+        Trainer(
+            spec=spec,
+            model=model,
+            optimizer=make_optimizer(model, spec),
+            train_loader=loader,
+            val_loader=None,
+            save=lambda _: None,
+            should_stop=self._is_over,
+            ranks=Ranks(),
+            observer=TrainObserver(),
+        ).run(TrainState(run="bench", sums={}))
+
+    def _is_over(self) -> bool:
+        loader = self._loader
+        done = loader.epoch * len(loader) + loader.step
+        if self._begun is None:
+            if done >= _WARMUP_STEPS:
+                synchronise(loader.device)
+                self._begun = time.perf_counter(), loader.waited_seconds, done
+            return False
+        started, waited, first = self._begun
+        self.steps = done - first
+        if self.steps < _LEAST_STEPS or time.perf_counter() - started < self._seconds:
+            return False
+        synchronise(loader.device)
+        took = time.perf_counter() - started
+        self.rate = self.steps * loader.batch_size / took
+        self.wait_share = (loader.waited_seconds - waited) / took
+        return True
+
+
+def _ready_device(name: str) -> torch.device:
+    """Returns a device, with this process set up as training sets itself up."""
+    device = checked_device(name)
+    raise_open_files()
+    if device.type == "cpu":
+        tune_allocator()
+    return device
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until a CUDA device has done all it was given; a CPU has, always."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_flops(device: torch.device, precision: str) -> float:
+    """Measures the best rate of a large square matrix product, in FLOP per second.
+
+    With as many threads as torch uses here; it takes about a second.
+
+    Args:
+        device: Where.
+        precision: float32 (IEEE, no TF32) or bf16.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(side, side, dtype=dtype, device=device)
+    best, started = 0.0, time.perf_counter()
+    while (now := time.perf_counter()) - started < 1.0:
+        for _ in range(4):
+            torch.mm(a, b, out=out)
+        synchronise(device)
+        best = max(best, 4 * 2 * side**3 / (time.perf_counter() - now))
+    return best

@@ -1,1 +1,0 @@
-"""What encoding a source would take, found by encoding a sample of it."""
