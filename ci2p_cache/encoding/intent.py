@@ -37,7 +37,7 @@ from ci2p_cache.errors import (
     command,
 )
 from ci2p_cache.images.decode import decoder_name
-from ci2p_cache.images.decoder_server import start_decoder_server
+from ci2p_cache.images.decoders import start_decoder_server
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec
 

@@ -25,10 +25,9 @@ from ci2p_cache.cache.commit import sha256_file
 from ci2p_cache.cache.manifest import Manifest, SplitRecord, shard_rows
 from ci2p_cache.cache.paths import MANIFEST, PLAN
 from ci2p_cache.errors import ManifestError, SourceError, command
-from ci2p_cache.images.archives import SPLIT_ORDER
-from ci2p_cache.images.layout_refusals import NONE_HINT
+from ci2p_cache.images.layouts import NONE_HINT
 from ci2p_cache.images.source import ImageRef, ImageSource
-from ci2p_cache.images.splits import look_like_parts, look_like_splits
+from ci2p_cache.images.splits import SPLIT_ORDER, look_like_parts, look_like_splits
 from ci2p_cache.parquet import parquet_bytes, read_parquet
 from ci2p_cache.specs import LatentSpec, LayoutSpec, ViewSpec
 

@@ -70,7 +70,7 @@ from ci2p_cache.errors import (
     command,
 )
 from ci2p_cache.images.locate import open_reader, open_source
-from ci2p_cache.images.source import ImageReader
+from ci2p_cache.images.source import ImageReader, ImageSource
 from ci2p_cache.record import Record
 from ci2p_cache.specs import EncoderSpec
 
@@ -154,7 +154,7 @@ def repair(
 def restore(
     root: Path,
     found: list[Finding],
-    source: str | Path | None,
+    source: str | Path | ImageSource | None,
     weights: Path | None,
     observer: EncodeObserver,
 ) -> RepairSummary:
@@ -200,7 +200,7 @@ class _Repair:
 
     root: Path
     found: list[Finding]
-    source: str | Path | None
+    source: str | Path | ImageSource | None
     weights: Path | None
     observer: EncodeObserver
     staging: StagingArea
@@ -263,7 +263,7 @@ class _Repair:
             remaining=tuple(left.values()),
         )
 
-    def _opened(self, opener: Callable[[str | Path], _T]) -> _T:
+    def _opened(self, opener: Callable[[str | Path | ImageSource], _T]) -> _T:
         try:
             return opener(self.manifest.source if self.source is None else self.source)
         except SourceError as error:

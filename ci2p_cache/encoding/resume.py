@@ -159,7 +159,7 @@ def _put_back(
         )
     observer.notice(f"{text} are damaged; they are encoded again")
     found = verify(root, quick=True)
-    restored = restore(root, found, images.location(), options.weights, observer).images
+    restored = restore(root, found, images, options.weights, observer).images
     _, left = committed_shards(root, intent, missing)
     if left:
         raise ShardError(

@@ -9,7 +9,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -87,7 +87,7 @@ def load_image(
     row.width, row.height = image.width, image.height
     row.mode, row.format = image.mode, image.format
     row.exif_orientation = image.orientation
-    row.boxes = [asdict(box) for box in image.boxes]
+    row.boxes = image.boxes
     return LoadedImage(row, image.views)
 
 

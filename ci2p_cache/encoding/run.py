@@ -13,14 +13,15 @@ from ci2p_cache.encoding.locks import held, interruptible, refuse_out
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.errors import UsageError
-from ci2p_cache.images.decoder_server import start_decoder_server
+from ci2p_cache.images.decoders import start_decoder_server
 from ci2p_cache.images.locate import open_source
+from ci2p_cache.images.source import ImageSource
 
 __all__ = ["encode"]
 
 
 def encode(
-    source: str | Path,
+    source: str | Path | ImageSource,
     out: str | Path,
     options: EncodeOptions | None = None,
     *,
@@ -35,7 +36,8 @@ def encode(
 
     Args:
         source: A folder of images (CLASS/..., {train,val,test}/CLASS/..., ImageNet's own), tars,
-            parquet files or a list; see `open_source`.
+            parquet files or a list; see `open_source`. Or an object that lists images and reads
+            them, see `images.source.ImageSource`; it works with the executor `local` alone.
         out: The cache folder; made if it does not exist.
         options: What to encode with; None for the defaults (official weights, int8, flip views).
         overwrite: Remove the cache in `out` first; a folder that is no cache is never touched.
@@ -45,7 +47,7 @@ def encode(
         Counts, sizes and rates.
 
     Raises:
-        UsageError: an option is out of range, or `out` is inside `source`.
+        UsageError: an option is out of range or does not fit the source, or `out` is inside it.
         SourceError: the source is empty, unreadable or of no known layout, or has no two classes.
         FingerprintMismatchError: `out` holds a cache made with other settings.
         NotACacheError: `out` holds something else.
@@ -67,7 +69,12 @@ def encode(
             "`overwrite` removes the whole folder, and a range is only a part of it",
             hint="once: --plan-only --overwrite NAME; then each range without --overwrite",
         )
-    refuse_out(root, Path(source))
+    if not isinstance(source, str | Path) and options.executor != "local":
+        raise UsageError(
+            f"`executor` is {options.executor}, and the source is an object of this process; "
+            "wanted local"
+        )
+    refuse_out(root, Path(source if isinstance(source, str | Path) else source.location()))
     is_planned = (root / MANIFEST).exists() and not (options.rescan or overwrite)
     images = open_source(source, options.source_options(), is_listed=is_planned)
     with interruptible(f"interrupted; every committed shard in {root} is safe"), _made(root):

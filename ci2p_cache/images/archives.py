@@ -1,4 +1,4 @@
-"""Which archives or tables a location names, in which order, and to which split each belongs.
+"""Which archives or tables a location names, and what the sources over them share.
 
 ::
 
@@ -14,49 +14,26 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar
 
-from ci2p_cache.errors import ResourceError, SourceError
-from ci2p_cache.images.listing import list_folder
-from ci2p_cache.images.names import as_key, for_display, join
-from ci2p_cache.images.reading import persistently
-from ci2p_cache.images.tally import Tally
+import numpy as np
+import numpy.typing as npt
 
-__all__ = [
-    "PARQUET_SUFFIXES",
-    "SPLIT_NAMES",
-    "SPLIT_ORDER",
-    "TAR_SUFFIXES",
-    "Archive",
-    "Archives",
-    "expand_braces",
-    "find_archives",
-    "kind_of_folder",
-    "read_archive",
-]
+from ci2p_cache.errors import SourceError
+from ci2p_cache.images.labels import Classes, ClassSource, LabelTable
+from ci2p_cache.images.names import Tally, as_key, for_display, join
+from ci2p_cache.images.reading import about
+from ci2p_cache.images.splits import SPLIT_NAMES, SPLIT_ORDER
+from ci2p_cache.images.tree import DiskTree
 
-_T = TypeVar("_T")
+__all__ = ["PARQUET_SUFFIXES", "TAR_SUFFIXES", "Archive", "ArchiveSource", "Archives",
+           "expand_braces", "find_archives", "kind_of_folder"]  # fmt: skip
 
 TAR_SUFFIXES = (b".tar", b".tar.gz", b".tgz", b".tar.zst", b".tar.zstd", b".tzst")
 PARQUET_SUFFIXES = (b".parquet",)
-
-SPLIT_NAMES = {
-    b"train": "train",
-    b"training": "train",
-    b"trainval": "train",
-    b"val": "val",
-    b"valid": "val",
-    b"validation": "val",
-    b"dev": "val",
-    b"eval": "val",
-    b"evaluation": "val",
-    b"test": "test",
-    b"testing": "test",
-}
-"""Names of folders and archives that mean a split, in any case."""
-SPLIT_ORDER = ("train", "val", "test")
 
 _MAX_FILES = 2**20
 _BRACES = re.compile(rb"\{([^{}]*)\}")
@@ -67,12 +44,11 @@ _HEAD = re.compile(rb"[A-Za-z]+")
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """One file that holds images."""
+    """One file that holds images: where, and the split that its name announces, if any has one."""
 
     path: bytes
     """Below the root."""
     split: str | None
-    """The split that its name, or its folder's, announces; None where no archive has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +59,7 @@ class Archives:
     """The absolute folder that paths are below: the folder or file's folder that was named, or the
     part of a pattern before its first wildcard."""
     location: bytes
-    """Absolute, wildcards and braces kept: names the same files again."""
+    """Absolute, with its wildcards and braces: names the same files again."""
     files: tuple[Archive, ...]
     """By split in the order train, val, test, then by the bytes of their paths."""
     notices: tuple[str, ...] = ()
@@ -91,7 +67,7 @@ class Archives:
 
 
 def find_archives(location: bytes, suffixes: Sequence[bytes]) -> Archives:
-    """Finds the files that a location names.
+    """Finds the files that a location names, or says what is missing or unclear.
 
     A split is announced by the letters a file name begins with (`train-000.tar`,
     `validation-00000-of-00014.parquet`), or else by the folder the file is in, below the root.
@@ -102,10 +78,6 @@ def find_archives(location: bytes, suffixes: Sequence[bytes]) -> Archives:
             folders, or in `data/`), a wildcard or a brace pattern (`{000..012}`, `{train,val}`).
             What exists under that very name is not read as a pattern.
         suffixes: How the names of files end, in lower case.
-
-    Raises:
-        SourceError: nothing is there, a named file is missing, or the splits are unclear.
-        ResourceError: a folder could not be listed, again and again.
     """
     full = os.path.abspath(location)
     tally = Tally()
@@ -133,17 +105,14 @@ def kind_of_folder(root: bytes) -> tuple[bytes, ...] | None:
     """Returns the suffixes of the files that a folder is a source of, or None for image folders.
 
     A folder is one of archives if it, its split folders or its `data/` hold some, and no other
-    folder is in it.
-
-    Raises:
-        SourceError: it cannot be listed, or holds tar and parquet files side by side.
-        ResourceError: listing failed again and again.
+    folder is in it. Tar and parquet files side by side are refused.
     """
-    folders, names = list_folder(root, b"", Tally())
+    tree = DiskTree(root)
+    folders, names = tree.list_folder(b"", Tally())
     if any(name.lower() not in SPLIT_NAMES and name != b"data" for name in folders):
         return None
     for folder in folders:
-        inner, files = list_folder(root, folder, Tally())
+        inner, files = tree.list_folder(folder, Tally())
         if inner or not _chosen(files, TAR_SUFFIXES + PARQUET_SUFFIXES):
             return None
         names = names + files
@@ -156,40 +125,13 @@ def kind_of_folder(root: bytes) -> tuple[bytes, ...] | None:
     return kinds[0] if kinds else None
 
 
-def read_archive(action: Callable[[], _T], path: bytes) -> _T:
-    """Calls `action`, which reads an archive, again where it fails for a reason that may pass.
-
-    An archive that is missing or may not be read is never the trouble of one image.
-
-    Args:
-        action: What to do; it starts from the beginning each time.
-        path: The archive's absolute path.
-
-    Raises:
-        ResourceError: it failed again and again, or the archive has gone.
-        SourceError: the archive cannot be opened for another reason.
-    """
-    try:
-        return persistently(action, path)
-    except ResourceError:
-        raise
-    except FileNotFoundError as error:
-        raise ResourceError(
-            f"{for_display(path)} has gone", hint="put it back and run the same command"
-        ) from error
-    except OSError as error:
-        raise SourceError(
-            f"{for_display(path)} cannot be read: {error.strerror or error}",
-            hint="make it readable, or leave it out of the source",
-        ) from error
-
-
 def _chosen(names: Sequence[bytes], suffixes: Sequence[bytes]) -> list[bytes]:
     return [name for name in names if name.lower().endswith(tuple(suffixes))]
 
 
 def _in_folder(root: bytes, suffixes: Sequence[bytes], tally: Tally) -> list[bytes]:
-    folders, names = list_folder(root, b"", tally)
+    tree = DiskTree(root)
+    folders, names = tree.list_folder(b"", tally)
     paths = _chosen(names, suffixes)
     inner = [name for name in folders if name.lower() in SPLIT_NAMES or name == b"data"]
     if paths and inner:
@@ -199,7 +141,7 @@ def _in_folder(root: bytes, suffixes: Sequence[bytes], tally: Tally) -> list[byt
             hint="name the files by a pattern, or move one of them out of the source",
         )
     for folder in inner:
-        found = _chosen(list_folder(root, folder, tally)[1], suffixes)
+        found = _chosen(tree.list_folder(folder, tally)[1], suffixes)
         paths += [join(folder, name) for name in found]
     return paths
 
@@ -229,13 +171,13 @@ def expand_braces(pattern: bytes) -> list[bytes]:
             done.append(current)
         else:
             head, tail = current[: match.start()], current[match.end() :]
-            waiting += [head + word + tail for word in _words(match[1])]
+            waiting += [head + word + tail for word in _expanded(match[1])]
         if len(done) + len(waiting) > _MAX_FILES:
             raise SourceError(f"{for_display(pattern)} names more than {_MAX_FILES} files")
     return sorted(done)
 
 
-def _words(inner: bytes) -> list[bytes]:
+def _expanded(inner: bytes) -> list[bytes]:
     numbers = _RANGE.fullmatch(inner)
     if numbers is None:
         return inner.split(b",")
@@ -281,3 +223,85 @@ def _split_of(path: bytes) -> str | None:
         if match is not None and match[0].lower() in SPLIT_NAMES:
             return SPLIT_NAMES[match[0].lower()]
     return None
+
+
+class ArchiveSource(ClassSource):
+    """The half of an `ImageSource` that does not depend on what its files are.
+
+    Args:
+        location: A file, a folder that holds only such files, a wildcard or a brace pattern; see
+            `find_archives`, also for splits.
+
+    Raises:
+        SourceError: nothing is there, a named file is missing, or the splits are unclear.
+        ResourceError: the file system failed again and again.
+    """
+
+    suffixes: ClassVar[tuple[bytes, ...]]
+    """How names of files end, in lower case."""
+    form: ClassVar[re.Pattern[bytes]]
+    """Of `ImageRef.path`: a file below the root, "#", and numbers."""
+    words: ClassVar[tuple[str, str, str]]
+    """What messages call an image of it, a file of it, and its files."""
+
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        self._archives = find_archives(os.fsencode(location), self.suffixes)
+        super().__init__(self._archives.location)
+        self._tally = Tally()
+        self._classes = Classes()
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """See `ImageSource`."""
+        return (*self._archives.notices, *self._classes.notices, *self._tally.notices())
+
+    def file_of(self, path: bytes) -> tuple[bytes, bool]:
+        """Returns the archive or table that holds an image among others."""
+        return self._found(path)[0], False
+
+    @abstractmethod
+    def _list(self) -> Sequence[tuple[Archive, object]]:
+        """Lists all files; once, which sets the classes and the tally."""
+
+    def _settled(self) -> Classes:
+        self._list()
+        return self._classes
+
+    def _settle(
+        self,
+        labels: LabelTable,
+        folders: Sequence[bytes],
+        names: Sequence[str] = (),
+        *,
+        num_images: int,
+        tally: Tally,
+    ) -> npt.NDArray[np.int32]:
+        """Sets the classes; returns the label of each number of `labels`, int32.
+
+        Args:
+            labels: The labels of all files.
+            folders: Where `classes.json` or `classes.txt` may be, absolute.
+            names: The names of the classes, where the files have them.
+            num_images: Labelled images in all files.
+            tally: What was left out.
+        """
+        shown, (_, _, files) = self.location(), self.words
+        if not num_images:
+            raise SourceError(
+                f"{shown} has {len(self._archives.files)} {files} and no labelled image in them; "
+                f"{'; '.join(tally.notices()) or 'they are empty'}"
+            )
+        with about(f"{shown}: "):
+            self._classes, settled = labels.settle(tuple(folders), names)
+        return settled
+
+    def _found(self, path: bytes) -> tuple[bytes, list[int]]:
+        """Takes an `ImageRef.path` apart: the file's absolute path, and the numbers behind it."""
+        match = self.form.fullmatch(path)
+        shown, (image, file, _) = for_display(path), self.words
+        if match is None or path.startswith(b"/") or b".." in path.split(b"/") or b"\0" in path:
+            raise SourceError(f"{shown} is no {image} below {self.location()}")
+        archive, *numbers = match.groups()
+        if not archive.lower().endswith(self.suffixes):
+            raise SourceError(f"{shown} names no {file} below {self.location()}")
+        return join(self._archives.root, archive), [int(number) for number in numbers]

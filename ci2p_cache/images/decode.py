@@ -37,11 +37,12 @@ from ci2p_cache.images.headers import (
     FormatName,
     JpegFrame,
     canvas_size,
+    exif_orientation,
     foreign_format,
     jpeg_frame,
     sniff_format,
+    without_metadata,
 )
-from ci2p_cache.images.metadata import exif_orientation, without_metadata
 from ci2p_cache.specs import ImageSpec
 
 __all__ = ["DecodedImage", "decode_image", "decoder_name"]
@@ -77,7 +78,7 @@ class DecodedImage:
 
     pixels: torch.Tensor
     """uint8 (3, H, W), 0-255, RGB, owning its memory; turned where EXIF was applied; contiguous
-    unless `decode_image` was told that it need not be."""
+    unless `decode_image` need not make it so."""
     width: int
     """Pixels per row in the file, before any turn."""
     height: int
@@ -117,7 +118,7 @@ def decode_image(data: bytes, spec: ImageSpec, *, planar: bool = True) -> Decode
             above twice that.
         planar: Whether pixels are brought in order plane by plane. Else they are strided as the
             decoder left them, usually pixel by pixel, which `image_views` gives the same views of,
-            sooner: JPEGs of 320x240 take 1.25 instead of 1.50 ms, all told (one core).
+            sooner: JPEGs of 320x240 take 1.25 instead of 1.50 ms in all (one core).
 
     Raises:
         ImageDecodeError: the content cannot be decoded; the message is one line without a path.

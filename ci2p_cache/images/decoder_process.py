@@ -28,24 +28,19 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ci2p_cache.errors import CacheError, ImageDecodeError, MissingDependencyError, UsageError
+import torch
+
 from ci2p_cache.images.decode import decode_image
+from ci2p_cache.images.decoders import MAX_MESSAGE_BYTES, RAISED
 from ci2p_cache.images.views import image_views
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
-__all__ = ["MAX_MESSAGE_BYTES", "RAISED", "import_torchvision"]
-
-MAX_MESSAGE_BYTES = 2**17
-"""A key of 4,096 bytes, all of them escaped, and the boxes of some hundred crops fit."""
-
-RAISED: dict[str, type[CacheError]] = {
-    error.__name__: error for error in (ImageDecodeError, MissingDependencyError, UsageError)
-}
-"""Errors of ours that an answer may name; any other is a bug and comes as its traceback."""
+__all__ = ["import_torchvision"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -99,7 +94,7 @@ class _Server:
         try:
             worker = os.fork()
         except OSError as error:
-            _tell(channel, {"refused": str(error)})
+            _send(channel, {"refused": str(error)})
             channel.close()
         else:
             if worker == 0:
@@ -115,10 +110,10 @@ class _Server:
             if worker == 0:
                 return
             with self._channels.pop(worker) as channel:
-                _tell(channel, {"died": os.waitstatus_to_exitcode(status)})
+                _send(channel, {"died": os.waitstatus_to_exitcode(status)})
 
 
-def _tell(channel: socket.socket, answer: dict[str, Any]) -> bool:
+def _send(channel: socket.socket, answer: dict[str, Any]) -> bool:
     """Sends an answer; returns whether anyone is there to take it."""
     try:
         channel.send(json.dumps(answer).encode())
@@ -143,21 +138,36 @@ def _live(channel: socket.socket, memory: int) -> None:
 
 
 def _work(channel: socket.socket, memory: int) -> None:
-    """Decodes one image per request until the channel is closed."""
+    """Decodes the images of one request after another until the channel is closed."""
     specs = json.loads(channel.recv(MAX_MESSAGE_BYTES))
     image_spec = ImageSpec.from_dict(specs["image"])
     view_spec = ViewSpec.from_dict(specs["views"])
     limit = _bound_memory(image_spec)
+    names = ("width", "height", "mode", "format", "orientation")
+
+    def views_of(data: bytes, key: str) -> tuple[torch.Tensor, dict[str, Any]]:
+        _bound_time()
+        image = decode_image(data, image_spec, planar=False)
+        views, boxes = image_views(image, image_spec, view_spec, split=asked["split"], key=key)
+        facts = {name: getattr(image, name) for name in names}
+        return views, facts | {"boxes": [asdict(box) for box in boxes]}
+
     while message := channel.recv(MAX_MESSAGE_BYTES):
         asked = json.loads(message)
-        _bound_time()
-        answer: dict[str, Any]
+        answer: dict[str, Any] = {}
         data = os.pread(memory, asked["bytes"], 0)
         try:
-            image = decode_image(data, image_spec, planar=False)
-            views, boxes = image_views(
-                image, image_spec, view_spec, split=asked["split"], key=asked["key"]
-            )
+            if "key" in asked:
+                views, answer = views_of(data, asked["key"])
+            elif "keys" in asked:
+                ends = [0, *accumulate(asked["sizes"])]
+                parts = [data[start:end] for start, end in pairwise(ends)]
+                found = zip(parts, asked["keys"], strict=True)
+                views = torch.stack([views_of(*each)[0] for each in found])
+            else:
+                _bound_time()
+                views = decode_image(data, image_spec).pixels
+                answer["shape"] = list(views.shape)
         except tuple(RAISED.values()) as error:
             answer = {"raised": type(error).__name__, "message": str(error), "hint": error.hint}
         except MemoryError:
@@ -166,16 +176,8 @@ def _work(channel: socket.socket, memory: int) -> None:
             answer = {"bug": traceback.format_exc()}
         else:
             os.pwrite(memory, views.numpy().data.cast("B"), 0)
-            answer = {
-                "width": image.width,
-                "height": image.height,
-                "mode": image.mode,
-                "format": image.format,
-                "orientation": image.orientation,
-                "boxes": [asdict(box) for box in boxes],
-            }
         # What an image left behind must not make the next one fail.
-        if not _tell(channel, answer | {"retires": _data_bytes() > limit}):
+        if not _send(channel, answer | {"retires": _data_bytes() > limit}):
             return
 
 
@@ -187,8 +189,7 @@ def _data_bytes() -> int:
 def _bound_memory(spec: ImageSpec) -> int:
     """Makes allocations fail where no image inside `max_pixels` needs them; no core is dumped.
 
-    Returns:
-        Bytes of private memory up to which a worker takes another image.
+    Returns the bytes of private memory up to which a worker takes another image.
     """
     retires = _data_bytes() + _SPARE_BYTES // 2
     limit = retires + _SPARE_BYTES // 2 + _BYTES_PER_PIXEL * spec.max_pixels

@@ -3,48 +3,72 @@
 Image decoders are C code that reads what strangers wrote. One that dies, loops or allocates without
 end takes a worker process with it; the file it held is known, is tried once more in a fresh worker,
 and is then a bad image like any other.
+
+This module imports no torch until an image is decoded: it starts the process that does.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
+import sys
 import threading
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-
-from ci2p_cache.errors import CacheError, ImageDecodeError, ResourceError
-from ci2p_cache.images.decoder_process import MAX_MESSAGE_BYTES, RAISED
-from ci2p_cache.images.decoder_server import fork_decoder, server_gone, start_decoder_server
-from ci2p_cache.images.views import CropBox
+from ci2p_cache.errors import (
+    CacheError,
+    ImageDecodeError,
+    MissingDependencyError,
+    ResourceError,
+    UsageError,
+)
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
-__all__ = ["Decoders", "ViewedImage"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
+__all__ = ["MAX_MESSAGE_BYTES", "MOST_AT_ONCE", "RAISED", "Decoders", "ViewedImage",
+           "start_decoder_server"]  # fmt: skip
+
+MAX_MESSAGE_BYTES = 2**17
+"""A key of 4,096 bytes, all of them escaped, and the boxes of some hundred crops fit."""
+
+MOST_AT_ONCE = 4
+"""Images whose keys fit into one message."""
+
+RAISED: dict[str, type[CacheError]] = {
+    error.__name__: error for error in (ImageDecodeError, MissingDependencyError, UsageError)
+}
+"""Errors of ours that an answer may name; any other is a bug and comes as its traceback."""
+
+_PROCESS = "ci2p_cache.images.decoder_process"
 _ATTEMPTS = 2
 """A second death on the same file, in a worker that decoded nothing before it, is the file's."""
 
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Signals that no decoder raises itself: the machine or a person did."""
 
-
-_KEPT_BYTES = 2**23
-"""Shared memory that a worker keeps between images; more is given back after a large one."""
+_MEMORY_BYTES = 2**23
+"""Shared memory that a worker holds between images; more is given back after a large one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewedImage:
     """One decoded image, cut into views."""
 
-    views: torch.Tensor
+    views: Tensor
     """uint8 (V, 3, size, size), 0-255, contiguous, owning its memory."""
-    boxes: tuple[CropBox, ...]
-    """Where each view was cut."""
+    boxes: list[dict[str, Any]]
+    """Where each view was cut: the fields of a `views.CropBox`."""
     width: int
     """Pixels per row in the file."""
     height: int
@@ -65,20 +89,25 @@ class Decoders:
 
     Args:
         image_spec: How images are decoded and resized.
-        view_spec: Which views are cut.
+        view_spec: Which views are cut; None: one, the centre square.
 
     Raises:
         ResourceError: the process that starts workers cannot be started.
     """
 
-    def __init__(self, image_spec: ImageSpec, view_spec: ViewSpec) -> None:
+    def __init__(self, image_spec: ImageSpec, view_spec: ViewSpec | None = None) -> None:
         self._image_spec = image_spec
-        self._view_spec = view_spec
+        self._view_spec = view_spec or ViewSpec(kind="none")
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
         self._all: set[_Worker] = set()
         self._closed = False
         start_decoder_server()
+
+    def end_with(self, owner: object) -> Self:
+        """Has the workers end when `owner` is no longer used, if nothing closed them before."""
+        weakref.finalize(owner, self.close)
+        return self
 
     def close(self) -> None:
         """Ends all workers; a `decode` that waits for one raises."""
@@ -105,13 +134,47 @@ class Decoders:
             ResourceError: a worker was killed from outside (SIGKILL: the kernel does so when memory
                 runs out), or none can be started.
         """
+        answer = self._answer(data, {"split": split, "key": key})
+        return ViewedImage(**answer)
+
+    def views(self, images: Sequence[tuple[bytes, str]], *, split: str) -> Tensor:
+        """Cuts the views of a few images at once, which takes less time than one by one.
+
+        Args:
+            images: The whole file and the key of each, `MOST_AT_ONCE` at most.
+            split: Their split.
+
+        Returns:
+            uint8 (N, V, 3, size, size), 0-255, contiguous. Errors are those of `decode`, of any of
+            the images.
+        """
+        assert len(images) <= MOST_AT_ONCE, "their keys fit into a message"
+        keys, sizes = [key for _, key in images], [len(data) for data, _ in images]
+        data = b"".join(data for data, _ in images)
+        views: Tensor = self._answer(data, {"split": split, "keys": keys, "sizes": sizes})["views"]
+        return views
+
+    def pixels(self, data: bytes) -> Tensor:
+        """Decodes one image whole; errors as `decode` has them.
+
+        Returns:
+            uint8 (3, H, W), 0-255, contiguous; turned where EXIF is applied.
+        """
+        pixels: Tensor = self._answer(data, {})["views"]
+        return pixels
+
+    def _answer(self, data: bytes, wanted: dict[str, Any]) -> dict[str, Any]:
         deaths = losses = 0
         while True:
             worker = self._take(fresh=deaths > 0)
-            answer = worker.ask(data, split=split, key=key)
-            if "views" in answer or "raised" in answer or "bug" in answer:
+            answer = worker.ask(data, wanted)
+            if "retires" in answer:
                 self._give_back(worker, retires=answer.pop("retires"))
-                return self._image(answer)
+                if "bug" in answer:
+                    raise CacheError(f"decoding failed by a mistake of ours: {answer['bug']}")
+                if "raised" in answer:
+                    raise RAISED[answer["raised"]](answer["message"], hint=answer["hint"])
+                return answer
             self._forget(worker)
             if "refused" in answer:
                 raise ResourceError(
@@ -125,11 +188,12 @@ class Decoders:
             else:
                 losses += 1
                 if losses == _ATTEMPTS:
-                    raise server_gone()
+                    raise _server_gone()
 
     def _take(self, *, fresh: bool) -> _Worker:
         with self._lock:
-            if self._idle and not fresh and not self._closed:
+            self._require_open()
+            if self._idle and not fresh:
                 return self._idle.pop()
         worker = _Worker(self._image_spec, self._view_spec)
         with self._lock:
@@ -137,7 +201,7 @@ class Decoders:
                 self._all.add(worker)
                 return worker
         worker.close()
-        raise ResourceError("decoding was stopped")
+        raise _stopped()
 
     def _give_back(self, worker: _Worker, *, retires: bool) -> None:
         with self._lock:
@@ -149,66 +213,72 @@ class Decoders:
     def _forget(self, worker: _Worker) -> None:
         with self._lock:
             self._all.discard(worker)
-            closed = self._closed
         worker.close()
-        if closed:
-            raise ResourceError("decoding was stopped")
+        self._require_open()
 
-    @staticmethod
-    def _image(answer: dict[str, Any]) -> ViewedImage:
-        if "bug" in answer:
-            raise CacheError(f"decoding failed by a mistake of ours: {answer['bug']}")
-        if "raised" in answer:
-            raise RAISED[answer["raised"]](answer["message"], hint=answer["hint"])
-        boxes = tuple(CropBox(**box) for box in answer.pop("boxes"))
-        return ViewedImage(boxes=boxes, **answer)
+    def _require_open(self) -> None:
+        if self._closed:
+            raise _stopped()
+
+
+def _stopped() -> ResourceError:
+    return ResourceError("decoding was stopped")
 
 
 class _Worker:
     """A worker process as its owner sees it: a channel, and memory that both can reach."""
 
     def __init__(self, image_spec: ImageSpec, view_spec: ViewSpec) -> None:
+        self._image_spec = image_spec
         self._view_spec = view_spec
-        self._size = image_spec.size
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._memory = os.memfd_create("ci2p-cache decoder")
         with theirs:
-            fork_decoder(theirs.fileno(), self._memory)
-        self._tell({"image": image_spec.to_dict(), "views": view_spec.to_dict()})
+            _SERVER.fork(theirs.fileno(), self._memory)
+        self._send({"image": image_spec.to_dict(), "views": view_spec.to_dict()})
 
-    def ask(self, data: bytes, *, split: str, key: str) -> dict[str, Any]:
-        """Lets the worker decode.
+    def ask(self, data: bytes, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Lets the worker decode: views of a `split` and `key`, or several keys, or all pixels.
 
         Returns:
-            `views` and what else is known of the image, or `raised`, `bug`, `died`, `refused`;
-            nothing where server and worker have both gone.
+            `retires`, and `views` and what else is known of the image, or `raised` or `bug`; or
+            `died` or `refused` alone; nothing where server and worker have both gone.
         """
-        _write(self._memory, data)
-        self._tell({"bytes": len(data), "split": split, "key": key})
-        answer = self._hear()
-        if "boxes" in answer:
-            shape = (self._view_spec.num_views(split), 3, self._size, self._size)
+        import torch
+
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._memory, memoryview(data)[written:], written)
+        self._send({"bytes": len(data)} | wanted)
+        answer = self._receive()
+        if "retires" in answer and not {"raised", "bug"} & answer.keys():
+            if "split" in wanted:
+                size = self._image_spec.size
+                shape = [self._view_spec.num_views(wanted["split"]), 3, size, size]
+                if "keys" in wanted:
+                    shape = [len(wanted["keys"]), *shape]
+            else:
+                shape = answer.pop("shape")
+                assert math.prod(shape) <= 3 * self._image_spec.max_pixels, "a worker refuses more"
             answer["views"] = views = torch.empty(shape, dtype=torch.uint8)
             got = os.preadv(self._memory, [views.numpy().data.cast("B")], 0)
             assert got == views.numel(), "a worker writes views before it answers"
-        if len(data) > _KEPT_BYTES:
+        if len(data) > _MEMORY_BYTES or not wanted:
             os.ftruncate(self._memory, 0)
         return answer
 
-    def _tell(self, message: dict[str, Any]) -> None:
-        # Where no one listens any more, the last words are still to be heard.
+    def _send(self, message: dict[str, Any]) -> None:
+        # Where no one listens any more, the last words are still to be received.
         with contextlib.suppress(OSError):
             self._channel.send(json.dumps(message).encode())
 
-    def _hear(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         for _ in range(2):
-            try:
+            # Comes first where the worker died before it read the request.
+            with contextlib.suppress(ConnectionResetError):
                 message = self._channel.recv(MAX_MESSAGE_BYTES)
-            except ConnectionResetError:
-                # Comes first where the worker died before it read the request.
-                continue
-            answer: dict[str, Any] = json.loads(message) if message else {}
-            return answer
+                answer: dict[str, Any] = json.loads(message) if message else {}
+                return answer
         return {}
 
     def hang_up(self) -> None:
@@ -219,12 +289,6 @@ class _Worker:
         """Ends the worker and gives back what it shared."""
         self._channel.close()
         os.close(self._memory)
-
-
-def _write(memory: int, data: bytes) -> None:
-    written = 0
-    while written < len(data):
-        written += os.pwrite(memory, memoryview(data)[written:], written)
 
 
 def _cause_of_death(code: int) -> CacheError:
@@ -240,3 +304,81 @@ def _cause_of_death(code: int) -> CacheError:
     if code < 0:
         return ImageDecodeError(f"the decoder crashed on it ({signal.Signals(-code).name})")
     return ImageDecodeError(f"the decoder ended its process (exit code {code})")
+
+
+class _Server:
+    """The process that forks workers: one for this process and whatever is forked from it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._control: socket.socket | None = None
+
+    def start(self) -> None:
+        """Starts it unless it runs; it imports torch meanwhile and ends with this process."""
+        with self._lock:
+            self._started()
+
+    def fork(self, channel: int, memory: int) -> None:
+        """Starts a worker, which has descriptors of a socket to answer on and of shared memory."""
+        with self._lock:
+            for _ in range(2):
+                control = self._started()
+                try:
+                    socket.send_fds(control, [b"fork"], [channel, memory])
+                except (BrokenPipeError, ConnectionResetError):
+                    control.close()
+                    self._control = None
+                else:
+                    return
+        raise _server_gone()
+
+    def _started(self) -> socket.socket:
+        if self._control is None:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                _spawn(theirs.fileno())
+            self._control = ours
+            atexit.register(ours.close)
+        return self._control
+
+
+_SERVER = _Server()
+
+
+def start_decoder_server() -> None:
+    """Starts the process that decoder workers are forked from, if it does not run yet."""
+    _SERVER.start()
+
+
+def _server_gone() -> ResourceError:
+    return ResourceError(
+        "the process that starts decoders has ended, twice",
+        hint=f"{sys.executable} -m {_PROCESS} < /dev/null   (says why)",
+    )
+
+
+def _spawn(control: int) -> None:
+    """Starts a fresh interpreter, because a fork of one with threads is not safe."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
+        # More threads would be lost in its forks, and none of them is wanted.
+        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    }
+    try:
+        os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-P", "-W", "ignore", "-m", _PROCESS],
+            environment,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, control, 0),
+                # Who reads our output waits for all that hold it, and this one may still be
+                # importing when we have gone. libjpeg's and libtiff's complaints go there too;
+                # what counts of them comes as an error.
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            # Ctrl-C and the terminal's end go to all its processes; this one ends with its owner.
+            setsigmask=[signal.SIGINT, signal.SIGHUP],
+        )
+    except OSError as error:
+        raise ResourceError(f"no process for decoding can be started: {error}") from error

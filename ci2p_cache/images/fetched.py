@@ -73,31 +73,31 @@ class FetchedSource:
         self._options = options
         parent, _, name = self._url.rpartition("/")
         lowered = name.lower().encode()
-        is_pattern = any(sign in name for sign in "*?[{")
-        self._is_file = lowered.endswith(_FILES) and not is_pattern
-        self._name = name if is_pattern or self._is_file or lowered.endswith(_LISTS) else ""
-        self._pattern = name if is_pattern else ""
+        self._is_pattern = any(sign in name for sign in "*?[{")
+        self._is_file = lowered.endswith(_FILES) and not self._is_pattern
+        self._name = name if self._is_pattern or lowered.endswith(_FILES + _LISTS) else ""
         self._remote = RemoteFolder(parent if self._name else self._url)
-        place = hashlib.sha256(self._remote.url.encode()).hexdigest()[:16]
-        self._folder = mirrors_folder() / f"images-{place}"
-        own = hashlib.sha256(self._url.encode()).hexdigest()[:16]
-        self._record = mirrors_folder() / f"images-{place}-{own}.json"
+        folder, own = (
+            hashlib.sha256(each.encode()).hexdigest()[:16] for each in (self._remote.url, self._url)
+        )
+        self._folder = mirrors_folder() / f"images-{folder}"
+        self._record = mirrors_folder() / f"images-{folder}-{own}.json"
         self._source: ImageSource | None = None
         self._reader: ImageReader | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, as the source of what was fetched has them."""
+        """See `ImageSource`."""
         return self._fetched().classes
 
     @property
     def class_titles(self) -> tuple[str, ...]:
-        """Names for people, in the order of `classes`."""
+        """See `ImageSource`."""
         return self._fetched().class_titles
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What the user should know; complete once `scan` has ended."""
+        """See `ImageSource`."""
         where = f"the images of {shown(self._url)} were fetched into {self._folder}"
         return (where, *self._fetched().notices)
 
@@ -116,34 +116,30 @@ class FetchedSource:
         return self._fetched().scan()
 
     def read(self, path: bytes) -> bytes:
-        """Returns the content of one image; errors as the source of what was fetched has them.
-
-        Where everything was fetched before, the server is not asked.
-        """
+        """Returns the content of one image; asks no server where everything was fetched before."""
         if self._reader is None:
             is_here = self._source is None and self._is_complete()
-            place = self._folder / self._name
-            self._reader = self._open_reader(place) if is_here else self._fetched()
+            local = self._folder / self._name
+            self._reader = self._open_reader(local) if is_here else self._fetched()
         return self._reader.read(path)
 
     def file_of(self, path: bytes) -> None:
-        """Returns None: what was fetched tells nothing of what the server has now."""
+        """Returns None: what was fetched shows nothing of what the server has now."""
 
     def _fetched(self) -> ImageSource:
         if self._source is None:
-            wanted = self._wanted()
-            self._fetch_all(wanted)
+            local = self._folder / self._name
+            wanted = self._fetch_all()
             if self._is_file and self._name.lower().endswith(".parquet"):
                 from ci2p_cache.images.table import is_table
 
-                if is_table(os.fsencode(self._folder / self._name), self._options):
+                if is_table(os.fsencode(local), self._options):
                     # It names images that are beside it.
                     self._is_file = False
-                    wanted = self._wanted()
-                    self._fetch_all(wanted)
+                    wanted = self._fetch_all()
             with self._writing(self._record) as staged:
                 staged.write_text(json.dumps(wanted), "utf-8")
-            self._source = self._open_local(self._folder / self._name, self._options)
+            self._source = self._open_local(local, self._options)
         return self._source
 
     def _is_complete(self) -> bool:
@@ -154,13 +150,15 @@ class FetchedSource:
         except (OSError, ValueError, TypeError):
             return False
 
-    def _fetch_all(self, wanted: dict[str, int]) -> None:
+    def _fetch_all(self) -> dict[str, int]:
+        """Fetches what is not here; returns path -> size of all files."""
+        wanted = self._wanted()
         with ThreadPoolExecutor(_THREADS, "fetch") as pool:
             for done in [pool.submit(self._fetch, *item) for item in sorted(wanted.items())]:
                 done.result()
+        return wanted
 
     def _wanted(self) -> dict[str, int]:
-        """Returns path -> size of the files to fetch."""
         where = shown(self._url)
         try:
             if self._is_file:
@@ -172,14 +170,13 @@ class FetchedSource:
             found = self._remote.list_files()
         except FileNotFoundError as error:
             raise SourceError(f"{where} does not exist") from error
-        if self._pattern:
+        if self._is_pattern:
+            patterns = [*_CLASS_FILES, *map(os.fsdecode, expand_braces(self._name.encode()))]
             # fnmatch's wildcards match "/" too; a pattern names files of one folder.
-            found = {path: size for path, size in found.items() if "/" not in path}
-            patterns = [os.fsdecode(p) for p in expand_braces(self._pattern.encode())]
             found = {
                 path: size
                 for path, size in found.items()
-                if path in _CLASS_FILES or any(fnmatchcase(path, each) for each in patterns)
+                if "/" not in path and any(fnmatchcase(path, each) for each in patterns)
             }
         for path in found:
             if {"", ".", ".."} & set(path.split("/")) or "\\" in path or "\0" in path:
@@ -202,11 +199,7 @@ class FetchedSource:
 
     @contextlib.contextmanager
     def _writing(self, target: Path) -> Iterator[Path]:
-        """Gives a path to write to, which becomes `target` when that went well.
-
-        Raises:
-            ResourceError: it cannot be written.
-        """
+        """Gives a path to write to, which becomes `target` when that went well."""
         staged = mirrors_folder() / ".staging" / uuid4().hex
         try:
             for folder in (target.parent, staged.parent):

@@ -9,10 +9,8 @@ import os
 
 from ci2p_cache.errors import SourceError, UsageError
 from ci2p_cache.images.archives import PARQUET_SUFFIXES, TAR_SUFFIXES, kind_of_folder
-from ci2p_cache.images.folder import FolderSource
-from ci2p_cache.images.reading import read_file
+from ci2p_cache.images.folder import FolderSource, TreeSource
 from ci2p_cache.images.source import ImageReader, ImageSource, SourceOptions
-from ci2p_cache.images.tree_source import TreeSource
 from ci2p_cache.images.zip import ZIP_SUFFIXES, ZipSource
 from ci2p_cache.remote import url_of
 
@@ -22,7 +20,7 @@ _LIST_SUFFIXES = (b".csv", b".tsv")
 
 
 def open_source(
-    location: str | os.PathLike[str],
+    location: str | os.PathLike[str] | ImageSource,
     options: SourceOptions | None = None,
     *,
     is_listed: bool = False,
@@ -40,7 +38,8 @@ def open_source(
             - parquet files with the images in them: a file, a folder, a pattern (see
               `parquet.ParquetSource`);
             - any of these behind `s3://`, `gs://` or `http(s)://` (see `fetched.FetchedSource`);
-            - a list of paths and labels: a CSV or parquet file (see `table.TableSource`).
+            - a list of paths and labels: a CSV or parquet file (see `table.TableSource`);
+            - any other `ImageSource`, which is returned as it is.
         options: What the names of columns and the folder of a list are, where they are not the
             usual ones, and whether labels count.
         is_listed: Whether the images were listed before; the layout of a folder is then found out
@@ -56,6 +55,11 @@ def open_source(
         ResourceError: the file system failed again and again.
     """
     options = options or SourceOptions()
+    if not isinstance(location, str | os.PathLike):
+        _refuse(options, "root image_column label_column", "a source of your own")
+        if options.labels == "none" and not is_listed and location.classes:
+            raise UsageError("`labels` is none, and the source has classes; wanted auto")
+        return location
     source = _opened(location, options)
     if isinstance(source, TreeSource) and not is_listed:
         # A layout that is not understood is refused before anything else takes its time.
@@ -106,17 +110,20 @@ def _opened(location: str | os.PathLike[str], options: SourceOptions) -> ImageSo
     return of_folders(location, labelled=options.labels == "auto")
 
 
-def open_reader(location: str | os.PathLike[str]) -> ImageReader:
+def open_reader(location: str | os.PathLike[str] | ImageReader) -> ImageReader:
     """Opens images that were listed before, for reading alone.
 
     Nothing is listed and no layout found out: it is enough that the files are there.
 
     Args:
-        location: As `ImageSource.location` gave it, or where the same files are now.
+        location: As `ImageSource.location` gave it, where the same files are now, or any reader,
+            which is returned as it is.
 
     Raises:
         SourceError, UsageError, MissingDependencyError, ResourceError: as `open_source` has them.
     """
+    if not isinstance(location, str | os.PathLike):
+        return location
     name = os.fsencode(location)
     url = url_of(os.fsdecode(name))
     if url is not None:
@@ -125,26 +132,13 @@ def open_reader(location: str | os.PathLike[str]) -> ImageReader:
         return FetchedSource(url, open_source, open_reader, SourceOptions())
     full = os.path.abspath(name)
     if os.path.isdir(full) and os.listdir(full) and kind_of_folder(full) is None:
-        return _Files(full)
+        return FolderSource(os.fsdecode(full))
     if os.path.isfile(name) and name.lower().endswith((*_LIST_SUFFIXES, *PARQUET_SUFFIXES)):
         from ci2p_cache.images.table import is_table
 
         if name.lower().endswith(_LIST_SUFFIXES) or is_table(name):
-            return _Files(os.path.dirname(full))
+            return FolderSource(os.fsdecode(os.path.dirname(full)))
     return open_source(location)
-
-
-class _Files:
-    """An `ImageReader` over the files below a folder."""
-
-    def __init__(self, root: bytes) -> None:
-        self._root = root
-
-    def location(self) -> str:
-        return os.fsdecode(self._root)
-
-    def read(self, path: bytes) -> bytes:
-        return read_file(self._root, path)
 
 
 def _refuse(options: SourceOptions, names: str, kind: str) -> None:

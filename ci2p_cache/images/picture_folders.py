@@ -11,17 +11,16 @@ from typing import overload
 from torch import Tensor
 
 from ci2p_cache.errors import ImageDecodeError, SourceError
-from ci2p_cache.images.decode import decode_image, decoder_name
-from ci2p_cache.images.kinds import is_image
-from ci2p_cache.images.listing import walk
-from ci2p_cache.images.names import for_display
+from ci2p_cache.images.decode import decoder_name
+from ci2p_cache.images.decoders import Decoders
+from ci2p_cache.images.names import Tally, for_display
 from ci2p_cache.images.reading import read_file
-from ci2p_cache.images.tally import Tally
+from ci2p_cache.images.tree import DiskTree
 from ci2p_cache.specs import ImageSpec
 
 __all__ = ["PictureFolders"]
 
-_KEPT_BYTES = 4 * 2**30
+_HELD_BYTES = 4 * 2**30
 """Of decoded pictures held in memory."""
 
 
@@ -53,14 +52,15 @@ class PictureFolders(Sequence[Tensor]):
 
     def __init__(self, folders: Sequence[tuple[Path, float]], *, shortest_px: int) -> None:
         # Only the decoder's own fields matter here: nothing is resized.
-        self._spec = ImageSpec(exif="apply", decoder=decoder_name())
-        self._places: list[tuple[bytes, bytes]] = []
-        self._kept: list[Tensor | None] = []
+        spec = ImageSpec(exif="apply", decoder=decoder_name())
+        self._decoders = Decoders(spec).end_with(self)
+        self._paths: list[tuple[bytes, bytes]] = []
+        self._pixels: list[Tensor | None] = []
         self.draws, self.counts, self.left_out, self.notices = [], [], [], []
         digest = hashlib.sha256()
-        room = _KEPT_BYTES
+        room = _HELD_BYTES
         for folder, times in folders:
-            before = len(self._places)
+            before = len(self._paths)
             for root, path in self._listed(folder):
                 content = read_file(root, path)
                 pixels = self._usable(path, content, shortest_px)
@@ -68,13 +68,13 @@ class PictureFolders(Sequence[Tensor]):
                     continue
                 digest.update(hashlib.sha256(content).digest())
                 room -= pixels.nbytes
-                self._places.append((root, path))
-                self._kept.append(pixels if room >= 0 else None)
+                self._paths.append((root, path))
+                self._pixels.append(pixels if room >= 0 else None)
                 self.draws.append(times)
-            self.counts.append(len(self._places) - before)
+            self.counts.append(len(self._paths) - before)
             digest.update(f"/{times}/".encode())
         self.digest = digest.hexdigest()
-        if not self._places:
+        if not self._paths:
             names = ", ".join(str(folder) for folder, _ in folders)
             why = f"; the first left out is {self.left_out[0]}" if self.left_out else ""
             raise SourceError(
@@ -85,7 +85,7 @@ class PictureFolders(Sequence[Tensor]):
     def _usable(self, path: bytes, content: bytes, shortest_px: int) -> Tensor | None:
         """Returns the pixels of a picture; None where it is left out, which is noted."""
         try:
-            pixels = decode_image(content, self._spec).pixels
+            pixels = self._decoders.pixels(content)
         except ImageDecodeError as error:
             self.left_out.append(f"{for_display(path)}: {error}")
             return None
@@ -101,13 +101,12 @@ class PictureFolders(Sequence[Tensor]):
         if not folder.is_dir():
             raise SourceError(f"{folder} is no folder; wanted a folder with pictures in it")
         root, tally = os.fsencode(folder.absolute()), Tally()
-        for path in walk(root, b"", tally):
-            if is_image(root, path, tally):
-                yield root, path
+        for path in DiskTree(root).images(b"", tally):
+            yield root, path
         self.notices += tally.notices()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._paths)
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -116,7 +115,7 @@ class PictureFolders(Sequence[Tensor]):
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        kept = self._kept[index]
-        if kept is not None:
-            return kept
-        return decode_image(read_file(*self._places[index]), self._spec).pixels
+        pixels = self._pixels[index]
+        if pixels is not None:
+            return pixels
+        return self._decoders.pixels(read_file(*self._paths[index]))

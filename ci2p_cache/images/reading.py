@@ -1,4 +1,7 @@
-"""Reading a file of a source, again where a failure may pass; what it holds is not known here."""
+"""Reading files of a source, again where a failure may pass."""
+
+# Paths are bytes here, which pathlib does not have.
+# ruff: noqa: PTH116
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.names import for_display, join
 
-__all__ = ["MAX_FILE_BYTES", "persistently", "place_below", "read_file"]
+__all__ = ["MAX_FILE_BYTES", "about", "changed", "identity", "opened", "path_below",
+           "persistently", "pread", "read_archive", "read_file", "too_large"]  # fmt: skip
 
 _T = TypeVar("_T")
 
@@ -29,12 +34,8 @@ _LASTING = frozenset(
 """Errors that say something about the file; all others may be the machine's, and are retried."""
 
 
-def place_below(root: bytes, path: bytes) -> bytes:
-    """Returns the absolute path of a file below `root`.
-
-    Raises:
-        SourceError: the path leads out of it.
-    """
+def path_below(root: bytes, path: bytes) -> bytes:
+    """Returns the absolute path of a file below `root`; a path that leads out is refused."""
     if path.startswith(b"/") or b".." in path.split(b"/") or b"\0" in path:
         raise SourceError(f"{for_display(path)} is no path below {for_display(root)}")
     return join(root, path)
@@ -42,7 +43,7 @@ def place_below(root: bytes, path: bytes) -> bytes:
 
 def read_file(root: bytes, path: bytes) -> bytes:
     """Returns the content of a regular file below `root`; errors as `ImageSource.read` has them."""
-    full = place_below(root, path)
+    full = path_below(root, path)
     try:
         return persistently(lambda: _read_regular(full), full)
     except ResourceError:
@@ -62,20 +63,19 @@ def read_file(root: bytes, path: bytes) -> bytes:
 
 
 def _read_regular(full: bytes) -> bytes:
-    # Without O_NONBLOCK a pipe in the file's place would wait for a writer for ever.
-    descriptor = os.open(full, os.O_RDONLY | os.O_NONBLOCK)
-    try:
+    with opened(full) as descriptor:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ImageDecodeError("it is no regular file any more")
         if found.st_size > MAX_FILE_BYTES:
-            raise ImageDecodeError(
-                f"the file has {found.st_size} bytes; at most {MAX_FILE_BYTES} are read"
-            )
+            raise too_large(found.st_size)
         with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
             return file.readall()
-    finally:
-        os.close(descriptor)
+
+
+def too_large(num_bytes: int) -> ImageDecodeError:
+    """Returns the error of an image file with more than `MAX_FILE_BYTES`."""
+    return ImageDecodeError(f"the file has {num_bytes} bytes; at most {MAX_FILE_BYTES} are read")
 
 
 def _has_entries(root: bytes) -> bool:
@@ -86,12 +86,56 @@ def _has_entries(root: bytes) -> bool:
         return False
 
 
-def persistently(action: Callable[[], _T], path: bytes) -> _T:
-    """Calls `action`, again where it fails for a reason that may pass.
+@contextmanager
+def opened(path: bytes) -> Iterator[int]:
+    """Opens a file for reading; gives its descriptor."""
+    # Without O_NONBLOCK a pipe there would wait for a writer for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
-    Args:
-        action: What to do; it starts from the beginning each time.
-        path: What it reads, for messages.
+
+def pread(descriptor: int, count: int, offset: int) -> bytes:
+    """Returns `count` bytes from `offset` on; fewer only where the file ends."""
+    parts = []
+    while count > 0 and (part := os.pread(descriptor, count, offset)):
+        parts.append(part)
+        offset, count = offset + len(part), count - len(part)
+    return b"".join(parts)
+
+
+def identity(path: bytes, found: os.stat_result | None = None) -> tuple[int, int, int, int]:
+    """Returns device, inode, bytes and time of a file, which must be a regular one.
+
+    Others show later that it was changed. `found` is what is known of it; None: look.
+    """
+    found = found or os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise SourceError(f"{for_display(path)} is no regular file")
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def changed(path: bytes) -> SourceError:
+    """Returns the error of a file that is not what it was when it was first opened."""
+    return SourceError(
+        f"{for_display(path)} was changed while it was read",
+        hint="run the same command when nothing writes to the images any more",
+    )
+
+
+@contextmanager
+def about(where: str) -> Iterator[None]:
+    """Puts `where` in front of a `SourceError` whose message does without."""
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(f"{where}{error}", hint=error.hint) from error
+
+
+def persistently(action: Callable[[], _T], path: bytes) -> _T:
+    """Calls `action`, again from the beginning where it fails for a reason that may pass.
 
     Raises:
         ResourceError: it failed three times; the message names `path`.
@@ -111,3 +155,24 @@ def persistently(action: Callable[[], _T], path: bytes) -> _T:
                 ) from error
             time.sleep(wait_seconds)
     raise AssertionError("the last try returns or raises")
+
+
+def read_archive(action: Callable[[], _T], path: bytes) -> _T:
+    """Calls `action`, which reads an archive, as `persistently` does.
+
+    An archive that is missing or may not be read is never the trouble of one image: it is a
+    `ResourceError` that it has gone, a `SourceError` that it cannot be opened.
+    """
+    try:
+        return persistently(action, path)
+    except ResourceError:
+        raise
+    except FileNotFoundError as error:
+        raise ResourceError(
+            f"{for_display(path)} has gone", hint="put it back and run the same command"
+        ) from error
+    except OSError as error:
+        raise SourceError(
+            f"{for_display(path)} cannot be read: {error.strerror or error}",
+            hint="make it readable, or leave it out of the source",
+        ) from error

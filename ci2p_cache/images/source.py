@@ -41,7 +41,8 @@ class ImageRef:
     """Index into the source's `classes`."""
     path: bytes
     """Where the bytes are, below the source's root: the file system's own bytes. Of an image in an
-    archive or table, its path, "#" and a place in it. It is all that `read` needs, in any process.
+    archive or table, its path, "#" and where it is in there. It is all that `read` needs, in any
+    process.
     """
     order: int | None = None
     """Where it comes when the source is read in sequence, ascending; None where images may as well
@@ -67,7 +68,15 @@ class ImageReader(Protocol):
 
 
 class ImageSource(ImageReader, Protocol):
-    """Lists images and gives their bytes; `scan` belongs to one thread at a time."""
+    """Lists images and gives their bytes; `scan` belongs to one thread at a time.
+
+    `encode` takes any object with these members. What it must keep: `scan` yields the same images
+    under the same keys each time, while nothing is added; each label is an index into `classes`, or
+    -1 where there are no classes; `read` gives the same bytes for the same path, to any number of
+    threads, also without a `scan` before it: a run that continues reads by its plan alone. The
+    bytes may be anything: they are decoded in a process of its own. `location` names the source,
+    each time alike.
+    """
 
     def file_of(self, path: bytes) -> tuple[bytes, bool] | None:
         """Returns the local file that holds an image, absolute, and whether it holds nothing else.
@@ -80,7 +89,7 @@ class ImageSource(ImageReader, Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names in the order of `labels.ordered_classes`; one list over all splits.
+        """Class names, whole numbers by value and others as text; one list over all splits.
 
         Classes that the source declares (a ClassLabel, `classes.txt`) keep the order they have
         there. Archives and tables are listed for it.
@@ -97,8 +106,8 @@ class ImageSource(ImageReader, Protocol):
     def scan(self) -> Iterator[ImageRef]:
         """Yields every image once, in an order that depends on names alone.
 
-        Streams: memory grows with the largest folder, not with the source. Archives and tables keep
-        their list, some 20 bytes and the name per image, and list anew only when opened anew.
+        Streams: memory grows with the largest folder, not with the source. Archives and tables hold
+        their list, some 30 bytes and the name per image, and list anew only when opened anew.
 
         Raises:
             SourceError: a folder cannot be listed, or there is no image at all.

@@ -1,4 +1,4 @@
-"""Which names of folders mean a split, and which names look like splits but cannot be read as such.
+"""Which names mean a split, and which names look like splits but cannot be read as such.
 
 Names of one data set share what stands around the word: `seg_train` and `seg_test`, `Train Images`
 and `Test Images`. A name counts only together with its neighbours, because a class may be called
@@ -10,9 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ci2p_cache.images.archives import SPLIT_NAMES
+__all__ = ["SPLIT_NAMES", "SPLIT_ORDER", "UNLABELLED", "look_like_parts", "look_like_splits",
+           "split_folders"]  # fmt: skip
 
-__all__ = ["UNLABELLED", "look_like_parts", "look_like_splits", "split_folders"]
+SPLIT_ORDER = ("train", "val", "test")
+SPLIT_NAMES = {
+    **dict.fromkeys((b"train", b"training", b"trainval"), "train"),
+    **dict.fromkeys((b"val", b"valid", b"validation", b"dev", b"eval", b"evaluation"), "val"),
+    **dict.fromkeys((b"test", b"testing"), "test"),
+}
+"""Names of folders and archives that mean a split, in any case."""
 
 UNLABELLED = "unlabelled"
 """What a folder is that holds pictures to be predicted, beside `train` and another split."""
@@ -36,29 +43,18 @@ _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 def split_folders(names: Sequence[bytes]) -> dict[bytes, str]:
-    """Returns the names that are splits of one data set, each with its split.
+    """Returns which of all folders beside each other are splits of one data set, and which each.
 
     They are `train`, `val`, `test` or another word for them in any case, with a prefix and a suffix
-    that all of them share. Without one for train the result is empty. A name with a prefix or
-    suffix needs a second one; a folder `train` may stand alone.
-
-    Args:
-        names: All folders beside each other; those that are not in the result are no splits.
-
-    Returns:
-        Name -> train, val, test or `UNLABELLED`.
+    that all of them share, or `UNLABELLED`. Without one for train the result is empty. A name with
+    a prefix or suffix needs a second one; a folder `train` may stand alone.
     """
     lowered = {name: name.lower() for name in names}
     best: dict[bytes, str] = {}
     for before, after in _surroundings(list(lowered.values())):
-        found = {
-            name: _WORDS[text[len(before) : len(text) - len(after)]]
-            for name, text in lowered.items()
-            if len(text) >= len(before) + len(after)
-            and text.startswith(before)
-            and text.endswith(after)
-            and text[len(before) : len(text) - len(after)] in _WORDS
-        }
+        form = re.compile(re.escape(before) + rb"(.*)" + re.escape(after), re.DOTALL)
+        matches = ((name, form.fullmatch(text)) for name, text in lowered.items())
+        found = {name: _WORDS[m[1]] for name, m in matches if m is not None and m[1] in _WORDS}
         splits = set(found.values()) - {UNLABELLED}
         if len(splits) < 2:
             found = {name: split for name, split in found.items() if split == "train"}
@@ -72,9 +68,9 @@ def _surroundings(names: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     found = [(b"", b"")]
     for name in names:
         for word, split in SPLIT_NAMES.items():
-            place = name.find(word) if split == "train" else -1
-            if place >= 0:
-                found.append((name[:place], name[place + len(word) :]))
+            at = name.find(word) if split == "train" else -1
+            if at >= 0:
+                found.append((name[:at], name[at + len(word) :]))
     return list(dict.fromkeys(found))
 
 

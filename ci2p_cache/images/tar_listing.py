@@ -1,71 +1,160 @@
 """What is in one tar: its images with their labels; where tars come from is not known here.
 
+::
+
+    members, and those of tars in the tar --one name up to the first dot--> sample --> image, label
+
 A sample is a run of members whose paths are the same up to the first dot of the file name
 (webdataset.github.io, "The WebDataset Format"): one image, and a `.cls` or `.json` with its label.
 Images without any such file are listed too: the folders they are in may be their classes.
+
+A `CLASS.tar` in a tar counts as a folder `CLASS`: ImageNet's training images come so
+(`ILSVRC2012_img_train.tar`). The inner tars are plain, so their content is in the outer one as it
+is, and nothing is unpacked. Tars in tars in tars are refused.
 """
+
+# Paths are bytes here, which pathlib does not have.
+# ruff: noqa: PTH119
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shlex
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from ci2p_cache.errors import SourceError
-from ci2p_cache.images.archives import Archive
-from ci2p_cache.images.kinds import IMAGE_SUFFIXES, SNIFF_BYTES, is_image_content
-from ci2p_cache.images.labels import LabelTable
+from ci2p_cache.images.archives import TAR_SUFFIXES, Archive
+from ci2p_cache.images.labels import NO_LABEL, LabelTable, written
 from ci2p_cache.images.listed_layouts import LIST_NAMES
-from ci2p_cache.images.names import for_display, is_hidden, join
+from ci2p_cache.images.names import Tally, as_key, for_display, is_hidden, join
 from ci2p_cache.images.source import SourceOptions
-from ci2p_cache.images.tar_images import NO_LABEL_FILE, Listed
-from ci2p_cache.images.tar_members import Member
-from ci2p_cache.images.tar_nested import TarWalk, repacked
-from ci2p_cache.images.tar_sample import LabelFiles, Missing, Sample
-from ci2p_cache.images.tar_streams import TarStream, open_stream
+from ci2p_cache.images.tar_bytes import Member, TarStream, members, open_stream
+from ci2p_cache.images.tree import IMAGE_SUFFIXES, SNIFF_BYTES, is_image_content
 
-__all__ = ["TarLister", "refusal"]
+__all__ = ["NO_LABEL_FILE", "Listed", "TarLister", "refusal", "stem"]
+
+NO_LABEL_FILE = -1
+"""Label of an image that has no file of labels beside it."""
+
+_INNER = b".tar"
+_CLS, _JSON = b"cls", b"json"
+_OF_SAMPLES = (*IMAGE_SUFFIXES, b".cls", b".json")
+_FIELDS = ("label", "cls", "class_name")
 
 _MAX_SAMPLE_MEMBERS = 1024
-
+_MAX_LABEL_BYTES = {_CLS: 4096, _JSON: 2**24}
+_MAX_OTHER_LABEL_BYTES = 4096
+"""Of a label file of another extension, which an option names, and of `k.final.cls` for k."""
 _MAX_LINKED_BYTES, _MAX_ALL_LINKED_BYTES = 2**16, 2**24
-"""Of one label file that hard links lead to, and of all of them: they are kept."""
-
+"""Of one label file that hard links lead to, and of all of them: they stay in memory."""
 _MAX_TEXT_BYTES = 2**26
 """Of all lists of a public data set in one archive."""
+_MOST_NAMED = 8
+"""Fields or extensions that a message names."""
 
 _NO_MORE_DOTS = r" --transform='s,\.\([^./]*\.\),_\1,'"
 """An option of tar: the first dot of a name that has two becomes `_`."""
 
 
+class _Images:
+    """The images of one archive, in some 30 bytes and their name each."""
+
+    def __init__(self) -> None:
+        self._names = bytearray()
+        self._numbers = array("q")
+        """Of each image: the end of its name, offset, size, label."""
+
+    def add(self, image: Member, label: int) -> None:
+        """Adds one image; `label` is what `LabelTable.add` returned, or NO_LABEL_FILE."""
+        self._names += image.name
+        self._numbers.extend((len(self._names), image.offset, image.size, label))
+
+    def __len__(self) -> int:
+        return len(self._numbers) // 4
+
+    def __iter__(self) -> Iterator[tuple[bytes, int, int, int]]:
+        """Yields name, offset, size and label."""
+        return map(self._row, range(len(self)))
+
+    def _row(self, at: int) -> tuple[bytes, int, int, int]:
+        end, offset, size, label = self._numbers[4 * at : 4 * at + 4]
+        return bytes(self._names[self._numbers[4 * at - 4] if at else 0 : end]), offset, size, label
+
+    def by_offset(self) -> _Images:
+        """Returns them in the order of their content, which is how an archive is best read."""
+        ordered = _Images()
+        for at in np.argsort(np.array(self._numbers[1::4]), kind="stable").tolist():
+            name, offset, size, label = self._row(at)
+            ordered.add(Member(name, offset, size), label)
+        return ordered
+
+
+@dataclass(slots=True)
+class Listed:
+    """What was found in one archive."""
+
+    images: _Images = field(default_factory=_Images)
+    tally: Tally = field(default_factory=Tally)
+    """What is no image."""
+    is_nested: bool = False
+    """Whether it holds tars, which were read."""
+    texts: dict[bytes, bytes | None] = field(default_factory=dict)
+    """Lists of a public data set, by name; None for one that was too large."""
+    has_labels: bool = False
+    """Whether there are files of labels."""
+    problem: SourceError | None = None
+    """Why the first image without a label has none; None where all have one."""
+
+
+@dataclass(slots=True)
+class _Sample:
+    """Members that belong together, while they are met."""
+
+    base: bytes
+    """Their path up to the first dot of the file name."""
+    image: Member | None = None
+    labels: dict[bytes, bytes] = field(default_factory=dict)
+    """Content of the label files, by extension."""
+    others: list[bytes] = field(default_factory=list)
+    """Extensions of the members that are neither."""
+    several: tuple[bytes, bytes] | None = None
+    """Names of two images, where there is more than one."""
+    count: int = 0
+
+
+@dataclass(slots=True)
 class _Content:
-    """The first bytes of a member, read once.
+    """The first bytes of a member, read once."""
 
-    Args:
-        size: Of the member.
-        stream: Stands at its content; None where only `head` is known.
-        head: What is known already.
-    """
-
-    def __init__(self, size: int, stream: TarStream | None, head: bytes = b"") -> None:
-        self._size = size
-        self.stream = stream
-        self._head = head
+    size: int
+    """Of the member."""
+    stream: TarStream | None
+    """Stands at its content; None where only `head` is known."""
+    head: bytes = b""
 
     def first(self, count: int) -> bytes:
         """Returns that many bytes; fewer where it ends before, or they are not known."""
-        missing = min(count, self._size) - len(self._head)
+        missing = min(count, self.size) - len(self.head)
         if missing > 0 and self.stream is not None:
-            self._head += self.stream.read(missing)
-        return self._head[:count]
+            self.head += self.stream.read(missing)
+        return self.head[:count]
 
 
 class TarLister:
-    """Goes through one archive.
+    """Lists one archive.
 
     Args:
         full: Its absolute path.
-        archive: It, for its split.
+        archive: It, for messages.
         labels: Takes each label that is met.
-        options: Which extension is the image, and where the label is.
+        options: `image_column` is the extension of the images; `label_column` that of the labels,
+            or a field of the .json; with `labels` none, what is found does not count.
     """
 
     def __init__(
@@ -74,18 +163,14 @@ class TarLister:
         self._full = full
         self._archive = archive
         self._labels = labels
-        self._files = LabelFiles(options)
-        name = options.image_column
-        self._image = None if name is None else name.lower().lstrip(".").encode()
+        self._options = options
+        self._image = _extension(options.image_column)
+        self._label = _extension(options.label_column)
 
     def list(self) -> Listed:
         """Returns the images, and what is none.
 
         Hard links to earlier members are images too: a first pass finds what they lead to.
-
-        Raises:
-            SourceError: it is damaged, or a sample is not as it should be.
-            OSError: it cannot be read.
         """
         listed = self._pass(frozenset())
         if self._links:
@@ -94,17 +179,16 @@ class TarLister:
         return listed
 
     def _pass(self, wanted: frozenset[bytes]) -> Listed:
-        """Goes through once; `wanted` are the members that hard links lead to."""
+        """Reads all headers once; `wanted` are the members that hard links lead to."""
         self._listed = listed = Listed()
         self._links: set[bytes] = set()
         self._targets: dict[bytes, tuple[Member, bytes]] = {}
-        self._kept_bytes = self._text_bytes = 0
+        self._linked_bytes = self._text_bytes = 0
         self._apart: list[bytes] = []
         self._num_apart = 0
         self._unlabelled: bytes | None = None
-        walk = TarWalk(open_stream(self._full), self._full)
-        sample: Sample | None = None
-        for found, stream in walk.members():
+        sample: _Sample | None = None
+        for found, stream in _walk(open_stream(self._full), self._full, listed):
             member, content = found, _Content(found.size, stream)
             if found.link:
                 self._links.add(found.link)
@@ -116,67 +200,65 @@ class TarLister:
                 listed.tally.add("member", self._shown(member))
                 continue
             if member.name in wanted:
-                self._keep(member, content)
+                self._note_target(member, content)
             if is_hidden(member.name):
                 listed.tally.add("hidden", self._shown(member))
                 continue
             folder, _, name = member.name.rpartition(b"/")
-            stem, _, extension = name.partition(b".")
-            base = join(folder, stem)
+            first, _, extension = name.partition(b".")
+            base = join(folder, first)
             if sample is None or base != sample.base:
                 self._finish(sample)
-                sample = Sample(base)
+                sample = _Sample(base)
             self._take(sample, member, extension.lower(), content)
         self._finish(sample)
-        listed.is_nested = walk.is_nested
-        self._tell_of_labels_apart()
+        self._note_labels_apart()
         return listed
 
-    def _keep(self, member: Member, content: _Content) -> None:
-        """Keeps what is needed of a member that a hard link leads to."""
+    def _note_target(self, member: Member, content: _Content) -> None:
+        """Remembers what is needed of a member that a hard link leads to."""
         count = SNIFF_BYTES
-        if self._files.max_bytes(member.name.rpartition(b".")[2].lower()) is not None:
+        if self._max_label_bytes(member.name.rpartition(b".")[2].lower()) is not None:
             count = min(member.size, _MAX_LINKED_BYTES)
-            self._kept_bytes += count
-        if self._kept_bytes > _MAX_ALL_LINKED_BYTES:
+            self._linked_bytes += count
+        if self._linked_bytes > _MAX_ALL_LINKED_BYTES:
             raise self._error(member.name, "is one of too many label files with hard links")
         self._targets[member.name] = (member, content.first(count))
 
-    def _take(self, sample: Sample, member: Member, extension: bytes, content: _Content) -> None:
+    def _take(self, sample: _Sample, member: Member, extension: bytes, content: _Content) -> None:
         sample.count += 1
         if sample.count > _MAX_SAMPLE_MEMBERS:
             raise self._error(member.name, f"has more than {_MAX_SAMPLE_MEMBERS} members")
-        max_bytes = self._files.max_bytes(extension)
-        if max_bytes is not None and not (b"." in extension and member.size > max_bytes):
-            if self._files.are_wanted:
-                self._take_label(sample, member, extension, max_bytes, content)
+        most = self._max_label_bytes(extension)
+        if most is not None and not (b"." in extension and member.size > most):
+            if self._options.labels == "auto":
+                self._take_label(sample, member, extension, most, content)
             else:
-                sample.add_other(extension)
+                sample.others.append(extension)
         elif member.name.rpartition(b"/")[2] in LIST_NAMES:
             self._text_bytes += member.size
-            is_kept = self._text_bytes <= _MAX_TEXT_BYTES
-            self._listed.texts[member.name] = content.first(member.size) if is_kept else None
+            fits = self._text_bytes <= _MAX_TEXT_BYTES
+            self._listed.texts[member.name] = content.first(member.size) if fits else None
         elif self._is_image(member, extension, content):
-            if sample.labels and sample.images:
-                raise self._several(sample, sample.images[0].name, member.name)
-            sample.images.append(member)
-            if len(sample.images) > 1:
+            first, sample.image = sample.image, member
+            if first is not None:
+                if sample.labels:
+                    raise self._several(sample, first.name, member.name)
                 # Where folders are classes, names may have dots.
-                first = sample.images.pop(0)
                 sample.several = sample.several or (first.name, member.name)
                 sample.count -= 1
-                self._add_unlabelled(first, self._files.label(sample, first))
+                self._add_unlabelled(first, self._label_of(sample, first))
         else:
-            sample.add_other(extension)
+            sample.others.append(extension)
 
     def _take_label(
-        self, sample: Sample, member: Member, extension: bytes, max_bytes: int, content: _Content
+        self, sample: _Sample, member: Member, extension: bytes, most: int, content: _Content
     ) -> None:
         if sample.several is not None:
             raise self._several(sample, *sample.several)
         if extension in sample.labels:
             raise self._error(member.name, f"has two .{for_display(extension)}")
-        if member.size > max_bytes:
+        if member.size > most:
             raise self._error(member.name, f"has a label file of {member.size} bytes")
         text = content.first(member.size)
         if len(text) < member.size and content.stream is None:
@@ -194,34 +276,33 @@ class TarLister:
             self._shown(member), content.first(SNIFF_BYTES), self._listed.tally
         )
 
-    def _finish(self, sample: Sample | None) -> None:
+    def _finish(self, sample: _Sample | None) -> None:
         """Lists the image of a sample that is complete."""
         if sample is None:
             return
-        if not sample.images:
+        image = sample.image
+        if image is None:
             self._num_apart += len(sample.labels)
-            if not self._apart:
-                self._apart += [sample.base + b"." + extension for extension in sample.labels]
+            self._apart = self._apart or [sample.base + b"." + each for each in sample.labels]
             return
-        image = sample.images[0]
         try:
-            label = self._files.label(sample, image)
-            if not isinstance(label, Missing):
+            label = self._label_of(sample, image)
+            if not isinstance(label, SourceError):
                 self._listed.images.add(image, self._labels.add(label))
         except SourceError as error:
             raise self._error(image.name, f"has {error}") from error
-        if isinstance(label, Missing):
+        if isinstance(label, SourceError):
             self._add_unlabelled(image, label)
         self._listed.has_labels |= bool(sample.labels)
 
-    def _add_unlabelled(self, image: Member, why: str | int | Missing) -> None:
+    def _add_unlabelled(self, image: Member, why: str | int | SourceError) -> None:
         self._listed.images.add(image, NO_LABEL_FILE)
-        if self._listed.problem is None and isinstance(why, Missing):
-            self._listed.problem = self._error(image.name, why.what, hint=why.hint)
+        if self._listed.problem is None and isinstance(why, SourceError):
+            self._listed.problem = self._error(image.name, str(why), hint=why.hint)
             # Where its .json has other fields, it is beside it.
             self._unlabelled = image.name if why.hint is None else None
 
-    def _tell_of_labels_apart(self) -> None:
+    def _note_labels_apart(self) -> None:
         """Says so where images and their labels are there, but not beside each other."""
         listed = self._listed
         is_cls = any(name.endswith(b".cls") for name in self._apart)
@@ -235,20 +316,84 @@ class TarLister:
                 f"has no label beside it, and {self._num_apart} label files, for example "
                 f"{for_display(self._apart[0])}, have no image beside them; the members of a "
                 "sample must follow one another",
-                hint=repacked(self._full),
+                hint=self._repacked(),
             )
 
-    def _several(self, sample: Sample, one: bytes, other: bytes) -> SourceError:
-        names = f"{for_display(one)} and {for_display(other)}"
+    def _max_label_bytes(self, extension: bytes) -> int | None:
+        """Returns how large a label file of that extension may be; None where it is none."""
+        before, _, last = extension.rpartition(b".")
+        if extension == self._label:
+            return _MAX_LABEL_BYTES.get(extension, _MAX_OTHER_LABEL_BYTES)
+        if last == self._label or last in _MAX_LABEL_BYTES:
+            own = _MAX_LABEL_BYTES.get(last, _MAX_OTHER_LABEL_BYTES)
+            return _MAX_OTHER_LABEL_BYTES if before else own
+        return None
+
+    def _label_of(self, sample: _Sample, image: Member) -> str | int | SourceError:
+        """Returns what the .cls says, or else the .json, which with a .cls can be anything.
+
+        Where there is no label, it is the reason: the rest of a sentence, and what helps.
+        """
+        # `k.final.cls` belongs to `k.final.jpg`, where there is no `k.cls`.
+        middle = image.name[len(sample.base) + 1 :].lower().rpartition(b".")[0]
+        parted = [(each.rpartition(b"."), text) for each, text in sample.labels.items()]
+        files = {last: text for (before, _, last), text in parted if before == middle}
+        files |= {last: text for (_, dot, last), text in parted if not dot}
+        wanted = self._label or _CLS
+        if wanted in files and wanted != _JSON:
+            return as_key(files[wanted])
+        if _JSON in files:
+            return self._in_json(files[_JSON])
+        beside = [*sample.others[:_MOST_NAMED], *sample.labels]
+        found = f"; found .{for_display(b', .'.join(beside)[:300])}" if beside else ""
+        looked = ".cls or .json"
+        if self._label is not None:
+            column = self._options.label_column
+            looked = f".{for_display(self._label)} or a .json with `{column}`"
+        return SourceError(f"has no label; looked for a {looked} beside it{found}")
+
+    def _in_json(self, text: bytes) -> str | int | SourceError:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"a .json that is no JSON: {error}") from error
+        fields = found if isinstance(found, dict) else {}
+        usable = {name: value for name, value in fields.items() if _is_label(value)}
+        column = self._options.label_column
+        wanted = _FIELDS if column is None else (column,)
+        for name in wanted:
+            if name in usable:
+                label = written(usable[name])
+                return NO_LABEL if label is None else label
+        names = ", ".join(list(fields)[:_MOST_NAMED]) or "none"
+        best = [name for name in usable if "class" in name.lower() or "categ" in name.lower()]
+        best = (best or list(usable) or ["FIELD"])[:1]
+        return SourceError(
+            f"has no label: its .json has the fields {for_display(names.encode()[:300])}; looked "
+            f"for {' or '.join(wanted)} with a text or a whole number",
+            hint=f"repeat the command with --label-column {best[0][:100]}",
+        )
+
+    def _several(self, sample: _Sample, one: bytes, other: bytes) -> SourceError:
+        what = f"has several images, {for_display(one)} and {for_display(other)}"
         if one.rpartition(b".")[0] == other.rpartition(b".")[0]:
             last = for_display(one.rpartition(b".")[2])
             hint = f"repeat the command with --image-column {last}, or pack one image a sample"
-            return self._error(sample.base, f"has several images, {names}; wanted one", hint=hint)
+            return self._error(sample.base, f"{what}; wanted one", hint=hint)
         return self._error(
             sample.base,
-            f"has several images, {names}: the name of a sample ends at its first dot, so these "
-            "are one sample",
-            hint=repacked(self._full, options=_NO_MORE_DOTS, ending="renamed"),
+            f"{what}: the name of a sample ends at its first dot, so these are one sample",
+            hint=self._repacked(options=_NO_MORE_DOTS, ending="renamed"),
+        )
+
+    def _repacked(self, *, options: str = "", ending: str = "sorted") -> str:
+        """Returns the command that packs the archive again, its members sorted by their names."""
+        folder = for_display(stem(self._full))
+        parts = (for_display(self._full), folder, f"{folder}-{ending}.tar")
+        old, folder, new = map(shlex.quote, parts)
+        return (
+            f"mkdir {folder} && tar -xf {old} -C {folder} && "
+            f"tar --sort=name{options} -cf {new} -C {folder} ."
         )
 
     def _shown(self, member: Member) -> bytes:
@@ -259,18 +404,110 @@ class TarLister:
         return refusal(root, self._archive, name, what, hint=hint)
 
 
+def _extension(column: str | None) -> bytes | None:
+    return None if column is None else column.lower().lstrip(".").encode()
+
+
+def _is_label(value: object) -> bool:
+    try:
+        written(value)
+    except SourceError:
+        return False
+    return value is not None
+
+
+def _walk(stream: TarStream, path: bytes, listed: Listed) -> Iterator[tuple[Member, TarStream]]:
+    """Yields the members but not the folders, in order, with a stream that stands at each.
+
+    Members of inner tars have `CLASS/` before their name and their offset in the outer one;
+    `listed` notes whether there are any. Tars beside images are refused, and packed ones.
+    """
+    is_flat, packed = False, b""
+    for member in members(stream, path):
+        name = member.name.lower()
+        if not member.is_file or is_hidden(member.name):
+            yield member, stream
+            continue
+        if name.endswith(_OF_SAMPLES):
+            is_flat = True
+            if listed.is_nested:
+                raise _not_nested(path, f"holds {for_display(member.name)} beside tars")
+        if name.endswith(_INNER) and not is_flat:
+            listed.is_nested = True
+            yield from _inner(stream, path, member)
+            continue
+        if name.endswith(TAR_SUFFIXES) and not is_flat:
+            packed = packed or member.name
+        yield member, stream
+    if packed and not is_flat:
+        raise _not_nested(
+            path,
+            f"holds the packed tar {for_display(packed)}; a tar in a tar is read in place, so it "
+            "must be plain",
+        )
+
+
+def _inner(around: TarStream, path: bytes, outer: Member) -> Iterator[tuple[Member, TarStream]]:
+    folder = outer.name[: -len(_INNER)]
+    # Packed as `tar cf daisy.tar daisy/`, the class stands there twice.
+    own = os.path.basename(folder) + b"/"
+    stream = _Inner(around, outer.size)
+    for member in members(stream, join(path, outer.name)):
+        if member.name.lower().endswith(TAR_SUFFIXES) and not is_hidden(member.name):
+            raise _not_nested(
+                path,
+                f"holds {for_display(outer.name)}, which holds {for_display(member.name)}; tars in "
+                "tars in tars are not read",
+            )
+        yield (
+            dataclasses.replace(
+                member,
+                name=join(folder, member.name.removeprefix(own)),
+                link=member.link and join(folder, member.link.removeprefix(own)),
+                offset=outer.offset + member.offset,
+            ),
+            stream,
+        )
+
+
+class _Inner:
+    """A `TarStream` over a member of another, which stands at it; it ends where that ends."""
+
+    def __init__(self, outer: TarStream, size: int) -> None:
+        self._outer = outer
+        self._size = size
+        self.position = 0
+
+    def read(self, count: int) -> bytes:
+        data = self._outer.read(min(count, self._size - self.position))
+        self.position += len(data)
+        return data
+
+    def skip(self, count: int) -> None:
+        before = self._outer.position
+        self._outer.skip(min(count, self._size - self.position))
+        self.position += self._outer.position - before
+
+
+def _not_nested(path: bytes, what: str) -> SourceError:
+    archive, folder = (shlex.quote(for_display(each)) for each in (path, stem(path)))
+    return SourceError(
+        f"{for_display(path)} {what}; wanted images with labels, or tars alone, one for each class",
+        hint=f"mkdir {folder} && tar -xf {archive} -C {folder}; then sort what is in it into class "
+        "folders, and encode the folder",
+    )
+
+
+def stem(path: bytes) -> bytes:
+    """Returns an archive's path without its suffix."""
+    suffix = max((s for s in TAR_SUFFIXES if path.lower().endswith(s)), key=len, default=b"")
+    return path[: len(path) - len(suffix)]
+
+
 def refusal(
     root: bytes, archive: Archive, name: bytes, what: str, *, hint: str | None = None
 ) -> SourceError:
-    """Returns the error of a member that is not as it should be.
-
-    Args:
-        root: The source's root.
-        archive: Where the member is.
-        name: Its name.
-        what: What is wrong with it, as the rest of a sentence.
-        hint: What helps; None: mend the archive.
-    """
+    """Returns the error of a member that is not as it should be; `what` ends the sentence."""
     shown = for_display(join(root.rstrip(b"/"), archive.path))
     return SourceError(
         f"{shown}: {for_display(name)} {what}",

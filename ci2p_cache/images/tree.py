@@ -1,7 +1,7 @@
 """A tree of images: what the layout of a source is found from, on disk or in an archive."""
 
 # Paths are bytes here, which pathlib does not have.
-# ruff: noqa: PTH112, PTH113, PTH123, PTH202
+# ruff: noqa: PTH112, PTH113, PTH116, PTH122, PTH123, PTH202
 
 from __future__ import annotations
 
@@ -9,28 +9,66 @@ import os
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
-from ci2p_cache.errors import SourceError
-from ci2p_cache.images.kinds import has_image, is_image
-from ci2p_cache.images.listing import list_folder, walk
-from ci2p_cache.images.names import as_key, for_display, is_hidden, join
-from ci2p_cache.images.tally import Tally
+from ci2p_cache.errors import CacheError, ResourceError, SourceError
+from ci2p_cache.images.headers import foreign_format, sniff_format
+from ci2p_cache.images.names import Tally, as_key, for_display, is_hidden, join
+from ci2p_cache.images.reading import opened, persistently
 
-__all__ = ["ArchiveTree", "DiskTree", "Tree"]
+__all__ = ["IMAGE_SUFFIXES", "SNIFF_BYTES", "ArchiveTree", "DiskTree", "Tree", "has_image_suffix",
+           "is_image_content"]  # fmt: skip
+
+IMAGE_SUFFIXES = frozenset(
+    {b".jpg", b".jpeg", b".jpe", b".jfif", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff"}
+)
+"""What names of images end in, in lower case."""
+
+_FOREIGN_SUFFIXES = frozenset(
+    {b".avif", b".heic", b".heif", b".jxl", b".jp2", b".j2k", b".svg", b".psd", b".ico", b".tga"}
+    | {b".ppm", b".pgm", b".pbm", b".pnm", b".exr", b".hdr", b".dng", b".cr2", b".nef", b".arw"}
+)
+
+SNIFF_BYTES = 16
+"""How much of a file `is_image_content` wants to see."""
 
 
-class Tree(Protocol):
+def has_image_suffix(name: bytes) -> bool:
+    """Whether a file has the name of an image."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def is_image_content(path: bytes, prefix: bytes, tally: Tally) -> bool:
+    """Whether the first bytes are of an allowed format; if not, the file is tallied."""
+    if sniff_format(prefix) is not None:
+        return True
+    suffix = os.path.splitext(path)[1].lower()
+    foreign = suffix.decode() if suffix in _FOREIGN_SUFFIXES else foreign_format(prefix)
+    if foreign is not None:
+        tally.add_foreign(foreign, path)
+    else:
+        tally.add("ignored", path)
+    return False
+
+
+class Tree(ABC):
     """Folders and files below a root.
 
     Paths are bytes below the root with "/" between their parts, empty for the root itself.
+
+    Args:
+        root: Absolute path of the folder or archive; with "/" and a path in front of messages.
     """
 
-    root: bytes
-    """Absolute path of the folder or archive; with "/" and a path in front of messages."""
+    _rename_hint = "rename one of them"
 
+    def __init__(self, root: bytes) -> None:
+        self.root = root
+
+    @abstractmethod
     def list_folder(self, folder: bytes, tally: Tally) -> tuple[list[bytes], list[bytes]]:
         """Returns the names of the folders and of the regular files in a folder, each sorted.
+
+        `tally` takes what is skipped: hidden entries, broken links, pipes and devices.
 
         Raises:
             SourceError: it cannot be listed, or two names look the same as text.
@@ -38,55 +76,145 @@ class Tree(Protocol):
         """
 
     def walk(self, folder: bytes, tally: Tally) -> Iterator[bytes]:
-        """Yields the path of every regular file in a folder, at any depth; errors as above."""
+        """Yields the path of every regular file in a folder, at any depth.
 
+        Entries of a folder come in the order of their bytes, folders and files mixed. A link to a
+        folder is followed unless it leads to one of the folders it is in. Errors as above.
+        """
+        # Not by recursion: a name may have any number of parts.
+        parts = folder.split(b"/") if folder else []
+        parents = [b"/".join(parts[:count]) for count in range(len(parts) + 1)]
+        chain = [self._identity(parent) for parent in parents]
+        stack = [self._entries(folder, tally)]
+        while stack:
+            path, is_folder = next(stack[-1], (b"", False))
+            if not path:
+                stack.pop()
+                chain.pop()
+            elif not is_folder:
+                yield path
+            elif (identity := self._identity(path)) in chain:
+                tally.add("loop", path)
+            else:
+                chain.append(identity)
+                stack.append(self._entries(path, tally))
+
+    def images(self, folder: bytes, tally: Tally) -> Iterator[bytes]:
+        """Yields those files of `walk` that are images; the others are tallied."""
+        return (path for path in self.walk(folder, tally) if self.is_image(path, tally))
+
+    def images_in(self, folder: bytes, files: Sequence[bytes], tally: Tally) -> list[bytes]:
+        """Returns the names of those files of one folder that are images; tallies the others."""
+        return [name for name in files if self.is_image(join(folder, name), tally)]
+
+    def _told_apart(
+        self, folder: bytes, folders: list[bytes], files: list[bytes]
+    ) -> tuple[list[bytes], list[bytes]]:
+        """Refuses two names in one folder that keys could not tell apart."""
+        if len({as_key(name) for name in folders + files}) < len(folders) + len(files):
+            raise SourceError(
+                f"{for_display(join(self.root, folder))} has two names that are the same, or the "
+                "same once bytes that are not UTF-8 are written as \\xNN; keys could not tell "
+                "them apart",
+                hint=self._rename_hint,
+            )
+        return folders, files
+
+    def _entries(self, folder: bytes, tally: Tally) -> Iterator[tuple[bytes, bool]]:
+        folders, files = self.list_folder(folder, tally)
+        found = sorted([(name, True) for name in folders] + [(name, False) for name in files])
+        return ((join(folder, name), is_folder) for name, is_folder in found)
+
+    def _identity(self, folder: bytes) -> object:
+        """Returns what tells a folder from those it is in."""
+        return folder
+
+    @abstractmethod
     def is_image(self, path: bytes, tally: Tally) -> bool:
-        """Whether a file counts as an image; one that does not is tallied."""
+        """Whether a file counts as an image; one that does not is tallied.
 
+        Known suffixes are believed (a wrong one shows when the content is decoded); other files
+        count if their first bytes are of an allowed format.
+        """
+
+    @abstractmethod
     def has_image(self, folder: bytes) -> bool:
         """Whether a folder holds an image at any depth; one that cannot be listed may hold one."""
 
+    @abstractmethod
     def is_folder(self, path: bytes) -> bool:
         """Whether a folder has that path."""
 
+    @abstractmethod
     def is_file(self, path: bytes) -> bool:
         """Whether a regular file has that path; absolute paths are possible."""
 
+    @abstractmethod
     def content(self, path: bytes, most_bytes: int) -> bytes | None:
-        """Returns a small file; None where it is larger; absolute paths are possible.
-
-        Raises:
-            OSError: it cannot be read.
-            ImageDecodeError: its content is damaged.
-            SourceError: the archive was changed.
-        """
+        """Returns a small file; None where it is larger; absolute paths are possible."""
 
 
-class DiskTree:
-    """A `Tree` over a folder on disk; links are followed.
-
-    Args:
-        root: Its absolute path.
-    """
-
-    def __init__(self, root: bytes) -> None:
-        self.root = root
+class DiskTree(Tree):
+    """A `Tree` over a folder on disk; links are followed."""
 
     def list_folder(self, folder: bytes, tally: Tally) -> tuple[list[bytes], list[bytes]]:
         """See `Tree`."""
-        return list_folder(self.root, folder, tally)
+        path = join(self.root, folder)
+        try:
+            entries = persistently(lambda: _scandir(path), path)
+        except ResourceError:
+            raise
+        except OSError as error:
+            raise SourceError(
+                f"folder {for_display(path)} cannot be listed: {error.strerror}",
+                hint="make it readable, or move it out of the source",
+            ) from error
+        names: dict[str, list[bytes]] = {"folder": [], "file": []}
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            kind = _kind(entry)
+            if kind in names:
+                names[kind].append(entry.name)
+            else:
+                tally.add(kind, join(folder, entry.name))
+        folders, files = names.values()
+        return self._told_apart(folder, folders, files)
 
-    def walk(self, folder: bytes, tally: Tally) -> Iterator[bytes]:
-        """See `Tree`."""
-        return walk(self.root, folder, tally)
+    def _identity(self, folder: bytes) -> object:
+        path = join(self.root, folder)
+        try:
+            found = persistently(lambda: os.stat(path), path)
+        except ResourceError:
+            raise
+        except OSError as error:
+            raise SourceError(
+                f"folder {for_display(path)} cannot be looked at: {error.strerror}"
+            ) from error
+        return found.st_dev, found.st_ino
 
     def is_image(self, path: bytes, tally: Tally) -> bool:
         """See `Tree`."""
-        return is_image(self.root, path, tally)
+        if has_image_suffix(path):
+            return True
+        try:
+            with opened(self._full(path)) as descriptor:
+                prefix = os.read(descriptor, SNIFF_BYTES)
+        except OSError:
+            tally.add("unreadable", path)
+            return False
+        return is_image_content(path, prefix, tally)
 
     def has_image(self, folder: bytes) -> bool:
         """See `Tree`."""
-        return has_image(self.root, folder)
+        try:
+            with os.scandir(join(self.root, folder)) as entries:
+                # Most often the first entry is one, and the others need not be listed.
+                for entry in entries:
+                    is_known = has_image_suffix(entry.name) and entry.name[:1] != b"."
+                    if is_known and entry.is_file():
+                        return True
+            return next(self.images(folder, Tally()), None) is not None
+        except (OSError, CacheError):
+            return True
 
     def is_folder(self, path: bytes) -> bool:
         """See `Tree`."""
@@ -108,7 +236,27 @@ class DiskTree:
         return path if path.startswith(b"/") else join(self.root, path)
 
 
-class ArchiveTree(ABC):
+def _scandir(path: bytes) -> list[os.DirEntry[bytes]]:
+    with os.scandir(path) as entries:
+        return list(entries)
+
+
+def _kind(entry: os.DirEntry[bytes]) -> str:
+    """Returns folder, file, or the kind under which an entry is tallied."""
+    if is_hidden(entry.name):
+        return "hidden"
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        entry.stat()
+    except OSError:
+        return "broken"
+    return "special"
+
+
+class ArchiveTree(Tree):
     """The half of a `Tree` over an archive that only needs the names in it.
 
     Args:
@@ -116,8 +264,10 @@ class ArchiveTree(ABC):
         names: Paths in it, sorted; those of folders end in "/".
     """
 
+    _rename_hint = "unpack it, rename one of them, and name the folder"
+
     def __init__(self, root: bytes, names: Sequence[bytes]) -> None:
-        self.root = root
+        super().__init__(root)
         self._names = names
 
     def list_folder(self, folder: bytes, tally: Tally) -> tuple[list[bytes], list[bytes]]:
@@ -134,31 +284,7 @@ class ArchiveTree(ABC):
                 (folders if slash else files).append(name)
             # All that is in a folder has its name and "/" in front; "0" is the sign behind "/".
             at = bisect_left(names, prefix + name + b"0", at) if slash else at + 1
-        if len({as_key(name) for name in folders + files}) < len(folders) + len(files):
-            raise SourceError(
-                f"{for_display(join(self.root, folder))} has two names that are the same, or the "
-                "same once bytes that are not UTF-8 are written as \\xNN",
-                hint="unpack it, rename one of them, and name the folder",
-            )
-        return folders, files
-
-    def walk(self, folder: bytes, tally: Tally) -> Iterator[bytes]:
-        """See `Tree`."""
-        # Not by recursion: a name may have any number of parts.
-        stack = [self._entries(folder, tally)]
-        while stack:
-            path, is_folder = next(stack[-1], (b"", False))
-            if is_folder:
-                stack.append(self._entries(path, tally))
-            elif path:
-                yield path
-            else:
-                stack.pop()
-
-    def _entries(self, folder: bytes, tally: Tally) -> Iterator[tuple[bytes, bool]]:
-        folders, files = self.list_folder(folder, tally)
-        found = [(name, True) for name in folders] + [(name, False) for name in files]
-        return iter([(join(folder, name), is_folder) for name, is_folder in sorted(found)])
+        return self._told_apart(folder, folders, files)
 
     def has_image(self, folder: bytes) -> bool:
         """See `Tree`."""
@@ -177,6 +303,6 @@ class ArchiveTree(ABC):
         at = bisect_left(self._names, path + b"/")
         return at < len(self._names) and self._names[at].startswith(path + b"/")
 
-    @abstractmethod
-    def is_image(self, path: bytes, tally: Tally) -> bool:
-        """See `Tree`."""
+    def _below(self, path: bytes) -> bytes:
+        """Takes the archive off an absolute path; one outside of it names nothing here."""
+        return path.removeprefix(self.root + b"/")

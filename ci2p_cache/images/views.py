@@ -35,7 +35,7 @@ class CropBox:
     """Where a view was cut, in pixels of the decoded image (after an EXIF turn).
 
     For a random crop the box is exact. For the centre square, which is cut after the resize, it is
-    the square's place in the decoded image, rounded to whole pixels.
+    where the square is in the decoded image, rounded to whole pixels.
     """
 
     top: int
@@ -89,12 +89,12 @@ def _centre_square(pixels: torch.Tensor, spec: ImageSpec) -> tuple[torch.Tensor,
     resized = _resize(pixels, [spec.resize_side], spec)
     square = center_crop(resized, [spec.size, spec.size])
     height, width = pixels.shape[1:]
-    top, box_height = _place(height, resized.shape[1], spec.size)
-    left, box_width = _place(width, resized.shape[2], spec.size)
+    top, box_height = _in_source(height, resized.shape[1], spec.size)
+    left, box_width = _in_source(width, resized.shape[2], spec.size)
     return square, CropBox(top, left, box_height, box_width, flip=False)
 
 
-def _place(source: int, resized: int, size: int) -> tuple[int, int]:
+def _in_source(source: int, resized: int, size: int) -> tuple[int, int]:
     """Returns (start, length) in source pixels of the central `size` of `resized` pixels."""
     start = round((resized - size) / 2.0) * source / resized
     stop = start + size * source / resized

@@ -24,25 +24,21 @@ import torch
 from torch import Tensor, nn
 
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError, UsageError
-from ci2p_cache.images.decode import decode_image, decoder_name
-from ci2p_cache.images.kinds import is_image
-from ci2p_cache.images.listing import walk
-from ci2p_cache.images.names import as_key
+from ci2p_cache.images.decode import decoder_name
+from ci2p_cache.images.decoders import Decoders
+from ci2p_cache.images.names import Tally, as_key
 from ci2p_cache.images.reading import read_file
-from ci2p_cache.images.tally import Tally
-from ci2p_cache.images.views import image_views
+from ci2p_cache.images.tree import DiskTree
 from ci2p_cache.inference.run_folder import RunFolder, load_model, load_run_encoder, open_run
 from ci2p_cache.machine import checked_device, ieee_float32, num_cores
 from ci2p_cache.record import Record
-from ci2p_cache.specs import Fingerprint, ViewSpec
+from ci2p_cache.specs import Fingerprint
 from ci2p_cache.training.metrics import autocast
 
 if TYPE_CHECKING:
     from ci2p_cache.encoder.frozen import FrozenEncoder
 
 __all__ = ["Classifier", "Guess", "Prediction", "find_pictures", "load_classifier"]
-
-_ONE_VIEW = ViewSpec(kind="none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,10 +278,12 @@ class Classifier:
         if not os.path.exists(path):  # noqa: PTH110
             raise ImageDecodeError("there is no such file")
         folder, name = os.path.split(os.fsencode(path))
-        spec = self.fingerprint.image
-        decoded = decode_image(read_file(folder or b".", name), spec)
-        views, _ = image_views(decoded, spec, _ONE_VIEW, split="val", key="")
-        return views[0]
+        data = read_file(folder or b".", name)
+        return self._decoders.decode(data, split="val", key="").views[0]
+
+    @cached_property
+    def _decoders(self) -> Decoders:
+        return Decoders(self.fingerprint.image).end_with(self)
 
     def predict(
         self,
@@ -421,9 +419,8 @@ def find_pictures(names: Iterable[str | os.PathLike[str]]) -> list[tuple[str, st
 
 
 def _of_folder(name: str) -> list[tuple[str, str | None]]:
-    root, tally = os.fsencode(name), Tally()
     try:
-        paths = [path for path in walk(root, b"", tally) if is_image(root, path, tally)]
+        paths = list(DiskTree(os.fsencode(name)).images(b"", Tally()))
     except (SourceError, ResourceError) as error:
         return [(name, str(error))]
     if not paths:

@@ -1,7 +1,8 @@
 """Batches made from the source images, in the order and views of a cache: `PixelLoader`.
 
 What the encoder in the loop and models on images share: each image is read, held against the digest
-that the cache recorded, decoded, and cut to the view, as the cache's fingerprint says.
+that the cache recorded, decoded, and cut to the view, as the cache's fingerprint says. Decoding
+happens in processes of its own: a decoder that crashes is an error of its image.
 
 Shape suffixes: B batch, H W pixels.
 """
@@ -10,23 +11,27 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from ci2p_cache.cache.split import Split
-from ci2p_cache.errors import InputDataError
-from ci2p_cache.images.decode import decode_image
+from ci2p_cache.errors import ImageDecodeError, InputDataError
+from ci2p_cache.images.decoders import MOST_AT_ONCE, Decoders
 from ci2p_cache.images.locate import open_reader
 from ci2p_cache.images.source import ImageReader
-from ci2p_cache.images.views import image_views
 from ci2p_cache.loader.batches import BatchLoader, Shuffle
 from ci2p_cache.loader.order import Rows
 
 __all__ = ["PixelLoader", "SourceLoader"]
+
+_AT_ONCE_BYTES = 2**23
+"""Of files that are read before they are decoded."""
 
 
 class SourceLoader(BatchLoader):
@@ -44,7 +49,7 @@ class SourceLoader(BatchLoader):
         drop_last: bool = False,
         threads: int | None = None,
         recycle: bool = False,
-        source: str | None = None,
+        source: str | ImageReader | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -60,13 +65,15 @@ class SourceLoader(BatchLoader):
             drop_last: Whether to leave out the last, smaller batch.
             threads: Threads that read and decode; None: one per core.
             recycle: Whether the memory of a batch is used again for later ones.
-            source: Where the images are now; None: where they were when the cache was made.
+            source: Where the images are now, or a source that gives them; None: where they were
+                when the cache was made.
             rank: This process among those that share the batches, 0 <= rank < world_size.
             world_size: Number of processes that share the batches.
 
         Raises:
             UsageError: a value is out of range.
-            InputDataError: the split holds no latent; while iterating: an image has changed since.
+            InputDataError: the split holds no latent; while iterating: an image has changed since,
+                or cannot be decoded.
             SourceError: the images are not there any more.
         """
         self._source = source
@@ -86,7 +93,8 @@ class SourceLoader(BatchLoader):
 
     def _prepare(self) -> None:
         cache = self.split.cache
-        self._fingerprint = cache.fingerprint
+        self._fingerprint = fingerprint = cache.fingerprint
+        self._decoders = Decoders(fingerprint.image, fingerprint.views).end_with(self)
         self._images: ImageReader = open_reader(self._source or cache.manifest.source)
         columns = ["key", "path_bytes", "source_sha256"]
         self._index = pa.concat_tables(
@@ -94,19 +102,28 @@ class SourceLoader(BatchLoader):
             for shard in range(self.split.record.num_shards)
         )
 
+    def close(self) -> None:
+        """Ends the threads and the decoders; a loop over a closed loader raises."""
+        # First: a decoder without end would hold up its thread.
+        self._decoders.close()
+        super().close()
+
     def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
-        pairs = zip(rows.tolist(), views.tolist(), strict=True)
-        futures = [self._pool.submit(self._view, row, view) for row, view in pairs]
+        starts = range(0, len(rows), MOST_AT_ONCE)
+        parts = [slice(start, start + MOST_AT_ONCE) for start in starts]
+        futures = [self._pool.submit(self._images_of, rows[each], views[each]) for each in parts]
         pending = self._futures
         pending.update(futures)
 
         def finish() -> Tensor:
             size = self._fingerprint.image.size
-            images_B3HW = torch.empty((len(futures), 3, size, size), dtype=torch.uint8)
-            for image_3HW, future in zip(images_B3HW, futures, strict=True):
-                image_3HW.copy_(future.result())
+            # By numpy: torch would share each copy with threads that spin while they wait.
+            images_B3HW = np.empty((len(rows), 3, size, size), np.uint8)
+            for part, future in zip(parts, futures, strict=True):
+                for image_3HW, view_3HW in zip(images_B3HW[part], future.result(), strict=True):
+                    image_3HW[:] = view_3HW.numpy()
             pending.difference_update(futures)
-            return self._stored(images_B3HW.to(self.device))
+            return self._stored(torch.from_numpy(images_B3HW).to(self.device))
 
         return finish
 
@@ -114,8 +131,22 @@ class SourceLoader(BatchLoader):
     def _stored(self, images_B3HW: Tensor) -> Tensor:
         """Turns uint8 images on the device into what a batch holds; there may be none."""
 
-    def _view(self, row: int, view: int) -> Tensor:
-        """Returns one view of a source image, uint8 (3, size, size)."""
+    def _images_of(self, rows: Rows, views: Rows) -> list[Tensor]:
+        """Returns one view of each of a few source images, uint8 (3, size, size) each."""
+        found: list[Tensor] = []
+        images: list[tuple[bytes, str]] = []
+        for row in rows.tolist():
+            images.append(self._read(row))
+            done = len(found) + len(images)
+            if done == len(rows) or sum(len(data) for data, _ in images) > _AT_ONCE_BYTES:
+                decoded = self._decoded(images, rows[len(found) : done])
+                chosen = views[len(found) : done].tolist()
+                found += [each[view] for each, view in zip(decoded, chosen, strict=True)]
+                images = []
+        return found
+
+    def _read(self, row: int) -> tuple[bytes, str]:
+        """Returns a source image and its key."""
         entry = {name: self._index[name][row].as_py() for name in self._index.column_names}
         data = self._images.read(entry["path_bytes"])
         if hashlib.sha256(data).hexdigest() != entry["source_sha256"]:
@@ -124,15 +155,21 @@ class SourceLoader(BatchLoader):
                 "cache was made",
                 hint="encode the images into a new cache",
             )
-        spec = self._fingerprint
-        views, _ = image_views(
-            decode_image(data, spec.image),
-            spec.image,
-            spec.views,
-            split=self.split.name,
-            key=entry["key"],
-        )
-        return views[view]
+        return data, entry["key"]
+
+    def _decoded(self, images: list[tuple[bytes, str]], rows: Rows) -> Sequence[Tensor]:
+        """Returns the views of each image; an error names the one that cannot be decoded."""
+        name = self.split.name
+        if len(images) > 1:
+            with suppress(ImageDecodeError):
+                return list(self._decoders.views(images, split=name))
+        found = []
+        for row, (data, key) in zip(rows.tolist(), images, strict=True):
+            try:
+                found.append(self._decoders.decode(data, split=name, key=key).views)
+            except ImageDecodeError as error:
+                raise ImageDecodeError(f"{key} (row {row} of split {name!r}): {error}") from error
+        return found
 
 
 class PixelLoader(SourceLoader):

@@ -33,10 +33,9 @@ from ci2p_cache.cache.summary import read_row
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.recorded import load_recorded_encoder
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError, UsageError
-from ci2p_cache.images.decode import decode_image
+from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.locate import open_reader
 from ci2p_cache.images.source import ImageReader
-from ci2p_cache.images.views import image_views
 from ci2p_cache.record import Record
 from ci2p_cache.remote import url_of
 
@@ -311,9 +310,15 @@ def _original_views(
         return None, "missing"
     if hashlib.sha256(data).hexdigest() != entry.source_sha256:
         return None, "changed"
-    image, views = split.cache.fingerprint.image, split.cache.fingerprint.views
-    found, _ = image_views(decode_image(data, image), image, views, split=split.name, key=entry.key)
-    return found, "unchanged"
+    made = split.cache.fingerprint
+    decoders = Decoders(made.image, made.views)
+    try:
+        return decoders.decode(data, split=split.name, key=entry.key).views, "unchanged"
+    except ImageDecodeError:
+        # It was decoded once: here its decoder crashes, or is another one.
+        return None, "missing"
+    finally:
+        decoders.close()
 
 
 def _stored_latents(split: Split, row: int, num_views: int) -> Tensor:

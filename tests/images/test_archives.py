@@ -245,7 +245,7 @@ class TestParquet:
         assert {label for _, _, label in scanned(tmp_path / "x.parquet")} == {names[-1]}
 
     def test_a_row_group_of_gigabytes_is_refused(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr("ci2p_cache.images.image_table._MAX_GROUP_BYTES", 10)
+        monkeypatch.setattr("ci2p_cache.images.parquet._MAX_GROUP_BYTES", 10)
         put_parquet(tmp_path / "x.parquet", *"aaaaaa")
         with pytest.raises(SourceError, match=r"row group of .* bytes; it is read as a whole"):
             list(open_source(tmp_path / "x.parquet").scan())

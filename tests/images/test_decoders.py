@@ -6,6 +6,7 @@ what the mark says in whichever process holds such a file to decode it.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,6 +23,7 @@ import pytest
 
 import ci2p_cache as cc
 from tests.support.pictures import picture, write_image_folder
+from tests.support.trained import make_run
 from tests.support.warm import WarmParent
 
 SETTINGS = (
@@ -158,6 +161,71 @@ def _wait_for(holds: Callable[[], object], *, seconds: float) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+CRASHED = "the decoder crashed on it (SIGSEGV)"
+ENDLESS = "the decoder computed for minutes without coming to an end"
+
+
+@pytest.fixture(scope="module")
+def marked_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a picture whose decoder will crash; it did not when the cache was made."""
+    root = tmp_path_factory.mktemp("marked")
+    write_image_folder(root / "src", {"ant": 5, "bee": 4})
+    marked(root / "src" / "ant" / "bad.jpg", "SEGV")
+    options = cc.EncodeOptions(encoder="bundled", size=32, val_fraction=0.0, shard_samples=4)
+    assert cc.encode(root / "src", root / "shards", options).bad == 0
+    return root
+
+
+def done(crashing: WarmParent, *words: object) -> Any:
+    child = crashing.start(*words, module="tests.support.decoding")
+    ended = child.ended()
+    assert ended.code == 0, ended.told
+    return json.loads(ended.out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("loader", ["pixels", "online"])
+def test_a_decoder_that_crashes_is_an_error_of_its_image_in_loaders(
+    crashing: WarmParent, marked_cache: Path, loader: str
+) -> None:
+    row = cc.open_cache(marked_cache / "shards")["train"].read_index(0, ["key"])["key"].to_pylist()
+    told = done(crashing, loader, marked_cache / "shards")
+    assert told == f"ant/bad.jpg (row {row.index('ant/bad.jpg')} of split 'train'): {CRASHED}"
+
+
+def test_a_decoder_that_crashes_is_one_image_that_cannot_be_compared(
+    crashing: WarmParent, marked_cache: Path
+) -> None:
+    assert done(crashing, "reencode", marked_cache / "shards") == [f"ant/bad.jpg ({CRASHED})"]
+
+
+def test_decoders_that_crash_or_spin_are_bad_pictures_where_a_codec_is_trained(
+    crashing: WarmParent, tmp_path: Path
+) -> None:
+    write_image_folder(tmp_path, {"ant": 3})
+    marked(tmp_path / "ant" / "bad.jpg", "SEGV")
+    marked(tmp_path / "ant" / "endless.jpg", "XCPU")
+    found = done(crashing, "pictures", tmp_path)
+    assert found == [f"ant/bad.jpg: {CRASHED}", f"ant/endless.jpg: {ENDLESS}"]
+
+
+def test_decoders_that_crash_or_spin_are_bad_pictures_to_predict(
+    crashing: WarmParent, tmp_path: Path
+) -> None:
+    root = make_run(tmp_path)
+    write_image_folder(tmp_path / "new", {"ant": 2})
+    marked(tmp_path / "new" / "ant" / "bad.jpg", "SEGV")
+    marked(tmp_path / "new" / "ant" / "endless.jpg", "XCPU")
+    found = done(crashing, "predict", root / "runs" / "run", tmp_path / "new")
+    assert found == {"000.jpg": None, "001.jpg": None, "bad.jpg": CRASHED, "endless.jpg": ENDLESS}
+
+
+def test_a_source_of_ones_own_is_decoded_apart_too(
+    crashing: WarmParent, marked_cache: Path, tmp_path: Path
+) -> None:
+    found = done(crashing, "own", marked_cache / "src", tmp_path / "out")
+    assert found == [f"ant/bad.jpg: {CRASHED}"]
 
 
 @pytest.mark.slow

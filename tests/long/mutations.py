@@ -179,8 +179,8 @@ MUTATIONS = (
     Mutation(
         name="tar-end-ignored",
         says="A tar that is cut between two members counts as whole.",
-        file="ci2p_cache/images/tar_members.py",
-        old='raise self._error("ends without an end marker; it was cut short")',
+        file="ci2p_cache/images/tar_bytes.py",
+        old='self._refuse("ends without an end marker; it was cut short")',
         new="return None",
         where=("hostile/test_tars.py::test_a_tar_cut_anywhere_is_refused[.tar]",),
     ),

@@ -464,7 +464,7 @@ def _main() -> None:
     """Serves requests, one line of JSON each, until the input ends."""
     # Ctrl-C on a terminal is pytest's to act on; children have handlers of their own.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from ci2p_cache.images.decoder_server import start_decoder_server
+    from ci2p_cache.images.decoders import start_decoder_server
 
     # It imports torch while this process does.
     start_decoder_server()
