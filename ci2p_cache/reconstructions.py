@@ -25,7 +25,7 @@ from ci2p_cache.cache.folder import CacheFolder
 from ci2p_cache.cache.index import IndexRow
 from ci2p_cache.cache.split import Split
 from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.recorded import load_recorded_encoder
+from ci2p_cache.encoder.load import load_recorded_encoder
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError
 from ci2p_cache.images.decode import decode_image
 from ci2p_cache.images.locate import open_reader

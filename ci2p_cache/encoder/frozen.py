@@ -11,28 +11,71 @@ is `model.to(memory_format=torch.channels_last)`; a channels_last image alone is
 torch runs one whose batch stride is arbitrary as NCHW. Batch size changes nothing there.
 
 Shape suffixes: B batch, M latent channels, H W pixels, h w latent rows and columns.
+
+The device and the arithmetic that g_a and g_s run on, fixed around each call.
+
+g_a as a module of its own, for graphs that leave this package.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ci2p_cache.encoder import quantize as quantizer
-from ci2p_cache.encoder.architecture import Codec, value_tensors
-from ci2p_cache.encoder.arithmetic import fixed_arithmetic
-from ci2p_cache.encoder.factorized import EntropyBottleneck, FactorizedPrior
+from ci2p_cache.encoder.architecture import Codec, EntropyBottleneck, FactorizedPrior, value_tensors
 from ci2p_cache.encoder.weights import WeightsCard, weights_bytes
 from ci2p_cache.errors import UsageError
 from ci2p_cache.machine import checked_device
 from ci2p_cache.record import write_synced
 from ci2p_cache.specs import DOWNSAMPLING, EncoderSpec
 
-__all__ = ["FrozenEncoder"]
+__all__ = ["FrozenEncoder", "analysis_transform", "fixed_arithmetic"]
+
+# cuDNN's switches belong to the process: two threads must not set them at the same time.
+_CUDNN_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def fixed_arithmetic(device: torch.device, *, tf32: bool) -> Iterator[None]:
+    """Holds convolutions to one arithmetic for a while, whatever the process has switched on.
+
+    float32 means IEEE products and sums; an autocast region around the call does not reach in. On
+    CUDA cuDNN chooses among deterministic algorithms, and not by timing them.
+
+    Args:
+        device: cpu or cuda.
+        tf32: Whether CUDA may round products to TF32; nothing on cpu.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type == "cpu":
+            # oneDNN computes in bfloat16 or tf32 only where somebody asks for it ("none": no one).
+            onednn: Any = cast("Any", torch.backends.mkldnn).conv
+            before = onednn.fp32_precision
+            onednn.fp32_precision = "none" if before == "none" else "ieee"
+            try:
+                yield
+            finally:
+                onednn.fp32_precision = before
+            return
+        cudnn: Any = torch.backends.cudnn
+        with _CUDNN_LOCK:
+            before = (cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark)
+            cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+            cudnn.deterministic, cudnn.benchmark = True, False
+            try:
+                yield
+            finally:
+                cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
+
 
 logger = logging.getLogger(__name__)
 
@@ -219,3 +262,18 @@ class FrozenEncoder:
 def _ordinary(values: Tensor) -> Tensor:
     """Copies an inference tensor, whatever its layout, to a contiguous one that autograd takes."""
     return values.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def analysis_transform(encoder: FrozenEncoder) -> nn.Module:
+    """Copies g_a: images (B, 3, H, W) in [0, 1] to y (B, M, h, w), in float32 on the CPU.
+
+    Raises:
+        UsageError: the encoder computes in bfloat16: a float32 graph would give other latents.
+    """
+    if encoder.spec.precision == "bf16":
+        raise UsageError(
+            "the encoder's `precision` is bf16, which a float32 graph does not repeat",
+            hint="export the model alone: --what model",
+        )
+    g_a: nn.Module = copy.deepcopy(encoder._g_a)
+    return g_a.to("cpu", torch.float32)

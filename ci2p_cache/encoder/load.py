@@ -1,6 +1,8 @@
 """Loading a frozen encoder: from weights at hand to a model held to what they say of themselves.
 
 What an encoder computes is not known here.
+
+The encoder that is in a cache, held to what the cache's manifest says of it.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from typing import Literal, cast, get_args
 import torch
 
 from ci2p_cache.encoder.architecture import build_model, check_choice, value_tensors
-from ci2p_cache.encoder.download import Progress
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.weights import (
     BUNDLED,
     Metric,
+    Progress,
     WeightsCard,
     WeightsFile,
     bundled_weights,
@@ -26,11 +28,11 @@ from ci2p_cache.encoder.weights import (
     weights_bytes,
     weights_folder,
 )
-from ci2p_cache.errors import UsageError, WeightsError
-from ci2p_cache.record import write_synced
+from ci2p_cache.errors import DigestError, UsageError, WeightsError, command
+from ci2p_cache.record import differing_fields, regular_file, write_synced
 from ci2p_cache.specs import EncoderSpec, Precision
 
-__all__ = ["load_encoder", "load_saved_encoder", "save_half"]
+__all__ = ["load_encoder", "load_recorded_encoder", "load_saved_encoder", "save_half"]
 
 
 def load_encoder(
@@ -176,3 +178,33 @@ def _frozen(
 
 def _named(arch: str, quality: int, metric: str) -> str:
     return f"{arch} quality {quality} {metric}"
+
+
+def load_recorded_encoder(path: Path, spec: EncoderSpec) -> FrozenEncoder:
+    """Loads an encoder file that must hold a certain encoder, and no other.
+
+    Args:
+        path: What `FrozenEncoder.save` wrote, such as a cache's encoder.safetensors.
+        spec: The encoder that made the latents, as the cache's fingerprint has it.
+
+    Raises:
+        DigestError: the file holds another encoder, intact as it may be.
+        ManifestError: it is a link or no regular file.
+        WeightsError: it is missing, foreign or damaged.
+        MissingDependencyError: the architecture is compressai's, which cannot be imported.
+    """
+    try:
+        with regular_file(path):
+            pass
+    except OSError:
+        # Loading says it better.
+        pass
+    encoder = load_saved_encoder(path, precision=spec.precision)
+    differences = differing_fields(spec, encoder.spec)
+    if differences:
+        told = "; ".join(f"`{name}` {wanted!r}, got {got!r}" for name, wanted, got in differences)
+        raise DigestError(
+            f"{path} is not the encoder that made the latents of this cache: wanted {told}",
+            hint=command("verify", path.parent, "--repair"),
+        )
+    return encoder

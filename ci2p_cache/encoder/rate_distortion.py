@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ci2p_cache.encoder.architecture import value_tensors
-from ci2p_cache.encoder.arithmetic import fixed_arithmetic
-from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.frozen import FrozenEncoder, fixed_arithmetic
 from ci2p_cache.encoder.zoo import ARCH, compressai_model, require_compressai
 from ci2p_cache.errors import UsageError
 from ci2p_cache.record import Record

@@ -12,25 +12,50 @@ The draws of a step are a pure function of (seed, step), so a run that was inter
 gives the numbers of one that was not: to the last bit on a CPU with the same number of threads.
 
 Shape suffixes: B batch, H W pixels.
+
+`CodecSpec`: every setting that changes the numbers of a codec's training.
+
+The batch of a step: random crops of the training images, a pure function of seed and step.
+
+What is trained with them is not known here. Shape suffixes: B batch, H W pixels.
+
+Muon for convolutions: momentum whose matrix is made nearly orthogonal before it is applied.
+
+Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein, "Muon: an optimizer for hidden layers in
+neural networks", 2024, kellerjordan.github.io/posts/muon. All directions of a layer move equally
+fast, also those whose gradients are small. The scale that gives its updates the size of Adam's,
+so that both take the same learning rate, is that of Liu et al., "Muon is scalable for LLM
+training", 2025, arXiv 2502.16982.
+
+torch.optim.Muon takes matrices only; a kernel (A, B, k, k) is one of A rows here.
+
+What moves a codec's parameters: Muon or Adam for the loss, and an Adam of the quantiles' own.
+
+Where gradients come from, and when a step is made, is not known here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.optim import Optimizer
 
 from ci2p_cache.encoder.architecture import own_model, value_tensors
-from ci2p_cache.encoder.codec_checkpoint import CodecPlace, CodecState, CodecStore
-from ci2p_cache.encoder.codec_optimizers import CodecOptimizers
-from ci2p_cache.encoder.codec_spec import CODEC_ARCH, CodecSpec
-from ci2p_cache.encoder.crops import Crops, TrainingImages
+from ci2p_cache.encoder.codec_checkpoint import (
+    CODEC_ARCH,
+    CodecPlace,
+    CodecSpec,
+    CodecState,
+    CodecStore,
+)
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.weights import tensor_digest
 from ci2p_cache.encoder.zoo import compressai_model, require_compressai
@@ -39,7 +64,214 @@ from ci2p_cache.machine import checked_device
 from ci2p_cache.record import differing_fields
 from ci2p_cache.specs import EncoderSpec
 
-__all__ = ["CodecSpec", "CodecStep", "CodecSummary", "train_codec"]
+__all__ = [
+    "CodecOptimizers",
+    "CodecSpec",
+    "CodecStep",
+    "CodecSummary",
+    "Crops",
+    "Muon",
+    "TrainingImages",
+    "train_codec",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingImages:
+    """What is trained on."""
+
+    images: Sequence[Tensor]
+    """uint8 (3, H, W), 0-255, RGB, each side at least `crop_px`; items may be made when asked for,
+    as long as they are the same every time."""
+    draws: Sequence[float]
+    """How often each image is drawn, in proportion; positive, as many as images."""
+    digest: str
+    """What images these are, in the caller's words; a run is resumed with the same ones only."""
+
+
+class Crops:
+    """Batches of random crops of training images.
+
+    Args:
+        data: The images.
+        spec: Seed, batch size, and how crops are drawn.
+
+    Raises:
+        UsageError: there are no images, or the draws do not belong to them.
+    """
+
+    def __init__(self, data: TrainingImages, spec: CodecSpec) -> None:
+        if len(data.images) == 0 or len(data.draws) != len(data.images) or min(data.draws) <= 0:
+            raise UsageError(
+                f"{len(data.images)} images and {len(data.draws)} draws; wanted at least one image "
+                "and a positive number for each"
+            )
+        self._images = data.images
+        self._spec = spec
+        self._cumulative = np.cumsum(np.asarray(data.draws, dtype=np.float64))
+
+    def batch(self, step: int) -> Tensor:
+        """Gives the batch of a step: float32 (B, 3, crop_px, crop_px) in [0, 1].
+
+        Raises:
+            UsageError: an image is smaller than the crop or not uint8 (3, H, W).
+        """
+        rng = np.random.default_rng([self._spec.seed, step])
+        crops = []
+        for _ in range(self._spec.batch_size):
+            # A draw that rounds up to the whole sum would be behind the last image.
+            drawn = rng.random() * self._cumulative[-1]
+            place = np.searchsorted(self._cumulative, drawn, side="right")
+            index = min(int(place), len(self._images) - 1)
+            crops.append(_crop(self._images[index], rng, self._spec, index))
+        return torch.stack(crops).float().div_(255)
+
+
+def _crop(image: Tensor, rng: np.random.Generator, spec: CodecSpec, index: int) -> Tensor:
+    """Cuts out a random square, shrinks it in half of the cases, and mirrors half of them."""
+    size = spec.crop_px
+    if (
+        image.ndim != 3
+        or image.shape[0] != 3
+        or image.dtype != torch.uint8
+        or min(image.shape[1:]) < size
+    ):
+        raise UsageError(
+            f"image {index} is {tuple(image.shape)} {image.dtype}; wanted (3, H, W) uint8 with "
+            f"sides of at least `crop_px` {size}"
+        )
+    height, width = image.shape[1:]
+    scale, shrinks, mirrors, down, right = rng.random(5)
+    side = size
+    if shrinks < 0.5:
+        side = min(round(size / (spec.min_scale + (1 - spec.min_scale) * scale)), height, width)
+    top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
+    crop = image[:, top : top + side, left : left + side]
+    if side != size:
+        crop = interpolate(crop[None], size=(size, size), mode="bilinear", antialias=True)[0]
+    return crop.flip(2) if mirrors < 0.5 else crop
+
+
+_MOMENTUM = 0.95
+"""The authors'."""
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""The authors' quintic; five rounds bring singular values to about 0.7-1.2."""
+_ROUNDS = 5
+_ADAM_RMS = 0.2
+"""Root mean square of an update at learning rate 1; Liu et al."""
+
+
+class Muon(torch.optim.Optimizer):
+    """The optimiser; its state is `exp_avg`, the averaged gradient of each parameter.
+
+    Args:
+        parameters: Kernels of convolutions, each of at least two dimensions.
+        lr: Learning rate, on Adam's scale.
+        dtype: Arithmetic of the orthogonalisation, float32 or bfloat16. The authors' bfloat16 is
+            enough; a CPU without such instructions takes 20 times as long for it as for float32.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], *, lr: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is run
+        """Moves every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                mean = state["exp_avg"].lerp_(parameter.grad, 1 - _MOMENTUM)
+                # Nesterov's: the mean as it would be if the same gradient came once more.
+                ahead = parameter.grad.lerp(mean, _MOMENTUM).flatten(1)
+                scale = _ADAM_RMS * max(ahead.shape) ** 0.5
+                update = _orthogonal(ahead, self._dtype).view(parameter.shape)
+                parameter.add_(update, alpha=-group["lr"] * scale)
+
+
+def _orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gives a matrix of the same singular vectors and singular values near 1, float32."""
+    a, b, c = _COEFFICIENTS
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = (wide / (wide.norm() + 1e-12)).to(dtype)
+    for _ in range(_ROUNDS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    result: Tensor = (x if wide is matrix else x.T).to(matrix.dtype)
+    return result.contiguous()
+
+
+class CodecOptimizers:
+    """The optimisers of a bmshj2018-factorized codec.
+
+    Args:
+        parameters: All parameters of the model, by their names in it.
+        spec: Learning rates, the kind, and where gradients are clipped.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], spec: CodecSpec) -> None:
+        # Kernels with a side of 3 colours are no mixing of features; Adam suits them better.
+        kernels = {n for n, p in parameters.items() if p.ndim == 4 and 3 not in p.shape[:2]}
+        by_muon = sorted(kernels) if spec.optimizer == "muon" else []
+        rest = sorted(n for n in parameters if n not in by_muon and not _is_quantile(n))
+        entropy = [parameters[n] for n in rest if n.startswith("entropy_bottleneck.")]
+        others = [parameters[n] for n in rest if not n.startswith("entropy_bottleneck.")]
+        groups: list[dict[str, Any]] = [
+            {"params": others, "lr": spec.lr},
+            {"params": entropy, "lr": spec.entropy_lr},
+        ]
+        quantiles = [p for name, p in parameters.items() if _is_quantile(name)]
+        self._of_quantiles = torch.optim.Adam(quantiles, lr=spec.aux_lr)
+        self._of_loss: list[Optimizer] = [torch.optim.Adam(groups)]
+        if by_muon:
+            dtype = getattr(torch, spec.precision)
+            muon = Muon([parameters[n] for n in by_muon], lr=spec.lr, dtype=dtype)
+            self._of_loss.append(muon)
+        self._groups = [group for o in self._of_loss for group in o.param_groups]
+        self._peaks = [group["lr"] for group in self._groups]
+        self._trained = [p for name, p in parameters.items() if not _is_quantile(name)]
+        self._clip_norm = spec.clip_norm
+
+    def scale_lr(self, share: float) -> None:
+        """Sets every learning rate of the loss to a share of its peak."""
+        for group, peak in zip(self._groups, self._peaks, strict=True):
+            group["lr"] = peak * share
+
+    def clip_gradients(self) -> Tensor:
+        """Clips the gradients of the loss; returns their L2 norm before, a scalar."""
+        return nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
+
+    def step(self) -> None:
+        """Moves all but the quantiles."""
+        for optimizer in self._of_loss:
+            optimizer.step()
+
+    def step_quantiles(self) -> None:
+        """Moves the quantiles."""
+        self._of_quantiles.step()
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Gives an optimiser's state of a parameter, made as its first step would if missing."""
+        for optimizer in (*self._of_loss, self._of_quantiles):
+            if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+                moments: dict[str, Tensor] = optimizer.state[parameter]
+                if not moments:
+                    moments["exp_avg"] = torch.zeros_like(parameter)
+                    if isinstance(optimizer, torch.optim.Adam):
+                        moments["step"] = torch.tensor(0.0)
+                        moments["exp_avg_sq"] = torch.zeros_like(parameter)
+                return moments
+        raise AssertionError("every parameter has an optimiser")
+
+
+def _is_quantile(name: str) -> bool:
+    return name.endswith(".quantiles")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,18 +7,30 @@
     bundled    float16 safetensors inside the package -----------+
 
 Nothing here runs code from a file: torch reads with weights_only, and safetensors holds none.
+
+Official weights: from CompressAI's server into the user's cache folder, checked on every use.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import http.client
 import importlib.resources
 import json
+import logging
 import mmap
+import os
 import re
+import shlex
 import stat
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -28,19 +40,24 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ci2p_cache.encoder.download import (
-    MAX_WEIGHTS_BYTES,
-    fetch_weights,
-    official_url,
-    weights_folder,
+from ci2p_cache.encoder.zoo import published_url
+from ci2p_cache.errors import (
+    DigestError,
+    DiskFullError,
+    ManifestError,
+    ResourceError,
+    UsageError,
+    WeightsError,
+    WeightsUnavailableError,
 )
-from ci2p_cache.errors import ManifestError, UsageError, WeightsError
-from ci2p_cache.record import Record
+from ci2p_cache.record import Record, read_json, write_synced
 from ci2p_cache.specs import EncoderSpec
 
 __all__ = [
     "BUNDLED",
+    "MAX_WEIGHTS_BYTES",
     "Metric",
+    "Progress",
     "WeightsCard",
     "WeightsFile",
     "bundled_weights",
@@ -51,6 +68,257 @@ __all__ = [
     "weights_bytes",
     "weights_folder",
 ]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called as (bytes done, bytes in all), the latter 0 where the server does not say."""
+
+MAX_WEIGHTS_BYTES = 512 * 2**20
+"""The zoo's largest training checkpoint, Adam state included, stays below; more is refused."""
+
+_BLOCK_BYTES = 2**18
+_WRONG_BYTES_HINT = (
+    "try again later or from another network; a proxy may have answered in the server's place"
+)
+_HTTP_HANDLERS = (
+    urllib.request.ProxyHandler,
+    urllib.request.UnknownHandler,
+    urllib.request.HTTPHandler,
+    urllib.request.HTTPSHandler,
+    urllib.request.HTTPDefaultErrorHandler,
+    urllib.request.HTTPRedirectHandler,
+    urllib.request.HTTPErrorProcessor,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _DownloadRecord(Record):
+    """The sidecar of a downloaded file: what its digest was at first use."""
+
+    format_version: int = 1
+    """Version of this record."""
+    url: str
+    """Where the file was published."""
+    bytes: int
+    """Size."""
+    sha256: str
+    """Digest of the whole file, held from then on."""
+
+    def __post_init__(self) -> None:
+        if self.format_version != 1:
+            raise UsageError(f"download record {self.format_version} is not 1, the one known here")
+
+
+def official_url(arch: str, quality: int, metric: str) -> str:
+    """Gives the published URL of an official checkpoint.
+
+    The environment variable CI2P_CACHE_WEIGHTS_URL names a mirror: it replaces everything before
+    the published file name, and the file is held to the same digest.
+
+    Raises:
+        UsageError: no weights are published for that combination.
+        MissingDependencyError: the architecture is compressai's, which cannot be imported.
+    """
+    published = published_url(arch, quality, metric)
+    mirror = os.environ.get("CI2P_CACHE_WEIGHTS_URL")
+    return f"{mirror.rstrip('/')}/{published.rpartition('/')[2]}" if mirror else published
+
+
+def weights_folder() -> Path:
+    """Gives the user's folder for downloaded weights: $XDG_CACHE_HOME or ~/.cache, ci2p-cache.
+
+    Raises:
+        WeightsUnavailableError: the user has no home folder.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG base directory specification has relative paths ignored.
+    if Path(cache).is_absolute():
+        return Path(cache) / "ci2p-cache"
+    try:
+        return Path.home() / ".cache" / "ci2p-cache"
+    except RuntimeError as error:
+        raise WeightsUnavailableError(
+            "there is no folder for downloaded weights, because the user has no home folder",
+            hint="set XDG_CACHE_HOME to a folder that can be written",
+        ) from error
+
+
+def fetch_weights(
+    url: str, folder: Path, progress: Progress | None = None, *, timeout_seconds: float = 30.0
+) -> Path:
+    """Gives the file of `url` from `folder`, downloading it there on first use.
+
+    The published name carries the first 8 hex digits of the file's sha256. They are checked, the
+    whole digest is written beside the file as NAME.json, and from then on that digest is held.
+    A failed download leaves nothing behind. Processes may do this at the same time.
+
+    Args:
+        url: http or https, its last part named like `name-1a2b3c4d.pth.tar`.
+        folder: Where downloaded weights are kept; made where it is missing.
+        progress: Called after each block of the download.
+        timeout_seconds: How long the server may stay silent.
+
+    Returns:
+        Path of the complete, checked file.
+
+    Raises:
+        UsageError: the URL is not http(s) or its name carries no digest.
+        WeightsUnavailableError: the file cannot be had; the message names the three ways.
+        DigestError: the bytes are not those published, or not those of the first use.
+        ManifestError: the digest record beside the file is damaged.
+        DiskFullError: no space is left for the file.
+    """
+    name, prefix = _published_name(url)
+    target, record = folder / name, folder / f"{name}.json"
+    held = _held_digest(record)
+    if target.is_file():
+        with _disk_errors(target), target.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _check_digest(str(target), digest, prefix, held, hint=f"rm {shlex.quote(str(target))}")
+    else:
+        with _staged(target) as staging:
+            digest = _download(url, staging, target, progress, timeout_seconds)
+            _check_digest(url, digest, prefix, held, hint=_WRONG_BYTES_HINT)
+        logger.info("fetched %s, sha256 %s", target, digest)
+    if held is None:
+        entry = _DownloadRecord(url=url, bytes=target.stat().st_size, sha256=digest)
+        with _staged(record) as staging:
+            write_synced(staging, (json.dumps(entry.to_dict(), indent=1) + "\n").encode())
+    return target
+
+
+def _published_name(url: str) -> tuple[str, str]:
+    """Returns the file name of a URL and the 8 hex digits of sha256 that it carries."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise UsageError(f"weights URL {url!r} cannot be read: {error}") from error
+    if parts.scheme not in ("http", "https"):
+        raise UsageError(f"weights URL {url!r} has scheme {parts.scheme!r}; wanted http or https")
+    name = parts.path.rpartition("/")[2]
+    found = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*-([0-9a-f]{8})\.[a-z.]+", name)
+    if found is None:
+        raise UsageError(
+            f"weights URL {url!r} ends in {name!r}; wanted a name that carries the first 8 hex "
+            "digits of the file's sha256, like name-1a2b3c4d.pth.tar"
+        )
+    return name, found[1]
+
+
+def _held_digest(record: Path) -> str | None:
+    """Returns the digest recorded at first use, or None before it."""
+    try:
+        return _DownloadRecord.from_dict(read_json(record)).sha256
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ManifestError, OSError) as error:
+        raise ManifestError(
+            f"the digest record {record} cannot be used: {error}",
+            hint=f"rm {shlex.quote(str(record))}",
+        ) from error
+
+
+def _check_digest(what: str, digest: str, prefix: str, held: str | None, *, hint: str) -> None:
+    if not digest.startswith(prefix):
+        raise DigestError(
+            f"{what} has sha256 {digest}, but its published name promises {prefix}...", hint=hint
+        )
+    if held not in (None, digest):
+        raise DigestError(
+            f"{what} has sha256 {digest}, but {held} was recorded at first use", hint=hint
+        )
+
+
+def _unavailable(url: str, target: Path, reason: object) -> WeightsUnavailableError:
+    return WeightsUnavailableError(
+        f"cannot fetch {url}: {reason}. Three ways to get an encoder: (1) download that file on a "
+        f"machine with network and copy it to {target}; (2) --weights FILE with weights of your "
+        "own; (3) --encoder bundled, the encoder that ships with this package",
+        hint="the same command with --encoder bundled, where the official weights are not a must",
+    )
+
+
+def _download(
+    url: str, staging: Path, target: Path, progress: Progress | None, timeout_seconds: float
+) -> str:
+    """Writes the body of `url` to `staging`, synced, and returns its sha256."""
+    # No handler for ftp, file or data, so that a redirect cannot lead there.
+    opener = urllib.request.OpenerDirector()
+    for handler in _HTTP_HANDLERS:
+        opener.add_handler(handler())
+    digest, done = hashlib.sha256(), 0
+    with _network_errors(url, target):
+        response = opener.open(url, timeout=timeout_seconds)
+    with response, staging.open("wb") as file:
+        total: int = response.length or 0
+        while True:
+            with _network_errors(url, target):
+                block: bytes = response.read(_BLOCK_BYTES)
+            if not block:
+                break
+            done += len(block)
+            if max(done, total) > MAX_WEIGHTS_BYTES:
+                reason = f"it is larger than {MAX_WEIGHTS_BYTES} bytes, so it holds no weights"
+                raise _unavailable(url, target, reason)
+            file.write(block)
+            digest.update(block)
+            if progress is not None:
+                progress(done, total)
+        if total not in (0, done):
+            raise _unavailable(url, target, f"it ended after {done} of {total} bytes")
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _network_errors(url: str, target: Path) -> Iterator[None]:
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise _unavailable(
+            url, target, f"the server answers {error.code} {error.reason}"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _unavailable(url, target, getattr(error, "reason", error)) from error
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """Gives a file beside `target` that is renamed to it at the end, or removed on any error."""
+    with _disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{target.name}.", suffix=".part", dir=target.parent
+        )
+        os.close(descriptor)
+        staging = Path(name)
+        try:
+            yield staging
+            staging.replace(target)
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        finally:
+            staging.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ResourceError:
+        raise
+    except OSError as error:
+        hint = "set XDG_CACHE_HOME to a folder that can be written and has space"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"no space is left for {path}", hint=hint) from error
+        raise WeightsUnavailableError(f"cannot use {path}: {error.strerror}", hint=hint) from error
+
 
 Metric = Literal["mse", "ms-ssim"]
 """What the zoo's encoders were trained for."""

@@ -1,7 +1,7 @@
 """CompressAI's zoo: what there is in it, where its weights are, and what only compressai can do.
 
 compressai takes seconds to import and has no wheels beyond Python 3.12. The paper's architecture
-works without it (encoder/factorized.py); what needs it says so with `require_compressai`.
+works without it (encoder/architecture.py); what needs it says so with `require_compressai`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.paths import data_paths
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
-from ci2p_cache.encoder.recorded import load_recorded_encoder
+from ci2p_cache.encoder.load import load_recorded_encoder
 from ci2p_cache.encoding.lane import (
     Lane,
     changed_numerics,

@@ -26,7 +26,7 @@ from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.manifest import read_manifest
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.recorded import load_recorded_encoder
+from ci2p_cache.encoder.load import load_recorded_encoder
 from ci2p_cache.encoding.budget import ErrorBudget, parse_max_errors
 from ci2p_cache.encoding.carry import Carrier
 from ci2p_cache.encoding.intent import Intent

@@ -81,7 +81,7 @@ def full_graph(classifier: Classifier) -> nn.Module:
     """
     if classifier.reads == "images":
         return ModelGraph(classifier).eval()
-    from ci2p_cache.encoder.graph import analysis_transform
+    from ci2p_cache.encoder.frozen import analysis_transform
 
     return FullGraph(classifier, analysis_transform(classifier.encoder)).eval()
 

@@ -13,7 +13,7 @@ from ci2p_cache.errors import CheckpointError, InputDataError, ManifestError, Us
 from ci2p_cache.inference.model_file import ModelFile, read_model_file
 from ci2p_cache.models.registry import AnyModelConfig, build_model
 from ci2p_cache.record import read_json
-from ci2p_cache.training.checkpoint_folder import (
+from ci2p_cache.training.checkpoint import (
     CHECKPOINTS,
     MODEL,
     NAME,

@@ -22,16 +22,14 @@ from ci2p_cache.models.ci2p_vit import (
     ModelConfig,
     classification_head,
     drop_path_rates,
-    transformer_blocks,
-)
-from ci2p_cache.models.fields import (
     require_bool,
     require_integer,
     require_name,
     require_rate,
     require_version,
+    to_tokens,
+    transformer_blocks,
 )
-from ci2p_cache.models.patch_reshape import to_tokens
 from ci2p_cache.record import Record
 from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 

@@ -31,12 +31,14 @@ from torch import nn
 from ci2p_cache.errors import ManifestError, UnknownModelError, UsageError
 from ci2p_cache.models.baselines import CnnViT, CnnViTConfig, PixelViT, PixelViTConfig
 from ci2p_cache.models.ci2p_vit import CI2PViT, ModelConfig
-from ci2p_cache.models.timm_models import TimmClassifier, build_ci2p_timm, check_builds
-from ci2p_cache.models.timm_records import (
+from ci2p_cache.models.timm_models import (
     CI2P_TIMM_PREFIX,
     TIMM_PREFIX,
     CI2PTimmConfig,
+    TimmClassifier,
     TimmConfig,
+    build_ci2p_timm,
+    check_builds,
     timm_config,
 )
 from ci2p_cache.specs import DOWNSAMPLING

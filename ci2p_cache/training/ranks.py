@@ -13,28 +13,270 @@ Each step's sums go through one collective of a fixed layout, not through
 that a resumed run of three or more ranks would add in another order and lose its last bits, and it
 hangs where a rank has no images. Rank 0 alone writes, prints and holds locks. `rank_errors.py`
 says what becomes of an error.
+
+A stop signal as a flag that the loop looks at, so that a step and a save end whole.
+
+How an error on one rank becomes the error of all of them.
+
+A rank that ends early closes its connections, which ends the collective that the others are in;
+they then read from torchrun's store what it died of. So an error on any rank is raised on all of
+them, and rank 0 prints it. No timeout is involved, so rank 0 may take its time to save.
+
+The connection of a joined rank: torchrun's store, and the process groups made through it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import json
+import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ci2p_cache.errors import UsageError
+from ci2p_cache import errors
+from ci2p_cache.errors import (
+    CacheError,
+    InterruptedRunError,
+    ResourceError,
+    UsageError,
+    stop_signals,
+)
 from ci2p_cache.machine import checked_device, num_cores
-from ci2p_cache.training.rank_errors import collective, first_error, wait_until_told
-from ci2p_cache.training.rank_link import Link, connect
-from ci2p_cache.training.signals import StopSignal
 
-__all__ = ["Ranks"]
+__all__ = ["Link", "Ranks", "StopSignal", "collective", "connect", "first_error", "wait_until_told"]
+
+
+class StopSignal:
+    """Notes the first of `stop_signals()` that comes while its block runs.
+
+    A second one meets the handlers that were there before, so it ends the process at once. Only
+    SIGHUP is ignored then: a terminal that closes sends it two or three times, through the kernel
+    and through its shell. Outside the main thread, where Python delivers no signals, it notes
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._earlier: dict[signal.Signals, Any] = {}
+
+    def is_set(self) -> bool:
+        """Returns whether a signal has come."""
+        return self.number is not None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in stop_signals():
+                self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._put_back()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self._put_back()
+        if signal.SIGHUP in self._earlier:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _put_back(self) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+
+_TOLD_TIMEOUT = timedelta(seconds=20)
+"""Longest that a failed rank waits for rank 0 to take up its error; torchrun needs 30 s more."""
+_ERROR, _TOLD = "error", "told"
+"""Keys of the store: the first error, and that rank 0 has taken it up."""
+
+_log = logging.getLogger(__name__)
+
+
+class _LostRankError(Exception):
+    """A collective ended without a result, because a process that takes part in it has ended."""
+
+
+@contextlib.contextmanager
+def collective() -> Iterator[None]:
+    """Tells a broken connection from errors of ours, around one collective."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _LostRankError(str(error)) from error
+
+
+def first_error(store: Store, error: Exception, *, rank: int) -> Exception:
+    """Returns what all ranks raise, given what this one met: the first error of any of them.
+
+    Args:
+        store: The group's part of torchrun's store, which outlives every rank.
+        error: What this rank has met.
+        rank: This rank; 0 also notes that it knows.
+
+    Returns:
+        `error` itself where it came first, where it is a CacheError, or where the store is gone; a
+        CacheError that names the other rank otherwise.
+    """
+    own = error
+    if isinstance(error, _LostRankError):
+        own = ResourceError(
+            "another rank of this run was killed or cannot be reached (out of memory?); what "
+            "was trained since the last checkpoint is lost, nothing else",
+            hint="run the same command again to continue",
+        )
+    try:
+        record = _pack(own, rank)
+        first = store.compare_set(_ERROR, "", record).decode()
+        if rank == 0:
+            store.set(_TOLD, "")
+    except RuntimeError as unreachable:
+        _log.debug("torchrun's store is gone: %s", unreachable)
+        return own
+    return own if isinstance(error, CacheError) or first == record else _unpack(first)
+
+
+def wait_until_told(store: Store, error: Exception, *, rank: int) -> None:
+    """Gives rank 0 the time to take up an error: torchrun ends all once one rank has left.
+
+    Args:
+        store: As for `first_error`.
+        error: What this rank has met.
+        rank: This rank; 0 does not wait.
+    """
+    if rank == 0 or isinstance(error, _LostRankError):
+        return
+    try:
+        store.wait([_TOLD], _TOLD_TIMEOUT)
+    except RuntimeError as unreachable:
+        _log.debug("rank 0 or torchrun's store is gone: %s", unreachable)
+
+
+def _pack(error: Exception, rank: int) -> str:
+    """Returns an error as one line of JSON for the store."""
+    is_ours = isinstance(error, CacheError)
+    return json.dumps(
+        {
+            "rank": rank,
+            "type": type(error).__name__,
+            "message": str(error) if is_ours else f"{type(error).__name__}: {error}",
+            "hint": error.hint if isinstance(error, CacheError) else None,
+            "exit_code": error.exit_code if isinstance(error, CacheError) else 1,
+        }
+    )
+
+
+def _unpack(record: str) -> CacheError:
+    """Returns the error that `_pack` was given on another rank; CacheError for a bug."""
+    told = json.loads(record)
+    message = f"on rank {told['rank']}: {told['message']}"
+    if told["type"] == InterruptedRunError.__name__:
+        return InterruptedRunError(
+            message, signal_number=told["exit_code"] - 128, hint=told["hint"]
+        )
+    kind: type[CacheError] = getattr(errors, told["type"], CacheError)
+    return kind(message, hint=told["hint"])
+
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import ProcessGroup, Store
+
+
+_TIMEOUT = timedelta(minutes=30)
+"""Longest that a rank waits for one that lives, for example while rank 0 saves a checkpoint."""
+_CONNECT_TIMEOUT = timedelta(seconds=10)
+"""Longest that a rank looks for the store of a torchrun that keeps it itself, and so was there
+before its ranks: where it is not, torchrun was killed."""
+
+_groups = itertools.count()
+"""Numbers the groups that this process has joined; all ranks join the same ones in turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a joined rank has."""
+
+    store: Store
+    """This group's part of torchrun's store, which outlives every rank."""
+    words: ProcessGroup
+    """gloo, between the hosts; the default group sums, on the devices."""
+    stop: StopSignal
+    """Notes signals from when the ranks have met until they part: a context manager."""
+    parent: int
+    """torchrun's process id."""
+
+    def hang_up(self) -> None:
+        """Closes the connections, which tells the others that this rank has failed."""
+        if dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+        else:
+            # nccl would wait for kernels that never end; it goes with the process, or torchrun.
+            dist.destroy_process_group(self.words)
+
+
+def connect(device: str, *, rank: int, world_size: int, local_rank: int) -> Link:
+    """Joins the process group that torchrun's variables name.
+
+    Args:
+        device: As for `Ranks.device`; decides whether the group speaks nccl besides gloo.
+        rank: This process, 0 <= rank < world_size.
+        world_size: Number of processes that join.
+        local_rank: This process among those of its machine; its CUDA device.
+
+    Raises:
+        UsageError: the process belongs to a process group already, or a variable is missing.
+        ResourceError: torchrun or another rank was killed, or cannot be reached.
+    """
+    # Before connecting: were torchrun killed in between, no one would ever know.
+    parent = os.getppid()
+    # Not every build of torch has them; alone no one needs them.
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    if dist.is_initialized():
+        raise UsageError(
+            "this process belongs to a process group already; training makes its own",
+            hint="call torch.distributed.destroy_process_group() first",
+        )
+    backend = "gloo"
+    if device != "cpu" and torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    try:
+        wait = _CONNECT_TIMEOUT if is_kept else _TIMEOUT
+        store, _, _ = next(rendezvous("env://", timeout=wait))
+        store.set_timeout(_TIMEOUT)
+        store = PrefixStore(f"ci2p-cache-{next(_groups)}", store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
+        )
+        words = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    except ValueError as error:
+        raise UsageError(f"torchrun's variables are not complete: {error}") from error
+    except RuntimeError as error:
+        raise ResourceError(
+            "torchrun or another rank cannot be reached, was it killed? "
+            f"({str(error).splitlines()[0]})",
+            hint="start torchrun again: the run continues",
+        ) from error
+    assert not isinstance(words, int)
+    return Link(store, words, StopSignal(), parent)
+
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 

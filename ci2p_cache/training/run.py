@@ -13,8 +13,7 @@ from ci2p_cache.loader.resident import Resident
 from ci2p_cache.machine import raise_open_files, tune_allocator
 from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.outputs import refuse_url
-from ci2p_cache.training.checkpoint import share_checkpoint
-from ci2p_cache.training.checkpoint_folder import TrainState
+from ci2p_cache.training.checkpoint import TrainState, share_checkpoint
 from ci2p_cache.training.folder import run_path
 from ci2p_cache.training.inputs import (
     data_digest,

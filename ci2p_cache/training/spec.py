@@ -88,7 +88,7 @@ class TrainSpec(Record):
     mix_probability: float = 1.0
     """Share of the batches that are mixed; the authors'."""
     latent_flip: float = 0.0
-    """Probability that what the model reads is mirrored; wrong for latents, see flipping.py."""
+    """Probability that what the model reads is mirrored; wrong for latents, see step.py."""
     ema: float = 0.0
     """Decay per step of averaged weights, which are then what is validated; 0 off, usual 0.999."""
     layer_decay: float = 1.0

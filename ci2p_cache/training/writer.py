@@ -9,8 +9,7 @@ from pathlib import Path
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.models.registry import AnyModelConfig
-from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore
-from ci2p_cache.training.checkpoint_folder import TrainState
+from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore, TrainState
 from ci2p_cache.training.encoder_copy import copy_encoder
 from ci2p_cache.training.folder import open_run_folder
 from ci2p_cache.training.inputs import model_record

@@ -21,13 +21,17 @@ from torch import Tensor, nn
 
 import ci2p_cache as cc
 from ci2p_cache.encoder.architecture import value_tensors
-from ci2p_cache.encoder.codec_spec import CodecSpec
-from ci2p_cache.encoder.crops import TrainingImages
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
-from ci2p_cache.encoder.muon import Muon
 from ci2p_cache.encoder.rate_distortion import evaluate_rate_distortion
-from ci2p_cache.encoder.train import CodecStep, CodecSummary, train_codec
+from ci2p_cache.encoder.train import (
+    CodecSpec,
+    CodecStep,
+    CodecSummary,
+    Muon,
+    TrainingImages,
+    train_codec,
+)
 from ci2p_cache.errors import (
     CheckpointError,
     RunMismatchError,

@@ -127,7 +127,7 @@ MUTATIONS = (
     Mutation(
         name="validation-rows-in-training",
         says="With folds, the rows that validate are trained from as well.",
-        file="ci2p_cache/training/folds.py",
+        file="ci2p_cache/training/loaders.py",
         old="rows[~validates]",
         new="rows",
         where=(_FOLDS,),
@@ -242,7 +242,7 @@ MUTATIONS = (
     Mutation(
         name="folds-overlap",
         says="A fold validates its own part and those of all folds before it.",
-        file="ci2p_cache/training/folds.py",
+        file="ci2p_cache/training/loaders.py",
         old="% spec.folds == spec.fold",
         new="% spec.folds <= spec.fold",
         where=(_FOLDS,),

@@ -11,8 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ci2p_cache.errors import UnknownModelError, UsageError
-from ci2p_cache.models.complexity import BASELINE, complexity, complexity_table
-from ci2p_cache.models.published import PAPER_MODELS, published
+from ci2p_cache.models.complexity import (
+    BASELINE,
+    PAPER_MODELS,
+    complexity,
+    complexity_table,
+    published,
+)
 from ci2p_cache.models.registry import create_model, list_models
 from tests.support.tiers import thinned
 

@@ -17,7 +17,7 @@ from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.cache.verify import verify
 from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.recorded import load_recorded_encoder
+from ci2p_cache.encoder.load import load_recorded_encoder
 from ci2p_cache.encoding.claims import whole_folder
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.interrupt import interruptible
