@@ -45,8 +45,13 @@ from ci2p_cache.cli import render
 from ci2p_cache.cli.ending import told_errors
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
-from ci2p_cache.encoder.rate_distortion import evaluate_rate_distortion
-from ci2p_cache.encoder.train import CodecSpec, CodecStep, TrainingImages, train_codec
+from ci2p_cache.encoder.train import (
+    CodecSpec,
+    CodecStep,
+    TrainingImages,
+    evaluate_rate_distortion,
+    train_codec,
+)
 from ci2p_cache.errors import InterruptedRunError, UsageError
 from ci2p_cache.images.picture_folders import PictureFolders
 from ci2p_cache.machine import checked_device, tune_allocator

@@ -54,8 +54,8 @@ def complexity(
         BASELINE,
         PAPER_MODELS,
         PAPER_SIZES,
+        PUBLISHED,
         complexity_table,
-        published,
     )
 
     if latent_channels not in (192, 320):
@@ -78,7 +78,7 @@ def complexity(
     # Of the setting that the published figures are of.
     is_papers = latent_channels == 192 and num_classes == 0
     told = {
-        (row.name, row.size): published(row.name, row.size) if is_papers else None
+        (row.name, row.size): PUBLISHED.get((row.name, row.size)) if is_papers else None
         for row in (*one_size, *many_sizes)
     }
     if json:

@@ -1,24 +1,23 @@
-"""How a weights file's tensors become a model of one of the zoo's architectures.
+"""From a weights file's tensors to a model of one of the zoo's architectures.
 
-The paper's codec, bmshj2018-factorized, from torch layers: `FactorizedPrior`.
-
-Balle, Minnen, Singh, Hwang and Johnston 2018, arXiv 1802.01436. ::
+The paper's, bmshj2018-factorized, is our own `FactorizedPrior`: Balle, Minnen, Singh, Hwang and
+Johnston 2018, arXiv 1802.01436. ::
 
     x --g_a--> y --rounding--> y_hat --g_s--> x_hat
                                  +--entropy_bottleneck--> mass of each bin --> bits
 
-CompressAI's state dict, key by key, and its values, bit by bit. What only training or real entropy
-coding needs is not here: compressai has it.
+It has CompressAI's state dict, key by key, and its values, bit by bit. What only training or real
+entropy coding needs is not here: compressai has it.
 
-Shape suffixes: B batch, M latent channels, K values of a channel, r s widths of a small network, H
-W pixels, h w latent rows and columns.
+Shape suffixes: B batch, M latent channels, K values of a channel, r s widths of a small network, h
+w latent rows and columns.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args
 
 import torch
@@ -49,10 +48,6 @@ class EntropyBottleneck(nn.Module):
     """The learned distribution of each channel of y; its weights are zero until they are loaded.
 
     A channel's cumulative is the sigmoid of a small increasing network: appendix 6.1 of the paper.
-
-    Args:
-        num_channels: M.
-        device: Where the parameters are made.
     """
 
     def __init__(self, num_channels: int, *, device: str | None = None) -> None:
@@ -92,11 +87,8 @@ class EntropyBottleneck(nn.Module):
 class FactorizedPrior(nn.Module):
     """g_a, g_s and the entropy model; convolutions are drawn as torch draws them.
 
-    Args:
-        width: N, channels between the convolutions.
-        latent_channels: M, channels of y.
-        device: Where the parameters are made. "meta" draws and holds nothing: load a state dict
-            with `assign=True` then. Constants are on torch's default device.
+    On the device "meta" nothing is drawn or held: load a state dict with `assign=True` then.
+    Constants are on torch's default device. N is `width`, M `latent_channels`.
     """
 
     def __init__(self, width: int, latent_channels: int, *, device: str | None = None) -> None:
@@ -162,20 +154,15 @@ def value_tensors(model: Codec) -> dict[str, Tensor]:
 
 
 def build_model(file: WeightsFile, arch: str, quality: int) -> Codec:
-    """Builds the model of `arch` and `quality` with the weights of a file.
+    """Builds the model of an `arch` and `quality` of the zoo with the weights of a file.
 
     Key names of older CompressAI versions and of DataParallel are understood. Constants of the
     architecture (bounds, pedestals) come from the file where it has them, else from CompressAI.
     Float16 and bfloat16 tensors become float32, which is exact.
 
-    Args:
-        file: The tensors; copied.
-        arch: A zoo name that `check_choice` accepts.
-        quality: A quality that the arch has; it fixes N and M.
-
     Returns:
-        The float32 model on the CPU; compressai's has its entropy coder's tables not yet made
-        (`update()`).
+        The float32 model on the CPU, with copies of the tensors; compressai's has its entropy
+        coder's tables not yet made (`update()`).
 
     Raises:
         WeightsError: the file does not fit; says which keys and shapes, and what it does fit.
@@ -203,48 +190,42 @@ def build_model(file: WeightsFile, arch: str, quality: int) -> Codec:
 
 
 def own_model(quality: int, tensors: Mapping[str, Tensor]) -> FactorizedPrior:
-    """Builds our own model of ARCH on the CPU, in float32.
+    """Builds our own model of ARCH on the CPU, in float32, from copies of all its weights.
 
-    Args:
-        quality: Fixes N and M.
-        tensors: Weights by their names in the state dict, all of them, on any device; copied.
-            Constants that are missing are CompressAI's.
+    Constants that are missing are CompressAI's.
     """
-    model = _unfilled_own(quality)
+    model = _unfilled(ARCH, quality)
     # A copy, because the file behind a tensor that safetensors maps into memory may change.
     copies = {
         name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
         for name, tensor in tensors.items()
     }
     model.load_state_dict({**model.state_dict(), **copies}, assign=True)
+    assert isinstance(model, FactorizedPrior)
     return model
 
 
 def _unfilled(arch: str, quality: int) -> Codec:
     """Builds a model of the right shapes: our own without weights, compressai's with drawn ones."""
-    return _unfilled_own(quality) if arch == ARCH else compressai_model(arch, quality)
-
-
-def _unfilled_own(quality: int) -> FactorizedPrior:
+    if arch != ARCH:
+        return compressai_model(arch, quality)
     width, latent_channels = ZOO[ARCH][quality - 1]
     return FactorizedPrior(width, latent_channels, device="meta")
 
 
 def _canonical(file: WeightsFile) -> dict[str, Any]:
     """Returns the file's state dict under today's names, without derived tables."""
-    state = {_todays(name): value for name, value in file.tensors.items()}
+    state: dict[str, Any] = {}
+    for name, value in file.tensors.items():
+        today = name.removeprefix("module.").replace(".downsample.", ".skip.")
+        if old := _OLD_NAME.fullmatch(today):
+            today = f"entropy_bottleneck.{_NEW_NAMES[old[1][0]]}.{old[2]}"
+        state[today] = value
     if any(re.match(r"entropy_bottleneck(?!\.)", name) for name in state):
         raise WeightsError(f"weights file {file.path} has keys that no CompressAI version writes")
     if len(state) != len(file.tensors):
         raise WeightsError(f"weights file {file.path} has the same tensor under two names")
     return {name: value for name, value in state.items() if not _is_derived(name)}
-
-
-def _todays(name: str) -> str:
-    """Returns CompressAI's name of today for a tensor."""
-    name = name.removeprefix("module.").replace(".downsample.", ".skip.")
-    old = _OLD_NAME.fullmatch(name)
-    return f"entropy_bottleneck.{_NEW_NAMES[old[1][0]]}.{old[2]}" if old else name
 
 
 def _is_derived(name: str) -> bool:
@@ -255,24 +236,24 @@ def _misfit(state: Mapping[str, Any], model: Codec) -> str:
     """Says how a state dict differs from what a model wants; empty where it fits."""
     wanted = value_tensors(model)
     required = {name for name, _ in model.named_parameters()}
-    reshaped = [
-        f"{name!r} is {_described(state[name])}, wanted {tuple(tensor.shape)}"
-        for name, tensor in sorted(wanted.items(), key=lambda item: _by_interest(item[0]))
+    reshaped = {
+        name: f"{name!r} is {_described(state[name])}, wanted {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
         if name in state and not _has_shape(state[name], tensor.shape)
-    ]
-    findings = (
-        ("missing", [repr(name) for name in sorted(required - set(state), key=_by_interest)]),
-        ("unexpected", [repr(name) for name in sorted(set(state) - set(wanted), key=_by_interest)]),
-        ("of another shape", reshaped),
-    )
-    return "; ".join(
-        f"{len(names)} keys {what} ({_few(names)})" for what, names in findings if names
-    )
-
-
-def _by_interest(name: str) -> tuple[bool, str]:
-    """Sorts g_a's tensors to the front: few names are shown, and those tell most."""
-    return not name.startswith("g_a."), name
+    }
+    findings: list[str] = []
+    for what, names in (
+        ("missing", required - set(state)),
+        ("unexpected", set(state) - set(wanted)),
+        ("of another shape", set(reshaped)),
+    ):
+        # Few are shown, and g_a's tensors tell most.
+        ordered = sorted(names, key=lambda name: (not name.startswith("g_a."), name))
+        shown = ", ".join(reshaped.get(name, repr(name)) for name in ordered[:_NUM_SHOWN])
+        if len(names) > _NUM_SHOWN:
+            shown += f" and {len(names) - _NUM_SHOWN} more"
+        findings += [f"{len(names)} keys {what} ({shown})"] if names else []
+    return "; ".join(findings)
 
 
 def _has_shape(value: Any, shape: torch.Size) -> bool:
@@ -283,11 +264,6 @@ def _has_shape(value: Any, shape: torch.Size) -> bool:
 
 def _described(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _few(names: list[str]) -> str:
-    rest = len(names) - _NUM_SHOWN
-    return ", ".join(names[:_NUM_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _looks_like(state: Mapping[str, Any]) -> str:
@@ -306,7 +282,8 @@ def _looks_like(state: Mapping[str, Any]) -> str:
             for sizes in dict.fromkeys(ZOO[arch]):
                 same = [quality for quality, other in enumerate(ZOO[arch], 1) if other == sizes]
                 if sizes[0] in widths and not _misfit(state, _unfilled(arch, same[0])):
-                    return f"It fits {arch} {_span(same)} {_sizes(arch, same[0])}"
+                    span = f"qualities {same[0]} to {same[-1]}"
+                    return f"It fits {arch} {span} {_sizes(arch, same[0])}"
     except MissingDependencyError:
         return f"It has a hyperprior (h_a), and {ARCH} has none"
     shapes = [state.get(f"g_a.{layer}.weight") for layer in (0, 6)]
@@ -315,11 +292,6 @@ def _looks_like(state: Mapping[str, Any]) -> str:
             *(len(weight) for weight in shapes if weight is not None)
         )
     return f"It fits none of {', '.join(ZOO)}"
-
-
-def _span(qualities: Iterable[int]) -> str:
-    numbers = sorted(qualities)
-    return f"qualities {numbers[0]} to {numbers[-1]}"
 
 
 def _sizes(arch: str, quality: int) -> str:

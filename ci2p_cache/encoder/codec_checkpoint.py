@@ -1,4 +1,4 @@
-"""Checkpoints of a codec's training: whole or not there, checked by digest when they are read.
+"""Settings and checkpoints of a codec's training; these are whole or not there, and checked.
 
 ::
 
@@ -16,8 +16,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -33,18 +32,15 @@ from ci2p_cache.errors import (
     ResourceError,
     UsageError,
 )
-from ci2p_cache.record import Record, read_json, read_regular
+from ci2p_cache.record import Record, read_json, read_regular, write_synced
 
-__all__ = ["CODEC_ARCH", "CodecPlace", "CodecSpec", "CodecState", "CodecStore"]
+__all__ = ["CodecPlace", "CodecSpec", "CodecState", "CodecStore"]
 
 _RECORD = "checkpoint.json"
 _TENSORS = "checkpoint-{:08d}.safetensors"
 _MAX_BYTES = 2**30
 """Of the tensors: quality 8, the largest, takes 120 MB."""
 
-
-CODEC_ARCH = "bmshj2018-factorized"
-"""The one architecture that is trained here: its latents have symbols, which int8 caches hold."""
 
 CodecPrecision = Literal["bfloat16", "float32"]
 """Arithmetic of g_a and g_s while they are trained."""
@@ -79,7 +75,7 @@ class CodecSpec(Record):
     """Peak learning rate of g_a and g_s, of Adam's scale; between CompressAI's 1e-4 and the 4e-4
     that the bundled encoder began with from scratch."""
     optimizer: CodecOptimizer = "muon"
-    """For the kernels inside g_a and g_s; all else is always Adam's. muon: see encoder/train.py;
+    """For the kernels inside g_a and g_s; all else is always Adam's. muon: see `Muon`;
     adam: as CompressAI."""
     entropy_lr: float = 1e-3
     """Peak learning rate of the entropy model, which has to follow g_a; Adam's."""
@@ -103,8 +99,10 @@ class CodecSpec(Record):
     def __post_init__(self) -> None:
         for name in ("lmbda", "lr", "entropy_lr", "aux_lr", "clip_norm", "ema_decay", "min_scale"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, f"`{name}` is {value}; wanted above 0")
+            _require(math.isfinite(value) and value > 0, name, value, "above 0")
         for name, low, high in (
+            ("version", 1, 1),
+            ("quality", 1, 8),
             ("steps", 1, 10**9),
             ("batch_size", 1, 2**16),
             ("crop_px", 16, 2**13),
@@ -112,28 +110,18 @@ class CodecSpec(Record):
             ("seed", 0, 2**63 - 1),
         ):
             value = getattr(self, name)
-            _require(low <= value <= high, f"`{name}` is {value}; wanted {low} to {high}")
-        _require(self.version == _VERSION, f"`version` is {self.version}; known is {_VERSION}")
-        _require(
-            1 <= self.quality <= 8,
-            f"`quality` is {self.quality}; {CODEC_ARCH} has 1 to 8",
-        )
-        _require(self.crop_px % 16 == 0, f"`crop_px` is {self.crop_px}; wanted a multiple of 16")
-        _require(self.ema_decay < 1, f"`ema_decay` is {self.ema_decay}; wanted below 1")
-        _require(self.min_scale <= 1, f"`min_scale` is {self.min_scale}; wanted at most 1")
-        _require(
-            self.optimizer in get_args(CodecOptimizer),
-            f"`optimizer` is {self.optimizer!r}; wanted {' or '.join(get_args(CodecOptimizer))}",
-        )
-        _require(
-            self.precision in get_args(CodecPrecision),
-            f"`precision` is {self.precision!r}; wanted {' or '.join(get_args(CodecPrecision))}",
-        )
+            _require(low <= value <= high, name, value, f"{low} to {high}")
+        _require(self.crop_px % 16 == 0, "crop_px", self.crop_px, "a multiple of 16")
+        _require(self.ema_decay < 1, "ema_decay", self.ema_decay, "below 1")
+        _require(self.min_scale <= 1, "min_scale", self.min_scale, "at most 1")
+        for name, known in (("optimizer", CodecOptimizer), ("precision", CodecPrecision)):
+            value = getattr(self, name)
+            _require(value in get_args(known), name, repr(value), " or ".join(get_args(known)))
 
 
-def _require(holds: bool, message: str) -> None:
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
-        raise UsageError(message)
+        raise UsageError(f"`{name}` is {value}; wanted {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,40 +140,24 @@ class CodecPlace(Record):
 
 @dataclass(frozen=True, slots=True)
 class CodecState:
-    """All that a run needs to continue."""
+    """All that a run needs to continue; tensors by kind and parameter, as at the top."""
 
     place: CodecPlace
-    """Which run, and where."""
     tensors: Mapping[str, Tensor]
-    """By kind and parameter, as at the top of this file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _CheckpointRecord(Record):
     """checkpoint.json."""
 
-    version: int = 1
-    """Version of this record."""
+    version: Literal[1] = 1
     place: CodecPlace
-    """Which run, and where."""
     bytes: int
-    """Size of the tensors file."""
     sha256: str
-    """Its digest."""
-
-    def __post_init__(self) -> None:
-        if self.version != 1:
-            raise UsageError(
-                f"codec checkpoint version {self.version} is not 1, the one known here"
-            )
 
 
 class CodecStore:
-    """The checkpoint in a folder; one process at a time may use it.
-
-    Args:
-        folder: Where it is; made by the first save.
-    """
+    """The checkpoint in a folder, which the first save makes; one process at a time may use it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -201,14 +173,19 @@ class CodecStore:
             record = _CheckpointRecord.from_dict(read_json(path))
             path = self._folder / _TENSORS.format(record.place.step)
             content = read_regular(path, max_bytes=_MAX_BYTES)
-            _check_digest(path, content, record)
-            tensors = safetensors.torch.load(content)
+            intact = hashlib.sha256(content).hexdigest() == record.sha256
+            tensors = safetensors.torch.load(content) if intact else {}
         except FileNotFoundError as error:
             if path.name == _RECORD:
                 return None
             raise self._damaged(f"{path} is missing") from error
         except (ManifestError, safetensors.SafetensorError, OSError) as error:
             raise self._damaged(str(error)) from error
+        if not intact:
+            raise self._damaged(
+                f"{path} is not what was written: wanted {record.bytes} bytes with sha256 "
+                f"{record.sha256[:12]}..., got {len(content)} bytes with another"
+            )
         return CodecState(record.place, tensors)
 
     def save(self, state: CodecState) -> None:
@@ -223,21 +200,26 @@ class CodecStore:
             place=state.place, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
         )
         name = _TENSORS.format(state.place.step)
-        with _disk_errors(self._folder):
+        try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._put(name, content)
             self._put(_RECORD, (json.dumps(record.to_dict(), indent=2) + "\n").encode())
             for path in self._folder.glob("checkpoint-*.safetensors*"):
                 if path.name != name:
                     path.unlink()
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            kind: type[ResourceError] = DiskFullError if full else ResourceError
+            raise kind(
+                f"cannot write a checkpoint to {self._folder}: {error.strerror or error}. The one "
+                "before it is safe.",
+                hint="make space, then run the same command again" if full else None,
+            ) from error
 
     def _put(self, name: str, content: bytes) -> None:
         staged = self._folder / f"{name}.partial"
         try:
-            with staged.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(staged, content)
             staged.replace(self._folder / name)
         except BaseException:
             staged.unlink(missing_ok=True)
@@ -253,25 +235,3 @@ class CodecStore:
             f"the checkpoint in {self._folder} is damaged: {reason}",
             hint="begin anew in another folder, with --start and the weights there, if there are",
         )
-
-
-def _check_digest(path: Path, content: bytes, record: _CheckpointRecord) -> None:
-    if hashlib.sha256(content).hexdigest() != record.sha256:
-        raise ManifestError(
-            f"{path} is not what was written: wanted {record.bytes} bytes with sha256 "
-            f"{record.sha256[:12]}..., got {len(content)} bytes with another"
-        )
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind: type[ResourceError] = DiskFullError if full else ResourceError
-        raise kind(
-            f"cannot write a checkpoint to {folder}: {error.strerror or error}. The one before it "
-            "is safe.",
-            hint="make space, then run the same command again" if full else None,
-        ) from error

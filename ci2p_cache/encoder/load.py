@@ -1,12 +1,8 @@
-"""Loading a frozen encoder: from weights at hand to a model held to what they say of themselves.
-
-What an encoder computes is not known here.
-
-The encoder that is in a cache, held to what the cache's manifest says of it.
-"""
+"""Loading a frozen encoder: from weights at hand to a model held to what they say of themselves."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -94,10 +90,7 @@ def load_saved_encoder(
 ) -> FrozenEncoder:
     """Loads an encoder that `FrozenEncoder.save` wrote, such as a cache's encoder.safetensors.
 
-    Args:
-        path: The file; it says itself which architecture it holds.
-        precision: Arithmetic of g_a; the file does not fix it.
-        device: cpu or cuda.
+    The file says itself which architecture it holds; it does not fix the precision.
 
     Raises:
         WeightsError: the file is missing, foreign or damaged, or its digest is another.
@@ -121,10 +114,6 @@ def save_half(encoder: FrozenEncoder, path: Path) -> FrozenEncoder:
 
     Constants are left out, because a pedestal of 2**-36 would become 0; loading takes them from
     CompressAI.
-
-    Args:
-        encoder: A float32 encoder; stays as it is.
-        path: The safetensors file, written as `FrozenEncoder.save` does.
 
     Returns:
         The encoder that the file holds: other weights, another digest.
@@ -181,11 +170,7 @@ def _named(arch: str, quality: int, metric: str) -> str:
 
 
 def load_recorded_encoder(path: Path, spec: EncoderSpec) -> FrozenEncoder:
-    """Loads an encoder file that must hold a certain encoder, and no other.
-
-    Args:
-        path: What `FrozenEncoder.save` wrote, such as a cache's encoder.safetensors.
-        spec: The encoder that made the latents, as the cache's fingerprint has it.
+    """Loads what `FrozenEncoder.save` wrote, which must be the encoder of a fingerprint.
 
     Raises:
         DigestError: the file holds another encoder, intact as it may be.
@@ -193,11 +178,8 @@ def load_recorded_encoder(path: Path, spec: EncoderSpec) -> FrozenEncoder:
         WeightsError: it is missing, foreign or damaged.
         MissingDependencyError: the architecture is compressai's, which cannot be imported.
     """
-    try:
-        with regular_file(path):
-            pass
-    except OSError:
-        # Loading says it better.
+    # Loading says it better where there is no file.
+    with contextlib.suppress(OSError), regular_file(path):
         pass
     encoder = load_saved_encoder(path, precision=spec.precision)
     differences = differing_fields(spec, encoder.spec)

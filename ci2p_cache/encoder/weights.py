@@ -6,9 +6,8 @@
     file       .pth.tar, .pth, .pt, .safetensors ----------------+--> WeightsFile (names, tensors)
     bundled    float16 safetensors inside the package -----------+
 
-Nothing here runs code from a file: torch reads with weights_only, and safetensors holds none.
-
-Official weights: from CompressAI's server into the user's cache folder, checked on every use.
+Nothing here runs code from a file: torch reads with weights_only, and safetensors holds none. The
+digest of an official file is checked on every use.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ from ci2p_cache.specs import EncoderSpec
 
 __all__ = [
     "BUNDLED",
-    "MAX_WEIGHTS_BYTES",
     "Metric",
     "Progress",
     "WeightsCard",
@@ -78,36 +76,17 @@ MAX_WEIGHTS_BYTES = 512 * 2**20
 """The zoo's largest training checkpoint, Adam state included, stays below; more is refused."""
 
 _BLOCK_BYTES = 2**18
-_WRONG_BYTES_HINT = (
-    "try again later or from another network; a proxy may have answered in the server's place"
-)
-_HTTP_HANDLERS = (
-    urllib.request.ProxyHandler,
-    urllib.request.UnknownHandler,
-    urllib.request.HTTPHandler,
-    urllib.request.HTTPSHandler,
-    urllib.request.HTTPDefaultErrorHandler,
-    urllib.request.HTTPRedirectHandler,
-    urllib.request.HTTPErrorProcessor,
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _DownloadRecord(Record):
     """The sidecar of a downloaded file: what its digest was at first use."""
 
-    format_version: int = 1
-    """Version of this record."""
+    format_version: Literal[1] = 1
     url: str
-    """Where the file was published."""
     bytes: int
-    """Size."""
     sha256: str
-    """Digest of the whole file, held from then on."""
-
-    def __post_init__(self) -> None:
-        if self.format_version != 1:
-            raise UsageError(f"download record {self.format_version} is not 1, the one known here")
+    """Of the whole file, held from then on."""
 
 
 def official_url(arch: str, quality: int, metric: str) -> str:
@@ -149,15 +128,10 @@ def fetch_weights(
 ) -> Path:
     """Gives the file of `url` from `folder`, downloading it there on first use.
 
-    The published name carries the first 8 hex digits of the file's sha256. They are checked, the
-    whole digest is written beside the file as NAME.json, and from then on that digest is held.
-    A failed download leaves nothing behind. Processes may do this at the same time.
-
-    Args:
-        url: http or https, its last part named like `name-1a2b3c4d.pth.tar`.
-        folder: Where downloaded weights are kept; made where it is missing.
-        progress: Called after each block of the download.
-        timeout_seconds: How long the server may stay silent.
+    The published name (`name-1a2b3c4d.pth.tar`) carries the first 8 hex digits of the file's
+    sha256. They are checked, the whole digest is written beside the file as NAME.json, and from
+    then on that digest is held. A failed download leaves nothing behind. Processes may do this at
+    the same time. The server may stay silent for `timeout_seconds`.
 
     Returns:
         Path of the complete, checked file.
@@ -177,9 +151,13 @@ def fetch_weights(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         _check_digest(str(target), digest, prefix, held, hint=f"rm {shlex.quote(str(target))}")
     else:
+        hint = (
+            "try again later or from another network; a proxy may have answered in the server's "
+            "place"
+        )
         with _staged(target) as staging:
             digest = _download(url, staging, target, progress, timeout_seconds)
-            _check_digest(url, digest, prefix, held, hint=_WRONG_BYTES_HINT)
+            _check_digest(url, digest, prefix, held, hint=hint)
         logger.info("fetched %s, sha256 %s", target, digest)
     if held is None:
         entry = _DownloadRecord(url=url, bytes=target.stat().st_size, sha256=digest)
@@ -230,59 +208,58 @@ def _check_digest(what: str, digest: str, prefix: str, held: str | None, *, hint
         )
 
 
-def _unavailable(url: str, target: Path, reason: object) -> WeightsUnavailableError:
-    return WeightsUnavailableError(
-        f"cannot fetch {url}: {reason}. Three ways to get an encoder: (1) download that file on a "
-        f"machine with network and copy it to {target}; (2) --weights FILE with weights of your "
-        "own; (3) --encoder bundled, the encoder that ships with this package",
-        hint="the same command with --encoder bundled, where the official weights are not a must",
-    )
-
-
 def _download(
     url: str, staging: Path, target: Path, progress: Progress | None, timeout_seconds: float
 ) -> str:
     """Writes the body of `url` to `staging`, synced, and returns its sha256."""
-    # No handler for ftp, file or data, so that a redirect cannot lead there.
-    opener = urllib.request.OpenerDirector()
-    for handler in _HTTP_HANDLERS:
-        opener.add_handler(handler())
     digest, done = hashlib.sha256(), 0
-    with _network_errors(url, target):
-        response = opener.open(url, timeout=timeout_seconds)
-    with response, staging.open("wb") as file:
-        total: int = response.length or 0
-        while True:
-            with _network_errors(url, target):
-                block: bytes = response.read(_BLOCK_BYTES)
-            if not block:
-                break
+    with staging.open("wb") as file:
+        for block, total in _blocks(url, target, timeout_seconds):
             done += len(block)
-            if max(done, total) > MAX_WEIGHTS_BYTES:
-                reason = f"it is larger than {MAX_WEIGHTS_BYTES} bytes, so it holds no weights"
-                raise _unavailable(url, target, reason)
             file.write(block)
             digest.update(block)
             if progress is not None:
                 progress(done, total)
-        if total not in (0, done):
-            raise _unavailable(url, target, f"it ended after {done} of {total} bytes")
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def _network_errors(url: str, target: Path) -> Iterator[None]:
+def _blocks(url: str, target: Path, timeout_seconds: float) -> Iterator[tuple[bytes, int]]:
+    """Yields the body of `url`, each block with the size of the whole, 0 where it is unknown."""
+    # No handler for ftp, file or data, so that a redirect cannot lead there.
+    opener = urllib.request.OpenerDirector()
+    for name in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"):
+        opener.add_handler(getattr(urllib.request, f"{name}Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    done = 0
+    cause: Exception | None = None
     try:
-        yield
+        with opener.open(url, timeout=timeout_seconds) as response:
+            total: int = response.length or 0
+            while block := response.read(_BLOCK_BYTES):
+                done += len(block)
+                if max(done, total) > MAX_WEIGHTS_BYTES:
+                    break
+                yield block, total
     except urllib.error.HTTPError as error:
         error.close()
-        raise _unavailable(
-            url, target, f"the server answers {error.code} {error.reason}"
-        ) from error
+        reason, cause = f"the server answers {error.code} {error.reason}", error
     except (OSError, http.client.HTTPException) as error:
-        raise _unavailable(url, target, getattr(error, "reason", error)) from error
+        reason, cause = str(getattr(error, "reason", error)), error
+    else:
+        if max(done, total) > MAX_WEIGHTS_BYTES:
+            reason = f"it is larger than {MAX_WEIGHTS_BYTES} bytes, so it holds no weights"
+        elif total not in (0, done):
+            reason = f"it ended after {done} of {total} bytes"
+        else:
+            return
+    raise WeightsUnavailableError(
+        f"cannot fetch {url}: {reason}. Three ways to get an encoder: (1) download that file on a "
+        f"machine with network and copy it to {target}; (2) --weights FILE with weights of your "
+        "own; (3) --encoder bundled, the encoder that ships with this package",
+        hint="the same command with --encoder bundled, where the official weights are not a must",
+    ) from cause
 
 
 @contextlib.contextmanager
@@ -333,30 +310,18 @@ _CARD_KEY = "ci2p_cache"
 class WeightsCard(Record):
     """What a weights file of ours says of itself, in its safetensors metadata."""
 
-    format_version: int = 1
-    """Version of this record."""
+    format_version: Literal[1] = 1
     arch: str
-    """CompressAI zoo name."""
     quality: int
-    """CompressAI quality."""
     metric: Metric
-    """What the encoder was trained for."""
     weights_sha256: str
     """`tensor_digest` of the encoder that the file gives, in float32."""
-
-    def __post_init__(self) -> None:
-        if self.format_version != 1:
-            raise UsageError(f"weights format {self.format_version} is not 1, the one known here")
 
     @classmethod
     def of(cls, spec: EncoderSpec) -> Self:
         """Returns what a file says that holds this encoder."""
-        return cls(
-            arch=spec.arch,
-            quality=spec.quality,
-            metric=spec.metric,
-            weights_sha256=spec.weights_sha256,
-        )
+        fields = ("arch", "quality", "metric", "weights_sha256")
+        return cls(**{name: getattr(spec, name) for name in fields})
 
     @property
     def choice(self) -> tuple[str, int, Metric]:
@@ -369,7 +334,6 @@ class WeightsFile:
     """The tensors of a weights file, not yet fitted to an architecture."""
 
     path: Path
-    """The file."""
     tensors: Mapping[str, Any]
     """State dict as the file has it; values of foreign files may be anything."""
     card: WeightsCard | None
@@ -391,23 +355,20 @@ def read_weights(path: Path) -> WeightsFile:
         path: `.safetensors`, or else what torch.save wrote (`.pth.tar`, `.pth`, `.pt`): a state
             dict, or a training checkpoint with one under `state_dict`.
 
-    Returns:
-        The file's tensors under its own names, on the CPU.
-
     Raises:
         WeightsError: the file is missing, too large, damaged, or no weights file.
     """
     try:
         found = path.stat()
-        size = found.st_size
-        if stat.S_ISREG(found.st_mode):
-            with path.open("rb"):
-                pass
+        # Opening a pipe would wait for a writer for ever.
+        reason = None if stat.S_ISREG(found.st_mode) else "it is no regular file"
+        if reason is None:
+            path.open("rb").close()
     except OSError as error:
         raise WeightsError(f"weights file {path} cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(found.st_mode):
-        # Opening a pipe would wait for a writer for ever.
-        raise WeightsError(f"weights file {path} cannot be read: it is no regular file")
+    if reason is not None:
+        raise WeightsError(f"weights file {path} cannot be read: {reason}")
+    size = found.st_size
     if size > MAX_WEIGHTS_BYTES:
         raise WeightsError(
             f"weights file {path} has {size} bytes; at most {MAX_WEIGHTS_BYTES} are plausible"
@@ -431,7 +392,10 @@ def _read_safetensors(path: Path) -> WeightsFile:
 def _read_torch(path: Path, size: int) -> Mapping[str, Any]:
     """Returns the state dict of a file that torch.save wrote."""
     try:
-        unpacked = _unpacked_bytes(path)
+        unpacked = 0
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
         _refuse_allocation(path)
         # Entries that torch.save writes are uncompressed, and each is there once.
         payload = (
@@ -439,8 +403,8 @@ def _read_torch(path: Path, size: int) -> Mapping[str, Any]:
         )
     except Exception as error:
         # A foreign stream can fail in any way inside the unpickler.
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it refers to {found[1]}" if found else f"{type(error).__name__} while reading"
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it refers to {name[1]}" if name else f"{type(error).__name__} while reading"
         raise WeightsError(
             f"weights file {path} is damaged or holds more than tensors ({reason}); nothing in it "
             "was run. Wanted: a state dict saved by torch.save, or a .safetensors file"
@@ -468,22 +432,10 @@ def _refuse_allocation(path: Path) -> None:
             raise ValueError("GLOBAL bytearray")
 
 
-def _unpacked_bytes(path: Path) -> int:
-    """Returns how many bytes a zip file says it holds; 0 for any other file."""
-    if not zipfile.is_zipfile(path):
-        return 0
-    with zipfile.ZipFile(path) as archive:
-        return sum(entry.file_size for entry in archive.infolist())
-
-
 def weights_bytes(tensors: Mapping[str, Tensor], card: WeightsCard) -> bytes:
-    """Gives a safetensors file with `card` as metadata; same input, same bytes.
-
-    Args:
-        tensors: Floating-point tensors on any device.
-        card: Goes in as one JSON string: safetensors keeps no order between metadata entries.
-    """
+    """Gives a safetensors file with `card` as metadata; same input, same bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One JSON string: safetensors keeps no order between metadata entries.
     metadata = {_CARD_KEY: json.dumps(card.to_dict(), sort_keys=True)}
     return bytes(safetensors.torch.save(plain, metadata))
 

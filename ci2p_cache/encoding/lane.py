@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.quantize import saturate
+from ci2p_cache.encoder.frozen import FrozenEncoder, saturate
 from ci2p_cache.encoder.zoo import ARCH
 from ci2p_cache.errors import SaturationError
 from ci2p_cache.machine import chosen_devices, tune_allocator

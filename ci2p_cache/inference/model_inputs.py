@@ -80,7 +80,7 @@ def as_stored(y_BMhw: Tensor, latent: LatentSpec, encoder: FrozenEncoder | None)
     if not latent.is_symbols:
         return y_BMhw.to(dtype)
     # Only here: evaluating from a cache must run where compressai is not installed.
-    from ci2p_cache.encoder.quantize import saturate
+    from ci2p_cache.encoder.frozen import saturate
 
     assert encoder is not None
     symbols = encoder.quantize(y_BMhw, step=latent.step)

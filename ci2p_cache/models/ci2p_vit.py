@@ -6,24 +6,13 @@ those of Dosovitskiy et al. 2021 (arXiv 2010.11929), with stochastic depth (Huan
 
 Shape suffixes: B batch, M latent channels, D width of a token, H and W rows and columns of a map,
 N = H * W tokens in row-major order, K classes.
-
-The checks that the records of all models share; each names the field and what it wants.
-
-The two convolutional modules that turn latents into tokens: PatchReshape and CnnReshape.
-
-Zhao and Sun, "Compress image to patches for Vision Transformer", arXiv 2502.10120. Both are made of
-MobileNetV3's inverted residuals (Howard et al. 2019, arXiv 1905.02244) with squeeze-and-excitation
-(Hu et al. 2018, arXiv 1709.01507), which timm provides.
-
-Shape suffixes: B batch, M latent channels, C channels of a map, D width of a token, H and W rows
-and columns of a map, N = H * W tokens in row-major order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,94 +23,55 @@ from ci2p_cache.record import Record
 __all__ = [
     "LAYER_NORM_EPS",
     "CI2PViT",
-    "CnnReshape",
     "ModelConfig",
     "PatchReshape",
+    "check_fields",
     "classification_head",
     "drop_path_rates",
     "init_convolutions",
-    "num_heads",
-    "require_bool",
-    "require_integer",
-    "require_name",
-    "require_rate",
-    "require_version",
-    "to_map",
     "to_tokens",
     "transformer_blocks",
 ]
 
 
-def require_version(value: object, readable: int) -> None:
-    """Refuses a record of another version than this one's.
+def check_fields(record: Any, **integers: tuple[int, int]) -> None:
+    """Refuses a model's record one of whose fields is of another type or out of range.
+
+    Args:
+        record: Its version, name, rate and, where it has them, flag are checked, and `num_classes`.
+        integers: Its other integers by name: the lowest value, and what it is a multiple of.
 
     Raises:
-        UsageError: `value` is not `readable`.
+        UsageError: names the field and what it wants.
     """
-    if value != readable:
+    if record.version != 1:
         raise UsageError(
-            f"model record `version` is {value!r}; this ci2p-cache reads {readable}, so use the "
+            f"model record `version` is {record.version!r}; this ci2p-cache reads 1, so use the "
             "version that wrote it"
         )
-
-
-def require_name(value: object) -> None:
-    """Refuses a model `name` that is no string.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    if type(value) is not str:
-        raise UsageError(f"model `name` is {value!r}; it must be a string")
-
-
-def require_integer(record: Any, field: str, lowest: int, *, multiple_of: int = 1) -> None:
-    """Refuses a field that is no integer, below `lowest`, or no multiple of `multiple_of`.
-
-    Raises:
-        UsageError: it is one of these.
-    """
-    value = getattr(record, field)
-    if type(value) is not int or value < lowest:
-        raise UsageError(f"`{field}` is {value!r}; it must be an integer >= {lowest}")
-    if value % multiple_of:
-        raise UsageError(f"`{field}` is {value}; it must be a multiple of {multiple_of}")
-
-
-def require_bool(record: Any, field: str) -> None:
-    """Refuses a field that is neither True nor False.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    value = getattr(record, field)
-    if type(value) is not bool:
-        raise UsageError(f"`{field}` is {value!r}; it must be True or False")
-
-
-def require_rate(record: Any, field: str) -> None:
-    """Refuses a field that is no number in [0, 1).
-
-    Raises:
-        UsageError: it is something else, nan included.
-    """
-    value = getattr(record, field)
-    if type(value) not in (int, float) or not 0 <= value < 1:
-        raise UsageError(f"`{field}` is {value!r}; wanted 0 <= rate < 1")
+    if type(record.name) is not str:
+        raise UsageError(f"model `name` is {record.name!r}; it must be a string")
+    for field, (lowest, factor) in {"num_classes": (0, 1), **integers}.items():
+        value = getattr(record, field)
+        if type(value) is not int or value < lowest:
+            raise UsageError(f"`{field}` is {value!r}; it must be an integer >= {lowest}")
+        if value % factor:
+            raise UsageError(f"`{field}` is {value}; it must be a multiple of {factor}")
+    if type(flag := getattr(record, "pos_embed", False)) is not bool:
+        raise UsageError(f"`pos_embed` is {flag!r}; it must be True or False")
+    rate = record.drop_path_rate
+    if type(rate) not in (int, float) or not 0 <= rate < 1:
+        raise UsageError(f"`drop_path_rate` is {rate!r}; wanted 0 <= rate < 1")
 
 
 def _inverted_residual(
-    in_channels: int, out_channels: int, *, expansion: int, kernel_size: int, stride: int
+    in_channels: int, out_channels: int, expansion: int, *, kernel_size: int, stride: int
 ) -> nn.Module:
     """Gives one MobileNetV3 block; its residual exists where the map keeps its shape.
 
-    Args:
-        in_channels: C of the map that comes in.
-        out_channels: C of the map that goes out.
-        expansion: Width of the depthwise convolution as a multiple of `in_channels`; timm rounds
-            the product to a multiple of 8, which changes nothing for `in_channels` divisible by 4.
-        kernel_size: Side of the depthwise kernel, odd; padded by half of it.
-        stride: 1, or 2 to halve both sides.
+    The depthwise convolution, with an odd kernel padded by half of it, has `expansion` times
+    `in_channels`; timm rounds that to a multiple of 8, which changes nothing for `in_channels`
+    divisible by 4.
     """
     from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 
@@ -149,26 +99,16 @@ class PatchReshape(nn.Sequential):
         halve = True  (CI2P-ViT)    M -> 4M -> M, k3   M -> 6M -> D, k5, stride 2   H' = H / 2
         halve = False (CI2P-ViTds)  M -> 4M -> M, k3   M -> 4M -> D, k3             H' = H
 
-    The first block has a residual, the second only where it keeps its shape (`halve` False and
-    D = M, as in the paper's CI2P-ViTds). M other than the paper's 192 is our extension.
-
-    Args:
-        latent_channels: M.
-        width: D.
-        halve: Whether the second block halves both sides.
+    Inverted residuals of MobileNetV3 (Howard et al. 2019, arXiv 1905.02244) with
+    squeeze-and-excitation (Hu et al. 2018, arXiv 1709.01507), which timm provides. The first has a
+    residual, the second only where it keeps its shape (`halve` False and D = M, as in the paper's
+    CI2P-ViTds). M other than the paper's 192 is our extension.
     """
 
     def __init__(self, latent_channels: int, width: int, *, halve: bool) -> None:
-        first = _inverted_residual(
-            latent_channels, latent_channels, expansion=4, kernel_size=3, stride=1
-        )
-        second = _inverted_residual(
-            latent_channels,
-            width,
-            expansion=6 if halve else 4,
-            kernel_size=5 if halve else 3,
-            stride=2 if halve else 1,
-        )
+        first = _inverted_residual(latent_channels, latent_channels, 4, kernel_size=3, stride=1)
+        shape = {"kernel_size": 5, "stride": 2} if halve else {"kernel_size": 3, "stride": 1}
+        second = _inverted_residual(latent_channels, width, 6 if halve else 4, **shape)
         super().__init__(first, second)
         init_convolutions(self)
 
@@ -177,14 +117,10 @@ class CnnReshape(nn.Sequential):
     """Takes a map from one scale to the next: (B, C, H, W) -> (B, D, H / 2, W / 2).
 
     One inverted residual, C -> 6C -> D, k5, stride 2, between the two scales of CI2P-ViTds.
-
-    Args:
-        in_width: C.
-        width: D.
     """
 
     def __init__(self, in_width: int, width: int) -> None:
-        super().__init__(_inverted_residual(in_width, width, expansion=6, kernel_size=5, stride=2))
+        super().__init__(_inverted_residual(in_width, width, 6, kernel_size=5, stride=2))
         init_convolutions(self)
 
 
@@ -212,7 +148,6 @@ def to_map(tokens_BND: Tensor, height: int, width: int) -> Tensor:
     return tokens_BND.transpose(1, 2).reshape(tokens_BND.shape[0], -1, height, width)
 
 
-_CONFIG_VERSION = 1
 _MLP_RATIO = 4
 _HEAD_WIDTH = 64
 LAYER_NORM_EPS = 1e-6
@@ -223,7 +158,7 @@ LAYER_NORM_EPS = 1e-6
 class ModelConfig(Record):
     """Everything that fixes the tensors of a model; a checkpoint stores it beside the weights."""
 
-    version: int = _CONFIG_VERSION
+    version: int = 1
     """Version of this record."""
     name: str
     """Name of the preset it was made from, for display."""
@@ -242,26 +177,10 @@ class ModelConfig(Record):
     drop_path_rate: float = 0.1
     """Stochastic depth of the last block, growing linearly from 0 at the first; the paper's."""
 
+    reads: ClassVar[Literal["latents"]] = "latents"
+    """What the model takes: dequantised latents."""
+
     def __post_init__(self) -> None:
-        require_version(self.version, _CONFIG_VERSION)
-        require_name(self.name)
-        self._check_scales()
-        for field, lowest in (("num_classes", 0), ("latent_channels", 1), ("latent_size", 2)):
-            require_integer(self, field, lowest)
-        if self.latent_size % 2:
-            raise UsageError(
-                f"`latent_size` is {self.latent_size}; it must be even, because the model halves "
-                "the latents"
-            )
-        require_bool(self, "pos_embed")
-        require_rate(self, "drop_path_rate")
-
-    @property
-    def reads(self) -> Literal["latents"]:
-        """What the model takes: dequantised latents."""
-        return "latents"
-
-    def _check_scales(self) -> None:
         for field in ("embed_dims", "depths"):
             values = getattr(self, field)
             if (
@@ -277,6 +196,7 @@ class ModelConfig(Record):
                 f"`embed_dims` {self.embed_dims} and `depths` {self.depths} must be equally long, "
                 "one entry per scale"
             )
+        check_fields(self, latent_channels=(1, 1), latent_size=(2, 2))
 
 
 def num_heads(width: int) -> int:
@@ -296,10 +216,6 @@ def transformer_blocks(width: int, drop_path_rates: tuple[float, ...]) -> nn.Seq
     dropout. Attention weights are drawn from a truncated normal of deviation 0.02 with bias 0,
     those of the MLP from Xavier's uniform (Glorot and Bengio 2010) with biases of deviation 1e-6,
     all from torch's global generator.
-
-    Args:
-        width: D.
-        drop_path_rates: Stochastic depth of each block, 0 <= rate < 1.
     """
     from timm.models.vision_transformer import Block
 
@@ -329,12 +245,7 @@ def transformer_blocks(width: int, drop_path_rates: tuple[float, ...]) -> nn.Seq
 
 
 def classification_head(width: int, num_classes: int) -> nn.Module:
-    """Gives the linear layer (B, D) -> (B, K), drawn from N(0, 0.01) with bias 0; none for K = 0.
-
-    Args:
-        width: D.
-        num_classes: K; 0 gives the identity.
-    """
+    """Gives the linear layer D -> K, drawn from N(0, 0.01) with bias 0; the identity for K = 0."""
     if not num_classes:
         return nn.Identity()
     head = nn.Linear(width, num_classes)
@@ -344,12 +255,7 @@ def classification_head(width: int, num_classes: int) -> nn.Module:
 
 
 def drop_path_rates(rate: float, depth: int) -> tuple[float, ...]:
-    """Returns the stochastic depth of each block: 0 at the first, growing linearly to the last.
-
-    Args:
-        rate: Of the last block.
-        depth: Number of blocks.
-    """
+    """Returns the stochastic depth of each block: 0 at the first, growing linearly to `rate`."""
     return tuple(rate * i / max(depth - 1, 1) for i in range(depth))
 
 
@@ -366,9 +272,6 @@ class CI2PViT(nn.Module):
     token, and by default no positional embedding: the convolutions alone tell tokens their place.
     Values of y enter unscaled, as the encoder gives them. Nothing in `forward` depends on values,
     so torch.compile makes one graph per shape; channels_last latents are read as they are.
-
-    Args:
-        config: What to build.
     """
 
     pos_embed: nn.Parameter | None

@@ -13,11 +13,6 @@ https://github.com/huggingface/pytorch-image-models) is refused before anything 
 
 Shape suffixes: B batch, M latent channels, D width of a token, H and W rows and columns of the
 latents, N tokens in row-major order.
-
-The records of timm's models, `timm:<name>` and `ci2p+timm:<name>`, and which names there are.
-
-Which names there are, and what they build, depends on the installed timm (Wightman,
-https://github.com/huggingface/pytorch-image-models); `timm.list_models()` lists them.
 """
 
 from __future__ import annotations
@@ -26,22 +21,14 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ci2p_cache.errors import UnknownModelError, UsageError
 from ci2p_cache.models.baselines import Normalise, check_images
-from ci2p_cache.models.ci2p_vit import (
-    PatchReshape,
-    init_convolutions,
-    require_integer,
-    require_name,
-    require_rate,
-    require_version,
-    to_tokens,
-)
+from ci2p_cache.models.ci2p_vit import PatchReshape, check_fields, init_convolutions, to_tokens
 from ci2p_cache.record import Record
 from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 
@@ -54,7 +41,6 @@ __all__ = [
     "TimmConfig",
     "build_ci2p_timm",
     "check_builds",
-    "made_for",
     "timm_config",
 ]
 
@@ -158,11 +144,7 @@ class CI2PPatchEmbed(nn.Module):
         init_convolutions(self.reshape)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Returns the side of a token in pixels, or its rows and columns.
-
-        Args:
-            as_scalar: Whether to give one number.
-        """
+        """Returns the side of a token in pixels, or without `as_scalar` its rows and columns."""
         return SIZE_MULTIPLE_PX if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -216,16 +198,14 @@ CI2P_TIMM_PREFIX = "ci2p+timm:"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimmConfig(Record):
-    """What fixes the tensors of a timm classifier on images, for one version of timm."""
+    """What fixes a timm classifier on images, for one version of timm; see `ModelConfig` too."""
 
     kind: Literal["timm"] = "timm"
     """What `config_from_dict` tells records apart by."""
     version: int = 1
-    """Version of this record."""
     name: str
     """`timm:` and timm's name of the model, without a tag of pretrained weights."""
     num_classes: int = 1000
-    """K; 0 leaves the classification head out, and the model gives pooled features."""
     image_size: int = 256
     """Side of the square image in pixels."""
     drop_path_rate: float = 0.1
@@ -234,98 +214,60 @@ class TimmConfig(Record):
     """Of the three channels, subtracted from images in [0, 1]; timm's for this model."""
     std: tuple[float, ...]
     """Deviation of the three channels, which they are divided by; timm's for this model."""
+    reads: ClassVar[Literal["images"]] = "images"
 
     def __post_init__(self) -> None:
-        require_version(self.version, 1)
+        check_fields(self, image_size=(SIZE_MULTIPLE_PX, SIZE_MULTIPLE_PX))
         _require_known(self.name, TIMM_PREFIX)
-        require_integer(self, "num_classes", 0)
-        require_integer(self, "image_size", SIZE_MULTIPLE_PX, multiple_of=SIZE_MULTIPLE_PX)
-        require_rate(self, "drop_path_rate")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UsageError(
                 f"`mean` is {self.mean} and `std` {self.std}; three numbers each are wanted, those "
                 "of `std` positive"
             )
 
-    @property
-    def reads(self) -> Literal["images"]:
-        """What the model takes: images in [0, 1]."""
-        return "images"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CI2PTimmConfig(Record):
-    """What fixes the tensors of a timm Vision Transformer on latents, for one version of timm."""
+    """What fixes a timm Vision Transformer on latents; see `ModelConfig` too."""
 
     kind: Literal["ci2p_timm"] = "ci2p_timm"
     """What `config_from_dict` tells records apart by."""
     version: int = 1
-    """Version of this record."""
     name: str
     """`ci2p+timm:` and timm's name of the model, without a tag of pretrained weights."""
     num_classes: int = 1000
-    """K; 0 leaves the classification head out, and the model gives pooled features."""
     latent_channels: int = 192
-    """M; 192 is the paper's (CompressAI quality 1-5), 320 that of quality 6-8."""
     latent_size: int = 16
     """Rows and columns of the latents (16 at 256 px), even; fixes the positional embedding."""
     drop_path_rate: float = 0.1
-    """Stochastic depth of the last block, growing linearly from 0 at the first."""
+    reads: ClassVar[Literal["latents"]] = "latents"
 
     def __post_init__(self) -> None:
-        require_version(self.version, 1)
+        check_fields(self, latent_channels=(1, 1), latent_size=(2, 2))
         _require_known(self.name, CI2P_TIMM_PREFIX)
-        require_integer(self, "num_classes", 0)
-        require_integer(self, "latent_channels", 1)
-        require_integer(self, "latent_size", 2, multiple_of=2)
-        require_rate(self, "drop_path_rate")
-
-    @property
-    def reads(self) -> Literal["latents"]:
-        """What the model takes: dequantised latents."""
-        return "latents"
 
 
 def timm_config(
-    name: str,
-    *,
-    num_classes: int,
-    latent_channels: int,
-    latent_size: int,
-    drop_path_rate: float,
+    name: str, *, num_classes: int, latent_channels: int, latent_size: int, drop_path_rate: float
 ) -> TimmConfig | CI2PTimmConfig:
-    """Returns the record of a timm model; arguments as for `registry.model_config`.
-
-    Raises:
-        UnknownModelError: timm has no model of that name.
-        UsageError: an argument is of another type or out of range.
-    """
+    """Returns the record of a timm model; all is as for `registry.model_config`."""
+    common: dict[str, Any] = {
+        "name": name, "num_classes": num_classes, "drop_path_rate": drop_path_rate
+    }  # fmt: skip
     if name.startswith(CI2P_TIMM_PREFIX):
-        return CI2PTimmConfig(
-            name=name,
-            num_classes=num_classes,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            drop_path_rate=drop_path_rate,
-        )
+        return CI2PTimmConfig(**common, latent_channels=latent_channels, latent_size=latent_size)
     _require_known(name, TIMM_PREFIX)
-    inputs = made_for(name)
+    inputs = _made_for(name)
     return TimmConfig(
-        name=name,
-        num_classes=num_classes,
+        **common,
         image_size=latent_size * DOWNSAMPLING,
-        drop_path_rate=drop_path_rate,
         mean=tuple(inputs.mean),
         std=tuple(inputs.std),
     )
 
 
-def made_for(name: str) -> Any:
-    """Returns what timm records of a model's input: size, mean, deviation.
-
-    Args:
-        name: A name that timm knows, behind `TIMM_PREFIX`.
-    """
+def _made_for(name: str) -> Any:
+    """Returns what timm records of the input of a model that it knows: size, mean, deviation."""
     import timm
 
     return timm.get_pretrained_cfg(name.removeprefix(TIMM_PREFIX))
@@ -338,7 +280,6 @@ def _require_known(name: object, prefix: str) -> None:
     """
     import timm
 
-    require_name(name)
     known, timm_name = timm.list_models(), str(name).removeprefix(prefix)
     if str(name).startswith(prefix) and timm_name in known:
         return
@@ -367,9 +308,6 @@ _BUILD_ERRORS = (
 class TimmClassifier(nn.Module):
     """Any timm classifier, not pretrained: images (B, 3, H, W) to logits (B, K).
 
-    Args:
-        config: What to build.
-
     Raises:
         UsageError: timm cannot build it so.
     """
@@ -380,16 +318,13 @@ class TimmClassifier(nn.Module):
         self.normalise = Normalise(config.mean, config.std)
         options: dict[str, Any] = {}
         name = config.name.removeprefix(TIMM_PREFIX)
-        if made_for(config.name).fixed_input_size:
+        if _made_for(config.name).fixed_input_size:
             # timm's word for models that take `img_size`; the others take images as they come.
             options["img_size"] = config.image_size
         self.model = _create(config, name, options)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Returns logits (B, K), or pooled features (B, D) where K is 0.
-
-        Args:
-            images_B3HW: float32 in [0, 1], of the size that the model was made for.
 
         Raises:
             UsageError: the images have another shape.
@@ -402,10 +337,7 @@ def build_ci2p_timm(config: CI2PTimmConfig) -> nn.Module:
     """Builds a timm Vision Transformer whose patch embedding is `CI2PPatchEmbed`.
 
     The model is timm's own, so timm's functions for its models work on it; `model.config` is the
-    record.
-
-    Raises:
-        UsageError: the model's stem cannot be replaced, or timm cannot build it so.
+    record. UsageError where the model's stem cannot be replaced, or timm cannot build it so.
     """
     name = config.name.removeprefix(CI2P_TIMM_PREFIX)
     _require_replaceable_stem(config.name, name)
@@ -464,20 +396,17 @@ def _create(config: TimmConfig | CI2PTimmConfig, name: str, options: dict[str, A
             # The only way to learn that the model's class has no such argument.
             if "drop_path_rate" not in str(error):
                 raise
-            _refuse_drop_path(config, error)
+            if config.drop_path_rate:
+                raise UsageError(
+                    f"{config.name} takes no stochastic depth; `drop_path_rate` is "
+                    f"{config.drop_path_rate}",
+                    hint="set it to 0 (train: --drop-path 0)",
+                ) from error
         return timm.create_model(name, **options)
     except UsageError:
         raise
     except _BUILD_ERRORS as error:
         raise UsageError(f"timm cannot build {config.name}: {_first_line(error)}") from error
-
-
-def _refuse_drop_path(config: TimmConfig | CI2PTimmConfig, error: TypeError) -> None:
-    if config.drop_path_rate:
-        raise UsageError(
-            f"{config.name} takes no stochastic depth; `drop_path_rate` is {config.drop_path_rate}",
-            hint="set it to 0 (train: --drop-path 0)",
-        ) from error
 
 
 @cache

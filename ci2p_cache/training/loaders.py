@@ -1,6 +1,4 @@
-"""Which loaders give a run its batches, and whether a loader that was given fits the run.
-
-Which rows a run trains from and which it validates on: the cache's splits, or folds of one.
+"""Which rows and which loaders give a run its batches, and whether a given loader fits the run.
 
 With folds a data set that is too small for a validation split of its own is validated whole: k runs
 leave out one of k parts each (Stone 1974), and every image is validated once.
@@ -8,7 +6,7 @@ leave out one of k parts each (Stone 1974), and every image is validated once.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,11 +27,7 @@ __all__ = ["loader_name", "make_loaders", "require_labels", "splits_of"]
 
 
 def require_labels(cache: Cache) -> None:
-    """Refuses a cache that was encoded without labels.
-
-    Raises:
-        InputDataError: it was.
-    """
+    """Refuses a cache that was encoded without labels, by InputDataError."""
     if not cache.classes:
         raise InputDataError(
             f"{cache.path} was encoded without labels (--labels none); training a classifier needs "
@@ -50,10 +44,6 @@ def splits_of(cache: Cache, spec: TrainSpec) -> tuple[Split, Split | None]:
     and the others train. So the fold of a row follows from the cache alone. Rows are in random
     order already unless they come from archives, so every fold holds about its share of each class.
     `val` is not touched then. Validate on view 0: the image itself, unless the views are crops.
-
-    Args:
-        cache: A complete cache.
-        spec: `folds` and `fold` count.
 
     Raises:
         InputDataError: the cache has no labels, there is no train split, no image in it, or fewer
@@ -80,12 +70,7 @@ def splits_of(cache: Cache, spec: TrainSpec) -> tuple[Split, Split | None]:
 
 
 def loader_name(config: AnyModelConfig, given: BatchLoader | None, resident: Resident) -> str:
-    """Returns the kind of the loader that a run is bound to.
-
-    Args:
-        config: The model.
-        given: The caller's loader of training batches; None: the run makes its own.
-        resident: Whether the train split is to be kept in the device's memory.
+    """Returns the kind of the loader that a run is bound to, its own or the one `given`.
 
     Raises:
         UsageError: the given loader hands out latents and the model reads images, or the reverse;
@@ -129,19 +114,29 @@ def make_loaders(
         SourceError: the images are not there any more.
     """
     train, val = splits
-    threads = threads or ranks.num_threads
-    if given is None:
-        given = _train_kind(train, device, reads, resident, observer)(
-            train,
+    own: type[BatchLoader] = LatentLoader if reads == "latents" else PixelLoader
+
+    def made(kind: type[BatchLoader], split: Split, **options: Any) -> BatchLoader:
+        return kind(
+            split,
             batch_size=spec.batch_size,
-            seed=spec.seed,
             device=device,
-            shuffle=True if spec.order == "random" else spec.order,
-            threads=threads,
+            threads=threads or ranks.num_threads,
             recycle=True,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            **options,
         )
+
+    if given is None:
+        kind = own
+        if reads == "latents":
+            stays, reason = choose_resident(train, device, resident)
+            kind = ResidentLoader if stays else own
+            if reason:
+                observer.notice(reason)
+        shuffle = True if spec.order == "random" else spec.order
+        given = made(kind, train, seed=spec.seed, shuffle=shuffle)
     has = (given.seed, given.batch_size, given.split.name, given.split.cache.path)
     wanted = (spec.seed, spec.batch_size, train.name, train.cache.path)
     if has != wanted or given.device.type != device.type:
@@ -167,30 +162,4 @@ def make_loaders(
             "the folds validate on the first crop of each image, not on the image itself: the "
             "cache holds nothing else of the train split. Compare such runs only with each other."
         )
-    return given, (LatentLoader if reads == "latents" else PixelLoader)(
-        val,
-        batch_size=spec.batch_size,
-        device=device,
-        shuffle=False,
-        views=0,
-        threads=threads,
-        recycle=True,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-
-
-def _train_kind(
-    train: Split,
-    device: torch.device,
-    reads: Literal["latents", "images"],
-    resident: Resident,
-    observer: TrainObserver,
-) -> type[BatchLoader]:
-    """Returns the kind of the loader of training batches, and tells why it is that."""
-    if reads == "images":
-        return PixelLoader
-    stays, reason = choose_resident(train, device, resident)
-    if reason:
-        observer.notice(reason)
-    return ResidentLoader if stays else LatentLoader
+    return given, made(own, val, shuffle=False, views=0)

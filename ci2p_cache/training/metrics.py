@@ -1,13 +1,10 @@
-"""Sums that stay on the device while an epoch runs, and the pass over the validation split.
-
-Shape suffixes: B batch, K classes.
-
-BatchNorm's statistics, estimated for the weights as they are before these are used or saved.
+"""Sums of an epoch that stay on the device, the pass over a split, and BatchNorm's statistics.
 
 While it trains, BatchNorm follows mean and variance by a running average over some ten steps. In a
 short run that average still holds its start, mean 0 and variance 1, and lags behind the weights.
-So means and variances are taken anew from some training samples (Wu and Johnson 2021, arXiv
-2105.07576, who call it PreciseBN), as `torch.optim.swa_utils.update_bn` does, but
+So before weights are used or saved, means and variances are taken anew from some training samples
+(Wu and Johnson 2021, arXiv 2105.07576, who call it PreciseBN), as
+`torch.optim.swa_utils.update_bn` does, but
 
 - with dropout and stochastic depth off, as in validation, so that nothing random is drawn;
 - with the batches shared out among the ranks: any number of ranks gives the same values;
@@ -15,6 +12,7 @@ So means and variances are taken anew from some training samples (Wu and Johnson
 - no further than the last BatchNorm, behind which a forward pass changes no statistics.
 
 Training normalises by its batches and never reads these statistics, so its weights stay the same.
+Shape suffixes: B batch, K classes.
 """
 
 from __future__ import annotations
@@ -59,11 +57,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 class TrainTotals:
     """Sums over the steps of an epoch; nothing waits for the device until `read`.
 
-    float64, so that a sum saved in the middle of an epoch continues to the same last bit.
-
-    Args:
-        device: Where the sums are kept.
-        start: What an earlier `read` gave; empty at the start of an epoch.
+    float64, so that a sum saved in the middle of an epoch continues to the same last bit. `start`
+    is what an earlier `read` gave; empty at the start of an epoch.
     """
 
     NAMES = ("loss", "top1", "grad_norm", "images", "steps", "skipped")
@@ -78,14 +73,9 @@ class TrainTotals:
     def add(
         self, *, loss: Tensor, correct: Tensor, grad_norm: Tensor, images: int, is_finite: Tensor
     ) -> None:
-        """Adds a step.
+        """Adds a step: its mean loss, number of hits and L2 norm of all gradients, all scalars.
 
-        Args:
-            loss: Mean loss of the batch, a scalar.
-            correct: Number of images classified right, a scalar.
-            grad_norm: L2 norm of all gradients, a scalar.
-            images: Images in the batch.
-            is_finite: bool scalar; where False the step counts as skipped and as nothing else.
+        Where `is_finite` is False the step counts as skipped and as nothing else.
         """
         count = self._sums.new_full((), images)
         step = torch.stack([loss.double() * images, correct.double(), grad_norm.double(), count])
@@ -212,13 +202,8 @@ class BatchNormStatistics:
     def estimate(self, *, final: bool = False) -> None:
         """Replaces the statistics by the means over the batches; the models' modes stay.
 
-        All ranks call it together, and hold the same statistics then.
-
-        Args:
-            final: Takes the batches for the end of a run.
-
-        Raises:
-            ShardError, InputDataError: a sample cannot be read.
+        All ranks call it together, and hold the same statistics then. `final` takes the batches for
+        the end of a run.
         """
         norms = [norm for model in self._models for norm in _batch_norms(model)]
         buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
@@ -227,13 +212,17 @@ class BatchNormStatistics:
         # float64: the order in which ranks add does not show. The last one counts the batches.
         sums = torch.zeros_like(torch.cat([*map(torch.flatten, statistics), one]).double())
         with self._only_norms_training(norms):
-            for batch in self._batches(self._loaders[-1 if final else 0]):
+            found = self._loaders[-1 if final else 0]
+            if found is not None:
+                found[0].load_state_dict(found[1])
+            for batch in () if found is None else found[0]:
+                inputs = batch.latents.contiguous(memory_format=torch.channels_last)
                 for norm in norms:
                     norm.reset_running_stats()
                 for model in self._models:
-                    self._forward(model, batch)
-                found = torch.cat([*map(torch.flatten, statistics), one]).double()
-                sums += torch.where(torch.isfinite(found).all(), found, 0)
+                    self._forward(model, inputs)
+                values = torch.cat([*map(torch.flatten, statistics), one]).double()
+                sums += torch.where(torch.isfinite(values).all(), values, 0)
         self._ranks.add_up([sums])
         means = torch.split(sums[:-1] / sums[-1], [each.numel() for each in statistics])
         for each, mean in zip(statistics, means, strict=True):
@@ -242,15 +231,6 @@ class BatchNormStatistics:
             if not buffer.is_floating_point():
                 # As update_bn leaves it: of how many batches the statistics are.
                 buffer.copy_(sums[-1])
-
-    @staticmethod
-    def _batches(found: tuple[BatchLoader, dict[str, int]] | None) -> Iterator[Tensor]:
-        if found is None:
-            return
-        loader, start = found
-        loader.load_state_dict(start)
-        for batch in loader:
-            yield batch.latents.contiguous(memory_format=torch.channels_last)
 
     @contextlib.contextmanager
     def _only_norms_training(self, norms: list[_BatchNorm]) -> Iterator[None]:
@@ -309,15 +289,12 @@ def opened_statistics(
         train: The split that the run trains from.
         spec: Its seed, order and batch size count.
         device: Where the models are.
-        reads: What they read: latents of the cache, or the images that it was made of.
+        reads: Latents of the cache, or the images that it was made of.
         threads: Threads that read; None: one per core, shared by a machine's ranks.
         ranks: Those that train together.
 
     Yields:
         What estimates them; None where the models have no BatchNorm.
-
-    Raises:
-        SourceError: the images are not there any more.
     """
     if not _batch_norms(models[0]):
         yield None

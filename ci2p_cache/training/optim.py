@@ -1,17 +1,4 @@
-"""The optimiser and its schedule; the learning rate is a pure function of the step.
-
-Which layer a parameter belongs to, counted from the input: for layer-wise learning rates.
-
-Layer-wise decay of the learning rate is BEiT's (Bao et al. 2022, arXiv 2106.08254): layers near the
-input, whose features are the most general, move the least. Layer 0 is all that is before the
-blocks, then each block is a layer, and norm and head are the last.
-
-`WeightAverage`: an exponential moving average of a model's weights, which is then validated.
-
-Polyak and Juditsky 1992; in the form that TensorFlow and timm made usual for image models.
-`timm.utils.ModelEmaV3` does the same but cannot leave out a step by a flag on the device, which is
-how a step that was not finite leaves everything as it was.
-"""
+"""The optimiser, its schedule, the layers that it tells apart, and the average of the weights."""
 
 from __future__ import annotations
 
@@ -44,6 +31,10 @@ _BLOCK = re.compile(r"(blocks|last_blocks)\.(\d+)\.")
 def parameter_layers(model: nn.Module) -> dict[str, int]:
     """Returns the layer of every parameter, from 0 at the input, by its name.
 
+    Layer-wise decay of the learning rate is BEiT's (Bao et al. 2022, arXiv 2106.08254): layers near
+    the input, whose features are the most general, move the least. Layer 0 is all that is before
+    the blocks, then each block is a layer, and norm and head are the last.
+
     A module with timm's `group_matcher` says so itself; our own have `blocks`, a CI2P-ViTds also
     `last_blocks`, with CnnReshape in the layer of the first of these, whose tokens it makes. Either
     may be inside of `model`; what is in front of it there is layer 0.
@@ -51,21 +42,14 @@ def parameter_layers(model: nn.Module) -> dict[str, int]:
     Raises:
         UsageError: the model is of neither kind, or something trainable follows it.
     """
-    found = next(
-        (
-            (prefix, layers)
-            for prefix, module in model.named_modules()
-            if (layers := _layers_of(module)) is not None
-        ),
-        None,
-    )
-    if found is None:
+    known = ((prefix, _layers_of(module)) for prefix, module in model.named_modules())
+    prefix, layers = next((each for each in known if each[1] is not None), ("", None))
+    if layers is None:
         raise UsageError(
             f"`layer_decay` needs to know the layers of a model, and {type(model).__name__} does "
             "not say them: it has neither `blocks` nor timm's `group_matcher`",
             hint="leave `layer_decay` at 1",
         )
-    prefix, layers = found
     inner = {f"{prefix}.{name}".lstrip("."): layer for name, layer in layers.items()}
     names = [name for name, _ in model.named_parameters()]
     places = [place for place, name in enumerate(names) if name in inner]
@@ -92,20 +76,16 @@ def _layers_of(module: nn.Module) -> dict[str, int] | None:
     first = getattr(module, "blocks", None)
     if not isinstance(first, nn.Sequential) or not hasattr(module, "head"):
         return None
-    depths = {"blocks": len(first), "last_blocks": len(getattr(module, "last_blocks", ()))}
-    return {name: _layer(name, depths) for name in names}
-
-
-def _layer(name: str, depths: dict[str, int]) -> int:
-    """Returns the layer of a parameter of one of our own models."""
-    block = _BLOCK.match(name)
-    if block is not None:
-        return 1 + int(block[2]) + (depths["blocks"] if block[1] == "last_blocks" else 0)
-    if name.startswith("cnn_reshape."):
-        return 1 + depths["blocks"]
-    if name.startswith(("norm.", "head.")):
-        return 1 + sum(depths.values())
-    return 0
+    num_first, num_last = len(first), len(getattr(module, "last_blocks", ()))
+    layers = dict.fromkeys(names, 0)
+    for name in names:
+        if block := _BLOCK.match(name):
+            layers[name] = 1 + int(block[2]) + (num_first if block[1] == "last_blocks" else 0)
+        elif name.startswith("cnn_reshape."):
+            layers[name] = 1 + num_first
+        elif name.startswith(("norm.", "head.")):
+            layers[name] = 1 + num_first + num_last
+    return layers
 
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -124,9 +104,7 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> Optimizer:
     Raises:
         UsageError: `layer_decay` is not 1 and the model does not say its layers.
     """
-    layers: dict[str, int] = {}
-    if spec.layer_decay != 1:
-        layers = parameter_layers(model)
+    layers = parameter_layers(model) if spec.layer_decay != 1 else {}
     last = max(layers.values(), default=0)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -220,8 +198,11 @@ def decay_at(step: int, decay: float) -> float:
 class WeightAverage:
     """A model whose floating-point parameters and buffers are the averages of another's.
 
-    BatchNorm's running statistics are averaged like weights until `BatchNormStatistics` replaces
-    them; other buffers (counts, tables) are copied. Nothing waits for the device.
+    Polyak and Juditsky 1992; in the form that TensorFlow and timm made usual for image models.
+    `timm.utils.ModelEmaV3` does the same but cannot leave out a step by a flag on the device, which
+    is how a step that was not finite leaves everything as it was. BatchNorm's running statistics
+    are averaged like weights until `BatchNormStatistics` replaces them; other buffers (counts,
+    tables) are copied. Nothing waits for the device.
 
     Args:
         model: On its device, with the weights to start from; copied. Not compiled yet.
@@ -249,11 +230,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int, is_finite: Tensor) -> None:
-        """Moves the averages towards the weights after a step of the optimiser.
+        """Moves the averages towards the weights after a step, counted from 0 over all epochs.
 
-        Args:
-            step: The step, counted from 0 over all epochs.
-            is_finite: bool scalar on the device; where False nothing changes.
+        Where `is_finite`, a scalar on the device, is False nothing changes.
         """
         moved = (1 - decay_at(step, self._decay)) * is_finite.to(torch.float32)
         differences = torch._foreach_sub(self._followed, self._averages)

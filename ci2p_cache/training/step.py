@@ -5,11 +5,7 @@
     batch -> mirrored, mixed -> parts -> forward, backward -> sums over the ranks -> clipped
         -> the guard's step or none -> average
 
-Shape suffixes: B batch, C channels, H and W rows and columns.
-
-Mixup and CutMix of what a model reads: two samples become one, and so do their classes.
-
-::
+Mixup and CutMix: two samples become one, and so do their classes. ::
 
     lambda ~ Beta(alpha, alpha), and a box for CutMix: one draw per step, the same on all ranks
     x_i, label_i  share lambda
@@ -28,18 +24,6 @@ is the one before it, that of a slice's first its last. Draws do not depend on t
 at the edges of slices do. A slice of one sample is its own partner, and stays as it is.
 
 Shape suffixes: B batch, C channels, H and W rows and columns, K classes.
-
-Latent flipping: the wrong way to mirror an image that is cached, kept to be shown wrong.
-
-g_a is not flip-equivariant: with the bundled encoder the latents of a mirrored image differ from
-the mirrored latents of the image by 80 % of their norm (ten flower photographs, 224 px), so a model
-that is trained on mirrored latents learns from inputs that no image has. `encode --views flip`
-stores the latents of the mirrored image instead; that is the right way, and the default. For models
-that read images the same option is the usual horizontal flip.
-
-Shape suffixes: B batch, C channels, H and W rows and columns.
-
-Leaves out steps whose loss or gradients are not finite, without ever waiting for the device.
 """
 
 from __future__ import annotations
@@ -47,7 +31,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -62,16 +46,7 @@ from ci2p_cache.training.optim import WeightAverage, lr_at, set_lr
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.spec import TrainSpec
 
-__all__ = [
-    "BadStep",
-    "Mix",
-    "OptimizerStep",
-    "StepGuard",
-    "Targets",
-    "draw_mix",
-    "flipped",
-    "mixed",
-]
+__all__ = ["Mix", "OptimizerStep", "draw_mix", "flipped", "mixed"]
 
 _CUTMIX_SHARE = 0.5
 """Of the mixed batches, where both methods are on; the authors', and timm's default."""
@@ -129,15 +104,12 @@ class Targets:
 def draw_mix(spec: TrainSpec, *, size: tuple[int, int], seed: int) -> Mix | None:
     """Draws how a batch is mixed: a pure function of its arguments, made on the host.
 
-    Args:
-        spec: `mixup`, `cutmix` and `mix_probability` count.
-        size: H and W of what is read: latents for latents, pixels for images.
-        seed: Of the step, for nothing else.
+    The box of CutMix has 1 - lambda of the area (`size`: H and W of what is read), its centre is
+    anywhere, so that an edge may cut it, and is whole in rows and columns; `share` is what is then
+    really left.
 
     Returns:
-        None where the batch is not mixed. The box of CutMix has 1 - lambda of the area, its centre
-        is anywhere, so that an edge may cut it, and is whole in rows and columns; `share` is what
-        is then really left.
+        None where the batch is not mixed.
     """
     if not spec.is_mixing:
         return None
@@ -166,11 +138,6 @@ def mixed(x_BCHW: Tensor, labels_B: Tensor, mix: Mix | None) -> tuple[Tensor, Ta
     The order of an epoch is random, so the sample before is as random a partner as a drawn one, and
     never the sample itself while there are two.
 
-    Args:
-        x_BCHW: What the model reads, floating point; not changed. B may be 0.
-        labels_B: int64.
-        mix: What `draw_mix` gave.
-
     Returns:
         What the model reads instead, in memory of its own where `mix` is not None, and the targets.
     """
@@ -190,16 +157,15 @@ def mixed(x_BCHW: Tensor, labels_B: Tensor, mix: Mix | None) -> tuple[Tensor, Ta
 def flipped(
     x_BCHW: Tensor, probability: float, *, num_samples: int, own: slice, seed: int
 ) -> Tensor:
-    """Mirrors some samples along x.
+    """Mirrors some samples of this rank's slice, `own`, of a batch of `num_samples` along x.
 
-    Each sample of the whole batch is drawn for, so that the ranks change nothing.
+    Wrong for latents, and there to show it. g_a is not flip-equivariant: with the bundled encoder
+    the latents of a mirrored image differ from the mirrored latents of the image by 80 % of their
+    norm (ten flower photographs, 224 px). `encode --views flip` stores the latents of the mirrored
+    image instead. For models that read images this is the usual horizontal flip.
 
-    Args:
-        x_BCHW: What the model reads: this rank's slice of the batch; not changed.
-        probability: That a sample is mirrored, 0 to 1; 0 gives `x_BCHW` itself.
-        num_samples: Samples of the whole batch, of all ranks.
-        own: Which of them `x_BCHW` holds.
-        seed: Of the step, for nothing else.
+    Each sample of the whole batch is drawn for, so that the ranks change nothing. Probability 0
+    gives `x_BCHW` itself.
     """
     if not probability or not len(x_BCHW):
         return x_BCHW
@@ -214,51 +180,45 @@ _MAX_IN_A_ROW = 10
 
 @dataclass(frozen=True, slots=True)
 class BadStep:
-    """A step that was skipped."""
+    """A step that was skipped: its epoch, from 1, its place there, from 0, and its batch's rows."""
 
     epoch: int
-    """Its epoch, from 1."""
     step: int
-    """Its place in the epoch, from 0."""
     rows: list[int]
-    """The rows of the train split in its batch."""
 
 
-class StepGuard:
-    """Makes a step happen or not by a flag that stays on the device.
+@dataclass(kw_only=True, slots=True)
+class OptimizerStep:
+    """Takes the steps of a run, one batch each, and leaves out those that are not finite.
 
-    ::
+    All randomness of a step comes from (seed, epoch, step, rank). After each step all ranks hold
+    the same weights, moments and sums.
 
-        forward, backward
-        guard.step(is_finite, bad_step)     the fused optimiser skips itself where the flag says so
-        guard.read()                        now and then: waits for the device, gives bad steps
-
-    Where everything is finite no value changes. All ranks give the same flag. BatchNorm's running
-    statistics may take up what was not finite; `BatchNormStatistics` replaces them before any use.
-
-    Args:
-        optimizer: Fused; steps only through the guard.
-        in_a_row: Bad steps directly before, of the run that is resumed.
+    The optimiser skips itself by a flag that stays on the device: where everything is finite no
+    value changes, and all ranks give the same flag. BatchNorm's running statistics may take up what
+    was not finite; `BatchNormStatistics` replaces them before any use.
     """
 
-    def __init__(self, optimizer: Optimizer, *, in_a_row: int = 0) -> None:
-        self.in_a_row = in_a_row
-        self._optimizer = optimizer
-        self._pending: list[tuple[BadStep, Tensor]] = []
+    spec: TrainSpec
+    model: nn.Module
+    """On its device, in training mode when a step is taken."""
+    optimizer: Optimizer
+    """Fused; steps only through this."""
+    average: WeightAverage | None
+    """Follows the weights; None where the spec has no `ema`."""
+    ranks: Ranks
+    steps_per_epoch: int
+    bad_in_a_row: int
+    """Steps skipped directly before the last `read_bad`, at first those of the resumed run."""
+    _parameters: list[nn.Parameter] = field(init=False)
+    _pending: list[tuple[BadStep, Tensor]] = field(init=False, default_factory=list)
 
-    def step(self, is_finite: Tensor, bad_step: BadStep) -> None:
-        """Makes the optimiser's step, or leaves everything as it was before.
+    def __post_init__(self) -> None:
+        self._parameters = list(self.model.parameters())
+        if self.average is not None:
+            self.average.follow(self.model)
 
-        Args:
-            is_finite: bool scalar on the device.
-            bad_step: What to report where it is False.
-        """
-        # The fused kernels read this attribute; torch's GradScaler uses the same door.
-        self._optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # not declared
-        self._optimizer.step()
-        self._pending.append((bad_step, is_finite))
-
-    def read(self) -> list[BadStep]:
+    def read_bad(self) -> list[BadStep]:
         """Waits for the device and returns the steps skipped since the last call.
 
         Raises:
@@ -269,96 +229,35 @@ class StepGuard:
         flags = torch.stack([flag for _, flag in self._pending]).tolist()
         bad = []
         for (step, _), is_finite in zip(self._pending, flags, strict=True):
-            self.in_a_row = 0 if is_finite else self.in_a_row + 1
+            self.bad_in_a_row = 0 if is_finite else self.bad_in_a_row + 1
             if not is_finite:
                 bad.append(step)
-            if self.in_a_row >= _MAX_IN_A_ROW:
+            if self.bad_in_a_row >= _MAX_IN_A_ROW:
+                rows = ", ".join(map(str, step.rows[:8])) + ", ..." * (len(step.rows) > 8)
                 raise TrainingDivergedError(
-                    f"loss or gradients were not finite in {self.in_a_row} steps in a row, the "
-                    f"last one step {step.step} of epoch {step.epoch} on the rows "
-                    f"{_short(step.rows)} of the train split; none of these steps changed the "
-                    "weights, and the last checkpoint is unharmed",
+                    f"loss or gradients were not finite in {self.bad_in_a_row} steps in a row, the "
+                    f"last one step {step.step} of epoch {step.epoch} on the rows {rows} of the "
+                    "train split; none of these steps changed the weights, and the last checkpoint "
+                    "is unharmed",
                     hint="train with a lower --lr or --precision float32 under another --name",
                 )
         self._pending.clear()
         return bad
 
-
-def _short(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-
-
-class OptimizerStep:
-    """Takes the steps of a run, one batch each.
-
-    All randomness of a step comes from (seed, epoch, step, rank). After each step all ranks hold
-    the same weights, moments and sums.
-
-    Args:
-        spec: What to do.
-        model: On its device, in training mode when a step is taken.
-        optimizer: Fused; steps only through this.
-        average: Follows the weights; None where the spec has no `ema`.
-        ranks: Those that train together.
-        steps_per_epoch: Steps of an epoch.
-        bad_in_a_row: Steps skipped directly before, of the run that is resumed.
-    """
-
-    def __init__(
-        self,
-        spec: TrainSpec,
-        model: nn.Module,
-        optimizer: Optimizer,
-        average: WeightAverage | None,
-        *,
-        ranks: Ranks,
-        steps_per_epoch: int,
-        bad_in_a_row: int,
-    ) -> None:
-        self._spec = spec
-        self._model = model
-        self._optimizer = optimizer
-        self._average = average
-        self._ranks = ranks
-        self._steps_per_epoch = steps_per_epoch
-        self._guard = StepGuard(optimizer, in_a_row=bad_in_a_row)
-        self._parameters = list(model.parameters())
-        if average is not None:
-            average.follow(model)
-
-    @property
-    def bad_in_a_row(self) -> int:
-        """Steps skipped directly before the last `read_bad`."""
-        return self._guard.in_a_row
-
-    def read_bad(self) -> list[BadStep]:
-        """Waits for the device and returns the steps skipped since the last call.
-
-        Raises:
-            TrainingDivergedError: ten steps in a row were skipped.
-        """
-        return self._guard.read()
-
     def lr(self, epoch: int, step: int) -> float:
         """Returns the learning rate of a step."""
-        return lr_at(
-            epoch * self._steps_per_epoch + step,
-            spec=self._spec,
-            steps_per_epoch=self._steps_per_epoch,
-        )
+        done = epoch * self.steps_per_epoch + step
+        return lr_at(done, spec=self.spec, steps_per_epoch=self.steps_per_epoch)
 
     def take(self, batch: Batch, totals: TrainTotals, *, epoch: int, step: int) -> None:
-        """Takes one optimiser step; waits for nothing.
+        """Takes one optimiser step on this rank's slice of a batch; waits for nothing.
 
-        Args:
-            batch: This rank's slice of the global batch; what it holds is not changed.
-            totals: Takes the step's sums, or that it was skipped.
-            epoch: Epochs done, from 0.
-            step: Steps of this epoch done, from 0.
+        `epoch` and `step` are those done, from 0; `totals` takes the step's sums, or that it was
+        skipped. What the batch holds is not changed.
         """
-        spec, images = self._spec, len(batch.global_rows)
-        set_lr(self._optimizer, self.lr(epoch, step))
-        torch.manual_seed(_step_seed(spec.seed, epoch, step, self._ranks.rank))
+        spec, images = self.spec, len(batch.global_rows)
+        set_lr(self.optimizer, self.lr(epoch, step))
+        torch.manual_seed(_step_seed(spec.seed, epoch, step, self.ranks.rank))
         inputs_BCHW, targets = self._augmented(batch, epoch=epoch, step=step)
         loss = correct = torch.zeros((), device=inputs_BCHW.device)
         for part_BCHW, wanted in zip(
@@ -369,24 +268,27 @@ class OptimizerStep:
             share = len(part_BCHW) / images
             part_loss, part_correct = self._backward(part_BCHW, wanted, share=share)
             loss, correct = loss + part_loss, correct + part_correct
-        if self._ranks.world_size > 1:
+        if self.ranks.world_size > 1:
             loss, correct = self._combine(loss, correct)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self._parameters, spec.clip_grad_norm or float("inf"), foreach=True
         )
         is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         rows = batch.global_rows.tolist()
-        self._guard.step(is_finite, BadStep(epoch=epoch + 1, step=step, rows=rows))
-        if self._average is not None:
-            self._average.update(epoch * self._steps_per_epoch + step, is_finite)
-        self._optimizer.zero_grad(set_to_none=True)
+        # The fused kernels read this attribute; torch's GradScaler uses the same door.
+        self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # not declared
+        self.optimizer.step()
+        self._pending.append((BadStep(epoch=epoch + 1, step=step, rows=rows), is_finite))
+        if self.average is not None:
+            self.average.update(epoch * self.steps_per_epoch + step, is_finite)
+        self.optimizer.zero_grad(set_to_none=True)
         totals.add(
             loss=loss, correct=correct, grad_norm=grad_norm, images=images, is_finite=is_finite
         )
 
     def _augmented(self, batch: Batch, *, epoch: int, step: int) -> tuple[Tensor, Targets]:
         """Returns what the model reads of a batch, (B, C, H, W) channels_last, and its targets."""
-        spec, inputs_BCHW, ranks = self._spec, batch.latents, self._ranks
+        spec, inputs_BCHW, ranks = self.spec, batch.latents, self.ranks
         num_samples = len(batch.global_rows)
         # None of these seeds knows the rank: all draw alike, for the whole batch.
         inputs_BCHW = flipped(
@@ -408,30 +310,26 @@ class OptimizerStep:
         self, inputs_BCHW: Tensor, targets: Targets, *, share: float
     ) -> tuple[Tensor, Tensor]:
         """Adds the gradients of a part of a batch; returns its share of the loss, and its hits."""
-        with autocast(inputs_BCHW.device, self._spec.precision):
-            logits = self._model(inputs_BCHW)
+        with autocast(inputs_BCHW.device, self.spec.precision):
+            logits = self.model(inputs_BCHW)
         logits = logits.float()
-        loss = targets.loss(logits, label_smoothing=self._spec.label_smoothing) * share
+        loss = targets.loss(logits, label_smoothing=self.spec.label_smoothing) * share
         loss.backward()  # type: ignore[no-untyped-call]  # torch stub
         return loss.detach(), targets.hits(logits.detach())
 
     def _combine(self, loss: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
-        """Makes the sums over a slice those over the whole batch, on all ranks alike.
+        """Makes a slice's share of the loss, and its hits, those of the whole batch, on all ranks.
 
         Gradients and loss are weighted by their images already. What is not finite on one rank is
         so on all, which therefore skip the same steps. BatchNorm normalises by its slice, and its
         running statistics stay each rank's own until `BatchNormStatistics` replaces them.
-
-        Args:
-            loss: This rank's share of the loss, a scalar.
-            correct: Its hits, a scalar.
         """
         scores = torch.stack([loss, correct.to(loss.dtype)])
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        self._ranks.add_up([*gradients, scores])
+        self.ranks.add_up([*gradients, scores])
         return scores[0], scores[1]
 
 

@@ -22,7 +22,7 @@ from ci2p_cache.cache.commit import CommitRecord, FileRecord
 from ci2p_cache.cache.manifest import Manifest, SplitRecord, read_manifest, shard_rows
 from ci2p_cache.cache.sealed import read_sealed, sealed_bytes
 from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard
-from ci2p_cache.encoder.quantize import dequantize, quantize, saturate
+from ci2p_cache.encoder.frozen import dequantize, quantize, saturate
 from ci2p_cache.encoding.plan import Plan, read_plan
 from ci2p_cache.encoding.planning import EarlierRows, build_plan
 from ci2p_cache.errors import ManifestError, ShardError, SourceError
