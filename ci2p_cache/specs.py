@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import typing
 from dataclasses import dataclass
 from typing import Literal, Self
-
-import numpy as np
 
 from ci2p_cache.errors import UsageError
 from ci2p_cache.record import Record
@@ -51,6 +50,7 @@ Precision = Literal["float32", "tf32", "bf16"]
 CodecName = Literal["zstd", "none"]
 FormatName = Literal["zarr", "webdataset", "both"]
 
+_ITEM_BYTES = {"int8": 1, "int16": 2, "float16": 2, "float32": 4}
 _SYMBOL_LIMIT: dict[str, int] = {"int8": 127, "int16": 32767}
 
 
@@ -178,7 +178,8 @@ class LatentSpec(Record):
 
     def __post_init__(self) -> None:
         _require(
-            np.isfinite(self.step) and self.step > 0, f"`step` is {self.step}; it must be positive"
+            math.isfinite(self.step) and self.step > 0,
+            f"`step` is {self.step}; it must be positive",
         )
         _require(
             self.is_symbols or self.step == 1.0,
@@ -212,7 +213,7 @@ class LatentSpec(Record):
     @property
     def num_bytes(self) -> int:
         """Raw bytes of one latent."""
-        return self.channels * self.height * self.width * np.dtype(self.dtype).itemsize
+        return self.channels * self.height * self.width * _ITEM_BYTES[self.dtype]
 
     @property
     def fill_value(self) -> int | float:

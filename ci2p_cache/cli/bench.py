@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ci2p_cache.cli import choices, render
+from ci2p_cache.cli.fields import takes_options
+from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.training.spec import TrainSpec
 
 if TYPE_CHECKING:
     from ci2p_cache.bench import EncodeReport, TrainReport
 
 __all__ = ["bench"]
-
-_Cache = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)]
-_Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-_ReadersAndDecoders = Annotated[
-    int | None, typer.Option(help="Threads that read and decode [default: one per core].")
-]
 
 bench = typer.Typer(
     name="bench",
@@ -41,35 +35,18 @@ bench = typer.Typer(
 
 
 @bench.command()
+@takes_options(
+    EncodeOptions,
+    only=("encoder", "weights", "size", "views", "precision", "batch_size", "workers", "devices"),
+)
 def encode(
+    *,
     source: Annotated[
         Path, typer.Argument(help="As for `ci2p-cache encode`.", metavar="SRC", readable=False)
     ],
-    encoder: Annotated[
-        Literal["official", "bundled"], typer.Option(help="As for `ci2p-cache encode`.")
-    ] = "official",
-    weights: Annotated[
-        Path | None, typer.Option(help="As for `ci2p-cache encode`.", readable=False)
-    ] = None,
-    size: Annotated[int, typer.Option(help="Side of the square in pixels.")] = 256,
-    views: Annotated[
-        str, typer.Option(help="none, flip or crops:K.", autocompletion=choices.views)
-    ] = "flip",
-    precision: Annotated[
-        Literal["float32", "tf32", "bf16"], typer.Option(help="Arithmetic of the encoder.")
-    ] = "float32",
-    batch_size: Annotated[
-        int | None, typer.Option(help="Views per encoder call [default: 8 on CPU, 256 on CUDA].")
-    ] = None,
-    workers: _ReadersAndDecoders = None,
-    devices: Annotated[
-        str,
-        typer.Option(
-            help="auto, cpu, cpu:N (lanes), cuda, cuda:0,1.", autocompletion=choices.devices
-        ),
-    ] = "auto",
+    options: EncodeOptions,
     seconds: Annotated[float, typer.Option(help="That g_a alone is timed.")] = 5.0,
-    json: _Json = False,
+    json: choices.Json = False,
 ) -> None:
     """How fast stage one is here, and what bounds it: the encoder, or decoding.
 
@@ -83,12 +60,7 @@ def encode(
     """
     from ci2p_cache.bench import bench_encoding
     from ci2p_cache.cli.watch import EncodeWatch
-    from ci2p_cache.encoding.options import EncodeOptions
 
-    options = EncodeOptions(
-        encoder=encoder, weights=weights, size=size, views=views, precision=precision,
-        batch_size=batch_size, workers=workers, devices=devices,
-    )  # fmt: skip
     with render.ProgressLine("sample", unit="images") as line:
         report = bench_encoding(source, options, seconds=seconds, observer=EncodeWatch(line))
     if json:
@@ -128,14 +100,14 @@ def _print_encoding(report: EncodeReport) -> None:
 
 @bench.command()
 def loader(
-    cache: _Cache,
+    cache: choices.CacheFolder,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 128,
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core].")
     ] = None,
-    device: _Device = "auto",
+    device: choices.Device = "auto",
     seconds: Annotated[float, typer.Option(help="Of each repeat of each way.")] = 3.0,
-    json: _Json = False,
+    json: choices.Json = False,
 ) -> None:
     """How fast batches come out of a cache, in the random order of training.
 
@@ -173,23 +145,21 @@ def loader(
 
 
 @bench.command()
+@takes_options(TrainSpec, only=("model", "batch_size", "precision"))
 def train(
-    cache: _Cache,
-    model: Annotated[
-        str, typer.Option(help="As for `ci2p-cache train`.", autocompletion=choices.models)
-    ] = "vitds",
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
-    precision: Annotated[
-        Literal["float32", "bf16"], typer.Option(help="As for `ci2p-cache train`.")
-    ] = "float32",
-    workers: _ReadersAndDecoders = None,
-    device: _Device = "auto",
+    *,
+    cache: choices.CacheFolder,
+    options: TrainSpec,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read and decode [default: one per core].")
+    ] = None,
+    device: choices.Device = "auto",
     seconds: Annotated[float, typer.Option(help="Of each way, after two steps.")] = 20.0,
     encode_rate: Annotated[
         float | None,
         typer.Option(help="Images/s of stage one [default: measured, 10 s]."),
     ] = None,
-    json: _Json = False,
+    json: choices.Json = False,
 ) -> None:
     """Training from the cache against its compute alone, the encoder in the loop, and ViT-B/16.
 
@@ -203,11 +173,10 @@ def train(
     need the images that the cache was made of.
     """
     from ci2p_cache.bench import bench_training
-    from ci2p_cache.training.spec import TrainSpec
 
     report = bench_training(
         cache,
-        spec=TrainSpec(model=model, batch_size=batch_size, precision=precision),
+        spec=options,
         device=device,
         threads=workers,
         seconds=seconds,

@@ -1,4 +1,4 @@
-"""What a shell completes: values of options that are no closed list, by name.
+"""Options that several commands have, and what a shell completes where they are no closed list.
 
 Options that are a `Literal` complete by themselves, paths are left to the shell. A completion must
 not import torch, timm or compressai; so their names stand here, and a test holds them against
@@ -8,8 +8,25 @@ not import torch, timm or compressai; so their names stand here, and a test hold
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
 
-__all__ = ["archs", "checkpoints", "devices", "models", "splits", "views"]
+import typer
+
+__all__ = [
+    "CacheFolder",
+    "Checkpoint",
+    "Device",
+    "EncoderCache",
+    "Json",
+    "RunFolder",
+    "archs",
+    "checkpoints",
+    "devices",
+    "models",
+    "splits",
+    "views",
+]
 
 
 def _of(*values: str) -> Callable[[str], list[str]]:
@@ -36,3 +53,17 @@ devices = _of("auto", "cpu", "cuda")
 views = _of("none", "flip", "crops:")
 checkpoints = _of("best", "last")
 splits = _of("train", "val", "test")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=devices)]
+Checkpoint = Annotated[
+    str, typer.Option(help="best, last, or a checkpoint folder.", autocompletion=checkpoints)
+]
+CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)]
+RunFolder = Annotated[
+    Path, typer.Argument(help="Run folder, or a checkpoint in it.", metavar="RUN")
+]
+EncoderCache = Annotated[
+    str | None,
+    typer.Option(help="Take the encoder from this cache, not from the run.", metavar="DIR"),
+]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 
 __all__ = ["convert"]
 
@@ -26,7 +26,7 @@ def convert(
     level: Annotated[
         int | None, typer.Option(help="zstd level, -100 to 22 [default: as in DIR].")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Write the latents of a cache in another format, without encoding again.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 
 if TYPE_CHECKING:
     from ci2p_cache.demo import DemoEvent, DemoResult
@@ -20,7 +20,7 @@ def demo(
         Path | None,
         typer.Option(help="Where to put everything [default: a new temporary folder]."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Run both stages on generated pictures; one or two minutes, no network.
 

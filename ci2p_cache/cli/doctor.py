@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import ResourceError
 
 __all__ = ["doctor"]
@@ -19,7 +19,7 @@ def doctor(
     folder: Annotated[
         Path, typer.Argument(help="Where caches are to be written; its disk is timed.")
     ] = Path(),
-    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Look whether this machine and environment are fit, and say what to do about what is not.
 

@@ -5,26 +5,22 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from ci2p_cache.cli import choices, render
-from ci2p_cache.errors import UsageError, command
-
-if TYPE_CHECKING:
-    from ci2p_cache.encoding.options import EncodeOptions
-
 from ci2p_cache.cli.encode_output import print_forecast, print_summary, print_unfinished
+from ci2p_cache.cli.fields import takes_options
+from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.errors import UsageError, command
 
 __all__ = ["encode"]
 
-_WHAT = "What is stored (binds the folder)"
-_LAYOUT = "Where it is stored (binds the folder)"
-_RUN = "How it runs (changes no stored byte)"
 
-
+@takes_options(EncodeOptions)
 def encode(
+    *,
     source: Annotated[
         Path,
         typer.Argument(
@@ -32,125 +28,7 @@ def encode(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Cache folder; made if it is not there.")],
-    root: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that the paths of a list start from [default: the list's own].",
-            readable=False,
-        ),
-    ] = None,
-    image_column: Annotated[
-        str | None, typer.Option(help="Column of the images, or of their paths in a list.")
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="Column of the labels; in tars a field of the .json.")
-    ] = None,
-    encoder: Annotated[
-        Literal["official", "bundled"],
-        typer.Option(help="CompressAI's published weights (fetched once), or the ones shipped."),
-    ] = "official",
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="A weights file instead: .pth.tar or .safetensors.", readable=False),
-    ] = None,
-    arch: Annotated[
-        str, typer.Option(help="CompressAI zoo name.", autocompletion=choices.archs)
-    ] = "bmshj2018-factorized",
-    quality: Annotated[int, typer.Option(help="CompressAI quality, 1 to 8.")] = 5,
-    metric: Annotated[
-        Literal["mse", "ms-ssim"], typer.Option(help="What the encoder was trained for.")
-    ] = "mse",
-    size: Annotated[
-        int, typer.Option(help="Side of the square in pixels, a multiple of 32.")
-    ] = 256,
-    resize_side: Annotated[
-        int | None, typer.Option(help="Shorter side before the centre crop [default: size].")
-    ] = None,
-    interpolation: Annotated[
-        Literal["bilinear", "bicubic"], typer.Option(help="Resize filter, antialiased.")
-    ] = "bilinear",
-    views: Annotated[
-        str,
-        typer.Option(
-            help="Views of a training image: none, flip or crops:K.", autocompletion=choices.views
-        ),
-    ] = "flip",
-    dtype: Annotated[
-        Literal["int8", "int16", "float16", "float32"],
-        typer.Option(help="int8, int16: the codec's symbols. float16, float32: y itself."),
-    ] = "int8",
-    step: Annotated[float, typer.Option(help="Quantisation step of the symbols.")] = 1.0,
-    precision: Annotated[
-        Literal["float32", "tf32", "bf16"], typer.Option(help="Arithmetic of the encoder.")
-    ] = "float32",
-    exif: Annotated[
-        Literal["ignore", "apply"], typer.Option(help="What to do with EXIF orientation.")
-    ] = "ignore",
-    max_pixels: Annotated[int, typer.Option(help="Larger images count as bad.")] = 89_000_000,
-    format: Annotated[
-        Literal["zarr", "webdataset", "both"],
-        typer.Option(help="Container of the latents: zarr shards, WebDataset tars, or both."),
-    ] = "zarr",
-    codec: Annotated[
-        Literal["zstd", "none"], typer.Option(help="Byte compressor of the zarr chunks.")
-    ] = "zstd",
-    level: Annotated[int, typer.Option(help="zstd level, -100 to 22; low ones decode faster.")] = 1,
-    shard_samples: Annotated[int, typer.Option(help="Images per shard.")] = 1024,
-    labels: Annotated[
-        Literal["auto", "none"],
-        typer.Option(help="none: encode images without labels; train refuses such a cache."),
-    ] = "auto",
-    val_fraction: Annotated[
-        float, typer.Option(help="Validation share where SRC has no split folders; 0 for none.")
-    ] = 0.1,
-    seed: Annotated[int, typer.Option(help="Seed of row order, drawn split and crops.")] = 0,
-    limit: Annotated[
-        int | None, typer.Option(help="Only that many images, spread over the source.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Views per encoder call [default: 8 on CPU, 256 on CUDA].")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that read and decode [default: one per core].")
-    ] = None,
-    devices: Annotated[
-        str,
-        typer.Option(
-            help="auto, cpu, cpu:N (lanes), cuda, cuda:0,1.", autocompletion=choices.devices
-        ),
-    ] = "auto",
-    max_errors: Annotated[
-        str, typer.Option(help="Images that may fail: a share (at least one image) or a count.")
-    ] = "0.1%",
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Read images again that failed.")
-    ] = False,
-    rescan: Annotated[
-        bool, typer.Option("--rescan", help="List SRC again and append new images.")
-    ] = False,
-    reencode_changed: Annotated[
-        bool,
-        typer.Option("--reencode-changed", help="With --rescan: encode changed images again."),
-    ] = False,
-    plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="List SRC and write the plan; encode nothing.")
-    ] = False,
-    shard_range: Annotated[
-        str | None,
-        typer.Option(
-            help="Encode only part i of n of the shards, from 1/n to n/n; auto: this task's part "
-            "of a Slurm array or an indexed Kubernetes job.",
-            metavar="i/n",
-        ),
-    ] = None,
-    finalise: Annotated[
-        bool,
-        typer.Option("--finalise", help="Complete a folder whose shards are all committed."),
-    ] = False,
-    executor: Annotated[
-        Literal["local", "processes", "ray"],
-        typer.Option(help="Who encodes: this process, one per device, or a Ray cluster."),
-    ] = "local",
+    options: EncodeOptions,
     overwrite: Annotated[
         str | None,
         typer.Option(
@@ -162,7 +40,7 @@ def encode(
         bool,
         typer.Option("--dry-run", help="Encode a sample, say what all would take; write nothing."),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Stage one: run the frozen encoder over images and commit their latents.
 
@@ -182,7 +60,6 @@ def encode(
     others is refused, with the difference.
     """
     from ci2p_cache.cli.watch import EncodeWatch
-    from ci2p_cache.encoding.options import EncodeOptions
     from ci2p_cache.encoding.run import encode as run
 
     if overwrite is not None and overwrite.strip("/") != out.resolve().name:
@@ -190,17 +67,6 @@ def encode(
             f"--overwrite names {overwrite!r}, the folder is {out.resolve().name!r}",
             hint=f"--overwrite {shlex.quote(out.resolve().name)} to remove that cache first",
         )
-    options = EncodeOptions(
-        root=root, image_column=image_column, label_column=label_column, encoder=encoder,
-        weights=weights, arch=arch, quality=quality, metric=metric, size=size,
-        resize_side=resize_side, interpolation=interpolation, exif=exif, max_pixels=max_pixels,
-        views=views, dtype=dtype, step=step, precision=precision, format=format,
-        codec=codec, level=level, shard_samples=shard_samples, labels=labels,
-        val_fraction=val_fraction, seed=seed, limit=limit, batch_size=batch_size, workers=workers,
-        devices=devices, max_errors=max_errors, retry_failed=retry_failed, rescan=rescan,
-        reencode_changed=reencode_changed, plan_only=plan_only, shard_range=shard_range,
-        finalise=finalise, executor=executor,
-    )  # fmt: skip
     if dry_run:
         _forecast(source, out, options, overwrite=overwrite is not None, json=json)
         return

@@ -20,13 +20,8 @@ _SHOWN_CONFUSIONS = 10
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint in it.", metavar="RUN")],
-    checkpoint: Annotated[
-        str,
-        typer.Option(
-            help="best, last, or a checkpoint folder.", autocompletion=choices.checkpoints
-        ),
-    ] = "best",
+    run: choices.RunFolder,
+    checkpoint: choices.Checkpoint = "best",
     cache: Annotated[
         str | None, typer.Option(help="Cache folder or URL [default: the run's].", metavar="DIR")
     ] = None,
@@ -45,14 +40,12 @@ def evaluate(
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core].")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
-    ] = "auto",
+    device: choices.Device = "auto",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the two files [default: RUN/evaluations].", metavar="DIR"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the evaluation as JSON.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Evaluate a trained run: accuracy with its interval, calibration, classes, confusions.
 

@@ -18,7 +18,7 @@ __all__ = ["export"]
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint in it.", metavar="RUN")],
+    run: choices.RunFolder,
     out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2.", metavar="FILE")],
     to: Annotated[
         Literal["onnx", "torch"], typer.Option(help="torch: a .pt2 of torch.export.")
@@ -27,16 +27,8 @@ def export(
         Literal["full", "model"],
         typer.Option(help="full: images to logits. model: latents to logits."),
     ] = "full",
-    checkpoint: Annotated[
-        str,
-        typer.Option(
-            help="best, last, or a checkpoint folder.", autocompletion=choices.checkpoints
-        ),
-    ] = "best",
-    cache: Annotated[
-        str | None,
-        typer.Option(help="Take the encoder from this cache, not from the run.", metavar="DIR"),
-    ] = None,
+    checkpoint: choices.Checkpoint = "best",
+    cache: choices.EncoderCache = None,
     check: Annotated[
         list[str] | None,
         typer.Option(help="Check with these images [default: random ones].", metavar="IMAGES"),
@@ -46,7 +38,7 @@ def export(
         str | None,
         typer.Option(help="Replace the file --out; NAME must be its name.", metavar="NAME"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Export encoder and model as one file for other programs, checked against eager.
 

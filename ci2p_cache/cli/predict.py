@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,29 +19,19 @@ _SHOWN_ERRORS = 10
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint in it.", metavar="RUN")],
+    run: choices.RunFolder,
     images: Annotated[
         list[str], typer.Argument(help="Files, folders, patterns.", metavar="IMAGES...")
     ],
     top: Annotated[int, typer.Option(help="Classes shown for each image.")] = 5,
-    checkpoint: Annotated[
-        str,
-        typer.Option(
-            help="best, last, or a checkpoint folder.", autocompletion=choices.checkpoints
-        ),
-    ] = "best",
-    cache: Annotated[
-        str | None,
-        typer.Option(help="Take the encoder from this cache, not from the run.", metavar="DIR"),
-    ] = None,
+    checkpoint: choices.Checkpoint = "best",
+    cache: choices.EncoderCache = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     workers: Annotated[
         int | None, typer.Option(help="Threads that decode [default: one per core].")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
-    ] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print the predictions as JSON.")] = False,
+    device: choices.Device = "auto",
+    json: choices.Json = False,
 ) -> None:
     """Say what pictures show, with nothing but a run folder; the cache may be gone.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 
 __all__ = ["report"]
 
@@ -24,7 +24,7 @@ def report(
     pictures: Annotated[
         bool, typer.Option(help="Decode latents for reconstructions, bounds and mistakes.")
     ] = True,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Write one HTML page about runs and caches, to look at, print or send.
 

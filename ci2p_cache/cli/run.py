@@ -36,13 +36,11 @@ def run(
     until: Annotated[
         Literal["encode", "train", "evaluate", "report"], typer.Option(help="The last stage.")
     ] = "report",
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
-    ] = "auto",
+    device: choices.Device = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run; write nothing.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Run a whole recipe: encode, train, evaluate, report; in one folder.
 

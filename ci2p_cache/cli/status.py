@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import command
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ __all__ = ["status"]
 
 def status(
     path: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR")],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Say how far encoding is, who works on it now, and which commands do the rest.
 

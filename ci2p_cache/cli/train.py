@@ -11,69 +11,29 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ci2p_cache.cli import augmentation, choices, render
+from ci2p_cache.cli import choices, render
+from ci2p_cache.cli.fields import takes_options
 from ci2p_cache.errors import CacheError, UsageError, command, stop_signals
+from ci2p_cache.training.spec import TrainSpec
 
 if TYPE_CHECKING:
     from ci2p_cache.loader.batches import BatchLoader
     from ci2p_cache.training.ranks import Ranks
     from ci2p_cache.training.records import TrainSummary
-    from ci2p_cache.training.spec import TrainSpec
 
 __all__ = ["joined_ranks", "train"]
 
 
+@takes_options(TrainSpec)
 def train(
-    cache: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="On latents: vit, vitds, these with _small or _tiny, ci2p+timm:NAME. On the "
-            "images: vit_b16, vit_s16, vit_ti16, cnn_vit (_small, _tiny), timm:NAME.",
-            autocompletion=choices.models,
-        ),
-    ] = "vitds",
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Images per step, of all ranks.")] = 64,
-    accumulate: Annotated[int, typer.Option(help="Parts a batch is cut into, for memory.")] = 1,
-    optimizer: Annotated[Literal["adamw", "adam"], typer.Option(help="Optimiser.")] = "adamw",
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    min_lr: Annotated[float, typer.Option(help="Learning rate at the end.")] = 1.25e-6,
-    warmup_epochs: Annotated[
-        float | None, typer.Option(help="Linear warm-up [default: a tenth of the epochs].")
-    ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(help="Weight decay [default: 0.05; 0 with adam].")
-    ] = None,
-    clip_grad_norm: Annotated[float, typer.Option(help="Gradient norm limit; 0: none.")] = 1.0,
-    label_smoothing: Annotated[float, typer.Option(help="Share spread over all classes.")] = 0.1,
-    drop_path: Annotated[float, typer.Option(help="Stochastic depth of the last block.")] = 0.1,
-    pos_embed: Annotated[
-        bool, typer.Option("--pos-embed", help="Add a learned positional embedding.")
-    ] = False,
-    precision: Annotated[
-        Literal["float32", "bf16"], typer.Option(help="bf16 is autocast; use it on GPUs.")
-    ] = "float32",
-    order: Annotated[
-        Literal["random", "blocks"],
-        typer.Option(help="blocks: eight shards at a time, mixed; for slow storage."),
-    ] = "random",
-    seed: Annotated[int, typer.Option(help="Seed of weights, order and views.")] = 0,
-    mixup: augmentation.Mixup = 0.0,
-    cutmix: augmentation.CutMix = 0.0,
-    mix_probability: augmentation.MixProbability = 1.0,
-    latent_flip: augmentation.LatentFlip = 0.0,
-    ema: augmentation.Ema = 0.0,
-    layer_decay: augmentation.LayerDecay = 1.0,
-    folds: augmentation.Folds = 0,
-    fold: augmentation.Fold = 0,
+    *,
+    cache: choices.CacheFolder,
+    options: TrainSpec,
     runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     name: Annotated[
         str | None, typer.Option(help="Run folder [default: model and a digest of settings].")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=choices.devices)
-    ] = "auto",
+    device: choices.Device = "auto",
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core, shared by ranks].")
     ] = None,
@@ -95,7 +55,7 @@ def train(
         str | None,
         typer.Option(help="Remove this run first; NAME must be its name.", metavar="NAME"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Stage two: train a Vision Transformer straight from the latents.
 
@@ -116,29 +76,19 @@ def train(
     from ci2p_cache.cli.watch import TrainWatch
     from ci2p_cache.report.plots import draw_curves
     from ci2p_cache.training.run import train as run
-    from ci2p_cache.training.spec import TrainSpec
 
     with joined_ranks(device) as ranks, ExitStack() as stack:
         _require_named(overwrite, name)
-        spec = TrainSpec(
-            model=model, epochs=epochs, batch_size=batch_size, accumulate=accumulate,
-            optimizer=optimizer, lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs,
-            weight_decay=weight_decay, clip_grad_norm=clip_grad_norm,
-            label_smoothing=label_smoothing, drop_path=drop_path, pos_embed=pos_embed,
-            precision=precision, order=order, seed=seed, mixup=mixup, cutmix=cutmix,
-            mix_probability=mix_probability, latent_flip=latent_flip, ema=ema,
-            layer_decay=layer_decay, folds=folds, fold=fold,
-        )  # fmt: skip
         observer = None
         if ranks.is_writer:
             line = stack.enter_context(render.ProgressLine("train", unit="steps"))
             observer = TrainWatch(line)
         loader = None
         if online:
-            loader = stack.enter_context(_online_loader(cache, spec, ranks, device, workers))
+            loader = stack.enter_context(_online_loader(cache, options, ranks, device, workers))
         summary = run(
             cache,
-            spec=spec,
+            spec=options,
             runs_dir=runs,
             name=name,
             overwrite=overwrite is not None,

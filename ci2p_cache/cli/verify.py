@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ci2p_cache.cli import render
+from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def verify(
         Path | None,
         typer.Option(help="For --repair: restore a damaged encoder from this weights file."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    json: choices.Json = False,
 ) -> None:
     """Check that every byte of a cache is what was committed, and put it back where it is not.
 

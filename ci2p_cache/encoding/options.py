@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.ranges import ShardRange
 from ci2p_cache.errors import UsageError
+from ci2p_cache.fields import check_options, option
 from ci2p_cache.images.source import Labels, SourceOptions
 from ci2p_cache.record import Record
 from ci2p_cache.specs import (
@@ -22,6 +22,9 @@ from ci2p_cache.specs import (
     ViewSpec,
 )
 
+if TYPE_CHECKING:
+    from ci2p_cache.cache.manifest import Manifest
+
 __all__ = ["EncodeOptions"]
 
 
@@ -33,94 +36,91 @@ class EncodeOptions(Record):
         UsageError: a value is out of range, on construction.
     """
 
-    root: Path | None = None
-    """Folder that the paths of a list of images start from; None: the list's own."""
-    image_column: str | None = None
-    """Column of the images, or of their paths in a list; see `SourceOptions`."""
-    label_column: str | None = None
-    """Column or field of the labels; see `SourceOptions`."""
-    encoder: Literal["official", "bundled"] = "official"
-    """CompressAI's published weights, fetched once, or the ones in this package."""
-    weights: Path | None = None
-    """A weights file instead: CompressAI .pth.tar or safetensors; `encoder` is then not used."""
-    arch: str = "bmshj2018-factorized"
-    """CompressAI zoo name; the paper's encoder."""
-    quality: int = 5
-    """CompressAI quality, 1-8; the paper's is 5."""
-    metric: Literal["mse", "ms-ssim"] = "mse"
-    """Which of CompressAI's two trainings."""
-    size: int = 256
-    """Side of the encoded square in pixels, a multiple of 32; the paper's is 256."""
-    resize_side: int | None = None
-    """Shorter side before the centre crop, in pixels; None: `size`."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Resize filter; torchvision's default."""
-    exif: Literal["ignore", "apply"] = "ignore"
-    """EXIF orientation; torchvision's loader ignores it."""
-    max_pixels: int = 89_000_000
-    """Larger images count as bad."""
-    views: str = "flip"
-    """Views of a training image: none, flip or crops:K; flip is the paper's augmentation."""
-    dtype: DType = "int8"
-    """What is stored: symbols (int8, int16) or y itself (float16, float32)."""
-    step: float = 1.0
-    """Quantisation step of symbols; the codec's own is 1."""
-    precision: Precision = "float32"
-    """Arithmetic of g_a; float32 is the reference."""
-    format: FormatName = "zarr"
-    """Container of the latents: zarr shards, WebDataset tars, or both; zarr is the smallest."""
-    codec: CodecName = "zstd"
-    """Byte compressor of the zarr chunks; none for reading at RAM speed."""
-    level: int = 1
-    """zstd level."""
-    shard_samples: int = 1024
-    """Rows per shard, fewer where 128 MiB of raw latents would be exceeded."""
-    labels: Labels = "auto"
-    """Where labels come from: auto, the source; none, nowhere: rows have -1, there are no classes,
-    and all images below the source or its splits count."""
-    val_fraction: float = 0.1
-    """Share of each class drawn as `val` where the source has no split folders; 0 for none."""
-    seed: int = 0
-    """Seed of the row order, the drawn validation split and the crops."""
-    limit: int | None = None
-    """Only that many images, spread over the source."""
-    batch_size: int | None = None
-    """Views per call of g_a; None: 8 on CPU (fastest measured), 256 on CUDA."""
-    workers: int | None = None
-    """Threads that read and decode; None: one per core."""
-    devices: str = "auto"
-    """auto, cpu, cpu:N, cuda, cuda:0,1."""
-    max_errors: str = "0.1%"
-    """Images that may fail before the run stops: a share or a count."""
-    retry_failed: bool = False
-    """Read images anew that failed."""
-    rescan: bool = False
-    """List the source again and append new images; every committed row stays as it is."""
-    reencode_changed: bool = False
-    """With `rescan`: encode images again whose originals have changed."""
-    plan_only: bool = False
-    """Write plan, encoder and manifest, and encode nothing."""
-    shard_range: str | None = None
-    """Only that part of the shards: i/n, i-j/n or auto (see `ShardRange.parse`); None: all."""
-    finalise: bool = False
-    """Complete a folder whose shards are all committed, and encode nothing."""
-    executor: Literal["local", "processes", "ray"] = "local"
-    """Who encodes: this process, one process per device, or actors in a Ray cluster."""
+    root: Path | None = option(
+        None, "Folder that the paths of a list start from [default: the list's own]."
+    )
+    image_column: str | None = option(
+        None, "Column of the images, or of their paths in a list; in tars their extension."
+    )
+    label_column: str | None = option(
+        None, "Column of the labels; in tars an extension, or a field of the .json."
+    )
+    encoder: Literal["official", "bundled"] = option(
+        "official", "CompressAI's published weights (fetched once), or the ones shipped."
+    )
+    weights: Path | None = option(
+        None, "A weights file instead: CompressAI's .pth.tar, or .safetensors."
+    )
+    arch: str = option("bmshj2018-factorized", "CompressAI zoo name; the paper's.")
+    quality: int = option(5, "CompressAI quality, 1 to 8; the paper's.", low=1, high=8)
+    metric: Literal["mse", "ms-ssim"] = option("mse", "What the encoder was trained for.")
+    size: int = option(256, "Side of the square in pixels, a multiple of 32; the paper's.")
+    resize_side: int | None = option(
+        None, "Shorter side before the centre crop, in pixels [default: size]."
+    )
+    interpolation: Literal["bilinear", "bicubic"] = option(
+        "bilinear", "Resize filter, antialiased; torchvision's default."
+    )
+    exif: Literal["ignore", "apply"] = option(
+        "ignore", "What to do with EXIF orientation; torchvision's loader ignores it."
+    )
+    max_pixels: int = option(89_000_000, "Larger images count as bad.")
+    views: str = option(
+        "flip", "Views of a training image: none, flip or crops:K; flip is the paper's."
+    )
+    dtype: DType = option("int8", "int8, int16: the codec's symbols. float16, float32: y itself.")
+    step: float = option(1.0, "Quantisation step of the symbols; the codec's own is 1.")
+    precision: Precision = option("float32", "Arithmetic of the encoder; float32 is the reference.")
+    format: FormatName = option(
+        "zarr", "Container of the latents: zarr shards (smallest), WebDataset tars, or both."
+    )
+    codec: CodecName = option(
+        "zstd", "Byte compressor of the zarr chunks; none for reading at RAM speed."
+    )
+    level: int = option(1, "zstd level, -100 to 22; low ones decode faster.")
+    shard_samples: int = option(
+        1024, "Images per shard; fewer where 128 MiB of raw latents would be exceeded."
+    )
+    labels: Labels = option(
+        "auto", "none: encode images without labels; train refuses such a cache."
+    )
+    val_fraction: float = option(
+        0.1, "Validation share of each class where SRC has no split folders; 0 for none."
+    )
+    seed: int = option(0, "Seed of row order, drawn split and crops.")
+    limit: int | None = option(None, "Only that many images, spread over the source.")
+    batch_size: int | None = option(
+        None, "Views per encoder call [default: 8 on CPU (fastest measured), 256 on CUDA].", low=1
+    )
+    workers: int | None = option(
+        None, "Threads that read and decode [default: one per core].", low=1
+    )
+    devices: str = option("auto", "auto, cpu, cpu:N (lanes), cuda, cuda:0,1.")
+    max_errors: str = option(
+        "0.1%", "Images that may fail: a share (at least one image) or a count."
+    )
+    retry_failed: bool = option(False, "Read images again that failed.")
+    rescan: bool = option(
+        False, "List SRC again and append new images; committed rows stay as they are."
+    )
+    reencode_changed: bool = option(False, "With --rescan: encode changed images again.")
+    plan_only: bool = option(False, "List SRC and write the plan; encode nothing.")
+    shard_range: str | None = option(
+        None,
+        "Encode only part i of n of the shards, from 1/n to n/n; auto: this task's part of a Slurm "
+        "array or an indexed Kubernetes job.",
+        metavar="i/n",
+    )
+    finalise: bool = option(False, "Complete a folder whose shards are all committed.")
+    executor: Literal["local", "processes", "ray"] = option(
+        "local", "Who encodes: this process, one per device, or a Ray cluster."
+    )
 
     def __post_init__(self) -> None:
+        check_options(self)
         self.image_spec("unknown")
         self.view_spec()
         self.layout_spec()
-        for name in ("batch_size", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"`{name}` is {value}; it must be at least 1")
-        if not 1 <= self.quality <= 8:
-            raise UsageError(f"`quality` is {self.quality}; 1 to 8 are possible")
-        if self.executor not in ("local", "processes", "ray"):
-            raise UsageError(f"`executor` is {self.executor!r}; wanted local, processes or ray")
-        if self.labels not in ("auto", "none"):
-            raise UsageError(f"`labels` is {self.labels!r}; wanted auto or none")
         chosen = [name for name in ("plan_only", "shard_range", "finalise") if getattr(self, name)]
         if len(chosen) > 1:
             raise UsageError(f"`{chosen[0]}` and `{chosen[1]}` do not go together")

@@ -157,7 +157,7 @@ def test_augmentation_can_be_set_by_environment_variables(
     monkeypatch.setenv("CI2P_CACHE_TRAIN_LAYER_DECAY", "2")
     ran = run("train", cache_dir, "--mixup", "0.8")
     assert ran.code == 2
-    assert "`layer_decay` is 2.0; 0 < value <= 1 is wanted" in ran.err.replace("\n", " ")
+    assert "`layer_decay` is 2.0; wanted a number, 0 < value <= 1" in ran.err.replace("\n", " ")
 
 
 class TestBadInput:

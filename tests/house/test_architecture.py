@@ -30,6 +30,7 @@ MAX_BODY_LINES = 60
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "fields": {"errors"},
     "machine": {"errors"},
     "record": {"errors"},
     "parquet_pages": set(),
@@ -44,10 +45,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "record", "specs", "gdn"},
     "encoding": {
         *("machine", "errors", "outputs", "record", "remote", "specs", "images", "encoder"),
-        "cache",
+        *("cache", "fields"),
     },
     "loader": {"machine", "errors", "record", "specs", "cache"},
-    "training": {"machine", "errors", "outputs", "record", "specs", "cache", "loader", "models"},
+    "training": {
+        *("machine", "errors", "fields", "outputs", "record", "specs", "cache", "loader", "models"),
+    },
     "inference": {
         *("machine", "errors", "record", "specs", "images", "encoder", "cache", "loader", "models"),
         *("training", "intervals", "outputs"),

@@ -119,8 +119,8 @@ def test_more_folds_than_images_and_folds_that_cannot_be_are_refused(cache: cc.C
         splits_of(cache, cc.TrainSpec(folds=14))
     for folds, fold, message in (
         (1, 0, "`folds` is 1; 0 switches it off"),
-        (3, 3, "`fold` is 3; a whole number from 0 to 2"),
-        (0, 1, "`fold` is 1; a whole number from 0 to 0"),
+        (3, 3, "`fold` is 3; wanted at most 2"),
+        (0, 1, "`fold` is 1; wanted at most 0"),
     ):
         with pytest.raises(errors.UsageError, match=message):
             cc.TrainSpec(folds=folds, fold=fold)
