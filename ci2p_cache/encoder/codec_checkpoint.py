@@ -14,12 +14,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import safetensors
 import safetensors.torch
@@ -32,6 +31,7 @@ from ci2p_cache.errors import (
     ResourceError,
     UsageError,
 )
+from ci2p_cache.fields import check_options, option
 from ci2p_cache.record import Record, read_json, read_regular, write_synced
 
 __all__ = ["CodecPlace", "CodecSpec", "CodecState", "CodecStore"]
@@ -42,15 +42,6 @@ _MAX_BYTES = 2**30
 """Of the tensors: quality 8, the largest, takes 120 MB."""
 
 
-CodecPrecision = Literal["bfloat16", "float32"]
-"""Arithmetic of g_a and g_s while they are trained."""
-
-CodecOptimizer = Literal["muon", "adam"]
-"""What moves the large kernels."""
-
-_VERSION = 1
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecSpec(Record):
     """Every setting that changes the numbers of a codec's training; it binds the output folder.
@@ -59,69 +50,64 @@ class CodecSpec(Record):
         UsageError: a value is out of range, on construction.
     """
 
-    version: int = _VERSION
-    """Version of this record."""
-    quality: int = 5
-    """CompressAI quality, 1-8; fixes N and M. 5 is what CI2P caches (128, 192)."""
-    steps: int = 20_000
-    """Optimiser steps, warm-up included; the learning rate ends at 0 with the last one."""
-    batch_size: int = 8
-    """Crops per step; small, because steps count for more than smooth gradients."""
-    crop_px: int = 128
-    """Side of the square crops; a multiple of 16. 128 sees g_a's whole field of view."""
-    lmbda: float = 0.025
-    """Weight of the distortion; CompressAI's for quality 5 and mse."""
-    lr: float = 2e-4
-    """Peak learning rate of g_a and g_s, of Adam's scale; between CompressAI's 1e-4 and the 4e-4
-    that the bundled encoder began with from scratch."""
-    optimizer: CodecOptimizer = "muon"
-    """For the kernels inside g_a and g_s; all else is always Adam's. muon: see `Muon`;
-    adam: as CompressAI."""
-    entropy_lr: float = 1e-3
-    """Peak learning rate of the entropy model, which has to follow g_a; Adam's."""
-    aux_lr: float = 1e-3
-    """Learning rate of the quantiles' own Adam; CompressAI's."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up, in which Adam learns its scales; at most half of `steps` count."""
-    clip_norm: float = 1.0
-    """Largest L2 norm of all gradients together; CompressAI's."""
-    ema_decay: float = 0.998
-    """Averaging of the weights that are kept: the last 500 steps or so; rises to it from 0.1."""
-    min_scale: float = 0.5
-    """Half of the crops are shrunk, antialiased, by a factor from here to 1; 1: none. Shrunk
-    photographs are sharper and less marked by JPEG."""
-    precision: CodecPrecision = "bfloat16"
-    """Arithmetic of g_a and g_s (autocast) and inside Muon; weights, entropy model and loss are
-    float32."""
-    seed: int = 0
-    """Seed of the initial weights, the crops and the noise."""
+    version: int = option(1, "Version of this record.", low=1, high=1)
+    quality: int = option(
+        5, "CompressAI quality; fixes N and M. 5 is what CI2P caches (128, 192).", low=1, high=8
+    )
+    steps: int = option(
+        20_000, "Optimiser steps; the learning rate ends at 0 with the last one.", low=1, high=10**9
+    )
+    batch_size: int = option(
+        8, "Crops per step; steps count for more than smooth gradients.", low=1, high=2**16
+    )
+    crop_px: int = option(
+        128, "Side of the square crops, a multiple of 16; g_a sees 128.", low=16, high=2**13
+    )
+    lmbda: float = option(
+        0.025, "Weight of the distortion; CompressAI's for quality 5 and mse.", above=0
+    )
+    lr: float = option(
+        2e-4,
+        "Peak learning rate of g_a and g_s, of Adam's scale; between CompressAI's 1e-4 and the "
+        "4e-4 that the bundled encoder began with from scratch.",
+        above=0,
+    )
+    optimizer: Literal["muon", "adam"] = option(
+        "muon", "For the kernels inside g_a and g_s, `Muon` or as CompressAI; all else is Adam's."
+    )
+    entropy_lr: float = option(
+        1e-3, "Peak learning rate of the entropy model, which follows g_a; Adam's.", above=0
+    )
+    aux_lr: float = option(1e-3, "Learning rate of the quantiles' own Adam; CompressAI's.", above=0)
+    warmup_steps: int = option(
+        100, "Linear warm-up for Adam's scales; at most half of `steps` count.", low=0, high=10**9
+    )
+    clip_norm: float = option(
+        1.0, "Largest L2 norm of all gradients together; CompressAI's.", above=0
+    )
+    ema_decay: float = option(
+        0.998, "Average of the weights: the last 500 steps; rises from 0.1.", above=0, below=1
+    )
+    min_scale: float = option(
+        0.5,
+        "Half of the crops are shrunk, antialiased, by a factor from here to 1; 1: none. Shrunk "
+        "photographs are sharper and less marked by JPEG.",
+        above=0,
+        high=1,
+    )
+    precision: Literal["bfloat16", "float32"] = option(
+        "bfloat16",
+        "Arithmetic of g_a and g_s (autocast) and inside Muon; weights, entropy model and loss are "
+        "float32.",
+    )
+    seed: int = option(
+        0, "Seed of the initial weights, the crops and the noise.", low=0, high=2**63 - 1
+    )
 
     def __post_init__(self) -> None:
-        for name in ("lmbda", "lr", "entropy_lr", "aux_lr", "clip_norm", "ema_decay", "min_scale"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, name, value, "above 0")
-        for name, low, high in (
-            ("version", 1, 1),
-            ("quality", 1, 8),
-            ("steps", 1, 10**9),
-            ("batch_size", 1, 2**16),
-            ("crop_px", 16, 2**13),
-            ("warmup_steps", 0, 10**9),
-            ("seed", 0, 2**63 - 1),
-        ):
-            value = getattr(self, name)
-            _require(low <= value <= high, name, value, f"{low} to {high}")
-        _require(self.crop_px % 16 == 0, "crop_px", self.crop_px, "a multiple of 16")
-        _require(self.ema_decay < 1, "ema_decay", self.ema_decay, "below 1")
-        _require(self.min_scale <= 1, "min_scale", self.min_scale, "at most 1")
-        for name, known in (("optimizer", CodecOptimizer), ("precision", CodecPrecision)):
-            value = getattr(self, name)
-            _require(value in get_args(known), name, repr(value), " or ".join(get_args(known)))
-
-
-def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise UsageError(f"`{name}` is {value}; wanted {wanted}")
+        check_options(self)
+        if self.crop_px % 16:
+            raise UsageError(f"`crop_px` is {self.crop_px}; wanted a multiple of 16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

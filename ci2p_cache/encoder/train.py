@@ -62,34 +62,17 @@ class TrainingImages:
     """What images these are, in the caller's words; a run is resumed with the same ones only."""
 
 
-class Crops:
-    """Batches of random crops of training images, a pure function of seed and step."""
-
-    def __init__(self, data: TrainingImages, spec: CodecSpec) -> None:
-        if len(data.images) == 0 or len(data.draws) != len(data.images) or min(data.draws) <= 0:
-            raise UsageError(
-                f"{len(data.images)} images and {len(data.draws)} draws; wanted at least one image "
-                "and a positive number for each"
-            )
-        self._images = data.images
-        self._spec = spec
-        self._cumulative = np.cumsum(np.asarray(data.draws, dtype=np.float64))
-
-    def batch(self, step: int) -> Tensor:
-        """Gives the batch of a step: float32 (B, 3, crop_px, crop_px) in [0, 1].
-
-        Raises:
-            UsageError: an image is smaller than the crop or not uint8 (3, H, W).
-        """
-        rng = np.random.default_rng([self._spec.seed, step])
-        crops = []
-        for _ in range(self._spec.batch_size):
-            # A draw that rounds up to the whole sum would be behind the last image.
-            drawn = rng.random() * self._cumulative[-1]
-            place = np.searchsorted(self._cumulative, drawn, side="right")
-            index = min(int(place), len(self._images) - 1)
-            crops.append(_crop(self._images[index], rng, self._spec, index))
-        return torch.stack(crops).float().div_(255)
+def _batch(data: TrainingImages, spec: CodecSpec, step: int) -> Tensor:
+    """Gives the batch of a step, random crops in [0, 1]: float32 (B, 3, crop_px, crop_px)."""
+    cumulative = np.cumsum(np.asarray(data.draws, dtype=np.float64))
+    rng = np.random.default_rng([spec.seed, step])
+    crops = []
+    for _ in range(spec.batch_size):
+        # A draw that rounds up to the whole sum would be behind the last image.
+        drawn = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
+        index = min(int(drawn), len(data.images) - 1)
+        crops.append(_crop(data.images[index], rng, spec, index))
+    return torch.stack(crops).float().div_(255)
 
 
 def _crop(image: Tensor, rng: np.random.Generator, spec: CodecSpec, index: int) -> Tensor:
@@ -283,7 +266,11 @@ def train_codec(
     require_compressai(
         "training a codec", instead="train on Python 3.11 or 3.12; encoding works on any"
     )
-    crops = Crops(data, spec)
+    if len(data.images) == 0 or len(data.draws) != len(data.images) or min(data.draws) <= 0:
+        raise UsageError(
+            f"{len(data.images)} images and {len(data.draws)} draws; wanted at least one image and "
+            "a positive number for each"
+        )
     run = _Run(spec, start, checked_device(device))
     store = CodecStore(out)
     state = store.load()
@@ -292,7 +279,7 @@ def train_codec(
         run.load(state)
     resumed_at = saved_at = run.step
     while run.step < spec.steps:
-        done = run.advance(crops.batch(run.step))
+        done = run.advance(_batch(data, spec, run.step))
         wish = control(done)
         if wish != "go" or run.step == spec.steps:
             store.save(run.state(data.digest))

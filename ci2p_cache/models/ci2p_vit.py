@@ -26,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "PatchReshape",
     "check_fields",
+    "check_latents",
     "classification_head",
     "drop_path_rates",
     "init_convolutions",
@@ -199,6 +200,20 @@ class ModelConfig(Record):
         check_fields(self, latent_channels=(1, 1), latent_size=(2, 2))
 
 
+def check_latents(shape: tuple[int, ...], *, name: str, channels: int) -> None:
+    """Refuses latents that a model cannot take, by UsageError; their sides must be even."""
+    if len(shape) != 4 or shape[1] != channels:
+        raise UsageError(
+            f"{name} wants latents (batch, {channels}, height, width), got {shape}; make it with "
+            "the number of channels that the cache has"
+        )
+    if shape[2] % 2 or shape[3] % 2 or not shape[2] or not shape[3]:
+        raise UsageError(
+            f"{name} wants latents of even height and width, got {shape[2]}x{shape[3]}; the image "
+            "size must be a multiple of 32"
+        )
+
+
 def num_heads(width: int) -> int:
     """Returns the number of attention heads for tokens of `width` channels.
 
@@ -329,16 +344,7 @@ class CI2PViT(nn.Module):
 
     def _check(self, latents_BMHW: Tensor) -> None:
         config, shape = self.config, tuple(latents_BMHW.shape)
-        if len(shape) != 4 or shape[1] != config.latent_channels:
-            raise UsageError(
-                f"{config.name} wants latents (batch, {config.latent_channels}, height, width), "
-                f"got {shape}; make it with `latent_channels` of the cache"
-            )
-        if shape[2] % 2 or shape[3] % 2 or not shape[2] or not shape[3]:
-            raise UsageError(
-                f"{config.name} wants latents of even height and width, got {shape[2]}x{shape[3]}; "
-                "the image size must be a multiple of 32"
-            )
+        check_latents(shape, name=config.name, channels=config.latent_channels)
         side = config.latent_size
         if self.pos_embed is not None and shape[2:] != (side, side):
             raise UsageError(

@@ -28,7 +28,13 @@ from torch import Tensor, nn
 
 from ci2p_cache.errors import UnknownModelError, UsageError
 from ci2p_cache.models.baselines import Normalise, check_images
-from ci2p_cache.models.ci2p_vit import PatchReshape, check_fields, init_convolutions, to_tokens
+from ci2p_cache.models.ci2p_vit import (
+    PatchReshape,
+    check_fields,
+    check_latents,
+    init_convolutions,
+    to_tokens,
+)
 from ci2p_cache.record import Record
 from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 
@@ -172,14 +178,7 @@ class CI2PPatchEmbed(nn.Module):
         return self.norm(tokens)  # type: ignore[no-any-return]  # modules' calls are untyped
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 4 or shape[1] != self.in_chans:
-            raise UsageError(
-                f"CI2PPatchEmbed wants latents (batch, {self.in_chans}, height, width), got {shape}"
-            )
-        if shape[2] % 2 or shape[3] % 2 or not shape[2] or not shape[3]:
-            raise UsageError(
-                f"CI2PPatchEmbed wants latents of even height and width, got {shape[2]}x{shape[3]}"
-            )
+        check_latents(shape, name="CI2PPatchEmbed", channels=self.in_chans)
         if self.img_size is None or not self.strict_img_size:
             return
         wanted = tuple(side // DOWNSAMPLING for side in self.img_size)

@@ -160,16 +160,6 @@ def _first_error(store: Store, error: Exception, *, rank: int) -> Exception:
     return kind(message, hint=first["hint"])
 
 
-def _wait_until_told(store: Store, error: Exception, *, rank: int) -> None:
-    """Gives rank 0 the time to take up an error: torchrun ends all once one rank has left."""
-    if rank == 0 or isinstance(error, _LostRankError):
-        return
-    try:
-        store.wait([_TOLD], _TOLD_TIMEOUT)
-    except RuntimeError as unreachable:
-        _log.debug("rank 0 or torchrun's store is gone: %s", unreachable)
-
-
 @dataclass(frozen=True, slots=True)
 class _Link:
     """What a joined rank has."""
@@ -336,7 +326,10 @@ class Ranks:
             except Exception as error:
                 first = _first_error(link.store, error, rank=self.rank)
                 link.hang_up()
-                _wait_until_told(link.store, error, rank=self.rank)
+                if not self.is_writer and not isinstance(error, _LostRankError):
+                    # torchrun ends all once one rank has left: rank 0 gets the time to take it up.
+                    with contextlib.suppress(RuntimeError):
+                        link.store.wait([_TOLD], _TOLD_TIMEOUT)
                 if first is error:
                     raise
                 raise first from error

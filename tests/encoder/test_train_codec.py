@@ -223,8 +223,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         ({"lmbda": 0.0}, "`lmbda` is 0.0"),
         ({"ema_decay": 1.0}, "`ema_decay` is 1.0"),
         ({"min_scale": 1.5}, "`min_scale` is 1.5"),
-        ({"precision": "float16"}, "`precision` is 'float16'; wanted bfloat16 or float32"),
-        ({"optimizer": "sgd"}, "`optimizer` is 'sgd'; wanted muon or adam"),
+        ({"precision": "float16"}, "`precision` is 'float16'; wanted one of bfloat16, float32"),
+        ({"optimizer": "sgd"}, "`optimizer` is 'sgd'; wanted one of muon, adam"),
         ({"version": 2}, "`version` is 2"),
     ],
 )

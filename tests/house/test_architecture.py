@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outputs": {"errors", "remote"},
     "images": {"errors", "parquet_pages", "record", "remote", "specs"},
     "gdn": set(),
-    "encoder": {"machine", "errors", "record", "specs", "gdn"},
+    "encoder": {"machine", "errors", "fields", "record", "specs", "gdn"},
     "cache": {"errors", "parquet_pages", "record", "remote", "specs"},
     "models": {"errors", "record", "specs", "gdn"},
     "encoding": {
