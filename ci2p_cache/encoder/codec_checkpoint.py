@@ -34,7 +34,7 @@ from ci2p_cache.errors import (
 from ci2p_cache.fields import check_options, option
 from ci2p_cache.record import Record, read_json, read_regular, write_synced
 
-__all__ = ["CodecPlace", "CodecSpec", "CodecState", "CodecStore"]
+__all__ = ["CodecPlace", "CodecSpec", "CodecStore"]
 
 _RECORD = "checkpoint.json"
 _TENSORS = "checkpoint-{:08d}.safetensors"
@@ -124,14 +124,6 @@ class CodecPlace(Record):
     """`tensor_digest` of the weights that the run began with."""
 
 
-@dataclass(frozen=True, slots=True)
-class CodecState:
-    """All that a run needs to continue; tensors by kind and parameter, as at the top."""
-
-    place: CodecPlace
-    tensors: Mapping[str, Tensor]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _CheckpointRecord(Record):
     """checkpoint.json."""
@@ -148,7 +140,7 @@ class CodecStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def load(self) -> CodecState | None:
+    def load(self) -> tuple[CodecPlace, Mapping[str, Tensor]] | None:
         """Gives the saved state; None where there is none.
 
         Raises:
@@ -172,20 +164,20 @@ class CodecStore:
                 f"{path} is not what was written: wanted {record.bytes} bytes with sha256 "
                 f"{record.sha256[:12]}..., got {len(content)} bytes with another"
             )
-        return CodecState(record.place, tensors)
+        return record.place, tensors
 
-    def save(self, state: CodecState) -> None:
+    def save(self, place: CodecPlace, tensors: Mapping[str, Tensor]) -> None:
         """Writes a state: tensors, then the record, each synced and renamed; then older ones go.
 
         Raises:
             ResourceError: it cannot be written; the earlier checkpoint is as it was.
         """
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         content = bytes(safetensors.torch.save(plain))
         record = _CheckpointRecord(
-            place=state.place, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+            place=place, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
         )
-        name = _TENSORS.format(state.place.step)
+        name = _TENSORS.format(place.step)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._put(name, content)

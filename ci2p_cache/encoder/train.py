@@ -29,7 +29,7 @@ from torch.nn.functional import interpolate
 from torch.optim import Optimizer
 
 from ci2p_cache.encoder.architecture import own_model, value_tensors
-from ci2p_cache.encoder.codec_checkpoint import CodecPlace, CodecSpec, CodecState, CodecStore
+from ci2p_cache.encoder.codec_checkpoint import CodecPlace, CodecSpec, CodecStore
 from ci2p_cache.encoder.frozen import FrozenEncoder, fixed_arithmetic
 from ci2p_cache.encoder.weights import tensor_digest
 from ci2p_cache.encoder.zoo import ARCH, compressai_model, require_compressai
@@ -275,14 +275,14 @@ def train_codec(
     store = CodecStore(out)
     state = store.load()
     if state is not None:
-        _check_same_run(out, state.place, run.state(data.digest).place)
-        run.load(state)
+        _check_same_run(out, state[0], run.state(data.digest)[0])
+        run.load(*state)
     resumed_at = saved_at = run.step
     while run.step < spec.steps:
         done = run.advance(_batch(data, spec, run.step))
         wish = control(done)
         if wish != "go" or run.step == spec.steps:
-            store.save(run.state(data.digest))
+            store.save(*run.state(data.digest))
             saved_at = run.step
         if wish == "stop":
             break
@@ -360,7 +360,7 @@ class _Run:
         bpp, mse = out["bpp_loss"].item(), 255**2 * out["mse_loss"].item()
         return CodecStep(self.step, bpp, mse, out["loss"].item(), spec.lr * share)
 
-    def state(self, images: str) -> CodecState:
+    def state(self, images: str) -> tuple[CodecPlace, Mapping[str, Tensor]]:
         """Gives all that `load` needs, as it is now."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
@@ -370,25 +370,24 @@ class _Run:
             for key, value in moments.items():
                 tensors[f"{key}/{name}"] = value
         place = CodecPlace(step=self.step, spec=self.spec, images=images, start=self._start)
-        return CodecState(place, tensors)
+        return place, tensors
 
     @torch.no_grad()
-    def load(self, state: CodecState) -> None:
+    def load(self, place: CodecPlace, tensors: Mapping[str, Tensor]) -> None:
         """Goes to a state of the same run.
 
         Raises:
             CheckpointError: its tensors are not those of this model.
         """
-        wanted = self.state("").tensors
-        for name, tensor in wanted.items():
-            found = state.tensors.get(name)
+        for name, tensor in self.state("")[1].items():
+            found = tensors.get(name)
             if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
                 raise CheckpointError(
                     f"the checkpoint's {name!r} is missing or has another shape or dtype; wanted "
                     f"{tuple(tensor.shape)} {tensor.dtype}"
                 )
             tensor.copy_(found)
-        self.step = state.place.step
+        self.step = place.step
 
     def encoder(self) -> FrozenEncoder:
         """Gives the averaged weights as an encoder of their own."""

@@ -292,15 +292,7 @@ def _require_known(name: object, prefix: str) -> None:
     )
 
 
-_BUILD_ERRORS = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_BUILD_ERRORS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 """What timm's models raise for a size or an option that they cannot have."""
 
 

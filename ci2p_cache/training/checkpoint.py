@@ -154,13 +154,8 @@ CHECKPOINTS = "checkpoints"
 VERSION: Final = 1
 """Of `state.json` and `digests.json`."""
 
-MODEL, AVERAGE, OPTIMIZER, STATE, DIGESTS = (
-    "model.safetensors",
-    "ema.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "digests.json",
-)
+MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+STATE, DIGESTS = "state.json", "digests.json"
 
 NAME = re.compile(r"epoch-(\d{4,})-step-(\d{6,})")
 
