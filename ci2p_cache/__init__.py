@@ -11,11 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ci2p_cache.cache.finding import Finding
     from ci2p_cache.cache.split import Split
-    from ci2p_cache.cache.status import CacheStatus, status
     from ci2p_cache.cache.store import Cache, open_cache
-    from ci2p_cache.cache.verify import verify
+    from ci2p_cache.cache.survey import CacheStatus, status
+    from ci2p_cache.cache.verify import Finding, verify
     from ci2p_cache.encoder.frozen import FrozenEncoder
     from ci2p_cache.encoder.load import load_encoder
     from ci2p_cache.encoding.convert.run import ConvertSummary, convert
@@ -114,7 +113,7 @@ _HOMES = {
     "CI2PPatchEmbed": "models.timm_models",
     "Cache": "cache.store",
     "CacheError": "errors",
-    "CacheStatus": "cache.status",
+    "CacheStatus": "cache.survey",
     "Classifier": "inference.classifier",
     "Complexity": "models.complexity",
     "ConvertSummary": "encoding.convert.run",
@@ -126,7 +125,7 @@ _HOMES = {
     "Evaluation": "inference.evaluation",
     "Experiment": "experiment.spec",
     "ExperimentSummary": "experiment.run",
-    "Finding": "cache.finding",
+    "Finding": "cache.verify",
     "Fingerprint": "specs",
     "FrozenEncoder": "encoder.frozen",
     "ImageSpec": "specs",
@@ -157,7 +156,7 @@ _HOMES = {
     "reencode": "encoding.reencode",
     "repair": "encoding.repair.run",
     "run_experiment": "experiment.run",
-    "status": "cache.status",
+    "status": "cache.survey",
     "train": "training.run",
     "verify": "cache.verify",
 }

@@ -113,7 +113,7 @@ def check_options(record: Any) -> None:
     Raises:
         UsageError: a value is not what its field declares.
     """
-    for name, (kind, _, declared) in declared_options(type(record)).items():
+    for name, (kind, _, declared) in declared_options(type(record)).items():  # type: ignore[arg-type]  # a class is hashable
         value = getattr(record, name)
         wanted = declared.refusal(kind, value)
         if wanted is not None:

@@ -15,11 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ci2p_cache.cache.card import stored_rows
 from ci2p_cache.cache.folder import CacheFolder
-from ci2p_cache.cache.sample_card import read_row
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
+from ci2p_cache.cache.summary import read_row
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.errors import UsageError
 from ci2p_cache.images.source import ImageReader
@@ -72,10 +71,10 @@ class LatentIllustrator:
             ShardError: a shard or index part is damaged.
             WeightsError, DigestError: the cache's encoder is damaged or another.
         """
-        split = next((s for s in (*self._val_first(cache),) if len(stored_rows(s))), None)
+        split = next((s for s in (*self._val_first(cache),) if len(s.valid_rows)), None)
         if split is None:
             return None
-        known = stored_rows(split)
+        known = split.valid_rows
         rng = np.random.default_rng(_SAMPLE_SEED)
         count = min(self._num_samples, len(known))
         rows = np.sort(rng.choice(known, count, replace=False)).tolist()

@@ -22,10 +22,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ci2p_cache.cache.card import stored_rows
-from ci2p_cache.cache.sample_card import describe_row, read_row
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
+from ci2p_cache.cache.summary import describe_row, read_row
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.errors import UsageError
 from ci2p_cache.images.source import ImageReader
@@ -172,7 +171,7 @@ def check_picture(cache: Cache, path: Path) -> None:
 def _chosen_rows(split: Split, rows: Sequence[int] | None, count: int) -> list[int]:
     """Returns the rows to draw; those asked for are checked when they are read."""
     if rows is None:
-        stored = stored_rows(split)
+        stored = split.valid_rows
         if not len(stored):
             raise UsageError(f"split {split.name!r} of {split.cache.path} holds no latent to draw")
         wanted = min(count, len(stored))

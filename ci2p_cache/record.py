@@ -1,12 +1,13 @@
 """`Record`: a frozen dataclass with a strict dictionary form, for whatever is written to disk.
 
-Beside it: how a single file is read whole, or written whole.
+Beside it: how a single file is read or written whole, and JSON that holds its own sha256.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import os
@@ -14,11 +15,10 @@ import reprlib
 import stat
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from ci2p_cache.errors import ManifestError, UsageError
 
@@ -26,16 +26,21 @@ __all__ = [
     "MAX_JSON_BYTES",
     "Record",
     "differing_fields",
-    "json_object",
+    "json_bytes",
     "read_json",
     "read_regular",
+    "read_sealed",
     "read_yaml",
     "regular_file",
+    "sealed_bytes",
+    "unsealed",
     "write_synced",
 ]
 
 MAX_JSON_BYTES = 8 * 2**20
 """Room for 50,000 classes with titles. Parsed, hostile JSON takes about 25 times its size."""
+
+_SEAL, _BLANK = "sha256", "0" * 64
 
 
 class Record:
@@ -83,12 +88,11 @@ class Record:
             raise ManifestError(f"{cls.__name__} is not valid: {error}") from error
 
 
-def differing_fields(ours: Record, theirs: Record) -> list[tuple[str, Any, Any]]:
-    """Compares two records of one type field by field.
+_R = TypeVar("_R", bound=Record)
 
-    Returns:
-        (dotted field name, our value, their value) for each field that differs, in field order.
-    """
+
+def differing_fields(ours: Record, theirs: Record) -> list[tuple[str, Any, Any]]:
+    """Returns (dotted field name, our value, their value) for each field that differs, in order."""
     found: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(ours):  # type: ignore[arg-type]  # records are dataclasses
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
@@ -105,7 +109,7 @@ _hints = cache(typing.get_type_hints)
 """Field name -> type; resolving the annotations takes longer than checking the values."""
 
 
-def _checked(place: str, wanted: Any, value: Any) -> Any:
+def _checked(where: str, wanted: Any, value: Any) -> Any:
     """Returns `value` if it has the annotated type, with records and tuples restored."""
     if isinstance(wanted, type) and issubclass(wanted, Record):
         return wanted.from_dict(value)
@@ -113,16 +117,16 @@ def _checked(place: str, wanted: Any, value: Any) -> Any:
         return Path(value)
     origin, args = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_checked(place, args[0], item) for item in value)
+        return tuple(_checked(where, args[0], item) for item in value)
     if origin is dict and isinstance(value, Mapping):
-        return {str(key): _checked(place, args[1], item) for key, item in value.items()}
+        return {str(key): _checked(where, args[1], item) for key, item in value.items()}
     if origin is types.UnionType:
         if type(value) in args:
             return value
         rest = [arg for arg in args if arg not in (type(None), str, int, bool)]
         if rest and value is not None:
-            return _checked(place, rest[0], value)
-        raise ManifestError(f"{place} wants {wanted}, got {_shown(value)}")
+            return _checked(where, rest[0], value)
+        raise ManifestError(f"{where} wants {wanted}, got {_shown(value)}")
     if origin is Literal:
         fits = any(type(value) is type(arg) and value == arg for arg in args)
     elif wanted is float and type(value) is int:
@@ -130,7 +134,7 @@ def _checked(place: str, wanted: Any, value: Any) -> Any:
     else:
         fits = type(value) is wanted
     if not fits:
-        raise ManifestError(f"{place} wants {wanted}, got {_shown(value)}")
+        raise ManifestError(f"{where} wants {wanted}, got {_shown(value)}")
     return value
 
 
@@ -156,8 +160,7 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
-@contextmanager
-def regular_file(path: Path) -> Iterator[io.BufferedReader]:
+def regular_file(path: Path) -> io.BufferedReader:
     """Opens a file of ours that may come from a stranger, for reading.
 
     Links are not followed, because they may lead out of the folder; a pipe is not waited for, a
@@ -175,13 +178,10 @@ def regular_file(path: Path) -> Iterator[io.BufferedReader]:
         if error.errno == errno.ELOOP:
             raise ManifestError(f"{path} is a link, which may lead anywhere") from error
         raise
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ManifestError(f"{path} is no regular file")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            yield file
-    finally:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
+        raise ManifestError(f"{path} is no regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def read_regular(path: Path, *, max_bytes: int) -> bytes:
@@ -206,22 +206,62 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ManifestError: it is a link, too large, no JSON, nested too deeply, or no object.
     """
-    return json_object(read_regular(path, max_bytes=MAX_JSON_BYTES), path)
+    return _parsed(read_regular(path, max_bytes=MAX_JSON_BYTES), path, json.loads, "JSON")
 
 
-def json_object(content: bytes, path: Path) -> dict[str, Any]:
-    """Parses a JSON object that may come from a stranger; `path`, where it was, is for messages.
-
-    Raises:
-        ManifestError: it is no JSON, nested too deeply, or no object.
-    """
+def _parsed(content: bytes, path: Path, parse: Callable[[bytes], Any], kind: str) -> dict[str, Any]:
     try:
-        data = json.loads(content)
+        data = parse(content)
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path} is damaged: not JSON ({error})") from error
+        raise ManifestError(f"{path} is damaged: not {kind} ({error})") from error
     if not isinstance(data, dict):
         raise ManifestError(f"{path} is damaged: wanted an object, got {type(data).__name__}")
     return data
+
+
+def json_bytes(data: Mapping[str, Any]) -> bytes:
+    """Serialises to UTF-8 JSON, the same bytes for the same data."""
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def sealed_bytes(data: Mapping[str, Any]) -> bytes:
+    """Serialises to JSON whose last field is the sha256 of the whole file.
+
+    The digest is taken with the field's own 64 digits as zeros, so that a reader in any language
+    can hold the file's bytes against it, and every flipped bit is noticed.
+    """
+    fields = {name: value for name, value in data.items() if name != _SEAL}
+    head, blank, tail = json_bytes(fields | {_SEAL: _BLANK}).rpartition(_BLANK.encode())
+    return head + hashlib.sha256(head + blank + tail).hexdigest().encode() + tail
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
+    """Reads what `sealed_bytes` made.
+
+    Returns:
+        Its fields without the digest, and whether the digest fits. The caller looks at the format
+        version first: another version may be sealed in another way.
+
+    Raises:
+        OSError, ManifestError: as for `read_json`.
+    """
+    raw = read_regular(path, max_bytes=MAX_JSON_BYTES)
+    data = _parsed(raw, path, json.loads, "JSON")
+    seal = data.pop(_SEAL, None)
+    if not isinstance(seal, str) or not seal.isascii() or len(seal) != len(_BLANK):
+        return data, False
+    blank = _BLANK.encode().join(raw.rsplit(seal.encode(), 1))
+    return data, hashlib.sha256(blank).hexdigest() == seal
+
+
+def unsealed(kind: type[_R], data: Mapping[str, Any], path: Path, *, intact: bool) -> _R:
+    """Rebuilds a record from what `read_sealed` gave for `path`; ManifestError if it is damaged."""
+    if not intact:
+        raise ManifestError(f"{path} is damaged: its own sha256 does not fit it")
+    try:
+        return kind.from_dict(data)
+    except ManifestError as error:
+        raise ManifestError(f"{path} is damaged: {error}") from error
 
 
 def read_yaml(path: Path, *, max_bytes: int) -> dict[str, Any]:
@@ -246,22 +286,17 @@ def read_yaml(path: Path, *, max_bytes: int) -> dict[str, Any]:
                 raise yaml.YAMLError("it holds aliases, which ci2p-cache never writes")
             return super().compose_node(parent, index)
 
-    content = read_regular(path, max_bytes=max_bytes)
-    try:
-        data = yaml.load(content, PlainLoader)  # a SafeLoader
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ManifestError(f"{path} is damaged: not YAML ({error})") from error
-    if not isinstance(data, dict):
-        raise ManifestError(f"{path} is damaged: wanted a mapping, got {type(data).__name__}")
-    return data
+    def parse(content: bytes) -> Any:
+        try:
+            return yaml.load(content, PlainLoader)  # a SafeLoader
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from error
+
+    return _parsed(read_regular(path, max_bytes=max_bytes), path, parse, "YAML")
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Writes a file through to the disk; renaming it into place is the caller's business.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a file through to the disk; the caller renames it."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()

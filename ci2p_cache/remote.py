@@ -11,7 +11,8 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,12 +120,7 @@ class RemoteFolder:
         return self._persistently(find, "")
 
     def num_bytes(self, path: str) -> int:
-        """Returns the size of a file.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ResourceError: four tries failed, it may not be read, or the server tells no size.
-        """
+        """Returns the size of a file; raises what `list_files` does, also if no size is known."""
 
         def ask() -> int:
             self._files.invalidate_cache(self._place(path))
@@ -135,24 +131,9 @@ class RemoteFolder:
 
         return self._persistently(ask, path)
 
-    def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Returns bytes of a file, all that were asked for.
-
-        Args:
-            path: Below the URL.
-            start: First byte.
-            end: Behind the last byte; None: the file's end.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ResourceError: four tries failed, or it may not be read.
-        """
-        size = self.num_bytes(path)
-        stop = size if end is None else min(end, size)
-        return b"".join(
-            self._part(path, at, min(at + _PART_BYTES, stop), size)
-            for at in range(start, stop, _PART_BYTES)
-        )
+    def read(self, path: str) -> bytes:
+        """Returns a whole file; raises what `list_files` does."""
+        return b"".join(self._parts(path))
 
     def download(self, path: str, target: Path) -> tuple[int, str]:
         """Writes a file to a local path; returns its size and sha256.
@@ -162,16 +143,20 @@ class RemoteFolder:
             ResourceError: four tries failed, or it may not be read.
             OSError: the local file cannot be written.
         """
-        size, digest = self.num_bytes(path), hashlib.sha256()
+        size, digest, parts = 0, hashlib.sha256(), self._parts(path)
         with target.open("wb") as file:
-            for at in range(0, size, _PART_BYTES):
-                part = self._part(path, at, min(at + _PART_BYTES, size), size)
+            for part in parts:
+                size += len(part)
                 digest.update(part)
                 file.write(part)
         return size, digest.hexdigest()
 
-    def _part(self, path: str, start: int, end: int, size: int) -> bytes:
-        def get() -> bytes:
+    def _parts(self, path: str) -> Iterator[bytes]:
+        """Returns the pieces of a file, each asked for when it is next."""
+        size = self.num_bytes(path)
+
+        def get(start: int) -> bytes:
+            end = min(start + _PART_BYTES, size)
             found: bytes = self._files.cat_file(self._place(path), start=start, end=end)
             if len(found) == size != end - start:
                 # A server that does not know of ranges sends everything.
@@ -180,7 +165,8 @@ class RemoteFolder:
                 raise OSError(f"{len(found)} bytes came of {end - start}")
             return found
 
-        return self._persistently(get, path)
+        starts = range(0, size, _PART_BYTES)
+        return (self._persistently(partial(get, start), path) for start in starts)
 
     def _place(self, path: str) -> str:
         return f"{self._root.rstrip('/')}/{path}" if path else self._root
@@ -196,9 +182,9 @@ class RemoteFolder:
                 # Each library has errors of its own for what a network does.
                 if isinstance(error, _LASTING) or wait_seconds is None:
                     tries = 1 if isinstance(error, _LASTING) else len(_WAITS_SECONDS) + 1
-                    told = shown(str(error)).split("\n")[0] or type(error).__name__
+                    reason = shown(str(error)).split("\n")[0] or type(error).__name__
                     raise ResourceError(
-                        f"{where} cannot be read after {tries} tries: {told}",
+                        f"{where} cannot be read after {tries} tries: {reason}",
                         hint="when the server answers again, run the same command"
                         if wait_seconds is None
                         else "check that these credentials may read it, then run it again",
@@ -208,7 +194,7 @@ class RemoteFolder:
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    """Returns what each library is told about patience."""
+    """Returns each library's options that limit how long it waits."""
     if scheme == "s3":
         patience = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS}
         return {"config_kwargs": patience}

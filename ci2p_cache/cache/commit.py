@@ -6,16 +6,20 @@ How records and shards reach the disk is the staging area's business.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from ci2p_cache.cache.paths import commit_path
-from ci2p_cache.cache.sealed import read_sealed
-from ci2p_cache.errors import ManifestError, UsageError, command
-from ci2p_cache.record import Record, regular_file
+from ci2p_cache.cache.paths import commit_path, shard_of
+from ci2p_cache.errors import IntegrityError, ManifestError, ShardError, UsageError, command
+from ci2p_cache.record import Record, read_sealed, regular_file, unsealed
 from ci2p_cache.specs import FORMAT_VERSION
 
-__all__ = ["CommitRecord", "FileRecord", "has_its_files", "read_commit", "sha256_file"]
+__all__ = [
+    "CommitRecord", "FileRecord", "file_problem", "has_its_files", "listed_commits", "read_commit",
+    "sha256_file",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,38 +60,51 @@ class CommitRecord(Record):
     fingerprint: str
     """Digest of the fingerprint."""
     index_crc32c: int
-    """crc32c of the zarr shard's index: tells two shards of one size apart without reading them."""
+    """crc32c of the zarr shard's index: two shards of one size differ in it."""
     files: tuple[FileRecord, ...]
     """The shard's files."""
     numerics: dict[str, str | int]
     """Device kind, batch, threads, memory format and versions: what `--repair` replays."""
 
+    def file(self, path: str) -> FileRecord:
+        """Returns the record of one of its files; ShardError where it does not list that path."""
+        for file in self.files:
+            if file.path == path:
+                return file
+        raise ShardError(f"its commit record does not list {path}")
+
 
 def read_commit(root: Path, split: str, shard: int) -> CommitRecord | None:
-    """Returns the commit record of a shard, or None where none was written.
+    """Returns the commit record of a shard, None where none was written.
 
     Raises:
         ManifestError: the record is damaged or speaks of another shard.
     """
-    path = root / commit_path(split, shard)
-    hint = command("verify", root, "--repair")
+    path, hint = root / commit_path(split, shard), command("verify", root, "--repair")
     try:
         data, intact = read_sealed(path)
+        record = unsealed(CommitRecord, data, path, intact=intact)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ManifestError(f"{path} cannot be read: {error}", hint=hint) from error
-    except ManifestError as error:
-        raise ManifestError(str(error), hint=hint) from error
-    if not intact:
-        raise ManifestError(f"{path} is damaged: its own sha256 does not fit it", hint=hint)
-    try:
-        record = CommitRecord.from_dict(data)
-    except ManifestError as error:
-        raise ManifestError(f"{path} is damaged: {error}", hint=hint) from error
+    except (OSError, ManifestError) as error:
+        reason = f"{path} cannot be read: {error}" if isinstance(error, OSError) else str(error)
+        raise ManifestError(reason, hint=hint) from error
     if (record.split, record.shard) != (split, shard):
         raise ManifestError(f"{path} speaks of {record.split} shard {record.shard}", hint=hint)
     return record
+
+
+def listed_commits(root: Path) -> list[tuple[str, int]]:
+    """Returns (split, shard) of every commit record in the folder, in order.
+
+    Listed, because asking for each shard would take as long as the manifest says there are.
+    """
+    try:
+        names = os.listdir(root / "commits")  # noqa: PTH208
+    except OSError:
+        return []
+    found = (shard_of(f"commits/{name}") for name in names)
+    return sorted(shard_id for shard_id in found if shard_id is not None)
 
 
 def has_its_files(root: Path, commit: CommitRecord) -> bool:
@@ -99,12 +116,33 @@ def has_its_files(root: Path, commit: CommitRecord) -> bool:
     return True
 
 
-def sha256_file(path: Path) -> str:
-    """Returns the sha256 of a regular file's bytes, 64 hex digits.
+def file_problem(
+    root: Path, file: FileRecord, *, max_read_bytes: float
+) -> tuple[Literal["missing", "damaged"], str] | None:
+    """Says what is wrong with one file, None where nothing is.
 
-    Raises:
-        OSError: it cannot be read.
-        ManifestError: it is a link or no regular file.
+    Its digest is checked if it has at most `max_read_bytes`.
     """
+    path = root / file.path
+    try:
+        if path.is_symlink() or not path.is_file():
+            if not path.exists() and not path.is_symlink():
+                return "missing", "it is missing"
+            return "damaged", "it is no regular file"
+        size = path.stat().st_size
+        if size != file.bytes:
+            return "damaged", f"it has {size} bytes, {file.bytes} were committed"
+        if size > max_read_bytes:
+            return None
+        digest = sha256_file(path)
+    except (OSError, IntegrityError) as error:
+        return "damaged", f"it cannot be read: {error}"
+    if digest != file.sha256:
+        return "damaged", f"its sha256 is {digest[:12]}..., {file.sha256[:12]}... was committed"
+    return None
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the sha256 of a regular file, 64 hex digits; raises what `regular_file` does."""
     with regular_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A cache that grows: the larger one is made beside it and takes its place when it is complete.
+"""A cache that grows: the larger one is made beside it and replaces it when it is complete.
 
 ::
 
@@ -33,11 +33,7 @@ NOTES = "growth.json"
 
 
 def growth_of(root: Path) -> Path | None:
-    """Returns the folder of a growth that was begun; None where there is none.
-
-    Args:
-        root: The cache folder.
-    """
+    """Returns the folder of a growth that was begun in a cache folder; None where there is none."""
     growth = root / GROWTH
     if growth.is_symlink() or not (growth / MANIFEST).is_file():
         return None
@@ -49,14 +45,7 @@ def growth_of(root: Path) -> Path | None:
 
 
 def drop_growth(root: Path) -> None:
-    """Removes what was made of a growth; the cache stays as it is.
-
-    Args:
-        root: The cache folder; the caller holds its lock.
-
-    Raises:
-        ResourceError: it cannot be removed.
-    """
+    """Removes what was made of a growth; the caller holds the lock of `root`, the cache folder."""
     growth = root / GROWTH
     if os.path.lexists(growth):
         # Without its manifest it counts for nothing, whatever ends the rest.
@@ -66,27 +55,23 @@ def drop_growth(root: Path) -> None:
 
 
 def settle(root: Path) -> None:
-    """Lets a growth that is complete take the place of the cache; else nothing is done.
-
-    Args:
-        root: The cache folder; the caller holds its lock.
+    """Replaces a cache by its growth if that is complete; the caller holds the lock of `root`.
 
     Raises:
         ResourceError: a file cannot be replaced; the next command replaces the rest.
         ManifestError: a folder of the cache is a link.
     """
-    growth = growth_of(root)
-    if growth is None or not read_manifest(growth).is_complete:
+    growth = _complete_growth(root)
+    if growth is None:
         return
     touched = {root}
     with disk_errors(root):
         for folder, names, files in os.walk(growth, onerror=_raise):
             names[:] = [name for name in names if name != ".staging"]
-            for name in files:
-                path = Path(folder) / name
-                place = path.relative_to(growth)
-                if str(place) not in (MANIFEST, NOTES) and stat.S_ISREG(path.lstat().st_mode):
-                    touched |= _replace(root, path, place)
+            for path in (Path(folder) / file for file in files):
+                name = path.relative_to(growth)
+                if str(name) not in (MANIFEST, NOTES) and stat.S_ISREG(path.lstat().st_mode):
+                    touched |= _replace(root, path, name)
         for changed in sorted(touched):
             sync_folder(changed)
         (growth / MANIFEST).replace(root / MANIFEST)
@@ -95,17 +80,8 @@ def settle(root: Path) -> None:
 
 
 def settle_for_reading(root: Path) -> None:
-    """Does what `settle` does before a cache is read, as the holder of its lock for that time.
-
-    Args:
-        root: The cache folder.
-
-    Raises:
-        ResourceError: a file cannot be replaced by this process.
-        ManifestError: a folder of the cache is a link.
-    """
-    growth = growth_of(root)
-    if growth is None or not read_manifest(growth).is_complete:
+    """Does what `settle` does, and raises it, holding the lock; before a cache is read."""
+    if _complete_growth(root) is None:
         return
     try:
         # Who holds it is doing the same.
@@ -118,14 +94,19 @@ def settle_for_reading(root: Path) -> None:
         ) from error
 
 
+def _complete_growth(root: Path) -> Path | None:
+    growth = growth_of(root)
+    return growth if growth is not None and read_manifest(growth).is_complete else None
+
+
 def _raise(error: OSError) -> None:
     raise error
 
 
-def _replace(root: Path, path: Path, place: Path) -> set[Path]:
-    """Moves one file of the growth to its place; returns the folders that changed."""
-    target, made = root / place, set()
-    for folder in reversed(place.parents[:-1]):
+def _replace(root: Path, path: Path, name: Path) -> set[Path]:
+    """Moves one file of the growth into the cache; returns the folders that changed."""
+    target, made = root / name, set()
+    for folder in reversed(name.parents[:-1]):
         refuse_link(root / folder, root)
         if not (root / folder).is_dir():
             remove_path(root / folder)
@@ -137,7 +118,7 @@ def _replace(root: Path, path: Path, place: Path) -> set[Path]:
         # A rename onto another name of the same file would leave both.
         path.unlink()
         return made
-    if place.parts[0] == "commits" and target.is_file():
+    if name.parts[0] == "commits" and target.is_file():
         # Its first rows were encoded then: an original that has changed since is found by it.
         then = target.stat()
         os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))

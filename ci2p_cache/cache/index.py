@@ -12,53 +12,30 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ci2p_cache.cache.parquet import parquet_bytes, read_parquet
+from ci2p_cache.cache.commit import CommitRecord, sha256_file
 from ci2p_cache.cache.paths import index_path
-from ci2p_cache.errors import ShardError, command
+from ci2p_cache.errors import ManifestError, ShardError, command
+from ci2p_cache.parquet import parquet_bytes, read_parquet
 
 __all__ = [
-    "INDEX_SCHEMA",
-    "ChannelSums",
-    "IndexRow",
-    "index_bytes",
-    "index_rows",
-    "read_index",
-    "read_sums",
-]
+    "INDEX_SCHEMA", "ChannelSums", "IndexRow", "index_bytes", "index_rows", "read_index",
+    "read_sums", "require_intact",
+]  # fmt: skip
 
-_BOX = pa.struct(
-    [
-        ("top", pa.int32()),
-        ("left", pa.int32()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("flip", pa.bool_()),
-    ]
-)
+_BOX_SIDES = [(name, pa.int32()) for name in ("top", "left", "height", "width")]
+_REQUIRED = {"split", "row", "key", "label", "class", "path", "path_bytes", "status"}
+_COLUMNS = {
+    "split": pa.string(), "row": pa.int64(), "key": pa.string(), "label": pa.int32(),
+    "class": pa.string(), "path": pa.string(), "path_bytes": pa.binary(),
+    "source_bytes": pa.int64(), "source_sha256": pa.string(), "width": pa.int32(),
+    "height": pa.int32(), "mode": pa.string(), "format": pa.string(), "exif_orientation": pa.int8(),
+    "boxes": pa.list_(pa.struct([*_BOX_SIDES, ("flip", pa.bool_())])), "status": pa.string(),
+    "error": pa.string(), "clipped": pa.int32(), "latent_crc32c": pa.list_(pa.uint32()),
+    "tar_offset": pa.list_(pa.int64()),
+}  # fmt: skip
 
 INDEX_SCHEMA = pa.schema(
-    [
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("label", pa.int32(), nullable=False),
-        pa.field("class", pa.string(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("path_bytes", pa.binary(), nullable=False),
-        pa.field("source_bytes", pa.int64()),
-        pa.field("source_sha256", pa.string()),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("mode", pa.string()),
-        pa.field("format", pa.string()),
-        pa.field("exif_orientation", pa.int8()),
-        pa.field("boxes", pa.list_(_BOX)),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("error", pa.string()),
-        pa.field("clipped", pa.int32()),
-        pa.field("latent_crc32c", pa.list_(pa.uint32())),
-        pa.field("tar_offset", pa.list_(pa.int64())),
-    ]
+    [pa.field(name, kind, nullable=name not in _REQUIRED) for name, kind in _COLUMNS.items()]
 )
 """Columns of an index part; cache/README.md gives their meaning."""
 
@@ -150,9 +127,9 @@ def index_bytes(rows: Sequence[IndexRow], sums: ChannelSums, *, split: str | Non
         sums: Its channel sums.
         split: For the column `split`; None leaves it out, as older caches have it.
     """
-    attributes = {name: name for name in _OLD_SCHEMA.names} | {"class": "class_name"}
     columns = {
-        name: [getattr(row, attribute) for row in rows] for name, attribute in attributes.items()
+        name: [getattr(row, "class_name" if name == "class" else name) for row in rows]
+        for name in _OLD_SCHEMA.names
     }
     table = pa.table(columns, schema=_OLD_SCHEMA)
     if split is not None:
@@ -162,18 +139,28 @@ def index_bytes(rows: Sequence[IndexRow], sums: ChannelSums, *, split: str | Non
     return parquet_bytes(table.replace_schema_metadata(metadata))
 
 
+def require_intact(root: Path, commit: CommitRecord) -> None:
+    """Refuses an index part that is not what was committed, as where few of its pages are read."""
+    path = index_path(commit.split, commit.shard)
+    listed = commit.file(path).sha256
+    try:
+        intact = sha256_file(root / path) == listed
+    except (OSError, ManifestError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ShardError(f"{root / path} cannot be read: {reason}") from error
+    if not intact:
+        raise ShardError(
+            f"{root / path} is damaged: its sha256 is not that in its commit record",
+            hint=command("verify", root, "--repair"),
+        )
+
+
 def read_index(
     root: Path, split: str, shard: int, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Reads the index part of a shard, or some of its columns.
+    """Reads the index part of a shard: `columns` of `INDEX_SCHEMA`, None for all, in its order.
 
     Parts of older caches have no column `split`; it is added here.
-
-    Args:
-        root: The cache folder.
-        split: The split.
-        shard: Number of the shard.
-        columns: Columns of `INDEX_SCHEMA`; None for all. They come in its order.
 
     Raises:
         ShardError: it is missing or damaged.
@@ -206,11 +193,7 @@ def index_rows(table: pa.Table) -> list[IndexRow]:
 
 
 def read_sums(table: pa.Table) -> ChannelSums:
-    """Returns the channel sums that an index part carries.
-
-    Raises:
-        ShardError: it carries none, or not in their form.
-    """
+    """Returns the channel sums that an index part carries; ShardError where it has none."""
     try:
         values = json.loads(table.schema.metadata[_SUMS_KEY])
         count = int(values.pop("count"))

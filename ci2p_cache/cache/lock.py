@@ -9,7 +9,7 @@
 Locks are flock's. On one machine the kernel drops them with their process. On a folder that
 machines share they hold between machines where the file system carries flock from one to another:
 NFS (Linux since 2.6.12; not mounted with `nolock` or `local_lock`), Lustre mounted with `-o flock`,
-CephFS, GPFS. Where it does not, two machines are not told of each other.
+CephFS, GPFS. Where it does not, two machines do not notice each other.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,29 +30,32 @@ from ci2p_cache.cache.staging import disk_errors
 from ci2p_cache.errors import LockedError, ManifestError
 from ci2p_cache.record import Record
 
-__all__ = ["LOCK", "LockHolder", "live_ranges", "lock_holder", "locked", "range_lock"]
+__all__ = [
+    "LOCK", "ForkedLock", "LockHolder", "live_ranges", "lock_holder", "locked", "range_lock",
+]  # fmt: skip
 
 LOCK = ".lock"
 
 _PATIENCE_SECONDS = 0.3
 """A lock is tried again that long: `status` holds it for an instant to see whether it is held."""
 _PAUSE_SECONDS = 0.05
-
 _MAX_HOLDER_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LockHolder(Record):
-    """Who holds a lock, as it says itself."""
+    """Who holds a lock, as it says itself; with the defaults one that gives no name."""
 
-    host: str
+    host: str = ""
     """Name of its machine."""
-    pid: int
+    pid: int = 0
     """Process id there."""
-    what: str
+    what: str = ""
     """What it does: encode, repair, range 2/4."""
 
     def __str__(self) -> str:
+        if not self.pid:
+            return "an unnamed process"
         return f"{self.what} on host {self.host}, process {self.pid}"
 
 
@@ -62,7 +66,7 @@ def range_lock(root: Path, part: ShardRange) -> Path:
 
 @contextmanager
 def locked(
-    path: Path, *, what: str, waits_for: Callable[[LockHolder | None], bool] | None = None
+    path: Path, *, what: str, waits_for: Callable[[LockHolder], bool] = lambda _: False
 ) -> Iterator[None]:
     """Holds the lock file `path` while the block runs.
 
@@ -71,14 +75,14 @@ def locked(
     Args:
         path: The lock file; its folder exists. Removed when the block ends.
         what: What the holder does, for the loser's message, for example "encode".
-        waits_for: Says of a holder, None where it has no name, whether to wait for its end.
+        waits_for: Says of a holder whether to wait for its end.
 
     Raises:
         LockedError: another process holds it; the message names its host and process id.
         ResourceError: the lock file cannot be written or removed.
     """
     with disk_errors(path):
-        descriptor = _acquire(path, what, waits_for or (lambda _: False))
+        descriptor = _acquire(path, what, waits_for)
     try:
         holder = LockHolder(host=socket.gethostname(), pid=os.getpid(), what=what)
         with disk_errors(path):
@@ -94,14 +98,11 @@ def locked(
             os.close(descriptor)
 
 
-def lock_holder(path: Path) -> LockHolder | str | None:
-    """Returns who holds a lock: None where no one does, a text where it gives no name.
+def lock_holder(path: Path) -> LockHolder | None:
+    """Returns who holds a lock, None where no one does; the lock file need not be there.
 
     It is looked at by locking it for an instant, shared; `locked` tries again meanwhile. A lock
     file that a killed process left behind is held by no one.
-
-    Args:
-        path: The lock file; it need not be there, and is not changed.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -110,7 +111,7 @@ def lock_holder(path: Path) -> LockHolder | str | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _read_holder(descriptor) or "an unnamed process"
+        return _read_holder(descriptor)
     except OSError:
         return None
     finally:
@@ -118,26 +119,29 @@ def lock_holder(path: Path) -> LockHolder | str | None:
     return None
 
 
-def live_ranges(root: Path) -> list[tuple[ShardRange, LockHolder | str]]:
+def live_ranges(root: Path) -> list[tuple[ShardRange, LockHolder]]:
     """Returns the ranges that are being encoded now, in their order, with who does it."""
     found = []
     for path in root.glob(f"{LOCK}.*"):
         part = ShardRange.of_label(path.name.removeprefix(f"{LOCK}."))
-        holder = lock_holder(path) if part is not None else None
-        if part is not None and holder is not None:
+        if part is not None and (holder := lock_holder(path)) is not None:
             found.append((part, holder))
     return sorted(found, key=lambda item: (item[0].first / item[0].of, str(item[0])))
 
 
-def _acquire(path: Path, what: str, waits_for: Callable[[LockHolder | None], bool]) -> int:
+def _acquire(path: Path, what: str, waits_for: Callable[[LockHolder], bool]) -> int:
     given_up = time.monotonic() + _PATIENCE_SECONDS
     while True:
-        with disk_errors(path):
-            # A link there would be followed and its target written to.
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(path, flags, 0o644)
+        # A link there would be followed and its target written to.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+            os.close(descriptor)
+        except FileNotFoundError:
+            os.close(descriptor)
         except BlockingIOError:
             holder = _read_holder(descriptor)
             os.close(descriptor)
@@ -145,25 +149,31 @@ def _acquire(path: Path, what: str, waits_for: Callable[[LockHolder | None], boo
                 time.sleep(_PAUSE_SECONDS)
                 continue
             raise LockedError(
-                f"another process works on {path.parent}: {holder or 'an unnamed process'}; "
-                f"this {what} changed nothing",
+                f"another process works on {path.parent}: {holder}; this {what} changed nothing",
                 hint="wait for it to end, or stop it, then run the same command again",
             ) from None
         except BaseException:
             os.close(descriptor)
             raise
-        try:
-            same = path.stat().st_ino == os.fstat(descriptor).st_ino
-        except FileNotFoundError:
-            same = False
-        if same:
-            return descriptor
-        os.close(descriptor)
 
 
-def _read_holder(descriptor: int) -> LockHolder | None:
+def _read_holder(descriptor: int) -> LockHolder:
     try:
-        text = os.pread(descriptor, _MAX_HOLDER_BYTES, 0)
-        return LockHolder.from_dict(json.loads(text))
+        return LockHolder.from_dict(json.loads(os.pread(descriptor, _MAX_HOLDER_BYTES, 0)))
     except (OSError, ValueError, ManifestError, RecursionError):
-        return None
+        return LockHolder()
+
+
+class ForkedLock:
+    """A lock between threads; in a forked process no one holds it, whoever held it at the fork."""
+
+    def __init__(self) -> None:
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._pid != os.getpid():
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()

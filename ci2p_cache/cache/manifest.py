@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.cache.paths import MANIFEST, commit_path, data_paths, index_path
-from ci2p_cache.cache.sealed import read_sealed
-from ci2p_cache.cache.split_record import SplitRecord
 from ci2p_cache.cache.staging import refuse_link
 from ci2p_cache.errors import (
     FingerprintMismatchError,
@@ -22,23 +20,22 @@ from ci2p_cache.errors import (
     UsageError,
     command,
 )
-from ci2p_cache.record import MAX_JSON_BYTES, Record, differing_fields
+from ci2p_cache.record import MAX_JSON_BYTES, Record, differing_fields, read_sealed, unsealed
 from ci2p_cache.specs import FORMAT_VERSION, MAX_LATENT_BYTES, Fingerprint, LatentSpec, LayoutSpec
 
 __all__ = [
-    "MAX_SHARD_BYTES",
-    "ClassOrder",
-    "Manifest",
-    "SplitRecord",
-    "class_order",
-    "read_manifest",
-    "refuse_difference",
-    "shard_rows",
-]
-
+    "MAX_SHARD_BYTES", "ClassOrder", "Manifest", "SplitRecord", "class_order", "read_manifest",
+    "refuse_difference", "shard_rows",
+]  # fmt: skip
 
 MAX_SHARD_BYTES = MAX_LATENT_BYTES
 """Raw latents of one shard at most: it is built in memory, and lost whole when a run is killed."""
+
+_MAX_ROWS = 2**24
+"""Of one split. ImageNet-21k has 14 million; labels and valid then take 84 MB in memory."""
+
+_MAX_SHARDS = 2**20
+"""Of one split: as many files are in one folder. ImageNet-21k in shards of 14 rows."""
 
 _MAX_SPLITS = 8
 """There are train, val and test."""
@@ -69,6 +66,56 @@ def class_order(classes: Sequence[str]) -> ClassOrder:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SplitRecord(Record):
+    """The shape of one split."""
+
+    rows: int
+    """Planned samples, N."""
+    views: int
+    """Views per sample, V."""
+    shard_rows: int
+    """Rows per shard, S."""
+    valid_rows: int | None = None
+    """Rows that hold a latent; None until encoding has finished."""
+    bytes: int | None = None
+    """Bytes of the committed shard files; None until encoding has finished."""
+    source_bytes: int | None = None
+    """Bytes of the source files of valid rows; None until encoding has finished."""
+    clipped: int | None = None
+    """Symbols saturated at the dtype's limit; None until encoding has finished."""
+    exif_turned: int | None = None
+    """Images whose EXIF orientation is not 1; None until encoding has finished."""
+    names_split: bool = True
+    """Whether its index parts have the column `split`; for older caches, which have none, false."""
+
+    def __post_init__(self) -> None:
+        bounds = {"rows": (0, _MAX_ROWS), "views": (1, 1024), "shard_rows": (1, 2**20)}
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UsageError(f"split `{name}` is {value}; {low} to {high} are possible")
+        if self.num_shards > _MAX_SHARDS:
+            raise UsageError(
+                f"a split of {self.rows} rows has {self.num_shards} shards of {self.shard_rows}; "
+                f"at most {_MAX_SHARDS} are possible",
+                hint="repeat the command with more --shard-samples, fewer --views, or a smaller "
+                "--dtype or --size",
+            )
+        if self.valid_rows is not None and not 0 <= self.valid_rows <= self.rows:
+            raise UsageError(f"a split has {self.valid_rows} valid rows of {self.rows}")
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards, the last one perhaps part-filled."""
+        return -(-self.rows // self.shard_rows)
+
+    def rows_of(self, shard: int) -> range:
+        """Returns the rows of a shard."""
+        first = shard * self.shard_rows
+        return range(first, min(first + self.shard_rows, self.rows))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest(Record):
     """The content of `cache.json`."""
 
@@ -89,7 +136,7 @@ class Manifest(Record):
     class_titles: tuple[str, ...]
     """Names for humans, in the order of `classes`."""
     class_order: ClassOrder = "text"
-    """What the order of `classes` is; caches of before have it added when they are read."""
+    """What the order of `classes` is; for caches without it, it is added when they are read."""
     splits: dict[str, SplitRecord]
     """Shape of each split, in the order train, val, test."""
     plan: FileRecord
@@ -102,49 +149,40 @@ class Manifest(Record):
     """Everything that finalising wrote: metadata, labels, valid, statistics, errors."""
 
     def __post_init__(self) -> None:
+        problem = next(self._problems(), None)
+        if problem is not None:
+            raise UsageError(problem)
+
+    def _problems(self) -> Iterator[str]:
+        latent, classes = self.fingerprint.latent, self.classes
         if self.format_version != FORMAT_VERSION:
-            raise UsageError(f"format version {self.format_version} is not {FORMAT_VERSION}")
+            yield f"format version {self.format_version} is not {FORMAT_VERSION}"
         for name in self.splits:
             if not _SPLIT_NAME.fullmatch(name):
-                raise UsageError(f"split name {name!r} is not of the form {_SPLIT_NAME.pattern}")
-        if len(self.class_titles) != len(self.classes):
-            raise UsageError(
-                f"{len(self.class_titles)} class titles for {len(self.classes)} classes"
-            )
-        if len(self.offset) != self.fingerprint.latent.channels:
-            raise UsageError(
-                f"{len(self.offset)} offsets for {self.fingerprint.latent.channels} channels"
-            )
+                yield f"split name {name!r} is not of the form {_SPLIT_NAME.pattern}"
+        if len(self.class_titles) != len(classes):
+            yield f"{len(self.class_titles)} class titles for {len(classes)} classes"
+        if len(self.offset) != latent.channels:
+            yield f"{len(self.offset)} offsets for {latent.channels} channels"
         if not all(map(math.isfinite, self.offset)):
-            raise UsageError("an offset is not finite")
-        names_bytes = len(json.dumps([self.classes, self.class_titles], ensure_ascii=False))
-        if names_bytes > _MAX_NAMES_BYTES:
-            raise UsageError(
-                f"the names of {len(self.classes)} classes take {names_bytes} bytes; at most "
-                f"{_MAX_NAMES_BYTES} fit {MANIFEST}"
-            )
-        self._check_splits()
-
-    def _check_splits(self) -> None:
-        """Refuses splits whose shapes are not what fingerprint and layout make."""
+            yield "an offset is not finite"
+        size = len(json.dumps([classes, self.class_titles], ensure_ascii=False))
+        if size > _MAX_NAMES_BYTES:
+            text = f"the names of {len(classes)} classes take {size} bytes"
+            yield f"{text}; at most {_MAX_NAMES_BYTES} fit {MANIFEST}"
         if not 1 <= len(self.splits) <= _MAX_SPLITS:
-            raise UsageError(f"{len(self.splits)} splits; 1 to {_MAX_SPLITS} are possible")
+            yield f"{len(self.splits)} splits; 1 to {_MAX_SPLITS} are possible"
         if len({record.names_split for record in self.splits.values()}) > 1:
-            raise UsageError(
-                "some splits have index parts with the column `split` and some without; readers of "
-                "`index/` want one form"
-            )
+            text = "some splits have index parts with the column `split` and some without"
+            yield f"{text}; readers of `index/` want one form"
         for name, record in self.splits.items():
             views = self.fingerprint.views.num_views(name)
+            rows = shard_rows(self.layout, latent, views)
             if record.views != views:
-                raise UsageError(
-                    f"split {name} has {record.views} views, its fingerprint makes {views}"
-                )
-            rows = shard_rows(self.layout, self.fingerprint.latent, views)
+                yield f"split {name} has {record.views} views, its fingerprint makes {views}"
             if record.shard_rows != rows:
-                raise UsageError(
-                    f"split {name} has {record.shard_rows} rows per shard, its layout makes {rows}"
-                )
+                text = f"split {name} has {record.shard_rows} rows per shard"
+                yield f"{text}, its layout makes {rows}"
 
     @property
     def scale(self) -> float:
@@ -162,9 +200,6 @@ def read_manifest(root: Path) -> Manifest:
 
     What it says is bounded, because it decides how much memory readers take and which files they
     open. A folder that passes can still be damaged; that shows when its files are read.
-
-    Args:
-        root: The folder; it may itself be reached by a link.
 
     Raises:
         NotACacheError: the folder is missing or holds no `cache.json`.
@@ -194,21 +229,24 @@ def read_manifest(root: Path) -> Manifest:
             hint=f"encode again: ci2p-cache encode IMAGES --out NEW_FOLDER (or use the ci2p-cache "
             f"that wrote it: {data.get('software', 'unknown')})",
         )
-    if not intact:
-        raise ManifestError(f"{path} is damaged: its own sha256 does not fit it", hint=_LOST)
     try:
-        manifest = Manifest.from_dict(_with_class_order(data))
+        manifest = unsealed(Manifest, _upgraded(data), path, intact=intact)
     except ManifestError as error:
-        raise ManifestError(f"{path} is damaged: {error}", hint=_LOST) from error
+        raise ManifestError(str(error), hint=_LOST) from error
     _refuse_links(root, manifest)
     return manifest
 
 
-def _with_class_order(data: dict[str, Any]) -> dict[str, Any]:
-    """Adds the order of the classes where it was not recorded; the classes stay as they are."""
-    names = data.get("classes")
-    given = {"class_order": class_order(list(map(str, names)))} if isinstance(names, list) else {}
-    return given | data
+def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """Adds the fields that older caches lack: the order of the classes, and `names_split`."""
+    names, splits = data.get("classes"), data.get("splits")
+    if isinstance(names, list):
+        data = {"class_order": class_order(list(map(str, names))), **data}
+    if isinstance(splits, dict):
+        old = {"names_split": False}
+        splits = {k: old | v if isinstance(v, dict) else v for k, v in splits.items()}
+        data = {**data, "splits": splits}
+    return data
 
 
 def _refuse_links(root: Path, manifest: Manifest) -> None:
@@ -224,20 +262,17 @@ def _refuse_links(root: Path, manifest: Manifest) -> None:
 def refuse_difference(
     root: Path, manifest: Manifest, fingerprint: Fingerprint, layout: LayoutSpec
 ) -> None:
-    """Holds the wanted settings against those that the folder was made with.
-
-    Raises:
-        FingerprintMismatchError: a field differs; the message lists each, and nothing is changed.
-    """
-    differences: list[tuple[str, Any, Any]] = [
-        *differing_fields(manifest.fingerprint, fingerprint),
-        *differing_fields(manifest.layout, layout),
+    """Refuses settings that differ from those that the folder was made with, naming each field."""
+    pairs: list[tuple[Record, Record]] = [
+        (manifest.fingerprint, fingerprint),
+        (manifest.layout, layout),
     ]
-    if differences:
-        lines = [
-            f"  {name}: {made!r} in the folder, {asked!r} asked for"
-            for name, made, asked in differences
-        ]
+    lines = [
+        f"  {name}: {made!r} in the folder, {asked!r} asked for"
+        for ours, theirs in pairs
+        for name, made, asked in differing_fields(ours, theirs)
+    ]
+    if lines:
         raise FingerprintMismatchError(
             f"{root} was made with other settings; nothing was changed:\n" + "\n".join(lines),
             hint="choose another --out folder, or repeat the command with the folder's settings",

@@ -1,9 +1,9 @@
 """`ShardRange`: which part of a cache's shards one of several machines encodes.
 
 A part is a stretch of the shards in their order (train, val, test, each by number), so what is
-missing can be told, and asked for, in a few ranges: `2/4` is the second of four parts, `3-5/12` the
-third to fifth of twelve. Parts are compared as fractions, so two that do not overlap never share a
-shard, whatever the number of shards is and however many parts each was cut from.
+missing can be named, and asked for, in a few ranges: `2/4` is the second of four parts, `3-5/12`
+the third to fifth of twelve. Parts are compared as fractions, so two that do not overlap never
+share a shard, whatever the number of shards is and however many parts each was cut from.
 """
 
 from __future__ import annotations
@@ -81,17 +81,17 @@ class ShardRange:
         if "SLURM_ARRAY_TASK_ID" in environment:
             task, count = number("SLURM_ARRAY_TASK_ID"), number("SLURM_ARRAY_TASK_COUNT")
             low, step = number("SLURM_ARRAY_TASK_MIN"), number("SLURM_ARRAY_TASK_STEP", "1")
-            place, rest = divmod(task - low, max(step, 1))
-            if rest or not 0 <= place < count:
+            index, rest = divmod(task - low, max(step, 1))
+            if rest or not 0 <= index < count:
                 raise UsageError(
                     f"`shard_range` is auto, and task {task} is none of {count} from {low} in "
                     f"steps of {step}: an array with gaps does not say which part is meant",
                     hint="submit --array=1-N, or give each task its --shard-range i/n",
                 )
-            return cls(place + 1, place + 1, count)
+            return cls(index + 1, index + 1, count)
         if "JOB_COMPLETION_INDEX" in environment:
-            index = number("JOB_COMPLETION_INDEX")
-            return cls(index + 1, index + 1, number("JOB_COMPLETIONS"))
+            index, count = number("JOB_COMPLETION_INDEX"), number("JOB_COMPLETIONS")
+            return cls(index + 1, index + 1, count)
         raise UsageError(
             "`shard_range` is auto, and neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX is "
             "set: this is no task of an array",
@@ -113,7 +113,7 @@ class ShardRange:
             return None
 
     def positions(self, num_shards: int) -> range:
-        """Returns the places of its shards among all, from 0; empty where there are too few."""
+        """Returns which of all shards it has, from 0; empty where there are too few."""
         return range((self.first - 1) * num_shards // self.of, self.last * num_shards // self.of)
 
     def overlaps(self, other: ShardRange) -> bool:
@@ -123,11 +123,6 @@ class ShardRange:
         ) * self.of < self.last * other.of
 
 
-def split_positions(places: range, num_shards: int) -> ShardRange:
-    """Returns the range that asks for exactly these places, for example 4-7/1252.
-
-    Args:
-        places: Places of shards among all, from 0, without a step; not empty.
-        num_shards: Shards of the cache.
-    """
-    return ShardRange(places[0] + 1, places[-1] + 1, num_shards)
+def split_positions(positions: range, num_shards: int) -> ShardRange:
+    """Returns the range that asks for exactly these of all shards, for example 4-7/1252."""
+    return ShardRange(positions[0] + 1, positions[-1] + 1, num_shards)

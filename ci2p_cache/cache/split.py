@@ -1,25 +1,47 @@
-"""`Split`: one split of a cache as Python sees it: indexed, looped over, pickled, restricted."""
+"""`Split`: one split of a cache: its shards and arrays as stored, and as Python sees them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Self, overload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ci2p_cache.cache.codecs import CODECS, CRC_BYTES, codec_of
+from ci2p_cache.cache.commit import CommitRecord, listed_commits, read_commit
+from ci2p_cache.cache.containers import open_tar, open_zarr
 from ci2p_cache.cache.folder import CacheFolder
-from ci2p_cache.cache.stored_split import StoredSplit
-from ci2p_cache.errors import InvalidRowError, UsageError
+from ci2p_cache.cache.index import read_index
+from ci2p_cache.cache.manifest import SplitRecord
+from ci2p_cache.cache.paths import array_path, commit_path, index_path, shard_path, tar_path
+from ci2p_cache.cache.shard_reader import OpenShards, RawShards, ShardReader
+from ci2p_cache.errors import (
+    InvalidRowError,
+    ManifestError,
+    ShardError,
+    UsageError,
+    command,
+)
+from ci2p_cache.specs import LatentSpec, LayoutSpec
+
+if TYPE_CHECKING:
+    import zarr
 
 __all__ = ["Split"]
 
+_MAX_METADATA_BYTES = 2**20
+"""Of one zarr.json; ours have a few thousand, most of it the offsets."""
 
-class Split(StoredSplit, Dataset[tuple[Tensor, int]]):
+
+class Split(Dataset[tuple[Tensor, int]]):
     """One split of a cache; reading is safe from many threads, and from forked processes.
 
     ::
@@ -44,9 +66,16 @@ class Split(StoredSplit, Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, cache: CacheFolder, name: str) -> None:
-        super().__init__(cache, name)
-        self.scale: float = cache.manifest.scale
-        self.offset = np.array(cache.manifest.offset, np.float32)
+        manifest = cache.manifest
+        self.cache = cache
+        self.name = name
+        self.record: SplitRecord = manifest.splits[name]
+        self.layout: LayoutSpec = manifest.layout
+        self.latent: LatentSpec = manifest.fingerprint.latent
+        self.scale: float = manifest.scale
+        self.offset = np.array(manifest.offset, np.float32)
+        self._codec = codec_of(self.layout, self.latent)
+        self._shards = OpenShards(self.open_shard)
         self._is_subset = False
 
     def __repr__(self) -> str:
@@ -232,6 +261,280 @@ class Split(StoredSplit, Dataset[tuple[Tensor, int]]):
         if self.latent.is_symbols:
             y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
         return y, torch.from_numpy(self.labels[rows].astype(np.int64))
+
+    @property
+    def num_views(self) -> int:
+        """Views per sample, V."""
+        return self.record.views
+
+    @property
+    def num_rows(self) -> int:
+        """Planned samples, N, with those that could not be decoded."""
+        return self.record.rows
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(N, V, M, h, w)."""
+        return (self.num_rows, self.num_views, *self.latent.shape)
+
+    def read_commit(self, shard: int) -> CommitRecord | None:
+        """Returns a shard's commit record, None where it is not committed."""
+        self.cache.need(commit_path(self.name, shard))
+        return read_commit(self.cache.path, self.name, shard)
+
+    def committed(self) -> list[int]:
+        """Returns the numbers of the shards that have a commit record."""
+        root, total = self.cache.path, self.record.num_shards
+        if self.cache.mirror is not None:
+            return list(range(total))
+        found = [shard for name, shard in listed_commits(root) if name == self.name]
+        return [n for n in found if n < total and (root / commit_path(self.name, n)).is_file()]
+
+    def index_file(self, shard: int) -> Path:
+        """Returns the path of a shard's index part."""
+        return self.cache.path / index_path(self.name, shard)
+
+    def read_index(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Reads the index part of a shard, or some of its columns.
+
+        Args:
+            shard: Its number, from 0.
+            columns: Names of columns; None: all of them, as cache/README.md lists them.
+
+        Raises:
+            ShardError: it is missing or damaged.
+        """
+        self.cache.need(index_path(self.name, shard))
+        return read_index(self.cache.path, self.name, shard, columns)
+
+    def open_shard(self, shard: int) -> ShardReader:
+        """Opens the file that a shard is read from anew, checked against its commit record.
+
+        Raises:
+            ShardError: it is missing, damaged or not committed.
+        """
+        return self._open_zarr(shard) if self.layout.has_zarr else self.open_tar(shard)
+
+    def open_tar(self, shard: int) -> ShardReader:
+        """Opens a shard's tar anew, checked against its commit record and index part.
+
+        Raises:
+            ShardError: it is missing, damaged or not committed.
+        """
+        commit = self._committed(shard)
+        for path in (tar_path(self.name, shard), index_path(self.name, shard)):
+            self.cache.need(path, commit.file(path))
+        file = open_tar(self.cache.path, self.record, self.latent, commit)
+        if not self.layout.has_zarr and file.index.crc32c != commit.index_crc32c:
+            raise ShardError(f"{file.path}: its index part has other places than were committed")
+        return file
+
+    def _committed(self, shard: int) -> CommitRecord:
+        commit = self.read_commit(shard)
+        if commit is None:
+            raise ShardError("it has no commit record")
+        if commit.fingerprint != self.cache.fingerprint.digest:
+            raise ShardError("its commit record has another fingerprint")
+        return commit
+
+    def _open_zarr(self, shard: int) -> ShardReader:
+        commit = self._committed(shard)
+        committed = commit.file(shard_path(self.name, shard))
+        self.cache.need(committed.path, committed)
+        file = open_zarr(
+            self.cache.path / committed.path,
+            num_chunks=self.record.shard_rows * self.num_views,
+            codec=self._codec,
+            file_bytes=committed.bytes,
+            index_crc=commit.index_crc32c,
+        )
+        if self._codec.is_raw:
+            self._require_own_chunks(file, shard)
+        return file
+
+    def _require_own_chunks(self, file: ShardReader, shard: int) -> None:
+        """Tells shards of raw chunks apart, whose own indexes are all alike.
+
+        The first and the last chunk that are stored are held against the index part.
+        """
+        stored = np.flatnonzero(file.stored)
+        wanted = self.read_index(shard, ["latent_crc32c"])["latent_crc32c"].to_pylist()
+        for chunk in {int(stored[0]), int(stored[-1])} if stored.size else ():
+            offset, view = divmod(chunk, self.num_views)
+            listed = (wanted[offset] or ()) if offset < len(wanted) else ()
+            checksum = int.from_bytes(file.last_bytes(chunk, CRC_BYTES), "little")
+            if checksum not in listed[view : view + 1]:
+                raise ShardError(f"{file.path} is intact but is not the shard of this index part")
+
+    def damage(self, shard: int, reason: str) -> ShardError:
+        """Returns the error that names a shard, its rows and the command that repairs it.
+
+        Args:
+            shard: Its number, from 0.
+            reason: What is wrong with it.
+        """
+        rows = self.record.rows_of(shard)
+        return ShardError(
+            f"split {self.name!r} shard {shard} (rows {rows.start} to {rows.stop - 1}): {reason}",
+            hint=self.cache.repair_hint,
+        )
+
+    @cached_property
+    def labels(self) -> npt.NDArray[Any]:
+        """Class index of every row, int32 (N,); -1 where the class is not known.
+
+        Of a cache that is still encoded, -1 too in shards that were not committed when it was read.
+        """
+        return self._small_array("labels", np.int32)
+
+    @cached_property
+    def valid(self) -> npt.NDArray[Any]:
+        """Which rows hold a latent, bool (N,).
+
+        Of a cache that is still encoded, those committed when it was read.
+        """
+        return self._small_array("valid", np.bool_)
+
+    @cached_property
+    def latents(self) -> zarr.Array[Any]:
+        """The zarr array itself, (N, V, M, h, w), as plain zarr opens it.
+
+        Its metadata is checked; what is then read through zarr is not held against commits.
+
+        Raises:
+            UsageError: the cache holds tars only, or is a remote one: zarr would take what was not
+                fetched for holes.
+            ManifestError: the metadata is not what was committed, or does not fit the manifest.
+        """
+        if not self.layout.has_zarr:
+            raise UsageError(
+                f"{self.cache.path} holds its latents in tars, not in a zarr array",
+                hint=command("convert", self.cache.path, "--out", "NEW", "--format", "zarr"),
+            )
+        import zarr
+
+        if self.cache.mirror is not None:
+            raise UsageError(
+                f"{self.cache.mirror.remote} is a remote cache; zarr itself opens it: "
+                f"zarr.open(URL + '/latents.zarr')['{self.name}/latents']"
+            )
+        folder = array_path(self.name)
+        path = self.cache.path / folder
+        self.cache.read_committed(f"{folder}/zarr.json", max_bytes=_MAX_METADATA_BYTES)
+        try:
+            array = zarr.open_array(path, mode="r")
+            found = (array.shape, array.shards, array.chunks, array.dtype)
+        except Exception as error:
+            # zarr refuses unknown codecs and grids with nearly any type.
+            raise ManifestError(f"{path} cannot be opened: {error}") from error
+        shard = (self.record.shard_rows, *self.shape[1:])
+        wanted = (self.shape, shard, (1, 1, *self.latent.shape), np.dtype(self.latent.dtype))
+        if found != wanted:
+            raise ManifestError(
+                f"{path} has (shape, shards, chunks, dtype) {found}; the manifest says {wanted}"
+            )
+        return array
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether reading is copying from mapped files: raw chunks in zarr shards."""
+        return self.layout.has_zarr and self._codec.is_raw
+
+    @cached_property
+    def _raw_shards(self) -> RawShards:
+        return RawShards(
+            self._open_zarr,
+            self.damage,
+            num_shards=self.record.num_shards,
+            shard_chunks=self.record.shard_rows * self.num_views,
+            chunk_bytes=self.latent.num_bytes,
+        )
+
+    def read_into(self, row: int, view: int, out: npt.NDArray[Any]) -> None:
+        """Reads one stored latent, not dequantised, checking its checksum.
+
+        Args:
+            row: 0 <= row < N.
+            view: 0 <= view < V.
+            out: C-contiguous (M, h, w) of the stored dtype; overwritten.
+
+        Raises:
+            ShardError: the shard is missing, damaged or not committed, or the row holds nothing.
+        """
+        shard, offset = divmod(row, self.record.shard_rows)
+        chunk = offset * self.num_views + view
+        try:
+            self._shards.get(shard).read_into(chunk, out.reshape(-1).view(np.uint8))
+        except ShardError as error:
+            raise self.damage(shard, str(error)) from error
+
+    def read_batch_into(
+        self, rows: npt.NDArray[Any], views: npt.NDArray[Any], out: npt.NDArray[Any]
+    ) -> None:
+        """Reads many stored latents as `read_into` does, at a fraction of its cost for each.
+
+        Args:
+            rows: int64 (B,), each 0 <= row < N.
+            views: int64 (B,), each 0 <= view < V.
+            out: C-contiguous (B, M, h, w) of the stored dtype; overwritten.
+
+        Raises:
+            ShardError: as for `read_into`; `out` may then hold anything.
+        """
+        if not len(rows):
+            return
+        flat = out.reshape(len(rows), -1).view(np.uint8)
+        shards, offsets = np.divmod(rows, self.record.shard_rows)
+        chunks = offsets * self.num_views + views
+        if self.is_mapped:
+            self._raw_shards.gather(shards, chunks, flat)
+            return
+        places = zip(shards.tolist(), chunks.tolist(), strict=True)
+        shard, get = -1, self._shards.get
+        try:
+            for (shard, chunk), latent in zip(places, flat, strict=True):
+                get(shard).read_into(chunk, latent)
+        except ShardError as error:
+            raise self.damage(shard, str(error)) from error
+
+    def _small_array(self, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+        """Reads labels or valid by their committed digest, whatever the array's metadata says.
+
+        Not by zarr: it gives fill values for a chunk that is missing, and these look like labels.
+        """
+        if not self.cache.is_complete:
+            return self._gathered(name, dtype)
+        folder = array_path(self.name, name)
+        size = self.num_rows * np.dtype(dtype).itemsize
+        codec = CODECS["zstd"](level=1, chunk_bytes=size)
+        raw = np.empty(size, np.uint8)
+        try:
+            self.cache.read_committed(f"{folder}/zarr.json", max_bytes=_MAX_METADATA_BYTES)
+            if size:
+                stored = self.cache.read_committed(
+                    f"{folder}/c.0", max_bytes=codec.max_stored_bytes
+                )
+                codec.decode_into(stored, raw)
+        except (ManifestError, ValueError) as error:
+            raise ManifestError(
+                f"{self.cache.path / folder} cannot be read: {error}",
+                hint=self.cache.repair_hint,
+            ) from error
+        if dtype is np.bool_:
+            return raw.astype(np.bool_)
+        return raw.view(np.dtype(dtype).newbyteorder("<")).astype(dtype, copy=False)
+
+    def _gathered(self, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+        """Puts labels or valid of an unfinished cache together, from its committed index parts."""
+        found = np.full(self.num_rows, False if dtype is np.bool_ else -1, dtype)
+        for shard in self.committed():
+            rows = self.record.rows_of(shard)
+            table = self.read_index(shard, ["label", "status"])
+            if table.num_rows != len(rows):
+                raise self.damage(shard, f"its index part has {table.num_rows} rows")
+            values = table["label"] if name == "labels" else pc.equal(table["status"], "ok")
+            found[rows.start : rows.stop] = values.to_numpy()
+        return found
 
 
 def _valid_rows(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

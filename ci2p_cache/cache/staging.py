@@ -11,14 +11,14 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ci2p_cache.cache.commit import CommitRecord, FileRecord
 from ci2p_cache.cache.paths import commit_path
-from ci2p_cache.cache.sealed import json_bytes, sealed_bytes
 from ci2p_cache.errors import DiskFullError, ManifestError, ResourceError
+from ci2p_cache.record import json_bytes, sealed_bytes
 
 __all__ = ["StagingArea", "disk_errors", "refuse_link", "remove_path", "sync_folder"]
 
@@ -44,8 +44,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 class StagingArea:
     """A folder inside the cache where files are written before they are renamed into place.
 
-    Opening it removes what an earlier, killed process of the same name left there; closing it
-    removes the folder. The caller holds the lock that makes it the only user of that name.
+    Opening it removes what a killed process of the same name left there; closing it removes the
+    folder. The caller holds the lock that makes it the only user of that name.
 
     Args:
         root: The cache folder; staging is in it because a rename must not cross file systems.
@@ -71,11 +71,9 @@ class StagingArea:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
-        try:
+        # Another range may still be staging there.
+        with suppress(OSError):
             self._folder.parent.rmdir()
-        except OSError:
-            # Another range is still staging there.
-            return
 
     def put(self, path: str, parts: bytes | Iterable[bytes | memoryview]) -> FileRecord:
         """Writes one file of the cache: staged, synced, renamed, its folder synced.
@@ -83,10 +81,6 @@ class StagingArea:
         Anything that is at the target, be it a folder or a link, is replaced, and so is a file
         where a folder of the cache should be. A folder that is a link is refused: what it leads to
         is not ours.
-
-        Args:
-            path: Posix path relative to the cache folder.
-            parts: The file's bytes, whole or in pieces.
 
         Raises:
             DiskFullError: no space is left; the staged bytes are removed.
@@ -154,11 +148,7 @@ class StagingArea:
 
 
 def refuse_link(folder: Path, root: Path) -> None:
-    """Refuses a folder of a cache that is a link.
-
-    Raises:
-        ManifestError: it is one.
-    """
+    """Refuses a folder of a cache that is a link, with a ManifestError."""
     if folder.is_symlink():
         raise ManifestError(
             f"{folder} is a link; a cache must be in one folder",
@@ -167,11 +157,7 @@ def refuse_link(folder: Path, root: Path) -> None:
 
 
 def remove_path(path: Path) -> None:
-    """Removes whatever is at `path`, never what a link there points to.
-
-    Raises:
-        ResourceError: it cannot be removed.
-    """
+    """Removes whatever is at `path`, never what a link there points to."""
     with disk_errors(path):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

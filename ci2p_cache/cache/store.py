@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ci2p_cache.cache.folder import CacheFolder
+from ci2p_cache.cache.folder import CacheFolder, Mirror
 from ci2p_cache.cache.growth import settle_for_reading
-from ci2p_cache.cache.mirror import Mirror
 from ci2p_cache.cache.split import Split
 from ci2p_cache.errors import IncompleteCacheError, RefusedError, UnknownSplitError, command
 from ci2p_cache.remote import url_of
@@ -93,9 +92,6 @@ class Cache(CacheFolder, Mapping[str, "Split"]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._splits)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._splits
-
     def __len__(self) -> int:
         return len(self._splits)
 
@@ -116,7 +112,7 @@ class Cache(CacheFolder, Mapping[str, "Split"]):
 
 
 def _identity(cache: Cache) -> tuple[str, str]:
-    """Returns what tells whether rows, labels and values are those of another opening."""
+    """Returns what two openings share if they have the same rows, labels and values."""
     return cache.manifest.plan.sha256, cache.fingerprint.digest
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection
-from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -68,7 +67,8 @@ def _parameter(name: str, kind: Any, default: Any, declared: Option) -> inspect.
         rich_help_panel=declared.panel,
         metavar=declared.metavar,
         autocompletion=_COMPLETIONS.get(name),
-        **({"readable": False} if Path in (kind, *get_args(kind)) else {}),
+        # Of a path; whoever opens it says what is wrong with it.
+        readable=False,
     )
     return inspect.Parameter(
         name,

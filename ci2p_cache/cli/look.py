@@ -10,8 +10,7 @@ import typer
 from ci2p_cache.cli import choices, render
 
 if TYPE_CHECKING:
-    from ci2p_cache.cache.card import CacheCard
-    from ci2p_cache.cache.sample_card import SampleCard
+    from ci2p_cache.cache.summary import CacheCard, SampleCard
     from ci2p_cache.previews import PreviewResult
 
 __all__ = ["inspect"]
@@ -56,9 +55,8 @@ def inspect(
     Works on a cache that is still being encoded, as far as it goes. --picture replaces an earlier
     picture of its own, and no other file.
     """
-    from ci2p_cache.cache.card import describe, folder_tree
-    from ci2p_cache.cache.sample_card import describe_sample
     from ci2p_cache.cache.store import open_cache
+    from ci2p_cache.cache.summary import describe, describe_sample, folder_tree
 
     cache = open_cache(path, partial=True)
     chosen = split or cache.splits[0]
@@ -92,6 +90,8 @@ def inspect(
 
 
 def _print_card(card: CacheCard) -> None:
+    from ci2p_cache.cache.codecs import CODECS
+
     fingerprint = card.fingerprint
     encoder, latent, image = fingerprint.encoder, fingerprint.latent, fingerprint.image
     state = "complete" if card.complete else "NOT complete"
@@ -110,7 +110,7 @@ def _print_card(card: CacheCard) -> None:
         + (f", {card.source_ratio:.2f} x the source files" if card.source_ratio else ""),
         "format": card.layout.format,
         "codec": f"{card.layout.codec}"
-        + (f" level {card.layout.level}" if card.layout.codec == "zstd" else ""),
+        + (f" level {card.layout.level}" if CODECS[card.layout.codec].has_level else ""),
         "saturated": f"{card.clipped:,} symbols",
         "bad images": f"{card.bad_images:,}" + (" (errors.parquet)" if card.bad_images else ""),
         "source": card.source,
@@ -172,8 +172,8 @@ def _print_sample(sample: SampleCard) -> None:
             [
                 (
                     str(number),
-                    f"{box.top}, {box.left}, {box.height}, {box.width}",
-                    "yes" if box.flip else "no",
+                    ", ".join(str(box[name]) for name in ("top", "left", "height", "width")),
+                    "yes" if box["flip"] else "no",
                     render.size(latent.stored_bytes),
                     f"{latent.stored_bytes / latent.raw_bytes:.0%}",
                     f"{latent.minimum:g}",
@@ -182,7 +182,7 @@ def _print_sample(sample: SampleCard) -> None:
                     f"{latent.zero_share:.0%}",
                 )
                 for number, (box, latent) in enumerate(
-                    zip(sample.boxes, sample.latents, strict=True)
+                    zip(sample.boxes or (), sample.latents, strict=True)
                 )
             ],
         )  # fmt: skip

@@ -13,7 +13,7 @@ from ci2p_cache.errors import command
 
 if TYPE_CHECKING:
     from ci2p_cache.cache.manifest import Manifest
-    from ci2p_cache.cache.status import CacheStatus
+    from ci2p_cache.cache.survey import CacheStatus
 
 __all__ = ["status"]
 
@@ -33,7 +33,7 @@ def status(
     """
     from ci2p_cache.cache.growth import growth_of
     from ci2p_cache.cache.manifest import read_manifest
-    from ci2p_cache.cache.status import status as look
+    from ci2p_cache.cache.survey import status as look
 
     found = look(path)
     if json:

@@ -14,7 +14,7 @@ from ci2p_cache.errors import IntegrityError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ci2p_cache.cache.finding import Finding
+    from ci2p_cache.cache.verify import Finding
     from ci2p_cache.encoding.reencode import ReencodeSummary
     from ci2p_cache.encoding.repair.summary import RepairSummary
 

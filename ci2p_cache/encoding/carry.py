@@ -14,10 +14,10 @@ import numpy.typing as npt
 from ci2p_cache.cache.commit import has_its_files
 from ci2p_cache.cache.growth import GROWTH, NOTES
 from ci2p_cache.cache.index import IndexRow, read_index
-from ci2p_cache.cache.sealed import read_sealed
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoding.shard_values import read_values
 from ci2p_cache.errors import ManifestError
+from ci2p_cache.record import read_sealed
 
 __all__ = ["Carried", "Carrier", "read_notes"]
 

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ci2p_cache import errors
+from ci2p_cache.cache.codecs import CODECS
 from ci2p_cache.cache.commit import CommitRecord
+from ci2p_cache.cache.containers import tar_sample_bytes
 from ci2p_cache.cache.staging import remove_path
-from ci2p_cache.cache.tar_shards import tar_sample_bytes
 from ci2p_cache.encoding.budget import refuse_more_bad
 from ci2p_cache.encoding.carry import Carrier
 from ci2p_cache.encoding.intent import committed_shards
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from ci2p_cache.encoding.ray_actors import Actors
 
 __all__ = ["encode_shards"]
-
-_EXPECTED_SHARE = {"int8": 0.22, "int16": 0.12, "float16": 0.95, "float32": 0.92}
-"""Compressed over raw bytes: measured for int8 and float16, a guess on the safe side otherwise."""
 
 _NO_SHARD = "no shard yet"
 
@@ -93,7 +91,7 @@ def encode_shards(work: Work, missing: Sequence[ShardId]) -> dict[ShardId, Commi
 def _expected_bytes(work: Work, missing: Sequence[ShardId]) -> float:
     """Returns about how many bytes of latents will be written."""
     latent, layout = work.intent.fingerprint.latent, work.intent.layout
-    share = 1.0 if layout.codec == "none" else _EXPECTED_SHARE[latent.dtype]
+    share = CODECS[layout.codec].expected_share[latent.dtype]
     need = 0.0
     for split, number in missing:
         record = work.intent.plan.splits[split]

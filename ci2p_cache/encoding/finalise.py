@@ -12,18 +12,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ci2p_cache.cache.checksums import checksums_bytes
 from ci2p_cache.cache.commit import CommitRecord, sha256_file
+from ci2p_cache.cache.folder import checksums_bytes
 from ci2p_cache.cache.index import ChannelSums, read_index, read_sums
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
-from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.paths import CHECKSUMS, MANIFEST, index_path, tar_list_path, tar_path
-from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.cache_readme import readme_bytes
 from ci2p_cache.encoding.plan import Plan
 from ci2p_cache.encoding.zarr_group import dequantising, put_zarr_group
 from ci2p_cache.errors import ShardError, command
+from ci2p_cache.parquet import parquet_bytes
+from ci2p_cache.record import json_bytes
 
 __all__ = ["finalise", "require_intact"]
 

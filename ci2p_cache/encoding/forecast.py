@@ -30,7 +30,6 @@ import pyarrow as pa
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.index import read_index, read_sums
 from ci2p_cache.cache.lock import LOCK, live_ranges, lock_holder
-from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.paths import commit_path, index_path
 from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path
 from ci2p_cache.encoder.frozen import FrozenEncoder
@@ -56,6 +55,7 @@ from ci2p_cache.errors import (
 from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
+from ci2p_cache.parquet import parquet_bytes
 from ci2p_cache.record import Record
 
 __all__ = ["DryRunReport", "dry_run"]

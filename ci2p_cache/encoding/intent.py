@@ -9,7 +9,7 @@ from typing import Self
 
 from ci2p_cache.cache.commit import CommitRecord, has_its_files, read_commit
 from ci2p_cache.cache.manifest import Manifest
-from ci2p_cache.cache.traces import gaps, named_ranges
+from ci2p_cache.cache.survey import gaps, named_ranges
 from ci2p_cache.encoding.growth import Growth
 from ci2p_cache.encoding.plan import Plan
 from ci2p_cache.errors import ManifestError

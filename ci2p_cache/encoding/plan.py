@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 
 from ci2p_cache.cache.commit import sha256_file
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
-from ci2p_cache.cache.parquet import parquet_bytes, read_parquet
 from ci2p_cache.cache.paths import MANIFEST, PLAN
 from ci2p_cache.errors import ManifestError, command
+from ci2p_cache.parquet import parquet_bytes, read_parquet
 
 __all__ = ["PLAN_SCHEMA", "Plan", "Sample", "ShardPlan", "read_plan"]
 

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 
 from ci2p_cache.cache.commit import CommitRecord
-from ci2p_cache.cache.finding import Finding
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.paths import data_paths
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
+from ci2p_cache.cache.verify import Finding
 from ci2p_cache.encoder.load import load_recorded_encoder
 from ci2p_cache.encoding.lane import (
     Lane,

@@ -28,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache.codecs import codec_of
 from ci2p_cache.cache.commit import CommitRecord
+from ci2p_cache.cache.containers import put_shard
 from ci2p_cache.cache.index import ChannelSums, IndexRow
 from ci2p_cache.cache.manifest import SplitRecord
-from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.budget import ErrorBudget, SaturationProbe
 from ci2p_cache.encoding.carry import Carrier
@@ -110,9 +110,7 @@ class ShardEncoder:
         self._on_image = on_image
         self._latent: LatentSpec = settings.fingerprint.latent
         self._probe = SaturationProbe(self._latent)
-        self._codec = ChunkCodec(
-            settings.layout.codec, level=settings.layout.level, chunk_bytes=self._latent.num_bytes
-        )
+        self._codec = codec_of(settings.layout, self._latent)
         self._free_lanes: deque[Lane] = deque(lanes)
         self._num_lanes = len(lanes)
         self._numerics = numerics(lanes[0], settings.batch_size)

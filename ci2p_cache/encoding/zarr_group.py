@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.abc.buffer import Buffer
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
+from ci2p_cache.cache.codecs import codec_of
 from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.staging import StagingArea
@@ -36,10 +37,6 @@ def put_zarr_group(
     group = zarr.create_group(
         MemoryStore(made), attributes={"ci2p_cache_format": manifest.format_version}
     )
-    if layout.codec == "zstd":
-        compressor: ZstdCodec | Crc32cCodec = ZstdCodec(level=layout.level, checksum=True)
-    else:
-        compressor = Crc32cCodec()
     for name, record in plan.splits.items():
         split = group.create_group(name)
         if layout.has_zarr:
@@ -49,7 +46,7 @@ def put_zarr_group(
                 dtype=latent.dtype,
                 chunks=(1, 1, *latent.shape),
                 shards=(record.shard_rows, record.views, *latent.shape),
-                compressors=compressor,
+                compressors=codec_of(layout, latent).zarr_metadata,
                 fill_value=latent.fill_value,
                 chunk_key_encoding={"name": "default", "separator": "."},
                 dimension_names=("sample", "view", "channel", "y", "x"),

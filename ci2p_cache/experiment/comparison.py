@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
 from ci2p_cache.outputs import write_whole
-from ci2p_cache.record import Record, differing_fields, read_json
+from ci2p_cache.record import Record, differing_fields, json_bytes, read_json
 
 __all__ = [
     "Configuration",

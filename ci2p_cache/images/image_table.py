@@ -34,7 +34,7 @@ from ci2p_cache.images.names import for_display
 from ci2p_cache.images.reading import MAX_FILE_BYTES
 from ci2p_cache.images.source import SourceOptions
 from ci2p_cache.images.tally import Tally
-from ci2p_cache.parquet_pages import RowGroup, require_small_pages
+from ci2p_cache.parquet import RowGroup, require_small_pages
 
 __all__ = ["ImageTable", "guarded", "open_parquet"]
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ci2p_cache.cache.lock import locked
-from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.staging import StagingArea, disk_errors, refuse_link
 from ci2p_cache.errors import RefusedError, UsageError
@@ -35,6 +34,7 @@ from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.machine import checked_device, ieee_float32, raise_open_files, tune_allocator
 from ci2p_cache.outputs import check_folder, refuse_unwritable
+from ci2p_cache.parquet import parquet_bytes
 from ci2p_cache.training.metrics import Validation, validate
 
 __all__ = ["evaluate"]

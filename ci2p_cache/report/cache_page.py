@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ci2p_cache.cache.card import CacheCard, describe
-from ci2p_cache.cache.parquet import read_parquet
 from ci2p_cache.cache.store import Cache
+from ci2p_cache.cache.summary import CacheCard, describe
 from ci2p_cache.errors import CacheError, IntegrityError, SourceError, command
+from ci2p_cache.parquet import read_parquet
 from ci2p_cache.report.charts import energy_chart
 from ci2p_cache.report.elements import (
     Cell,

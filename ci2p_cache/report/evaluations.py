@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ci2p_cache.cache.parquet import read_parquet
 from ci2p_cache.errors import ManifestError, command
+from ci2p_cache.parquet import read_parquet
 from ci2p_cache.record import read_json
 
 __all__ = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ci2p_cache.cache.sample_card import read_row
 from ci2p_cache.cache.store import Cache
+from ci2p_cache.cache.summary import read_row
 from ci2p_cache.errors import CacheError
 from ci2p_cache.report.elements import (
     Html,

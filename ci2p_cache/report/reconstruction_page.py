@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ci2p_cache.cache.card import CacheCard
+from ci2p_cache.cache.summary import CacheCard
 from ci2p_cache.report.charts import histogram
 from ci2p_cache.report.elements import (
     Cell,

@@ -37,10 +37,9 @@ import torch
 from torch import Tensor
 
 from ci2p_cache.cache.commit import FileRecord
-from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path, sync_folder
 from ci2p_cache.errors import CheckpointError, ManifestError, ResourceError
-from ci2p_cache.record import Record, read_json, read_regular, regular_file
+from ci2p_cache.record import Record, json_bytes, read_json, read_regular, regular_file
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import EpochRecord, TrainObserver, best_epoch
 

@@ -134,7 +134,7 @@ class TrainSpec(Record):
         check_options(self)
         object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
         _require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            len(list(self.betas)) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"`betas` is {self.betas}; two numbers with 0 <= beta < 1 are wanted",
         )
         for name, limit in (

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 import ci2p_cache as cc
-from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache.codecs import CODECS
 from ci2p_cache.cache.commit import CommitRecord
+from ci2p_cache.cache.containers import index_crc32c, pack_shard
 from ci2p_cache.cache.index import ChannelSums, IndexRow, index_bytes
 from ci2p_cache.cache.manifest import Manifest, SplitRecord, shard_rows
 from ci2p_cache.cache.paths import ENCODER, MANIFEST, PLAN, index_path, shard_path
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.cache.zarr_shards import index_crc32c, pack_shard
 from ci2p_cache.demo_pictures import write_pictures
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.plan import Sample
@@ -97,7 +97,7 @@ def write_cache(
     samples = [Sample(row, f"{row}", row % classes, b"%d" % row) for row in range(count)]
     record = SplitRecord(rows=count, views=1, shard_rows=size)
     plan = plan_of_rows({"train": samples}, {"train": record})
-    chunks = ChunkCodec(codec, level=level, chunk_bytes=fingerprint.latent.num_bytes)
+    chunks = CODECS[codec](level=level, chunk_bytes=fingerprint.latent.num_bytes)
     with StagingArea(folder) as staging:
         manifest = Manifest(
             software=base.software,

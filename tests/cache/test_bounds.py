@@ -71,7 +71,7 @@ class TestBeforeEncoding:
     def test_more_rows_than_can_be_opened_are_refused_when_planned(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ci2p_cache.cache.split_record._MAX_ROWS", 99)
+        monkeypatch.setattr("ci2p_cache.cache.manifest._MAX_ROWS", 99)
         layout = LayoutSpec(val_fraction=0)
         build_plan(Listed(99), layout, ViewSpec(), LATENT)
         with pytest.raises(errors.UsageError, match="`rows` is 100; 0 to 99 are possible"):
@@ -80,7 +80,7 @@ class TestBeforeEncoding:
     def test_more_shards_than_can_be_opened_are_refused_when_planned(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ci2p_cache.cache.split_record._MAX_SHARDS", 10)
+        monkeypatch.setattr("ci2p_cache.cache.manifest._MAX_SHARDS", 10)
         layout = LayoutSpec(val_fraction=0, shard_samples=2)
         build_plan(Listed(20), layout, ViewSpec(), LATENT)
         with pytest.raises(errors.UsageError, match="21 rows has 11 shards") as caught:
@@ -215,7 +215,7 @@ class TestClaims:
         assert "(train 0, 2, 4, " in finding.problem
 
     def test_many_gaps_are_counted(self, tmp_path: Path) -> None:
-        from ci2p_cache.cache.traces import gaps, named_ranges
+        from ci2p_cache.cache.survey import gaps, named_ranges
 
         holes = gaps(20, range(1, 20, 2))
         assert named_ranges({"train": holes, "val": []}) == (

@@ -20,16 +20,17 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.cache import open_shards
-from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache import shard_reader
+from ci2p_cache.cache.codecs import CODECS
 from ci2p_cache.cache.commit import FileRecord, read_commit
+from ci2p_cache.cache.containers import index_crc32c, open_zarr, pack_shard
 from ci2p_cache.cache.index import ChannelSums, read_index, read_sums
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.manifest import read_manifest, refuse_difference
-from ci2p_cache.cache.parquet import parquet_bytes, read_parquet
-from ci2p_cache.cache.sealed import read_sealed
+from ci2p_cache.cache.shard_reader import ShardReader
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard
+from ci2p_cache.parquet import parquet_bytes, read_parquet
+from ci2p_cache.record import read_sealed
 from tests.support.caches import flip, with_options
 from tests.support.pictures import write_image_folder
 from tests.support.seals import reseal, write_json
@@ -251,6 +252,8 @@ class TestVerify:
         write_json(cache / COMMIT, json.loads((cache / COMMIT).read_text()) | change)
         (finding,) = (f for f in cc.verify(cache, quick=True) if f.path == COMMIT)
         assert problem in finding.problem
+        (damaged,) = cc.status(cache).damaged
+        assert problem in damaged
 
     @pytest.mark.parametrize("lost", [SHARD, INDEX])
     def test_files_without_record_and_without_checksums_are_missing_or_left(
@@ -267,13 +270,13 @@ class TestVerify:
         def fail(_: Path) -> str:
             raise OSError(errno.EIO, "the disk is ill")
 
-        monkeypatch.setattr("ci2p_cache.cache.finding.sha256_file", fail)
+        monkeypatch.setattr("ci2p_cache.cache.commit.sha256_file", fail)
         assert all("the disk is ill" in f.problem for f in cc.verify(cache, quick=True))
 
     def test_a_quick_verify_leaves_large_files_unread(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ci2p_cache.cache.finding._SMALL_BYTES", 0)
+        monkeypatch.setattr("ci2p_cache.cache.verify._SMALL_BYTES", 0)
         flip(cache / SHARD, 0.1)
         assert cc.verify(cache, quick=True) == []
 
@@ -313,11 +316,11 @@ def shard_of(index: np.ndarray, body: bytes) -> bytes:
 
 
 class TestShard:
-    codec = ChunkCodec("none", level=1, chunk_bytes=24)
+    codec = CODECS["none"](level=1, chunk_bytes=24)
 
-    def opened(self, path: Path, data: bytes, chunks: int) -> ShardFile:
+    def opened(self, path: Path, data: bytes, chunks: int) -> ShardReader:
         path.write_bytes(data)
-        return ShardFile(path, num_chunks=chunks, codec=self.codec, file_bytes=len(data),
+        return open_zarr(path, num_chunks=chunks, codec=self.codec, file_bytes=len(data),
                          index_crc=index_crc32c(data))  # fmt: skip
 
     @pytest.mark.parametrize(
@@ -347,7 +350,7 @@ class TestShard:
         os.mkfifo(tmp_path / "pipe")
         for name in ("none", "link", "pipe"):
             with pytest.raises(errors.ShardError, match=name):
-                ShardFile(tmp_path / name, num_chunks=1, codec=self.codec, file_bytes=30,
+                open_zarr(tmp_path / name, num_chunks=1, codec=self.codec, file_bytes=30,
                           index_crc=0)  # fmt: skip
 
     def test_a_file_that_shrinks_while_it_is_open_is_noticed(self, tmp_path: Path) -> None:
@@ -366,13 +369,13 @@ class TestShard:
          b"\x28\xb5\x2f\xfd\x20\x18" + b"\xff" * 20],
     )  # fmt: skip
     def test_what_is_no_frame_is_refused(self, frame: bytes) -> None:
-        codec = ChunkCodec("zstd", level=1, chunk_bytes=24)
+        codec = CODECS["zstd"](level=1, chunk_bytes=24)
         with pytest.raises(ValueError, match=r"wanted 24|[Zz]std"):
             codec.decode_into(frame, np.empty(24, np.uint8))
 
     @pytest.mark.parametrize("size", [24, 300, 70_000])
     def test_frames_of_every_size_of_header_are_read(self, size: int) -> None:
-        codec = ChunkCodec("zstd", level=1, chunk_bytes=size)
+        codec = CODECS["zstd"](level=1, chunk_bytes=size)
         raw = np.random.default_rng(0).integers(0, 9, size).astype(np.uint8)
         out = np.empty(size, np.uint8)
         codec.decode_into(codec.encode(memoryview(raw.tobytes())), out)
@@ -469,7 +472,7 @@ def test_raw_shards_that_were_swapped_are_told_apart(
     second.write_bytes(content)
     found = cc.verify(tmp_path / "out", quick=True)
     assert [f.shard for f in found] == [0, 1]
-    monkeypatch.setattr("ci2p_cache.cache.finding._SMALL_BYTES", 0)
+    monkeypatch.setattr("ci2p_cache.cache.verify._SMALL_BYTES", 0)
     assert [f.shard for f in cc.verify(tmp_path / "out", quick=True)] == [0, 1]
     split = cc.open_cache(tmp_path / "out")["train"]
     with pytest.raises(errors.ShardError, match="not the shard of this index part"):
@@ -512,8 +515,8 @@ def test_few_files_open_and_no_index_kept_change_no_value(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = [value.clone() for value, _ in (cc.open_cache(cache)["train"][row] for row in (0, 5))]
-    monkeypatch.setattr(open_shards, "_max_open", lambda: 1)
-    monkeypatch.setattr(open_shards, "_MAX_INDEX_BYTES", 0)
+    monkeypatch.setattr(shard_reader, "_max_open", lambda: 1)
+    monkeypatch.setattr(shard_reader, "_MAX_INDEX_BYTES", 0)
     split = cc.open_cache(cache)["train"]
     for _ in range(2):
         for row, value in zip((0, 5), wanted, strict=True):

@@ -14,8 +14,8 @@ import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache.index import INDEX_SCHEMA
 from ci2p_cache.cache.manifest import read_manifest
-from ci2p_cache.cache.parquet import parquet_bytes
-from ci2p_cache.cache.sample_card import describe_sample
+from ci2p_cache.cache.summary import describe_sample
+from ci2p_cache.parquet import parquet_bytes
 from tests.support import format_reader
 from tests.support.caches import SMALL, data_digests, flip, make_cache, make_old, with_options
 from tests.support.pictures import picture, write_image_folder

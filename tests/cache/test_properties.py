@@ -17,18 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache.codecs import CODECS
 from ci2p_cache.cache.commit import CommitRecord, FileRecord
+from ci2p_cache.cache.containers import index_crc32c, open_zarr, pack_shard
 from ci2p_cache.cache.manifest import Manifest, SplitRecord, read_manifest, shard_rows
-from ci2p_cache.cache.sealed import read_sealed, sealed_bytes
-from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard
 from ci2p_cache.encoder.frozen import dequantize, quantize, saturate
 from ci2p_cache.encoding.plan import Plan, read_plan
 from ci2p_cache.encoding.planning import EarlierRows, build_plan
 from ci2p_cache.errors import ManifestError, ShardError, SourceError
 from ci2p_cache.images.source import ImageRef
 from ci2p_cache.loader.order import epoch_order, epoch_views
-from ci2p_cache.record import Record
+from ci2p_cache.record import Record, read_sealed, sealed_bytes
 from ci2p_cache.specs import (
     EncoderSpec,
     Fingerprint,
@@ -486,7 +485,7 @@ def test_zarr_reads_what_we_pack(
 ) -> None:
     root = tmp_path_factory.mktemp("pack")
     values, stored = stored_values(rows, dtype, seed)
-    chunks = ChunkCodec(codec, level=1, chunk_bytes=values[0].nbytes)
+    chunks = CODECS[codec](level=1, chunk_bytes=values[0].nbytes)
     array = shard_array(root, codec, rows, size, dtype)
     for number in range(-(-rows // size)):
         part = [
@@ -511,7 +510,7 @@ def test_we_read_what_zarr_writes(
     values, stored = stored_values(rows, dtype, seed)
     array = shard_array(root, codec, rows, size, dtype)
     array[:] = values
-    chunks = ChunkCodec(codec, level=1, chunk_bytes=values[0].nbytes)
+    chunks = CODECS[codec](level=1, chunk_bytes=values[0].nbytes)
     out = np.empty(values[0].nbytes, np.uint8)
     for number in range(-(-rows // size)):
         path = root / f"c.{number}.0.0.0"
@@ -520,7 +519,7 @@ def test_we_read_what_zarr_writes(
             assert not stored[part.start : part.stop].any()
             continue
         data = path.read_bytes()
-        file = ShardFile(path, num_chunks=size, codec=chunks, file_bytes=len(data),
+        file = open_zarr(path, num_chunks=size, codec=chunks, file_bytes=len(data),
                          index_crc=index_crc32c(data))  # fmt: skip
         np.testing.assert_array_equal(file.stored[: len(part)], stored[part.start : part.stop])
         assert not file.stored[len(part) :].any()
@@ -546,9 +545,9 @@ def test_an_index_of_any_numbers_leads_nowhere_outside_its_file(
     index = np.array(entries, "<u8").tobytes()
     data = bytes(200) + index + google_crc32c.value(index).to_bytes(4, "little")
     path.write_bytes(data)
-    codec = ChunkCodec("none", level=1, chunk_bytes=24)
+    codec = CODECS["none"](level=1, chunk_bytes=24)
     try:
-        file = ShardFile(path, num_chunks=len(entries), codec=codec, file_bytes=len(data),
+        file = open_zarr(path, num_chunks=len(entries), codec=codec, file_bytes=len(data),
                          index_crc=index_crc32c(data))  # fmt: skip
     except ShardError:
         return
@@ -559,7 +558,7 @@ def test_an_index_of_any_numbers_leads_nowhere_outside_its_file(
 def test_no_chunk_at_all_is_a_shard_too(tmp_path: Path) -> None:
     data = b"".join(pack_shard([]))
     (tmp_path / "c").write_bytes(data)
-    codec = ChunkCodec("zstd", level=1, chunk_bytes=24)
-    file = ShardFile(tmp_path / "c", num_chunks=0, codec=codec, file_bytes=len(data),
+    codec = CODECS["zstd"](level=1, chunk_bytes=24)
+    file = open_zarr(tmp_path / "c", num_chunks=0, codec=codec, file_bytes=len(data),
                      index_crc=index_crc32c(data))  # fmt: skip
     assert file.stored.shape == (0,)

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ci2p_cache.cache import raw_shards
-from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.raw_shards import RawShards
-from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard
+from ci2p_cache.cache import shard_reader
+from ci2p_cache.cache.codecs import CODECS
+from ci2p_cache.cache.containers import index_crc32c, open_zarr, pack_shard
+from ci2p_cache.cache.shard_reader import RawShards, ShardReader
 from ci2p_cache.errors import ShardError
 
 CHUNKS, BYTES, SHARDS = 5, 3 * 700, 7
-CODEC = ChunkCodec("none", level=1, chunk_bytes=BYTES)
+CODEC = CODECS["none"](level=1, chunk_bytes=BYTES)
 VALUES = np.random.default_rng(0).integers(0, 256, (SHARDS, CHUNKS, BYTES)).astype(np.uint8)
 MISSING = (2, 1)
 """Shard and chunk of the one that is not stored."""
@@ -34,12 +34,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opener(folder: Path, *, chunks: int = CHUNKS) -> Callable[[int], ShardFile]:
-    def open_shard(shard: int) -> ShardFile:
+def opener(folder: Path, *, chunks: int = CHUNKS) -> Callable[[int], ShardReader]:
+    def open_shard(shard: int) -> ShardReader:
         path = folder / str(shard)
         data = path.read_bytes() if path.exists() else b""
         crc = index_crc32c(data) if data else 0
-        return ShardFile(path, num_chunks=chunks, codec=CODEC, file_bytes=len(data), index_crc=crc)
+        return open_zarr(path, num_chunks=chunks, codec=CODEC, file_bytes=len(data), index_crc=crc)
 
     return open_shard
 
@@ -125,7 +125,7 @@ def test_what_the_kernel_refuses_is_an_error(folder: Path, monkeypatch: pytest.M
     def refuse(*_: object) -> int:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(raw_shards, "_map", refuse)
+    monkeypatch.setattr(shard_reader, "_map", refuse)
     with pytest.raises(ShardError, match=r"shard 3: .* cannot be mapped: Cannot allocate"):
         gathered(shards, [(3, 0)])
 

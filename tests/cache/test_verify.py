@@ -14,10 +14,10 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache.codecs import CODECS, ChunkCodec
 from ci2p_cache.cache.lock import locked
-from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.cli.app import run_command
+from ci2p_cache.record import sealed_bytes
 from tests.long.bitflips import run as run_bitflips
 from tests.support.caches import SMALL, data_digests, flip, swap, with_options
 from tests.support.pictures import picture, write_image_folder
@@ -355,14 +355,14 @@ class TestReencode:
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Every checksum is right: only encoding again can tell.
-        honest = ChunkCodec.encode
+        honest = CODECS["zstd"].encode
 
         def wrong(self: ChunkCodec, raw: memoryview) -> bytes:
             changed = np.frombuffer(raw, np.int8).copy()
             changed[17] ^= 1
             return honest(self, memoryview(changed.tobytes()))
 
-        monkeypatch.setattr(ChunkCodec, "encode", wrong)
+        monkeypatch.setattr(CODECS["zstd"], "encode", wrong)
         cc.encode(source, tmp_path / "out", with_options(max_errors="1", views="none"))
         monkeypatch.undo()
         summary = cc.reencode(tmp_path / "out", 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.zarr_shards import ShardFile, index_crc32c, pack_shard
+from ci2p_cache.cache.codecs import CODECS, ChunkCodec
+from ci2p_cache.cache.containers import index_crc32c, open_zarr, pack_shard
+from ci2p_cache.cache.shard_reader import ShardReader
 from ci2p_cache.errors import ShardError
-from ci2p_cache.specs import CodecName
+from ci2p_cache.specs import CodecName, DType
 
 SHAPE = (3, 2, 4)
 
@@ -38,15 +40,23 @@ def zarr_array(path: Path, name: str, rows: int, shard_rows: int) -> zarr.Array:
     )
 
 
-def open_shard(path: Path, codec: ChunkCodec, num_chunks: int) -> ShardFile:
+def open_shard(path: Path, codec: ChunkCodec, num_chunks: int) -> ShardReader:
     data = path.read_bytes()
-    return ShardFile(
+    return open_zarr(
         path,
         num_chunks=num_chunks,
         codec=codec,
         file_bytes=len(data),
         index_crc=index_crc32c(data),
     )
+
+
+def test_every_codec_that_may_be_asked_for_is_there_and_is_zarr_s_own() -> None:
+    assert set(CODECS) == set(get_args(CodecName))
+    for name, kind in CODECS.items():
+        codec = kind(level=3, chunk_bytes=24)
+        assert codec.zarr_metadata == compressor(name).to_dict()
+        assert set(codec.expected_share) == set(get_args(DType))
 
 
 @pytest.mark.parametrize("name", ["zstd", "none"])
@@ -57,7 +67,7 @@ def test_zarr_reads_what_we_pack(
 ) -> None:
     folder = tmp_path_factory.mktemp("pack")
     values = np.random.default_rng(seed).integers(-127, 128, (len(stored), *SHAPE)).astype("int8")
-    codec = ChunkCodec(name, level=3, chunk_bytes=24)
+    codec = CODECS[name](level=3, chunk_bytes=24)
     chunks = [
         codec.encode(memoryview(row.tobytes())) if keep else None
         for row, keep in zip(values, stored, strict=True)
@@ -80,7 +90,7 @@ def test_we_read_what_zarr_writes(
     folder = tmp_path_factory.mktemp("read")
     values = np.random.default_rng(seed).integers(-127, 128, (rows, *SHAPE)).astype("int8")
     zarr_array(folder, name, rows, 9)[:] = values
-    codec = ChunkCodec(name, level=3, chunk_bytes=24)
+    codec = CODECS[name](level=3, chunk_bytes=24)
     shard = open_shard(folder / "c.0.0.0.0", codec, 9)
 
     assert shard.stored.tolist() == [True] * rows + [False] * (9 - rows)
@@ -94,7 +104,7 @@ def test_we_read_what_zarr_writes(
 
 @pytest.fixture(params=["zstd", "none"])
 def packed(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, ChunkCodec, int]:
-    codec = ChunkCodec(request.param, level=1, chunk_bytes=600)
+    codec = CODECS[request.param](level=1, chunk_bytes=600)
     rng = np.random.default_rng(0)
     chunks = [codec.encode(memoryview(rng.integers(0, 9, 600).astype("u1").tobytes()))] * 3
     path = tmp_path / "shard"
@@ -103,7 +113,7 @@ def packed(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, ChunkC
 
 
 def read_all(path: Path, codec: ChunkCodec, size: int, crc: int) -> None:
-    shard = ShardFile(path, num_chunks=4, codec=codec, file_bytes=size, index_crc=crc)
+    shard = open_zarr(path, num_chunks=4, codec=codec, file_bytes=size, index_crc=crc)
     out = np.empty(600, np.uint8)
     for chunk in range(3):
         shard.read_into(chunk, out)
@@ -151,8 +161,8 @@ def test_an_index_that_points_outside_is_refused(packed: tuple[Path, ChunkCodec,
 
 
 def test_a_frame_of_another_size_is_refused_before_it_is_decoded() -> None:
-    small = ChunkCodec("zstd", level=1, chunk_bytes=600)
-    large = ChunkCodec("zstd", level=1, chunk_bytes=6_000_000)
+    small = CODECS["zstd"](level=1, chunk_bytes=600)
+    large = CODECS["zstd"](level=1, chunk_bytes=6_000_000)
     out = np.full(600, 7, np.uint8)
     for frame in (large.encode(memoryview(bytes(6_000_000))), small.encode(memoryview(bytes(5)))):
         with pytest.raises(ValueError, match="wanted 600"):

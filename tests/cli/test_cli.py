@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import ci2p_cache as cc
-from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.cli.encode import encode as encode_command
 from ci2p_cache.cli.train import train as train_command
 from ci2p_cache.encoder.architecture import FactorizedPrior
+from ci2p_cache.record import sealed_bytes
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
 from tests.support.tiers import thinned

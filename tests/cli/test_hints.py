@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.cache.card import describe
 from ci2p_cache.cache.commit import read_commit
 from ci2p_cache.cache.index import read_index
-from ci2p_cache.cache.sample_card import describe_sample
+from ci2p_cache.cache.summary import describe, describe_sample
 from ci2p_cache.encoder.load import load_encoder
 from ci2p_cache.encoder.weights import WeightsCard, tensor_digest, weights_bytes
 from ci2p_cache.errors import command

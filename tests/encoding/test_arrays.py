@@ -14,8 +14,8 @@ import pytest
 import zarr
 
 import ci2p_cache as cc
-from ci2p_cache.cache.chunk_codec import ChunkCodec
-from ci2p_cache.cache.parquet import parquet_bytes
+from ci2p_cache.cache.codecs import CODECS
+from ci2p_cache.parquet import parquet_bytes
 from tests.support.caches import data_digests, flip, swap, with_options
 from tests.support.pictures import write_image_folder
 from tests.support.seals import reseal, write_json
@@ -45,7 +45,7 @@ def array(name: str, split: str = "train") -> str:
 
 
 def write_array(root: Path, name: str, values: np.ndarray) -> None:
-    codec = ChunkCodec("zstd", level=1, chunk_bytes=values.nbytes)
+    codec = CODECS["zstd"](level=1, chunk_bytes=values.nbytes)
     (root / array(name)).write_bytes(codec.encode(memoryview(values.tobytes())))
 
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.encoding.progress import EncodeObserver
+from ci2p_cache.record import sealed_bytes
 from tests.support.caches import SMALL, data_digests, with_options
 from tests.support.pictures import picture, write_image_folder
 from tests.support.tiers import thinned

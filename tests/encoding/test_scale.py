@@ -15,7 +15,7 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.cache import open_shards
+from ci2p_cache.cache import shard_reader
 from ci2p_cache.cache.manifest import read_manifest
 from ci2p_cache.cache.shard_reader import ShardReader
 from ci2p_cache.encoding import planning, progress
@@ -173,7 +173,7 @@ def test_encoding_holds_no_more_files_open_from_shard_to_shard(
 def test_an_epoch_over_more_shards_than_may_be_open_reads_every_row_once(
     done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_shards, "_max_open", lambda: 8)
+    monkeypatch.setattr(shard_reader, "_max_open", lambda: 8)
     split = cc.open_cache(done)["train"]
     opened = []
     true_open = split.open_shard
@@ -201,7 +201,7 @@ def test_a_shard_replaced_while_it_was_closed_is_checked_again(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(done, out)
-    monkeypatch.setattr(open_shards, "_max_open", lambda: 1)
+    monkeypatch.setattr(shard_reader, "_max_open", lambda: 1)
     split = cc.open_cache(out)["train"]
     wanted, _ = split[0]
     split[128]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ci2p_cache.cache.parquet import parquet_bytes
+from ci2p_cache.parquet import parquet_bytes
 from tests.hostile.attacks import MAX_GROWTH, SHARD, attacked, refused, replace, snapshot
 from tests.support.seals import reseal
 from tests.support.tiers import thinned

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 import ci2p_cache as cc
-from ci2p_cache.cache.sample_card import describe_sample
+from ci2p_cache.cache.summary import describe_sample
 from ci2p_cache.cache.verify import verify
 from ci2p_cache.encoding.reencode import reencode
 from ci2p_cache.errors import SourceError

@@ -26,7 +26,7 @@ import zarr
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.cache.tar_shards import npy_header
+from ci2p_cache.cache.containers import npy_header
 from ci2p_cache.training.records import EpochRecord, TrainObserver
 from tests.support.caches import data_digests
 from tests.support.commands import REPO, Ran
@@ -288,13 +288,13 @@ class TestRead:
     def test_few_files_are_open_at_a_time(
         self, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ci2p_cache.cache.open_shards._max_open", lambda: 1)
+        monkeypatch.setattr("ci2p_cache.cache.shard_reader._max_open", lambda: 1)
         assert same(epochs(caches["webdataset"]), epochs(caches["zarr"]))
 
     def test_a_tar_replaced_while_it_is_known_is_refused(
         self, tars: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ci2p_cache.cache.open_shards._max_open", lambda: 1)
+        monkeypatch.setattr("ci2p_cache.cache.shard_reader._max_open", lambda: 1)
         train = cc.open_cache(tars)["train"]
         out = np.empty(train.latent.shape, np.int8)
         rows = [int(rows[0]) for rows in np.split(train.valid_rows, [4, 8])[:2]]
@@ -427,7 +427,7 @@ class TestHostile:
             del values[0][0]
 
         places_of(tars / "index/train-000000.parquet", change, column)
-        self.refused(tars, "not one place and checksum")
+        self.refused(tars, "not one offset and checksum")
 
     def test_another_latents_place(self, tars: Path) -> None:
         def change(values: list[Any]) -> None:

@@ -83,7 +83,7 @@ MUTATIONS = (
     Mutation(
         name="checksum-ignored",
         says="The checksum of an uncompressed chunk is computed and not held against the stored.",
-        file="ci2p_cache/cache/chunk_codec.py",
+        file="ci2p_cache/cache/codecs.py",
         old='raise ValueError("crc32c is wrong")',
         new="pass",
         where=(
@@ -102,7 +102,7 @@ MUTATIONS = (
     Mutation(
         name="rows-swapped-between-shards",
         says="A batch takes the last row of the first shard for the first row of the second.",
-        file="ci2p_cache/cache/stored_split.py",
+        file="ci2p_cache/cache/split.py",
         old="np.divmod(rows, self.record.shard_rows)",
         new="(lambda n: np.divmod(np.where(np.isin(rows, [n - 1, n]) & (self.num_rows > n),"
         " 2 * n - 1 - rows, rows), n))(self.record.shard_rows)",
@@ -231,7 +231,7 @@ MUTATIONS = (
     Mutation(
         name="stale-mirror-accepted",
         says="What was fetched of an earlier cache at the same URL is taken for this one's.",
-        file="ci2p_cache/cache/mirror.py",
+        file="ci2p_cache/cache/folder.py",
         old="not mine.is_file() or mine.read_bytes() != manifest",
         new="not mine.is_file()",
         where=(
@@ -262,7 +262,7 @@ MUTATIONS = (
     Mutation(
         name="swapped-shards-accepted",
         says="An intact shard that is in the place of another is read as that one.",
-        file="ci2p_cache/cache/zarr_shards.py",
+        file="ci2p_cache/cache/containers.py",
         old="if stored_crc != index_crc:",
         new="if False:",
         where=("cache/test_zarr_shards.py::test_an_intact_but_foreign_shard_is_refused",),

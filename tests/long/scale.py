@@ -40,7 +40,6 @@ import ci2p_cache.loader.batches  # so that it is not counted where it is first 
 from ci2p_cache.cache.commit import CommitRecord, read_commit
 from ci2p_cache.cache.index import INDEX_SCHEMA, read_index
 from ci2p_cache.cache.manifest import read_manifest
-from ci2p_cache.cache.parquet import parquet_bytes
 from ci2p_cache.cache.paths import index_path, shard_path
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.cache.verify import verify
@@ -50,6 +49,7 @@ from ci2p_cache.encoding.plan import read_plan
 from ci2p_cache.encoding.planning import build_plan
 from ci2p_cache.errors import InterruptedRunError
 from ci2p_cache.images.locate import open_source
+from ci2p_cache.parquet import parquet_bytes
 from ci2p_cache.specs import LatentSpec
 from tests.support.pictures import picture
 

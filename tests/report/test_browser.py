@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ci2p_cache as cc
-from ci2p_cache.cache.card import index_parts
+from ci2p_cache.cache.summary import index_parts
 from ci2p_cache.illustrations import LatentIllustrator
 from ci2p_cache.report.html import write_report
 from tests.support.pictures import write_image_folder

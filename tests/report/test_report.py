@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import ci2p_cache as cc
-from ci2p_cache.cache.card import index_parts
+from ci2p_cache.cache.summary import index_parts
 from ci2p_cache.errors import InputDataError, RefusedError, SourceError, UsageError
 from ci2p_cache.illustrations import LatentIllustrator
 from ci2p_cache.previews import draw_preview

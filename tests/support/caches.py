@@ -13,8 +13,9 @@ import google_crc32c
 import numpy as np
 
 import ci2p_cache as cc
-from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache.codecs import CODECS
 from ci2p_cache.cache.commit import CommitRecord
+from ci2p_cache.cache.containers import put_shard
 from ci2p_cache.cache.index import (
     ChannelSums,
     IndexRow,
@@ -26,7 +27,6 @@ from ci2p_cache.cache.index import (
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
 from ci2p_cache.cache.paths import CHECKSUMS, ENCODER, PLAN
-from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.plan import ShardPlan
@@ -177,7 +177,7 @@ def _put_shard(
     """Draws and commits one shard; every latent is a pure function of its split, row and view."""
     latent, layout = manifest.fingerprint.latent, manifest.layout
     shape: SplitRecord = manifest.splits[shard.split]
-    codec = ChunkCodec(layout.codec, level=layout.level, chunk_bytes=latent.num_bytes)
+    codec = CODECS[layout.codec](level=layout.level, chunk_bytes=latent.num_bytes)
     rows: list[IndexRow] = []
     chunks: list[bytes | None] = [None] * (shape.shard_rows * shape.views)
     raw: dict[tuple[int, int], bytes] = {}

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from ci2p_cache.cache.sealed import sealed_bytes
+from ci2p_cache.record import sealed_bytes
 
 
 def digest(data: bytes) -> str:

@@ -473,7 +473,7 @@ def _main() -> None:
         importlib.import_module(name)
     for module in (
         "cli.app", "cli.watch", "encoding.whole", "previews", "report.plots", "training.run",
-        "cache.sample_card", "cache.verify", "inference.classifier", "experiment.run",
+        "cache.summary", "cache.verify", "inference.classifier", "experiment.run",
     ):  # fmt: skip
         importlib.import_module(f"ci2p_cache.{module}")
     from tests.support.nano import add_nano_models

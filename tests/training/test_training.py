@@ -28,9 +28,9 @@ from safetensors.torch import load_file
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache.lock import locked
-from ci2p_cache.cache.sealed import sealed_bytes
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model
+from ci2p_cache.record import sealed_bytes
 from ci2p_cache.report.plots import draw_curves
 from ci2p_cache.training.metrics import validate
 from ci2p_cache.training.optim import lr_at

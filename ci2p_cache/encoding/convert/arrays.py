@@ -20,17 +20,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ci2p_cache.cache.containers import npy_header
 from ci2p_cache.cache.index import INDEX_SCHEMA, read_index
 from ci2p_cache.cache.lock import locked
-from ci2p_cache.cache.parquet import parquet_bytes
-from ci2p_cache.cache.sealed import json_bytes
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.staging import disk_errors, remove_path, sync_folder
 from ci2p_cache.cache.store import Cache
-from ci2p_cache.cache.tar_shards import npy_header
 from ci2p_cache.encoding.shard_values import read_values
 from ci2p_cache.errors import NotACacheError, ShardError, command
 from ci2p_cache.machine import num_cores
+from ci2p_cache.parquet import parquet_bytes
+from ci2p_cache.record import json_bytes
 
 __all__ = ["ARRAYS_VERSION", "write_arrays"]
 

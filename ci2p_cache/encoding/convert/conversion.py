@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from ci2p_cache import __version__
-from ci2p_cache.cache.chunk_codec import ChunkCodec
+from ci2p_cache.cache.codecs import codec_of
 from ci2p_cache.cache.commit import CommitRecord, FileRecord, read_commit, sha256_file
+from ci2p_cache.cache.containers import put_shard
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.manifest import Manifest, read_manifest, refuse_difference
 from ci2p_cache.cache.paths import MANIFEST, data_paths, index_path
-from ci2p_cache.cache.shard_writer import put_shard
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cache.store import Cache
@@ -42,9 +42,7 @@ class Conversion:
         self._root = root
         self._layout = layout
         self._on_shard = on_shard
-        self._codec = ChunkCodec(
-            layout.codec, level=layout.level, chunk_bytes=cache.fingerprint.latent.num_bytes
-        )
+        self._codec = codec_of(layout, cache.fingerprint.latent)
 
     def run(self) -> tuple[int, int]:
         """Converts what is not yet, and finalises; returns the bytes and the shards converted."""

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from ci2p_cache.cache.commit import CommitRecord
-from ci2p_cache.cache.finding import Finding
 from ci2p_cache.cache.growth import drop_growth
 from ci2p_cache.cache.manifest import Manifest, read_manifest
 from ci2p_cache.cache.paths import MANIFEST, PLAN, commit_path, index_path
 from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cache.store import open_cache
-from ci2p_cache.cache.verify import verify
+from ci2p_cache.cache.verify import Finding, verify
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_recorded_encoder
 from ci2p_cache.encoding.claims import whole_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ci2p_cache.cache.finding import Finding
+from ci2p_cache.cache.verify import Finding
 from ci2p_cache.record import Record
 
 __all__ = ["RepairSummary"]

@@ -10,12 +10,12 @@ from functools import cached_property
 
 import pyarrow as pa
 
-from ci2p_cache.cache.checksums import listed_digests
 from ci2p_cache.cache.commit import CommitRecord, read_commit, sha256_file
-from ci2p_cache.cache.finding import Finding
+from ci2p_cache.cache.folder import listed_digests
 from ci2p_cache.cache.index import read_index
 from ci2p_cache.cache.paths import array_path, commit_path, index_path, shard_files
 from ci2p_cache.cache.store import Cache
+from ci2p_cache.cache.verify import Finding
 from ci2p_cache.encoding.plan import Plan
 from ci2p_cache.encoding.repair.replay import DamagedShard, source_digests
 from ci2p_cache.encoding.repair.restore import index_samples

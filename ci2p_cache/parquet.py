@@ -1,20 +1,28 @@
-"""How much memory a parquet file will take, read from its footer and page headers before any page.
+"""Parquet files: written as the same bytes by every pyarrow, and read with bounded memory.
 
 A page says in its header how large it becomes, and pyarrow allocates that at once: a file of a few
-kilobytes can ask for gigabytes. pyarrow's own view of the footer is not used: asked for a column
-whose statistics do not fit, it aborts the process. Layout: parquet-format 2.10, "File format" and
-"Column chunks"; footer and headers are structs of thrift's compact protocol
-(thrift/doc/specs/thrift-compact-protocol.md).
+kilobytes can ask for gigabytes. So footer and page headers are read here before any page. pyarrow's
+own view of the footer is not used: asked for a column whose statistics do not fit, it aborts the
+process. Layout: parquet-format 2.10, "File format" and "Column chunks"; footer and headers are
+structs of thrift's compact protocol (thrift/doc/specs/thrift-compact-protocol.md).
 """
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-__all__ = ["RowGroup", "require_small_pages"]
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+__all__ = ["RowGroup", "parquet_bytes", "read_parquet", "require_small_pages"]
 
 _MAGIC = b"PAR1"
 MAX_FOOTER_BYTES = 2**20
@@ -27,6 +35,90 @@ _FREE_BYTES, _MAX_RATIO = 64 * 2**20, 64
 
 _FREE_VALUES, _MAX_VALUES_PER_BYTE = 2**18, 16
 """Values of one column: each row of ours has a key of its own, hence at least a byte."""
+
+_MAX_TEXT_RATIO = 256
+"""Bytes of one text column over those of the file: keys of ours take about twice the file."""
+
+_WRITER = b"parquet-cpp-arrow version "
+_CREATED_BY = _WRITER + b"25.0.1"
+"""What every footer says in `created_by`; the other bytes are the same from pyarrow 22 to 26."""
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Serialises a table to parquet with page checksums.
+
+    The same table gives the same bytes with every pyarrow that is allowed: `created_by` would name
+    its version, and no option of pyarrow's sets it.
+    """
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    data = sink.getvalue()
+    # In thrift's compact protocol a text of up to 127 bytes follows one byte, its length. The
+    # footer's length and a magic number end the file (parquet-format 2.10, "File format").
+    start = data.rindex(_WRITER)
+    end = start + data[start - 1]
+    length = int.from_bytes(data[-8:-4], "little") + len(_CREATED_BY) - (end - start)
+    return b"".join(
+        (
+            *(data[: start - 1], bytes([len(_CREATED_BY)]), _CREATED_BY, data[end:-8]),
+            *(length.to_bytes(4, "little"), data[-4:]),
+        )
+    )
+
+
+def read_parquet(
+    path: Path, columns: Sequence[str] | None = None, *, schemas: Sequence[pa.Schema] = ()
+) -> pa.Table:
+    """Reads a parquet file with every page's checksum verified; it may come from a stranger.
+
+    Args:
+        path: The file.
+        columns: The columns wanted; None for all.
+        schemas: The schemas it may have; none given: any.
+
+    Raises:
+        OSError: the file is missing, is a link or no file, unpacks to far more than it has, has
+            another schema, or a checksum or the structure is wrong (pyarrow's ArrowException is
+            re-raised as OSError).
+    """
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{path} is a link or no regular file")
+    opened = partial(
+        pq.ParquetFile,
+        path,
+        page_checksum_verification=True,
+        thrift_string_size_limit=2**24,
+        thrift_container_size_limit=2**16,
+    )
+    try:
+        require_small_pages(path)
+        with opened() as file:
+            known = file.schema_arrow
+        if schemas and known not in schemas:
+            raise OSError(f"{path} has another schema than ci2p-cache writes")  # noqa: TRY301
+        # Kept as dictionaries: one long text that many rows refer to would be copied for each.
+        texts = [field.name for field in known if field.type in (pa.string(), pa.binary())]
+        with opened(read_dictionary=texts) as file:
+            table = file.read(columns=None if columns is None else list(columns))
+        return _without_dictionaries(table, texts, _MAX_TEXT_RATIO * max(found.st_size, 2**16))
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise OSError(f"{path} is damaged: {error}") from error
+
+
+def _without_dictionaries(table: pa.Table, texts: Sequence[str], max_bytes: int) -> pa.Table:
+    """Returns the table with plain text columns, none of more than `max_bytes`."""
+    for number, name in enumerate(table.column_names):
+        column = table.column(number)
+        if name not in texts or not pa.types.is_dictionary(column.type):
+            continue
+        lengths = (pc.binary_length(part.dictionary).take(part.indices) for part in column.chunks)
+        total = sum(pc.sum(part).as_py() or 0 for part in lengths)
+        if total > max_bytes:
+            raise ValueError(f"column {name} would unpack to {total} bytes")
+        field = table.schema.field(number).with_type(column.type.value_type)
+        table = table.set_column(number, field, column.cast(column.type.value_type))
+    return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +155,9 @@ def require_small_pages(
         groups = []
         for group in _items(footer, 4):
             before = total
-            for chunk in _column_chunks(group):
+            for column in _items(group, 1):
+                # ColumnMetaData, by field number.
+                (chunk,) = _items({3: [column.get(3)]}, 3)
                 unpacked, values = _sum_pages(descriptor, chunk, size)
                 total += unpacked
                 if total > _FREE_BYTES + _MAX_RATIO * size:
@@ -85,12 +179,6 @@ def _footer(descriptor: int, size: int, max_bytes: int) -> dict[int, Any]:
     if length > max_bytes:
         raise ValueError(f"its footer has {length} bytes; at most {max_bytes} are read")
     return _struct(os.pread(descriptor, length, size - 8 - length), "its footer")[0]
-
-
-def _column_chunks(group: dict[int, Any]) -> Iterator[dict[int, Any]]:
-    """Yields ColumnMetaData by field number, of each column in a row group."""
-    for column in _items(group, 1):
-        yield from _items({3: [column.get(3)]}, 3)
 
 
 def _items(fields: dict[int, Any], number: int) -> list[dict[int, Any]]:
@@ -145,7 +233,7 @@ class _Compact:
     """A reader of thrift's compact protocol; IndexError where the bytes end."""
 
     data: bytes
-    position: int = field(default=0)
+    position: int = 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
         """Returns the fields of a struct by number; texts, floats and booleans are None."""
