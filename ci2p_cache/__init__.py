@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from ci2p_cache.loader.pixels import PixelLoader
     from ci2p_cache.loader.resident import ResidentLoader
     from ci2p_cache.models.complexity import Complexity, complexity
-    from ci2p_cache.models.patch_embed import CI2PPatchEmbed
     from ci2p_cache.models.registry import create_model, list_models
     from ci2p_cache.runs.evaluations import Evaluation
     from ci2p_cache.specs import (
@@ -47,7 +46,8 @@ if TYPE_CHECKING:
         LayoutSpec,
         ViewSpec,
     )
-    from ci2p_cache.training.run import TrainSummary, train
+    from ci2p_cache.training.records import TrainSummary
+    from ci2p_cache.training.run import train
     from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
@@ -108,7 +108,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Batch": "loader.batch",
-    "CI2PPatchEmbed": "models.patch_embed",
+    "CI2PPatchEmbed": "models.timm_models",
     "Cache": "cache.store",
     "CacheError": "errors",
     "CacheStatus": "cache.survey",

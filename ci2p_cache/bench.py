@@ -43,7 +43,7 @@ from ci2p_cache.machine import checked_device, num_cores, raise_open_files, tune
 from ci2p_cache.models.complexity import BASELINE, complexity
 from ci2p_cache.models.registry import build_model, model_config
 from ci2p_cache.record import Record
-from ci2p_cache.training.checkpoint_folder import TrainState
+from ci2p_cache.training.checkpoint import TrainState
 from ci2p_cache.training.inputs import model_config_for, train_and_val
 from ci2p_cache.training.optim import make_optimizer
 from ci2p_cache.training.ranks import Ranks

@@ -43,16 +43,19 @@ from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cli import render
 from ci2p_cache.cli.ending import told_errors
-from ci2p_cache.encoder.codec_spec import CodecSpec
-from ci2p_cache.encoder.crops import TrainingImages
+from ci2p_cache.encoder.codec_checkpoint import CodecSpec
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
-from ci2p_cache.encoder.rate_distortion import evaluate_rate_distortion
-from ci2p_cache.encoder.train import CodecStep, train_codec
+from ci2p_cache.encoder.train import (
+    CodecStep,
+    TrainingImages,
+    evaluate_rate_distortion,
+    train_codec,
+)
 from ci2p_cache.errors import InterruptedRunError, UsageError
 from ci2p_cache.images.picture_folders import PictureFolders
 from ci2p_cache.machine import checked_device, tune_allocator
-from ci2p_cache.training.signals import StopSignal
+from ci2p_cache.training.ranks import StopSignal
 
 _EXAMPLES = """\
 examples:

@@ -10,8 +10,7 @@ from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import UsageError
 
 if TYPE_CHECKING:
-    from ci2p_cache.models.complexity import Complexity
-    from ci2p_cache.models.published import Published
+    from ci2p_cache.models.complexity import Complexity, Published
 
 __all__ = ["complexity"]
 
@@ -51,8 +50,13 @@ def complexity(
     encoder" are what is left in the training step once the latents come from a cache. The paper's
     figures are mmengine's, which also counts norms and pooling.
     """
-    from ci2p_cache.models.complexity import BASELINE, complexity_table
-    from ci2p_cache.models.published import PAPER_MODELS, PAPER_SIZES, published
+    from ci2p_cache.models.complexity import (
+        BASELINE,
+        PAPER_MODELS,
+        PAPER_SIZES,
+        PUBLISHED,
+        complexity_table,
+    )
 
     if latent_channels not in (192, 320):
         raise UsageError(
@@ -74,7 +78,7 @@ def complexity(
     # Of the setting that the published figures are of.
     is_papers = latent_channels == 192 and num_classes == 0
     told = {
-        (row.name, row.size): published(row.name, row.size) if is_papers else None
+        (row.name, row.size): PUBLISHED.get((row.name, row.size)) if is_papers else None
         for row in (*one_size, *many_sizes)
     }
     if json:

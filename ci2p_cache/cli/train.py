@@ -126,7 +126,7 @@ def _online_loader(
     """Returns the loader with the encoder in the loop, for this rank."""
     from ci2p_cache.cache.store import open_cache
     from ci2p_cache.loader.online import OnlineLoader
-    from ci2p_cache.training.folds import splits_of
+    from ci2p_cache.training.loaders import splits_of
 
     split, _ = splits_of(open_cache(cache), spec)
     return OnlineLoader(

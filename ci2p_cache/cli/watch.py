@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ci2p_cache.cli import render
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeProgress
-from ci2p_cache.training.records import EpochRecord, TrainObserver, TrainProgress
+from ci2p_cache.runs.files import EpochRecord
+from ci2p_cache.training.records import TrainObserver, TrainProgress
 
 __all__ = ["EncodeWatch", "TrainWatch"]
 

@@ -15,24 +15,123 @@ Shape suffixes: B batch, M latent channels, H W pixels, h w latent rows and colu
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+import math
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ci2p_cache.encoder import quantize as quantizer
-from ci2p_cache.encoder.architecture import Codec, value_tensors
-from ci2p_cache.encoder.arithmetic import fixed_arithmetic
-from ci2p_cache.encoder.factorized import EntropyBottleneck, FactorizedPrior
+from ci2p_cache.encoder.architecture import Codec, EntropyBottleneck, FactorizedPrior, value_tensors
 from ci2p_cache.encoder.weights import WeightsCard, weights_bytes
 from ci2p_cache.errors import UsageError
 from ci2p_cache.machine import checked_device
 from ci2p_cache.record import write_synced
 from ci2p_cache.specs import DOWNSAMPLING, EncoderSpec
 
-__all__ = ["FrozenEncoder"]
+__all__ = [
+    "FrozenEncoder",
+    "analysis_transform",
+    "dequantize",
+    "fixed_arithmetic",
+    "quantize",
+    "saturate",
+]
+
+
+def quantize(y_BMhw: Tensor, medians_M: Tensor, step: float = 1.0) -> Tensor:
+    """Gives the symbols round((y - median) / step), int32, halves to even.
+
+    At step 1 they equal CompressAI's `EntropyBottleneck.quantize(y, "symbols", medians)` bit for
+    bit (Balle et al. 2018, arXiv 1802.01436), because dividing by 1.0 changes no float.
+
+    Raises:
+        UsageError: `step`, the width of a bin in units of y, is not positive and finite.
+    """
+    _check_step(step)
+    scaled = y_BMhw.to(torch.float32) - medians_M[:, None, None]
+    return scaled.div_(step).round_().to(torch.int32)
+
+
+def dequantize(symbols_BMhw: Tensor, medians_M: Tensor, step: float = 1.0) -> Tensor:
+    """Gives y_hat = symbols * step + median, float32; the reverse of `quantize`.
+
+    At step 1 it equals CompressAI's `EntropyBottleneck.dequantize` bit for bit, as long as the
+    absolute value of a symbol is below 2**24.
+    """
+    _check_step(step)
+    # Two roundings, product then sum, as numpy's float32(symbols) * step + median does it.
+    return symbols_BMhw.to(torch.float32).mul_(step).add_(medians_M[:, None, None])
+
+
+def saturate(symbols_BMhw: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Clamps symbols to what the stored dtype holds, and counts what was lost.
+
+    Args:
+        symbols_BMhw: int32 symbols with at least the dimensions (M, h, w).
+        limit: The largest absolute symbol stored, `LatentSpec.symbol_limit`: 127 or 32767. The
+            dtype's own minimum stays free, it is the fill value of a hole.
+
+    Returns:
+        The clamped symbols, int8 where `limit` is at most 127, else int16; and the number of
+        clamped symbols per channel, int64: (M,) for one latent, (B, M) for a batch.
+    """
+    if not 0 < limit <= 32767:
+        raise UsageError(f"`limit` is {limit}; 1 to 32767 are possible (127 for int8)")
+    if symbols_BMhw.ndim < 3:
+        raise UsageError(
+            f"symbols have shape {tuple(symbols_BMhw.shape)}; at least (M, h, w) is wanted"
+        )
+    # Not abs(): the smallest int32 has no positive twin.
+    clipped = (symbols_BMhw > limit) | (symbols_BMhw < -limit)
+    dtype = torch.int8 if limit <= 127 else torch.int16
+    return symbols_BMhw.clamp(-limit, limit).to(dtype), clipped.sum(dim=(-2, -1))
+
+
+def _check_step(step: float) -> None:
+    """Refuses a quantisation step that is no width."""
+    if not (math.isfinite(step) and step > 0):
+        raise UsageError(f"`step` is {step}; it must be positive and finite")
+
+
+# cuDNN's switches belong to the process: two threads must not set them at the same time.
+_CUDNN_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def fixed_arithmetic(device: torch.device, *, tf32: bool) -> Iterator[None]:
+    """Holds convolutions to one arithmetic for a while, whatever the process has switched on.
+
+    float32 means IEEE products and sums; an autocast region around the call does not reach in. On
+    CUDA cuDNN chooses among deterministic algorithms, and not by timing them; `tf32` says whether
+    it may round products to TF32 there.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type == "cpu":
+            # oneDNN computes in bfloat16 or tf32 only where somebody asks for it ("none": no one).
+            onednn: Any = cast("Any", torch.backends.mkldnn).conv
+            before = onednn.fp32_precision
+            onednn.fp32_precision = "none" if before == "none" else "ieee"
+            try:
+                yield
+            finally:
+                onednn.fp32_precision = before
+            return
+        cudnn: Any = torch.backends.cudnn
+        with _CUDNN_LOCK:
+            before = (cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark)
+            cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+            cudnn.deterministic, cudnn.benchmark = True, False
+            try:
+                yield
+            finally:
+                cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
+
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +238,7 @@ class FrozenEncoder:
         Raises:
             UsageError: the encoder has no symbols, or `step` is not positive.
         """
-        return quantizer.quantize(y_BMhw.to(self.device), self.medians, step)
+        return quantize(y_BMhw.to(self.device), self.medians, step)
 
     def dequantize(self, symbols_BMhw: Tensor, *, step: float = 1.0) -> Tensor:
         """Gives y_hat = symbols * step + median, float32, of the shape of the symbols.
@@ -151,7 +250,7 @@ class FrozenEncoder:
         Raises:
             UsageError: the encoder has no symbols, or `step` is not positive.
         """
-        return quantizer.dequantize(symbols_BMhw.to(self.device), self.medians, step)
+        return dequantize(symbols_BMhw.to(self.device), self.medians, step)
 
     def decode(self, y_hat_BMhw: Tensor) -> Tensor:
         """Runs g_s, in float32 whatever `spec.precision` is.
@@ -185,7 +284,7 @@ class FrozenEncoder:
         Raises:
             UsageError: the encoder has no symbols, or `step` is not positive.
         """
-        quantizer.check_step(step)
+        _check_step(step)
         bottleneck = self._bottleneck()
         y_hat = y_hat_BMhw.to(self.device, torch.float32)
         values_M1K = y_hat.transpose(0, 1).reshape(self.num_channels, 1, -1)
@@ -217,5 +316,20 @@ class FrozenEncoder:
 
 
 def _ordinary(values: Tensor) -> Tensor:
-    """Copies an inference tensor, whatever its layout, to a contiguous one that autograd takes."""
+    """Copies an inference tensor to a contiguous one that autograd takes."""
     return values.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def analysis_transform(encoder: FrozenEncoder) -> nn.Module:
+    """Copies g_a: images (B, 3, H, W) in [0, 1] to y (B, M, h, w), in float32 on the CPU.
+
+    Raises:
+        UsageError: the encoder computes in bfloat16: a float32 graph would give other latents.
+    """
+    if encoder.spec.precision == "bf16":
+        raise UsageError(
+            "the encoder's `precision` is bf16, which a float32 graph does not repeat",
+            hint="export the model alone: --what model",
+        )
+    g_a: nn.Module = copy.deepcopy(encoder._g_a)
+    return g_a.to("cpu", torch.float32)

@@ -1,21 +1,19 @@
-"""Loading a frozen encoder: from weights at hand to a model held to what they say of themselves.
-
-What an encoder computes is not known here.
-"""
+"""Loading a frozen encoder: from weights at hand to a model held to what they say of themselves."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
 
 from ci2p_cache.encoder.architecture import build_model, check_choice, value_tensors
-from ci2p_cache.encoder.download import Progress
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.weights import (
     BUNDLED,
     Metric,
+    Progress,
     WeightsCard,
     WeightsFile,
     bundled_weights,
@@ -26,11 +24,11 @@ from ci2p_cache.encoder.weights import (
     weights_bytes,
     weights_folder,
 )
-from ci2p_cache.errors import UsageError, WeightsError
-from ci2p_cache.record import write_synced
+from ci2p_cache.errors import DigestError, UsageError, WeightsError, command
+from ci2p_cache.record import differing_fields, regular_file, write_synced
 from ci2p_cache.specs import EncoderSpec, Precision
 
-__all__ = ["load_encoder", "load_saved_encoder", "save_half"]
+__all__ = ["load_encoder", "load_recorded_encoder", "load_saved_encoder", "save_half"]
 
 
 def load_encoder(
@@ -92,10 +90,7 @@ def load_saved_encoder(
 ) -> FrozenEncoder:
     """Loads an encoder that `FrozenEncoder.save` wrote, such as a cache's encoder.safetensors.
 
-    Args:
-        path: The file; it says itself which architecture it holds.
-        precision: Arithmetic of g_a; the file does not fix it.
-        device: cpu or cuda.
+    The file says itself which architecture it holds; it does not fix the precision.
 
     Raises:
         WeightsError: the file is missing, foreign or damaged, or its digest is another.
@@ -119,10 +114,6 @@ def save_half(encoder: FrozenEncoder, path: Path) -> FrozenEncoder:
 
     Constants are left out, because a pedestal of 2**-36 would become 0; loading takes them from
     CompressAI.
-
-    Args:
-        encoder: A float32 encoder; stays as it is.
-        path: The safetensors file, written as `FrozenEncoder.save` does.
 
     Returns:
         The encoder that the file holds: other weights, another digest.
@@ -176,3 +167,26 @@ def _frozen(
 
 def _named(arch: str, quality: int, metric: str) -> str:
     return f"{arch} quality {quality} {metric}"
+
+
+def load_recorded_encoder(path: Path, spec: EncoderSpec) -> FrozenEncoder:
+    """Loads what `FrozenEncoder.save` wrote, which must be the encoder of a fingerprint.
+
+    Raises:
+        DigestError: the file holds another encoder, intact as it may be.
+        ManifestError: it is a link or no regular file.
+        WeightsError: it is missing, foreign or damaged.
+        MissingDependencyError: the architecture is compressai's, which cannot be imported.
+    """
+    # Loading says it better where there is no file.
+    with contextlib.suppress(OSError), regular_file(path):
+        pass
+    encoder = load_saved_encoder(path, precision=spec.precision)
+    differences = differing_fields(spec, encoder.spec)
+    if differences:
+        told = "; ".join(f"`{name}` {wanted!r}, got {got!r}" for name, wanted, got in differences)
+        raise DigestError(
+            f"{path} is not the encoder that made the latents of this cache: wanted {told}",
+            hint=command("verify", path.parent, "--repair"),
+        )
+    return encoder

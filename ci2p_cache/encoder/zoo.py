@@ -1,7 +1,7 @@
 """CompressAI's zoo: what there is in it, where its weights are, and what only compressai can do.
 
 compressai takes seconds to import and has no wheels beyond Python 3.12. The paper's architecture
-works without it (encoder/factorized.py); what needs it says so with `require_compressai`.
+works without it; what needs it says so with `require_compressai`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,7 @@ from ci2p_cache.errors import MissingDependencyError, UsageError
 if TYPE_CHECKING:
     from compressai.models import CompressionModel
 
-__all__ = [
-    "ARCH",
-    "ZOO",
-    "compressai_model",
-    "published_url",
-    "require_arch",
-    "require_compressai",
-]
+__all__ = ["ARCH", "ZOO", "compressai_model", "published_url", "require_arch", "require_compressai"]
 
 ARCH = "bmshj2018-factorized"
 """The paper's architecture."""
@@ -78,11 +71,7 @@ def published_url(arch: str, quality: int, metric: str) -> str:
 
 
 def require_arch(arch: str) -> None:
-    """Refuses an architecture that only compressai has, where it cannot be imported.
-
-    Raises:
-        MissingDependencyError: it cannot be imported.
-    """
+    """Refuses an architecture that only compressai has, where it cannot be imported."""
     if arch != ARCH:
         require_compressai(f"architecture {arch}", instead=f"--arch {ARCH}, the default")
 
@@ -93,9 +82,6 @@ def require_compressai(purpose: str, *, instead: str) -> None:
     Args:
         purpose: What is to be done.
         instead: What works without it.
-
-    Raises:
-        MissingDependencyError: it cannot be imported.
     """
     try:
         import compressai.zoo.image  # noqa: F401

@@ -17,7 +17,7 @@ from ci2p_cache.cache.paths import data_paths
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.cache.verify import Finding
-from ci2p_cache.encoder.recorded import load_recorded_encoder
+from ci2p_cache.encoder.load import load_recorded_encoder
 from ci2p_cache.encoding.plan import Sample
 from ci2p_cache.encoding.rows import LoadedImage, load_image
 from ci2p_cache.encoding.shard import (

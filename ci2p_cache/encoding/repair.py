@@ -41,8 +41,7 @@ from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.cache.verify import Finding, verify
 from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.load import load_encoder
-from ci2p_cache.encoder.recorded import load_recorded_encoder
+from ci2p_cache.encoder.load import load_encoder, load_recorded_encoder
 from ci2p_cache.encoder.weights import BUNDLED, official_url, weights_folder
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.locks import held, interruptible

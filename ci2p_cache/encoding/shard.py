@@ -42,8 +42,7 @@ from ci2p_cache.cache.containers import put_shard
 from ci2p_cache.cache.index import ChannelSums, IndexRow
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.quantize import saturate
+from ci2p_cache.encoder.frozen import FrozenEncoder, saturate
 from ci2p_cache.encoder.zoo import ARCH
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import ShardPlan

@@ -26,7 +26,7 @@ from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.manifest import read_manifest
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.recorded import load_recorded_encoder
+from ci2p_cache.encoder.load import load_recorded_encoder
 from ci2p_cache.encoding.intent import Intent
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import read_plan

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from ci2p_cache.errors import SourceError
 from ci2p_cache.images.archives import PARQUET_SUFFIXES, TAR_SUFFIXES
+from ci2p_cache.images.labels import DEVKIT
 from ci2p_cache.images.listed_layouts import (
-    DEVKIT,
     data_folder,
     flat_val_labels,
     label_folders,

@@ -230,7 +230,7 @@ class Classifier:
         if not latent.is_symbols:
             return y_BMhw.to(dtype)
         # Only here: evaluating from a cache must run where compressai is not installed.
-        from ci2p_cache.encoder.quantize import saturate
+        from ci2p_cache.encoder.frozen import saturate
 
         symbols = self.encoder.quantize(y_BMhw, step=latent.step)
         return saturate(symbols, latent.symbol_limit)[0].to(dtype)

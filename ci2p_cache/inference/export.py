@@ -304,7 +304,7 @@ def graph_of(classifier: Classifier, what: Literal["full", "model"]) -> nn.Modul
     """
     if what == "model" or classifier.reads == "images":
         return ModelGraph(classifier).eval()
-    from ci2p_cache.encoder.graph import analysis_transform
+    from ci2p_cache.encoder.frozen import analysis_transform
 
     return FullGraph(classifier, analysis_transform(classifier.encoder)).eval()
 

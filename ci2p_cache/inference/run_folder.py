@@ -22,7 +22,7 @@ from ci2p_cache.errors import (
 from ci2p_cache.models.registry import AnyModelConfig, build_model
 from ci2p_cache.record import differing_fields, read_json
 from ci2p_cache.runs.files import ARGS, MODEL_FILE, ModelFile, read_model_file
-from ci2p_cache.training.checkpoint_folder import (
+from ci2p_cache.training.checkpoint import (
     CHECKPOINTS,
     MODEL,
     NAME,

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.frozen import FrozenEncoder, saturate
 from ci2p_cache.encoder.load import load_saved_encoder
-from ci2p_cache.encoder.quantize import saturate
 from ci2p_cache.loader.pixels import SourceLoader
 
 __all__ = ["OnlineLoader"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +20,16 @@ from ci2p_cache.models.ci2p_vit import (
     LAYER_NORM_EPS,
     CI2PViT,
     ModelConfig,
+    check_fields,
     classification_head,
     drop_path_rates,
+    to_tokens,
     transformer_blocks,
 )
-from ci2p_cache.models.fields import (
-    require_bool,
-    require_integer,
-    require_name,
-    require_rate,
-    require_version,
-)
-from ci2p_cache.models.patch_reshape import to_tokens
 from ci2p_cache.record import Record
 from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "CnnViT",
-    "CnnViTConfig",
-    "Normalise",
-    "PixelViT",
-    "PixelViTConfig",
-    "check_images",
-]
+__all__ = ["CnnViT", "CnnViTConfig", "Normalise", "PixelViT", "PixelViTConfig", "check_images"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Of ImageNet's channels in [0, 1]; what torchvision's and most of timm's models take."""
@@ -55,95 +40,60 @@ _PATCH_PX = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelViTConfig(Record):
-    """Everything that fixes the tensors of a `PixelViT`; a checkpoint stores it."""
+    """Everything that fixes the tensors of a `PixelViT`; the rest is as in `ModelConfig`."""
 
     kind: Literal["pixel_vit"] = "pixel_vit"
     """What `config_from_dict` tells records apart by."""
     version: int = 1
-    """Version of this record."""
     name: str
-    """Name of the preset it was made from, for display."""
     embed_dim: int
     """D, width of a token."""
     depth: int = 12
     """Number of transformer blocks."""
     num_classes: int = 1000
-    """K; 0 leaves the classification head out, and the model gives pooled features."""
     image_size: int = 256
     """Side of the square image in pixels, a multiple of 16; fixes the positional embedding."""
     drop_path_rate: float = 0.1
-    """Stochastic depth of the last block, growing linearly from 0 at the first."""
+
+    reads: ClassVar[Literal["images"]] = "images"
+    """What the model takes: images in [0, 1]."""
 
     def __post_init__(self) -> None:
-        require_version(self.version, 1)
-        require_name(self.name)
-        require_integer(self, "embed_dim", 1)
-        require_integer(self, "depth", 1)
-        require_integer(self, "num_classes", 0)
-        require_integer(self, "image_size", _PATCH_PX, multiple_of=_PATCH_PX)
-        require_rate(self, "drop_path_rate")
-
-    @property
-    def reads(self) -> Literal["images"]:
-        """What the model takes: images in [0, 1]."""
-        return "images"
+        check_fields(self, embed_dim=(1, 1), depth=(1, 1), image_size=(_PATCH_PX, _PATCH_PX))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CnnViTConfig(Record):
-    """Everything that fixes the tensors of a `CnnViT`; a checkpoint stores it."""
+    """Everything that fixes the tensors of a `CnnViT`; the rest is as in `ModelConfig`."""
 
     kind: Literal["cnn_vit"] = "cnn_vit"
     """What `config_from_dict` tells records apart by."""
     version: int = 1
-    """Version of this record."""
     name: str
-    """Name of the preset it was made from, for display."""
     embed_dim: int
     """D, width of a token."""
     depth: int = 12
     """Number of transformer blocks."""
     num_classes: int = 1000
-    """K; 0 leaves the classification head out, and the model gives pooled features."""
     encoder_width: int = 128
     """N of the trainable g_a; that of CompressAI quality 1-5, the paper's."""
     latent_channels: int = 192
     """M of the trainable g_a; that of CompressAI quality 1-5, the paper's."""
     pos_embed: bool = False
-    """Whether a learned positional embedding is added to the tokens; the paper has none."""
     image_size: int = 256
     """Side of the square image that `pos_embed` is made for, in pixels; else unused."""
     drop_path_rate: float = 0.1
-    """Stochastic depth of the last block, growing linearly from 0 at the first; the paper's."""
+
+    reads: ClassVar[Literal["images"]] = "images"
+    """What the model takes: images in [0, 1]."""
 
     def __post_init__(self) -> None:
-        require_version(self.version, 1)
-        require_name(self.name)
-        for field, lowest in (
-            ("embed_dim", 1),
-            ("depth", 1),
-            ("num_classes", 0),
-            ("encoder_width", 1),
-            ("latent_channels", 1),
-        ):
-            require_integer(self, field, lowest)
-        require_bool(self, "pos_embed")
-        require_integer(self, "image_size", SIZE_MULTIPLE_PX, multiple_of=SIZE_MULTIPLE_PX)
-        require_rate(self, "drop_path_rate")
-
-    @property
-    def reads(self) -> Literal["images"]:
-        """What the model takes: images in [0, 1]."""
-        return "images"
+        sizes = dict.fromkeys(("embed_dim", "depth", "encoder_width", "latent_channels"), (1, 1))
+        check_fields(self, **sizes, image_size=(SIZE_MULTIPLE_PX, SIZE_MULTIPLE_PX))
 
 
 class Normalise(nn.Module):
-    """Takes images in [0, 1] to what a model was made for: (images - mean) / std, per channel.
-
-    Args:
-        mean: Of the three channels.
-        std: Deviation of the three channels.
-    """
+    """Takes images in [0, 1] to what a model was made for: (images - mean) / std, per channel."""
 
     mean: Tensor
     std: Tensor
@@ -166,9 +116,6 @@ class PixelViT(nn.Module):
     of deviation 0.02), without class token, with mean pooling. Blocks, final LayerNorm and head are
     those of CI2P-ViT. The patch embedding is drawn from Xavier's uniform as the linear layer that
     it is, with bias 0 (ours: no one specified it).
-
-    Args:
-        config: What to build.
     """
 
     def __init__(self, config: PixelViTConfig) -> None:
@@ -190,9 +137,6 @@ class PixelViT(nn.Module):
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Returns logits (B, K), or pooled features (B, D) where K is 0.
 
-        Args:
-            images_B3HW: float32 in [0, 1], of the size that the model was made for.
-
         Raises:
             UsageError: the images have another shape.
         """
@@ -213,9 +157,6 @@ class CnnViT(nn.Module):
     the frozen encoder, drawn at random and trained with the rest. Like the encoder it takes images
     without mean and deviation. H and W are multiples of 32 and otherwise free, unless there is a
     positional embedding.
-
-    Args:
-        config: What to build.
     """
 
     def __init__(self, config: CnnViTConfig) -> None:
@@ -238,9 +179,6 @@ class CnnViT(nn.Module):
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Returns logits (B, K), or pooled features (B, D) where K is 0.
 
-        Args:
-            images_B3HW: float32 in [0, 1].
-
         Raises:
             UsageError: there are not four dimensions and three channels, H or W is no multiple of
                 32, or the positional embedding was made for another size.
@@ -250,21 +188,19 @@ class CnnViT(nn.Module):
 
 
 def check_images(images: Tensor, *, name: str, size: int | None = None) -> None:
-    """Refuses images that a model cannot take.
-
-    Args:
-        images: What was given.
-        name: Name of the model, for the message.
-        size: Rows and columns wanted; None: any multiples of 32.
+    """Refuses images that a model cannot take, `name` and `size` being the model's.
 
     Raises:
-        UsageError: there are not four dimensions and three channels, or the size is another.
+        UsageError: there are not four dimensions and three channels, or the sides are not `size`,
+            or, where that is None, no multiples of 32.
     """
     shape = tuple(images.shape)
-    if size is not None and shape[1:] == (3, size, size) and len(shape) == 4:
-        return
-    free = len(shape) == 4 and shape[1] == 3 and min(shape[2:]) > 0
-    if size is None and free and not any(side % SIZE_MULTIPLE_PX for side in shape[2:]):
+    fits = len(shape) == 4 and shape[1] == 3
+    if fits and size is not None:
+        fits = shape[2:] == (size, size)
+    elif fits:
+        fits = all(side > 0 and not side % SIZE_MULTIPLE_PX for side in shape[2:])
+    if fits:
         return
     sides = f"{size}, {size}" if size else f"multiples of {SIZE_MULTIPLE_PX}"
     raise UsageError(f"{name} reads images (batch, 3, {sides}), got {shape}")

@@ -12,33 +12,143 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ci2p_cache.errors import UsageError
-from ci2p_cache.models.fields import (
-    require_bool,
-    require_integer,
-    require_name,
-    require_rate,
-    require_version,
-)
-from ci2p_cache.models.patch_reshape import CnnReshape, PatchReshape, to_map, to_tokens
 from ci2p_cache.record import Record
 
 __all__ = [
     "LAYER_NORM_EPS",
     "CI2PViT",
     "ModelConfig",
+    "PatchReshape",
+    "check_fields",
+    "check_latents",
     "classification_head",
     "drop_path_rates",
-    "num_heads",
+    "init_convolutions",
+    "to_tokens",
     "transformer_blocks",
 ]
 
-_CONFIG_VERSION = 1
+
+def check_fields(record: Any, **integers: tuple[int, int]) -> None:
+    """Refuses a model's record one of whose fields is of another type or out of range.
+
+    Args:
+        record: Its version, name, rate and, where it has them, flag are checked, and `num_classes`.
+        integers: Its other integers by name: the lowest value, and what it is a multiple of.
+
+    Raises:
+        UsageError: names the field and what it wants.
+    """
+    if record.version != 1:
+        raise UsageError(
+            f"model record `version` is {record.version!r}; this ci2p-cache reads 1, so use the "
+            "version that wrote it"
+        )
+    if type(record.name) is not str:
+        raise UsageError(f"model `name` is {record.name!r}; it must be a string")
+    for field, (lowest, factor) in {"num_classes": (0, 1), **integers}.items():
+        value = getattr(record, field)
+        if type(value) is not int or value < lowest:
+            raise UsageError(f"`{field}` is {value!r}; it must be an integer >= {lowest}")
+        if value % factor:
+            raise UsageError(f"`{field}` is {value}; it must be a multiple of {factor}")
+    if type(flag := getattr(record, "pos_embed", False)) is not bool:
+        raise UsageError(f"`pos_embed` is {flag!r}; it must be True or False")
+    rate = record.drop_path_rate
+    if type(rate) not in (int, float) or not 0 <= rate < 1:
+        raise UsageError(f"`drop_path_rate` is {rate!r}; wanted 0 <= rate < 1")
+
+
+def _inverted_residual(
+    in_channels: int, out_channels: int, expansion: int, *, kernel_size: int, stride: int
+) -> nn.Module:
+    """Gives one MobileNetV3 block; its residual exists where the map keeps its shape.
+
+    The depthwise convolution, with an odd kernel padded by half of it, has `expansion` times
+    `in_channels`; timm rounds that to a multiple of 8, which changes nothing for `in_channels`
+    divisible by 4.
+    """
+    from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
+
+    # timm calls `se_layer` and annotates it as a class.
+    squeeze_excite = cast(
+        "type[nn.Module]",
+        partial(SqueezeExcite, rd_ratio=0.25, force_act_layer=nn.ReLU, gate_layer=nn.Hardsigmoid),
+    )
+    return InvertedResidual(
+        in_channels,
+        out_channels,
+        dw_kernel_size=kernel_size,
+        stride=stride,
+        exp_ratio=float(expansion),
+        act_layer=nn.Hardswish,
+        se_layer=squeeze_excite,
+    )
+
+
+class PatchReshape(nn.Sequential):
+    """Turns latents (B, M, H, W) into a map of tokens (B, D, H', W').
+
+    ::
+
+        halve = True  (CI2P-ViT)    M -> 4M -> M, k3   M -> 6M -> D, k5, stride 2   H' = H / 2
+        halve = False (CI2P-ViTds)  M -> 4M -> M, k3   M -> 4M -> D, k3             H' = H
+
+    Inverted residuals of MobileNetV3 (Howard et al. 2019, arXiv 1905.02244) with
+    squeeze-and-excitation (Hu et al. 2018, arXiv 1709.01507), which timm provides. The first has a
+    residual, the second only where it keeps its shape (`halve` False and D = M, as in the paper's
+    CI2P-ViTds). M other than the paper's 192 is our extension.
+    """
+
+    def __init__(self, latent_channels: int, width: int, *, halve: bool) -> None:
+        first = _inverted_residual(latent_channels, latent_channels, 4, kernel_size=3, stride=1)
+        shape = {"kernel_size": 5, "stride": 2} if halve else {"kernel_size": 3, "stride": 1}
+        second = _inverted_residual(latent_channels, width, 6 if halve else 4, **shape)
+        super().__init__(first, second)
+        init_convolutions(self)
+
+
+class CnnReshape(nn.Sequential):
+    """Takes a map from one scale to the next: (B, C, H, W) -> (B, D, H / 2, W / 2).
+
+    One inverted residual, C -> 6C -> D, k5, stride 2, between the two scales of CI2P-ViTds.
+    """
+
+    def __init__(self, in_width: int, width: int) -> None:
+        super().__init__(_inverted_residual(in_width, width, 6, kernel_size=5, stride=2))
+        init_convolutions(self)
+
+
+def init_convolutions(module: nn.Module) -> None:
+    """Draws every convolution below `module` from Kaiming's normal (fan out, ReLU), biases 0.
+
+    He et al. 2015, arXiv 1502.01852. The fan out of a depthwise kernel is taken as torch takes it,
+    C * k * k without regard to groups. The numbers come from torch's global generator.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def to_tokens(maps_BDHW: Tensor) -> Tensor:
+    """Returns (B, N, D) tokens in row-major order; a view where the map is channels_last."""
+    return maps_BDHW.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens_BND: Tensor, height: int, width: int) -> Tensor:
+    """Returns the (B, D, height, width) view of row-major tokens; its memory is channels_last."""
+    # Not len(): that is a plain integer, which would fix the batch size of an exported graph.
+    return tokens_BND.transpose(1, 2).reshape(tokens_BND.shape[0], -1, height, width)
+
+
 _MLP_RATIO = 4
 _HEAD_WIDTH = 64
 LAYER_NORM_EPS = 1e-6
@@ -49,7 +159,7 @@ LAYER_NORM_EPS = 1e-6
 class ModelConfig(Record):
     """Everything that fixes the tensors of a model; a checkpoint stores it beside the weights."""
 
-    version: int = _CONFIG_VERSION
+    version: int = 1
     """Version of this record."""
     name: str
     """Name of the preset it was made from, for display."""
@@ -68,26 +178,10 @@ class ModelConfig(Record):
     drop_path_rate: float = 0.1
     """Stochastic depth of the last block, growing linearly from 0 at the first; the paper's."""
 
+    reads: ClassVar[Literal["latents"]] = "latents"
+    """What the model takes: dequantised latents."""
+
     def __post_init__(self) -> None:
-        require_version(self.version, _CONFIG_VERSION)
-        require_name(self.name)
-        self._check_scales()
-        for field, lowest in (("num_classes", 0), ("latent_channels", 1), ("latent_size", 2)):
-            require_integer(self, field, lowest)
-        if self.latent_size % 2:
-            raise UsageError(
-                f"`latent_size` is {self.latent_size}; it must be even, because the model halves "
-                "the latents"
-            )
-        require_bool(self, "pos_embed")
-        require_rate(self, "drop_path_rate")
-
-    @property
-    def reads(self) -> Literal["latents"]:
-        """What the model takes: dequantised latents."""
-        return "latents"
-
-    def _check_scales(self) -> None:
         for field in ("embed_dims", "depths"):
             values = getattr(self, field)
             if (
@@ -103,6 +197,21 @@ class ModelConfig(Record):
                 f"`embed_dims` {self.embed_dims} and `depths` {self.depths} must be equally long, "
                 "one entry per scale"
             )
+        check_fields(self, latent_channels=(1, 1), latent_size=(2, 2))
+
+
+def check_latents(shape: tuple[int, ...], *, name: str, channels: int) -> None:
+    """Refuses latents that a model cannot take, by UsageError; their sides must be even."""
+    if len(shape) != 4 or shape[1] != channels:
+        raise UsageError(
+            f"{name} wants latents (batch, {channels}, height, width), got {shape}; make it with "
+            "the number of channels that the cache has"
+        )
+    if shape[2] % 2 or shape[3] % 2 or not shape[2] or not shape[3]:
+        raise UsageError(
+            f"{name} wants latents of even height and width, got {shape[2]}x{shape[3]}; the image "
+            "size must be a multiple of 32"
+        )
 
 
 def num_heads(width: int) -> int:
@@ -122,10 +231,6 @@ def transformer_blocks(width: int, drop_path_rates: tuple[float, ...]) -> nn.Seq
     dropout. Attention weights are drawn from a truncated normal of deviation 0.02 with bias 0,
     those of the MLP from Xavier's uniform (Glorot and Bengio 2010) with biases of deviation 1e-6,
     all from torch's global generator.
-
-    Args:
-        width: D.
-        drop_path_rates: Stochastic depth of each block, 0 <= rate < 1.
     """
     from timm.models.vision_transformer import Block
 
@@ -155,12 +260,7 @@ def transformer_blocks(width: int, drop_path_rates: tuple[float, ...]) -> nn.Seq
 
 
 def classification_head(width: int, num_classes: int) -> nn.Module:
-    """Gives the linear layer (B, D) -> (B, K), drawn from N(0, 0.01) with bias 0; none for K = 0.
-
-    Args:
-        width: D.
-        num_classes: K; 0 gives the identity.
-    """
+    """Gives the linear layer D -> K, drawn from N(0, 0.01) with bias 0; the identity for K = 0."""
     if not num_classes:
         return nn.Identity()
     head = nn.Linear(width, num_classes)
@@ -170,12 +270,7 @@ def classification_head(width: int, num_classes: int) -> nn.Module:
 
 
 def drop_path_rates(rate: float, depth: int) -> tuple[float, ...]:
-    """Returns the stochastic depth of each block: 0 at the first, growing linearly to the last.
-
-    Args:
-        rate: Of the last block.
-        depth: Number of blocks.
-    """
+    """Returns the stochastic depth of each block: 0 at the first, growing linearly to `rate`."""
     return tuple(rate * i / max(depth - 1, 1) for i in range(depth))
 
 
@@ -192,9 +287,6 @@ class CI2PViT(nn.Module):
     token, and by default no positional embedding: the convolutions alone tell tokens their place.
     Values of y enter unscaled, as the encoder gives them. Nothing in `forward` depends on values,
     so torch.compile makes one graph per shape; channels_last latents are read as they are.
-
-    Args:
-        config: What to build.
     """
 
     pos_embed: nn.Parameter | None
@@ -252,16 +344,7 @@ class CI2PViT(nn.Module):
 
     def _check(self, latents_BMHW: Tensor) -> None:
         config, shape = self.config, tuple(latents_BMHW.shape)
-        if len(shape) != 4 or shape[1] != config.latent_channels:
-            raise UsageError(
-                f"{config.name} wants latents (batch, {config.latent_channels}, height, width), "
-                f"got {shape}; make it with `latent_channels` of the cache"
-            )
-        if shape[2] % 2 or shape[3] % 2 or not shape[2] or not shape[3]:
-            raise UsageError(
-                f"{config.name} wants latents of even height and width, got {shape[2]}x{shape[3]}; "
-                "the image size must be a multiple of 32"
-            )
+        check_latents(shape, name=config.name, channels=config.latent_channels)
         side = config.latent_size
         if self.pos_embed is not None and shape[2:] != (side, side):
             raise UsageError(

@@ -2,16 +2,17 @@
 
 MACs are half of the FLOPs that `torch.utils.flop_counter.FlopCounterMode` reports: convolutions,
 linear layers and both attention products (Q K^T and A V), nothing else. Models are counted on the
-meta device, so no weight is drawn and nothing is computed; the frozen encoder is counted by its
-formula, because this room runs where CompressAI is not installed.
+meta device, so no weight is drawn and nothing is computed.
 
 Shape suffixes: B batch, H and W rows and columns of an image, D width, N tokens, K classes.
+
+Of what was published (Zhao and Sun, arXiv 2502.10120) parameters and reductions are the paper's,
+MACs those of the authors' published code, counted by mmengine.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -22,10 +23,53 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ci2p_cache.errors import UsageError
+from ci2p_cache.gdn import AnalysisTransform
 from ci2p_cache.models.registry import AnyModelConfig, build_model, list_models, model_config
+from ci2p_cache.record import Record
 from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 
-__all__ = ["BASELINE", "Complexity", "complexity", "complexity_table"]
+__all__ = [
+    "BASELINE",
+    "PAPER_MODELS",
+    "PAPER_SIZES",
+    "PUBLISHED",
+    "Complexity",
+    "Published",
+    "complexity",
+    "complexity_table",
+]
+
+PAPER_MODELS = ("vit_b16", "vit", "vitds")
+"""ViT-B/16, CI2P-ViT and CI2P-ViTds: the rows of the paper's table of costs."""
+
+PAPER_SIZES = (224, 256, 384, 512)
+"""Sides of the image in pixels; the paper trains at 256."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published(Record):
+    """Figures of one model at one image size, rounded as they were published."""
+
+    gmacs: float
+    """Thousand million MACs of the authors' code from pixels to features, by mmengine."""
+    parameters_millions: float | None = None
+    """The paper's number of parameters in millions, frozen ones included; None: not known."""
+    reduction: str | None = None
+    """What the paper says is saved against ViT-B/16, in its words; None: not known."""
+
+
+PUBLISHED = {
+    ("vit_b16", 256): Published(gmacs=23.1268),
+    ("vit", 256): Published(gmacs=8.4768, parameters_millions=88.96, reduction="63.35 %"),
+    ("vitds", 256): Published(gmacs=6.6303, parameters_millions=49.7, reduction="about 72 %"),
+    ("vit_b16", 384): Published(gmacs=55.43),
+    ("vit", 384): Published(gmacs=19.28),
+    ("vitds", 384): Published(gmacs=15.45),
+    ("vit_b16", 512): Published(gmacs=107.0),
+    ("vit", 512): Published(gmacs=34.81),
+    ("vitds", 512): Published(gmacs=28.78),
+}
+"""By model and image size: behind the encoder of quality 1-5, without a head."""
 
 BASELINE = "vit_b16"
 """Name of the reference row: ViT-B/16 on images (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
@@ -90,12 +134,16 @@ class Complexity:
     @property
     def linear_reduction(self) -> float:
         """`reduction` without the attention products, on both sides."""
-        return 1 - (self.macs - self.attention_macs) / self._baseline_linear_macs
+        return 1 - (self.macs - self.attention_macs) / (
+            self.baseline_macs - self.baseline_attention_macs
+        )
 
     @property
     def cached_linear_reduction(self) -> float:
         """`cached_reduction` without the attention products, on both sides."""
-        return 1 - (self.model_macs - self.attention_macs) / self._baseline_linear_macs
+        return 1 - (self.model_macs - self.attention_macs) / (
+            self.baseline_macs - self.baseline_attention_macs
+        )
 
     @property
     def mmengine_macs(self) -> int:
@@ -107,22 +155,10 @@ class Complexity:
         """Share of the baseline's that is saved, both counted as mmengine does."""
         return 1 - self.mmengine_macs / (self.baseline_macs + self.baseline_norm_macs)
 
-    @property
-    def _baseline_linear_macs(self) -> int:
-        return self.baseline_macs - self.baseline_attention_macs
-
     def to_dict(self) -> dict[str, Any]:
         """Returns fields and properties as plain JSON values."""
-        derived = (
-            "parameters",
-            "macs",
-            "reduction",
-            "cached_reduction",
-            "linear_reduction",
-            "cached_linear_reduction",
-            "mmengine_macs",
-            "mmengine_reduction",
-        )
+        members = vars(Complexity).items()
+        derived = [name for name, member in members if isinstance(member, property)]
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -130,10 +166,10 @@ class Complexity:
 class _Count:
     """What a model was counted to have."""
 
-    parameters: int
-    macs: int
-    attention_macs: int
-    norm_macs: int
+    parameters: int = 0
+    macs: int = 0
+    attention_macs: int = 0
+    norm_macs: int = 0
 
 
 def complexity(
@@ -159,11 +195,13 @@ def complexity(
         UnknownModelError: no model has that name.
         UsageError: a size or count cannot be used.
     """
-    _check_positive("size", size)
+    for field, value in (
+        ("size", size), ("latent_channels", latent_channels), ("encoder_width", encoder_width)
+    ):  # fmt: skip
+        if type(value) is not int or value < 1:
+            raise UsageError(f"`{field}` is {value!r}; it must be a positive integer")
     if size % SIZE_MULTIPLE_PX:
         raise UsageError(f"`size` is {size}; it must be a multiple of {SIZE_MULTIPLE_PX}")
-    _check_positive("latent_channels", latent_channels)
-    _check_positive("encoder_width", encoder_width)
     config = model_config(
         name,
         num_classes=num_classes,
@@ -174,19 +212,18 @@ def complexity(
         model_config(BASELINE, num_classes=num_classes, latent_size=size // DOWNSAMPLING),
         (1, 3, size, size),
     )
-    encoder_parameters = encoder_macs = 0
-    shape = (1, 3, size, size)
+    encoder, shape = _Count(), (1, 3, size, size)
     if config.reads == "latents":
-        encoder_parameters, encoder_macs = _count_encoder(size, encoder_width, latent_channels)
+        encoder = _count((encoder_width, latent_channels), shape)
         shape = (1, latent_channels, size // DOWNSAMPLING, size // DOWNSAMPLING)
     counted = _count(config, shape)
     return Complexity(
         name=name,
         size=size,
         num_classes=num_classes,
-        encoder_parameters=encoder_parameters,
+        encoder_parameters=encoder.parameters,
         trainable_parameters=counted.parameters,
-        encoder_macs=encoder_macs,
+        encoder_macs=encoder.macs,
         model_macs=counted.macs,
         attention_macs=counted.attention_macs,
         norm_macs=counted.norm_macs,
@@ -204,18 +241,9 @@ def complexity_table(
     encoder_width: int = 128,
     num_classes: int = 0,
 ) -> tuple[Complexity, ...]:
-    """Counts several models at one size.
+    """Counts several models at one size; arguments and errors are those of `complexity`.
 
-    Args:
-        size: As for `complexity`.
-        names: Which, in this order; None: the baseline, then our models on latents.
-        latent_channels: As for `complexity`.
-        encoder_width: As for `complexity`.
-        num_classes: As for `complexity`.
-
-    Raises:
-        UnknownModelError: no model has one of the names.
-        UsageError: a size or count cannot be used.
+    `names` says which, in this order; None: the baseline, then our models on latents.
     """
     return tuple(
         complexity(
@@ -229,35 +257,13 @@ def complexity_table(
     )
 
 
-def _check_positive(name: str, value: int) -> None:
-    if type(value) is not int or value < 1:
-        raise UsageError(f"`{name}` is {value!r}; it must be a positive integer")
-
-
 @cache
-def _count_encoder(size: int, width: int, latent_channels: int) -> tuple[int, int]:
-    """Returns (parameters, MACs) of g_a: four 5x5 convolutions of stride 2, GDN after three.
-
-    Balle, Minnen, Singh, Hwang and Johnston 2018, arXiv 1802.01436. GDN is a 1x1 convolution of the
-    squares with `width` biases (Balle, Laparra and Simoncelli 2016, arXiv 1511.06281).
-    """
-    parameters = macs = 0
-    channels = (3, width, width, width, latent_channels)
-    for layer, (in_channels, out_channels) in enumerate(itertools.pairwise(channels), start=1):
-        kernel = 5 * 5 * in_channels * out_channels
-        gdn = out_channels * out_channels if layer < 4 else 0
-        biases = 2 * out_channels if layer < 4 else out_channels
-        parameters += kernel + gdn + biases
-        macs += (size >> layer) ** 2 * (kernel + gdn)
-    return parameters, macs
-
-
-@cache
-def _count(config: AnyModelConfig, input_shape: tuple[int, ...]) -> _Count:
-    """Counts a model on the meta device for one input."""
+def _count(what: AnyModelConfig | tuple[int, int], input_shape: tuple[int, ...]) -> _Count:
+    """Counts a model, or g_a of width N and M channels, on the meta device for one input."""
     # What is drawn on the meta device must not move the caller's random numbers.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = build_model(config).eval()
+        made = AnalysisTransform(*what) if isinstance(what, tuple) else build_model(what)
+        model = made.eval()
     norm_macs = 0
 
     def add(factor: int, given: Tensor) -> None:

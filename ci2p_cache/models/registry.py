@@ -23,7 +23,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -31,12 +31,14 @@ from torch import nn
 from ci2p_cache.errors import ManifestError, UnknownModelError, UsageError
 from ci2p_cache.models.baselines import CnnViT, CnnViTConfig, PixelViT, PixelViTConfig
 from ci2p_cache.models.ci2p_vit import CI2PViT, ModelConfig
-from ci2p_cache.models.timm_models import TimmClassifier, build_ci2p_timm, check_builds
-from ci2p_cache.models.timm_records import (
+from ci2p_cache.models.timm_models import (
     CI2P_TIMM_PREFIX,
     TIMM_PREFIX,
     CI2PTimmConfig,
+    TimmClassifier,
     TimmConfig,
+    build_ci2p_timm,
+    check_builds,
     timm_config,
 )
 from ci2p_cache.specs import DOWNSAMPLING
@@ -67,12 +69,15 @@ _CNN_DIMS = {"cnn_vit": 768, "cnn_vit_small": 384, "cnn_vit_tiny": 256}
 _PIXEL_DIMS = {"vit_b16": 768, "vit_s16": 384, "vit_ti16": 192}
 """Dosovitskiy et al. 2021 (B) and Touvron et al. 2021, arXiv 2012.12877 (S, Ti)."""
 
-_KINDS: dict[str, type[PixelViTConfig | CnnViTConfig | TimmConfig | CI2PTimmConfig]] = {
-    "pixel_vit": PixelViTConfig,
-    "cnn_vit": CnnViTConfig,
-    "timm": TimmConfig,
-    "ci2p_timm": CI2PTimmConfig,
+_KINDS: dict[str, tuple[type[AnyModelConfig], Callable[[Any], nn.Module]]] = {
+    # CI2P's own record is older than the other kinds, and has no such field.
+    "": (ModelConfig, CI2PViT),
+    "pixel_vit": (PixelViTConfig, PixelViT),
+    "cnn_vit": (CnnViTConfig, CnnViT),
+    "timm": (TimmConfig, TimmClassifier),
+    "ci2p_timm": (CI2PTimmConfig, build_ci2p_timm),
 }
+"""`kind` of a record -> its class, and what builds its model."""
 
 
 def list_models(reads: Literal["latents", "images"] | None = None) -> tuple[str, ...]:
@@ -99,15 +104,8 @@ def model_config(
 ) -> AnyModelConfig:
     """Returns the record of a model without building it; a checkpoint stores its `to_dict()`.
 
-    A model of timm is built and run once on the meta device, to refuse what timm cannot build.
-
-    Args:
-        name: One of `list_models()`, or `timm:` or `ci2p+timm:` and a name of timm's.
-        num_classes: As for `create_model`.
-        latent_channels: As for `create_model`.
-        pos_embed: As for `create_model`.
-        latent_size: As for `create_model`.
-        drop_path_rate: As for `create_model`.
+    Arguments are as for `create_model`. A model of timm is built and run once on the meta device,
+    to refuse what timm cannot build.
 
     Raises:
         UnknownModelError: no model has that name.
@@ -119,32 +117,19 @@ def model_config(
             f"`pos_embed` is True; {name} comes with its own positional embedding, if any",
             hint="leave it out (train: without --pos-embed)",
         )
+    common: dict[str, Any] = {
+        "name": name, "num_classes": num_classes, "drop_path_rate": drop_path_rate
+    }  # fmt: skip
     if is_timm:
-        config = timm_config(
-            name,
-            num_classes=num_classes,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            drop_path_rate=drop_path_rate,
-        )
+        config = timm_config(**common, latent_channels=latent_channels, latent_size=latent_size)
         check_builds(config)
         return config
+    image_size = latent_size * DOWNSAMPLING
     if name in _PIXEL_DIMS:
-        return PixelViTConfig(
-            name=name,
-            embed_dim=_PIXEL_DIMS[name],
-            num_classes=num_classes,
-            image_size=latent_size * DOWNSAMPLING,
-            drop_path_rate=drop_path_rate,
-        )
+        return PixelViTConfig(**common, embed_dim=_PIXEL_DIMS[name], image_size=image_size)
     if name in _CNN_DIMS:
         return CnnViTConfig(
-            name=name,
-            embed_dim=_CNN_DIMS[name],
-            num_classes=num_classes,
-            pos_embed=pos_embed,
-            image_size=latent_size * DOWNSAMPLING,
-            drop_path_rate=drop_path_rate,
+            **common, embed_dim=_CNN_DIMS[name], pos_embed=pos_embed, image_size=image_size
         )
     if name not in _SCALES:
         names = list_models()
@@ -156,14 +141,12 @@ def model_config(
         )
     widths, depths = zip(*_SCALES[name], strict=True)
     return ModelConfig(
-        name=name,
+        **common,
         embed_dims=widths,
         depths=depths,
-        num_classes=num_classes,
         latent_channels=latent_channels,
         pos_embed=pos_embed,
         latent_size=latent_size,
-        drop_path_rate=drop_path_rate,
     )
 
 
@@ -173,15 +156,13 @@ def config_from_dict(data: Any) -> AnyModelConfig:
     Raises:
         ManifestError: it is no record of a model, or of another version, or damaged.
     """
-    if not isinstance(data, Mapping) or "kind" not in data:
-        # CI2P's own record is older than the other kinds, and has none.
-        return ModelConfig.from_dict(data)
-    kind = data["kind"]
+    kind = data.get("kind", "") if isinstance(data, Mapping) else ""
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ManifestError(
-            f"model record `kind` is {str(kind)[:40]!r}; this ci2p-cache reads {', '.join(_KINDS)}"
+            f"model record `kind` is {str(kind)[:40]!r}; this ci2p-cache reads "
+            f"{', '.join(filter(None, _KINDS))}"
         )
-    return _KINDS[kind].from_dict(data)
+    return _KINDS[kind][0].from_dict(data)
 
 
 def build_model(config: AnyModelConfig) -> nn.Module:
@@ -193,15 +174,7 @@ def build_model(config: AnyModelConfig) -> nn.Module:
     Raises:
         UsageError: the installed timm cannot build it.
     """
-    if isinstance(config, ModelConfig):
-        return CI2PViT(config)
-    if isinstance(config, PixelViTConfig):
-        return PixelViT(config)
-    if isinstance(config, CnnViTConfig):
-        return CnnViT(config)
-    if isinstance(config, TimmConfig):
-        return TimmClassifier(config)
-    return build_ci2p_timm(config)
+    return _KINDS[getattr(config, "kind", "")][1](config)
 
 
 def create_model(

@@ -31,7 +31,7 @@ from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.cache.summary import read_row
 from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.recorded import load_recorded_encoder
+from ci2p_cache.encoder.load import load_recorded_encoder
 from ci2p_cache.errors import ImageDecodeError, ResourceError, SourceError, UsageError
 from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.locate import open_reader

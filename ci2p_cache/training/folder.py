@@ -27,8 +27,7 @@ from ci2p_cache.runs.files import (
     read_args,
     summary_csv,
 )
-from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore
-from ci2p_cache.training.checkpoint_folder import TrainState
+from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore, TrainState
 from ci2p_cache.training.encoder_copy import copy_encoder
 from ci2p_cache.training.inputs import model_record
 from ci2p_cache.training.learner import Learner

@@ -15,8 +15,8 @@ from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import InputDataError, UsageError
 from ci2p_cache.models.registry import AnyModelConfig, build_model, model_config
-from ci2p_cache.training.folds import require_labels, splits_of
-from ci2p_cache.training.layers import parameter_layers
+from ci2p_cache.training.loaders import require_labels, splits_of
+from ci2p_cache.training.optim import parameter_layers
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.spec import TrainSpec
 

@@ -11,10 +11,13 @@ from torch.optim import Optimizer
 
 from ci2p_cache.errors import CheckpointError
 from ci2p_cache.models.registry import AnyModelConfig, build_model
-from ci2p_cache.training.checkpoint import Checkpoint
-from ci2p_cache.training.checkpoint_folder import TrainState
-from ci2p_cache.training.ema import WeightAverage
-from ci2p_cache.training.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from ci2p_cache.training.checkpoint import Checkpoint, TrainState
+from ci2p_cache.training.optim import (
+    WeightAverage,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.spec import TrainSpec
 

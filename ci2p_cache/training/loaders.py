@@ -1,14 +1,19 @@
-"""Which loaders give a run its batches, and whether a loader that was given fits the run."""
+"""Which rows and which loaders give a run its batches, and whether a given loader fits the run.
+
+With folds a data set that is too small for a validation split of its own is validated whole: k runs
+leave out one of k parts each (Stone 1974), and every image is validated once.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ci2p_cache.cache.split import Split
-from ci2p_cache.errors import UsageError
+from ci2p_cache.cache.store import Cache
+from ci2p_cache.errors import InputDataError, UsageError, command
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.loader.pixels import PixelLoader
@@ -18,16 +23,54 @@ from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.spec import TrainSpec
 
-__all__ = ["loader_name", "make_loaders"]
+__all__ = ["loader_name", "make_loaders", "require_labels", "splits_of"]
+
+
+def require_labels(cache: Cache) -> None:
+    """Refuses a cache that was encoded without labels, by InputDataError."""
+    if not cache.classes:
+        raise InputDataError(
+            f"{cache.path} was encoded without labels (--labels none); training a classifier needs "
+            "them",
+            hint=command("encode", "IMAGES", "--out", "NEW_FOLDER", note="without --labels none"),
+        )
+
+
+def splits_of(cache: Cache, spec: TrainSpec) -> tuple[Split, Split | None]:
+    """Returns the split to train from and the one to validate on, None where there is none.
+
+    Without folds these are `train` and `val`. With folds both are `train`, restricted to some of
+    its rows: of its valid rows in ascending order, each `folds`-th validates, the `fold`-th first,
+    and the others train. So the fold of a row follows from the cache alone. Rows are in random
+    order already unless they come from archives, so every fold holds about its share of each class.
+    `val` is not touched then. Validate on view 0: the image itself, unless the views are crops.
+
+    Raises:
+        InputDataError: the cache has no labels, there is no train split, no image in it, or fewer
+            of them than folds.
+    """
+    require_labels(cache)
+    if "train" not in cache or not len(cache["train"].valid_rows):
+        raise InputDataError(
+            f"{cache.path} holds no image to train from; its splits are {list(cache.splits)}"
+        )
+    train = cache["train"]
+    if not spec.folds:
+        val = cache["val"] if "val" in cache and len(cache["val"].valid_rows) else None
+        return train, val
+    rows = train.valid_rows
+    if len(rows) < spec.folds:
+        raise InputDataError(
+            f"split 'train' of {cache.path} holds {len(rows)} images, which `folds` {spec.folds} "
+            "cannot divide",
+            hint=f"take at most {len(rows)} folds",
+        )
+    validates = np.arange(len(rows)) % spec.folds == spec.fold
+    return train.subset(rows[~validates]), train.subset(rows[validates])
 
 
 def loader_name(config: AnyModelConfig, given: BatchLoader | None, resident: Resident) -> str:
-    """Returns the kind of the loader that a run is bound to.
-
-    Args:
-        config: The model.
-        given: The caller's loader of training batches; None: the run makes its own.
-        resident: Whether the train split is to be kept in the device's memory.
+    """Returns the kind of the loader that a run is bound to, its own or the one `given`.
 
     Raises:
         UsageError: the given loader hands out latents and the model reads images, or the reverse;
@@ -71,19 +114,29 @@ def make_loaders(
         SourceError: the images are not there any more.
     """
     train, val = splits
-    threads = threads or ranks.num_threads
-    if given is None:
-        given = _train_kind(train, device, reads, resident, observer)(
-            train,
+    own: type[BatchLoader] = LatentLoader if reads == "latents" else PixelLoader
+
+    def made(kind: type[BatchLoader], split: Split, **options: Any) -> BatchLoader:
+        return kind(
+            split,
             batch_size=spec.batch_size,
-            seed=spec.seed,
             device=device,
-            shuffle=True if spec.order == "random" else spec.order,
-            threads=threads,
+            threads=threads or ranks.num_threads,
             recycle=True,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            **options,
         )
+
+    if given is None:
+        kind = own
+        if reads == "latents":
+            stays, reason = choose_resident(train, device, resident)
+            kind = ResidentLoader if stays else own
+            if reason:
+                observer.notice(reason)
+        shuffle = True if spec.order == "random" else spec.order
+        given = made(kind, train, seed=spec.seed, shuffle=shuffle)
     has = (given.seed, given.batch_size, given.split.name, given.split.cache.path)
     wanted = (spec.seed, spec.batch_size, train.name, train.cache.path)
     if has != wanted or given.device.type != device.type:
@@ -109,30 +162,4 @@ def make_loaders(
             "the folds validate on the first crop of each image, not on the image itself: the "
             "cache holds nothing else of the train split. Compare such runs only with each other."
         )
-    return given, (LatentLoader if reads == "latents" else PixelLoader)(
-        val,
-        batch_size=spec.batch_size,
-        device=device,
-        shuffle=False,
-        views=0,
-        threads=threads,
-        recycle=True,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-
-
-def _train_kind(
-    train: Split,
-    device: torch.device,
-    reads: Literal["latents", "images"],
-    resident: Resident,
-    observer: TrainObserver,
-) -> type[BatchLoader]:
-    """Returns the kind of the loader of training batches, and tells why it is that."""
-    if reads == "images":
-        return PixelLoader
-    stays, reason = choose_resident(train, device, resident)
-    if reason:
-        observer.notice(reason)
-    return ResidentLoader if stays else LatentLoader
+    return given, made(own, val, shuffle=False, views=0)

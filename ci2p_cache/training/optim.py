@@ -1,19 +1,92 @@
-"""The optimiser and its schedule; the learning rate is a pure function of the step."""
+"""The optimiser, its schedule, the layers that it tells apart, and the average of the weights."""
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from ci2p_cache.errors import CheckpointError
-from ci2p_cache.training.layers import parameter_layers
+from ci2p_cache.errors import CheckpointError, UsageError
 from ci2p_cache.training.spec import TrainSpec
 
-__all__ = ["load_optimizer_tensors", "lr_at", "make_optimizer", "optimizer_tensors", "set_lr"]
+__all__ = [
+    "WeightAverage",
+    "decay_at",
+    "load_optimizer_tensors",
+    "lr_at",
+    "make_optimizer",
+    "optimizer_tensors",
+    "parameter_layers",
+    "set_lr",
+]
+
+_BLOCK = re.compile(r"(blocks|last_blocks)\.(\d+)\.")
+
+
+def parameter_layers(model: nn.Module) -> dict[str, int]:
+    """Returns the layer of every parameter, from 0 at the input, by its name.
+
+    Layer-wise decay of the learning rate is BEiT's (Bao et al. 2022, arXiv 2106.08254): layers near
+    the input, whose features are the most general, move the least. Layer 0 is all that is before
+    the blocks, then each block is a layer, and norm and head are the last.
+
+    A module with timm's `group_matcher` says so itself; our own have `blocks`, a CI2P-ViTds also
+    `last_blocks`, with CnnReshape in the layer of the first of these, whose tokens it makes. Either
+    may be inside of `model`; what is in front of it there is layer 0.
+
+    Raises:
+        UsageError: the model is of neither kind, or something trainable follows it.
+    """
+    known = ((prefix, _layers_of(module)) for prefix, module in model.named_modules())
+    prefix, layers = next((each for each in known if each[1] is not None), ("", None))
+    if layers is None:
+        raise UsageError(
+            f"`layer_decay` needs to know the layers of a model, and {type(model).__name__} does "
+            "not say them: it has neither `blocks` nor timm's `group_matcher`",
+            hint="leave `layer_decay` at 1",
+        )
+    inner = {f"{prefix}.{name}".lstrip("."): layer for name, layer in layers.items()}
+    names = [name for name, _ in model.named_parameters()]
+    places = [place for place, name in enumerate(names) if name in inner]
+    behind = [name for name in names[max(places, default=0) :] if name not in inner]
+    if behind:
+        raise UsageError(
+            f"`layer_decay` does not know the layer of {behind[0]}, which follows the model that "
+            "says its own",
+            hint="leave `layer_decay` at 1",
+        )
+    return {name: inner.get(name, 0) for name in names}
+
+
+def _layers_of(module: nn.Module) -> dict[str, int] | None:
+    """Returns the layers of a module that knows them, None where it does not."""
+    names = [name for name, _ in module.named_parameters()]
+    matcher = getattr(module, "group_matcher", None)
+    if callable(matcher):
+        from timm.models import group_parameters
+
+        found: dict[str, int] = group_parameters(module, matcher(coarse=False), reverse=True)
+        last = max(found.values())
+        return {name: found.get(name, last) for name in names}
+    first = getattr(module, "blocks", None)
+    if not isinstance(first, nn.Sequential) or not hasattr(module, "head"):
+        return None
+    num_first, num_last = len(first), len(getattr(module, "last_blocks", ()))
+    layers = dict.fromkeys(names, 0)
+    for name in names:
+        if block := _BLOCK.match(name):
+            layers[name] = 1 + int(block[2]) + (num_first if block[1] == "last_blocks" else 0)
+        elif name.startswith("cnn_reshape."):
+            layers[name] = 1 + num_first
+        elif name.startswith(("norm.", "head.")):
+            layers[name] = 1 + num_first + num_last
+    return layers
+
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _LR_SCALE = "lr_scale"
@@ -31,9 +104,7 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> Optimizer:
     Raises:
         UsageError: `layer_decay` is not 1 and the model does not say its layers.
     """
-    layers: dict[str, int] = {}
-    if spec.layer_decay != 1:
-        layers = parameter_layers(model)
+    layers = parameter_layers(model) if spec.layer_decay != 1 else {}
     last = max(layers.values(), default=0)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -113,3 +184,71 @@ def load_optimizer_tensors(
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(tensors[name])
+
+
+def decay_at(step: int, decay: float) -> float:
+    """Returns the decay of a step, counted from 0 over all epochs: min(decay, (1 + t) / (10 + t)).
+
+    The rise of TensorFlow's `ExponentialMovingAverage`: without it the average of a short run, or
+    of the first epochs, is mostly the random weights that it started from.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+class WeightAverage:
+    """A model whose floating-point parameters and buffers are the averages of another's.
+
+    Polyak and Juditsky 1992; in the form that TensorFlow and timm made usual for image models.
+    `timm.utils.ModelEmaV3` does the same but cannot leave out a step by a flag on the device, which
+    is how a step that was not finite leaves everything as it was. BatchNorm's running statistics
+    are averaged like weights until `BatchNormStatistics` replaces them; other buffers (counts,
+    tables) are copied. Nothing waits for the device.
+
+    Args:
+        model: On its device, with the weights to start from; copied. Not compiled yet.
+        decay: Share of the average that a step keeps, 0 < decay < 1, see `decay_at`.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._decay = decay
+        self._averages: list[Tensor] = []
+        self._followed: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def follow(self, model: nn.Module) -> None:
+        """Takes the averages of this model from now on: the one it was copied from.
+
+        Call it again whenever the model's tensors are replaced by others.
+        """
+        ours = [*self.module.parameters(), *self.module.buffers()]
+        theirs = [*model.parameters(), *model.buffers()]
+        pairs = list(zip(ours, theirs, strict=True))
+        self._averages = [average for average, _ in pairs if average.is_floating_point()]
+        self._followed = [value for average, value in pairs if average.is_floating_point()]
+        self._copies = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int, is_finite: Tensor) -> None:
+        """Moves the averages towards the weights after a step, counted from 0 over all epochs.
+
+        Where `is_finite`, a scalar on the device, is False nothing changes.
+        """
+        moved = (1 - decay_at(step, self._decay)) * is_finite.to(torch.float32)
+        differences = torch._foreach_sub(self._followed, self._averages)
+        torch._foreach_mul_(differences, moved)
+        torch._foreach_add_(self._averages, differences)
+        for average, value in self._copies:
+            average.copy_(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the averages under the names of the model's `state_dict`."""
+        return dict(self.module.state_dict())
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what `tensors` gave.
+
+        Raises:
+            RuntimeError: a name or shape does not fit the model.
+        """
+        self.module.load_state_dict(dict(tensors))

@@ -11,32 +11,213 @@
 Each step's sums go through one collective of a fixed layout, not through
 `torch.nn.parallel.DistributedDataParallel`: that lays its buckets out anew after the first step, so
 that a resumed run of three or more ranks would add in another order and lose its last bits, and it
-hangs where a rank has no images. Rank 0 alone writes, prints and holds locks. `rank_errors.py`
-says what becomes of an error.
+hangs where a rank has no images. Rank 0 alone writes, prints and holds locks.
+
+A rank that ends early closes its connections, which ends the collective that the others are in;
+they then read from torchrun's store what it died of. So an error on any rank is raised on all of
+them, and rank 0 prints it. No timeout is involved, so rank 0 may take its time to save.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import json
+import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ci2p_cache.errors import UsageError
+from ci2p_cache import errors
+from ci2p_cache.errors import (
+    CacheError,
+    InterruptedRunError,
+    ResourceError,
+    UsageError,
+    stop_signals,
+)
 from ci2p_cache.machine import checked_device, num_cores
-from ci2p_cache.training.rank_errors import collective, first_error, wait_until_told
-from ci2p_cache.training.rank_link import Link, connect
-from ci2p_cache.training.signals import StopSignal
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "StopSignal"]
+
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import ProcessGroup, Store
+
+
+class StopSignal:
+    """Notes the first of `stop_signals()` that comes while its block runs.
+
+    A second one meets the handlers that were there before, so it ends the process at once. Only
+    SIGHUP is ignored then: a terminal that closes sends it two or three times, through the kernel
+    and through its shell. Outside the main thread, where Python delivers no signals, it notes
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._earlier: dict[signal.Signals, Any] = {}
+
+    def is_set(self) -> bool:
+        """Returns whether a signal has come."""
+        return self.number is not None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in stop_signals():
+                self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._put_back()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self._put_back()
+        if signal.SIGHUP in self._earlier:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _put_back(self) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_TIMEOUT = timedelta(minutes=30)
+"""Longest that a rank waits for one that lives, for example while rank 0 saves a checkpoint."""
+_CONNECT_TIMEOUT = timedelta(seconds=10)
+"""Longest that a rank looks for the store of a torchrun that keeps it itself, and so was there
+before its ranks: where it is not, torchrun was killed."""
+_TOLD_TIMEOUT = timedelta(seconds=20)
+"""Longest that a failed rank waits for rank 0 to take up its error; torchrun needs 30 s more."""
+_ERROR, _TOLD = "error", "told"
+"""Keys of the store: the first error, and that rank 0 has taken it up."""
+
+_groups = itertools.count()
+"""Numbers the groups that this process has joined; all ranks join the same ones in turn."""
+_log = logging.getLogger(__name__)
+
+
+class _LostRankError(Exception):
+    """A collective ended without a result, because a process that takes part in it has ended."""
+
+
+@contextlib.contextmanager
+def _collective() -> Iterator[None]:
+    """Tells a broken connection from errors of ours, around one collective."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _LostRankError(str(error)) from error
+
+
+def _first_error(store: Store, error: Exception, *, rank: int) -> Exception:
+    """Returns what all ranks raise, given what this one met: the first error of any of them.
+
+    That is `error` itself where it came first, where it is a CacheError, or where torchrun's store
+    is gone, and otherwise a CacheError that names the other rank. Rank 0 also notes that it knows.
+    """
+    own = error
+    if isinstance(error, _LostRankError):
+        own = ResourceError(
+            "another rank of this run was killed or cannot be reached (out of memory?); what "
+            "was trained since the last checkpoint is lost, nothing else",
+            hint="run the same command again to continue",
+        )
+    message = str(own) if isinstance(own, CacheError) else f"{type(own).__name__}: {own}"
+    record = {
+        "rank": rank,
+        "type": type(own).__name__,
+        "message": message,
+        "hint": own.hint if isinstance(own, CacheError) else None,
+        "exit_code": own.exit_code if isinstance(own, CacheError) else 1,
+    }
+    try:
+        first = json.loads(store.compare_set(_ERROR, "", json.dumps(record)))
+        if rank == 0:
+            store.set(_TOLD, "")
+    except RuntimeError as unreachable:
+        _log.debug("torchrun's store is gone: %s", unreachable)
+        return own
+    if isinstance(error, CacheError) or first == record:
+        return own
+    message = f"on rank {first['rank']}: {first['message']}"
+    if first["type"] == InterruptedRunError.__name__:
+        return InterruptedRunError(
+            message, signal_number=first["exit_code"] - 128, hint=first["hint"]
+        )
+    kind: type[CacheError] = getattr(errors, first["type"], CacheError)
+    return kind(message, hint=first["hint"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """What a joined rank has."""
+
+    store: Store
+    """This group's part of torchrun's store, which outlives every rank."""
+    words: ProcessGroup
+    """gloo, between the hosts; the default group sums, on the devices."""
+    stop: StopSignal
+    """Notes signals from when the ranks have met until they part: a context manager."""
+    parent: int
+    """torchrun's process id."""
+
+    def hang_up(self) -> None:
+        """Closes the connections, which tells the others that this rank has failed."""
+        if dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+        else:
+            # nccl would wait for kernels that never end; it goes with the process, or torchrun.
+            dist.destroy_process_group(self.words)
+
+
+def _connect(device: str, ranks: Ranks) -> _Link:
+    """Joins the process group that torchrun's variables name; nccl besides gloo on CUDA."""
+    # Before connecting: were torchrun killed in between, no one would ever know.
+    parent = os.getppid()
+    # Not every build of torch has them; alone no one needs them.
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    if dist.is_initialized():
+        raise UsageError(
+            "this process belongs to a process group already; training makes its own",
+            hint="call torch.distributed.destroy_process_group() first",
+        )
+    backend = "gloo"
+    if device != "cpu" and torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    try:
+        wait = _CONNECT_TIMEOUT if is_kept else _TIMEOUT
+        store, _, _ = next(rendezvous("env://", timeout=wait))
+        store.set_timeout(_TIMEOUT)
+        store = PrefixStore(f"ci2p-cache-{next(_groups)}", store)
+        where: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
+        dist.init_process_group(backend, store=store, **where, timeout=_TIMEOUT)
+        words = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    except ValueError as error:
+        raise UsageError(f"torchrun's variables are not complete: {error}") from error
+    except RuntimeError as error:
+        raise ResourceError(
+            "torchrun or another rank cannot be reached, was it killed? "
+            f"({str(error).splitlines()[0]})",
+            hint="start torchrun again: the run continues",
+        ) from error
+    assert not isinstance(words, int)
+    return _Link(store, words, StopSignal(), parent)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +232,7 @@ class Ranks:
     """This process among those of its machine; its CUDA device."""
     local_world_size: int = 1
     """Number of processes on this machine."""
-    _link: Link | None = dataclasses.field(default=None, repr=False)
+    _link: _Link | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -76,14 +257,10 @@ class Ranks:
             )
         found["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", found["WORLD_SIZE"])
         try:
-            ranks = cls(
-                rank=int(found["RANK"]),
-                world_size=int(found["WORLD_SIZE"]),
-                local_rank=int(found["LOCAL_RANK"]),
-                local_world_size=int(found["LOCAL_WORLD_SIZE"]),
-            )
+            numbers: dict[str, Any] = {name.lower(): int(text) for name, text in found.items()}
         except ValueError as error:
             raise UsageError(f"torchrun's variables must be whole numbers, got {found}") from error
+        ranks = cls(**numbers)
         if not (
             0 <= ranks.rank < ranks.world_size
             and 0 <= ranks.local_rank < ranks.local_world_size <= ranks.world_size
@@ -97,11 +274,6 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def is_joined(self) -> bool:
-        """Whether there is a process group, or need not be."""
-        return self.world_size == 1 or self._link is not None
-
-    @property
     def num_threads(self) -> int:
         """This rank's share of the machine's cores, for the threads that read."""
         return max(1, num_cores() // self.local_world_size)
@@ -109,8 +281,7 @@ class Ranks:
     def device(self, name: str) -> torch.device:
         """Returns this rank's device: one CUDA device for each rank of a machine, or the CPU.
 
-        Args:
-            name: auto, cpu, cuda, or, for a rank that is alone on its machine, cuda:1.
+        `name` is auto, cpu, cuda, or, for a rank that is alone on its machine, cuda:1.
 
         Raises:
             UsageError: torch knows no such device, or there is none for each rank.
@@ -131,10 +302,8 @@ class Ranks:
         """Joins the process group while the block runs; what is raised in it ends all ranks.
 
         SIGINT and SIGTERM are noted while the block runs, see `agreed_signal`; until all have met
-        they do what they did before. All ranks leave the block together.
-
-        Args:
-            device: As for `device`; decides whether the group speaks nccl besides gloo.
+        they do what they did before. All ranks leave the block together. The group speaks gloo, and
+        for another device than cpu, where there is CUDA, nccl besides.
 
         Yields:
             The rank, able to reach the others.
@@ -144,22 +313,23 @@ class Ranks:
             CacheError: what another rank has raised; every rank raises the first one's.
             ResourceError: torchrun or another rank was killed, or cannot be reached.
         """
-        if self.is_joined:
+        if self.world_size == 1 or self._link is not None:
             yield self
             return
         # A signal that was only noted would be looked at when all have met: never, if one has died.
-        link = connect(
-            device, rank=self.rank, world_size=self.world_size, local_rank=self.local_rank
-        )
+        link = _connect(device, self)
         with link.stop:
             ranks = dataclasses.replace(self, _link=link)
             try:
                 yield ranks
                 ranks.wait()
             except Exception as error:
-                first = first_error(link.store, error, rank=self.rank)
+                first = _first_error(link.store, error, rank=self.rank)
                 link.hang_up()
-                wait_until_told(link.store, error, rank=self.rank)
+                if not self.is_writer and not isinstance(error, _LostRankError):
+                    # torchrun ends all once one rank has left: rank 0 gets the time to take it up.
+                    with contextlib.suppress(RuntimeError):
+                        link.store.wait([_TOLD], _TOLD_TIMEOUT)
                 if first is error:
                     raise
                 raise first from error
@@ -171,16 +341,13 @@ class Ranks:
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replaces tensors by their sums over all ranks, in place and in one collective.
 
-        All ranks get the same bits, and the same again from the same tensors. Waits for nothing on
-        CUDA.
-
-        Args:
-            tensors: Of one dtype and on one device; the same shapes on all ranks.
+        All are of one dtype, on one device, and of the same shapes on all ranks. All ranks get the
+        same bits, and the same again from the same tensors. Waits for nothing on CUDA.
         """
         if self.world_size == 1:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with collective():
+        with _collective():
             dist.all_reduce(flat)
         sums = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, total in zip(tensors, sums, strict=True):
@@ -191,7 +358,7 @@ class Ranks:
         if self._link is None:
             return content
         words, size = self._link.words, torch.tensor([len(content)])
-        with collective():
+        with _collective():
             dist.broadcast(size, src=0, group=words)
             data = torch.empty(int(size), dtype=torch.uint8)
             if self.is_writer and content:
@@ -205,7 +372,7 @@ class Ranks:
         if self.world_size == 1:
             return
         for tensor in tensors:
-            with collective():
+            with _collective():
                 dist.broadcast(tensor, src=0)
 
     def agreed_signal(self, stop: StopSignal) -> int:
@@ -220,7 +387,7 @@ class Ranks:
         if os.getppid() != self._link.parent:
             number = signal.SIGTERM
         word = torch.tensor([int(number)])
-        with collective():
+        with _collective():
             dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._link.words)
         return int(word)
 
@@ -231,5 +398,5 @@ class Ranks:
     def wait(self) -> None:
         """Waits until all ranks have come here."""
         if self._link is not None:
-            with collective():
+            with _collective():
                 dist.all_reduce(torch.zeros(1), group=self._link.words)

@@ -13,8 +13,8 @@ from ci2p_cache.loader.resident import Resident
 from ci2p_cache.machine import raise_open_files, tune_allocator
 from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.outputs import refuse_url
-from ci2p_cache.training.checkpoint import share_checkpoint
-from ci2p_cache.training.checkpoint_folder import TrainState
+from ci2p_cache.runs.files import EpochRecord
+from ci2p_cache.training.checkpoint import TrainState, share_checkpoint
 from ci2p_cache.training.folder import open_writer, run_path
 from ci2p_cache.training.inputs import (
     data_digest,
@@ -25,7 +25,7 @@ from ci2p_cache.training.inputs import (
 )
 from ci2p_cache.training.loaders import loader_name, make_loaders
 from ci2p_cache.training.ranks import Ranks
-from ci2p_cache.training.records import EpochRecord, TrainObserver, TrainProgress, TrainSummary
+from ci2p_cache.training.records import TrainObserver, TrainProgress, TrainSummary
 from ci2p_cache.training.session import Session
 from ci2p_cache.training.settings import RunArgs, RunSettings, require_same_settings
 from ci2p_cache.training.spec import TrainSpec

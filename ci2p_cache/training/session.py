@@ -11,14 +11,13 @@ from ci2p_cache.errors import InterruptedRunError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.machine import bf16_notice
 from ci2p_cache.models.registry import AnyModelConfig
-from ci2p_cache.training.batch_norm import opened_statistics
-from ci2p_cache.training.checkpoint import Checkpoint
-from ci2p_cache.training.checkpoint_folder import TrainState, checkpoint_path
+from ci2p_cache.runs.files import best_epoch
+from ci2p_cache.training.checkpoint import Checkpoint, TrainState, checkpoint_path
 from ci2p_cache.training.folder import RunWriter
 from ci2p_cache.training.learner import Learner
-from ci2p_cache.training.ranks import Ranks
-from ci2p_cache.training.records import TrainObserver, TrainSummary, best_epoch
-from ci2p_cache.training.signals import StopSignal
+from ci2p_cache.training.metrics import opened_statistics
+from ci2p_cache.training.ranks import Ranks, StopSignal
+from ci2p_cache.training.records import TrainObserver, TrainSummary
 from ci2p_cache.training.spec import TrainSpec
 from ci2p_cache.training.trainer import Trainer
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,17 +14,60 @@ from torch.optim import Optimizer
 
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.machine import ieee_float32
-from ci2p_cache.training.batch_norm import BatchNormStatistics
-from ci2p_cache.training.checkpoint_folder import TrainState
-from ci2p_cache.training.early import early_notice
-from ci2p_cache.training.ema import WeightAverage
-from ci2p_cache.training.metrics import TrainTotals, validate
+from ci2p_cache.runs.files import EpochRecord
+from ci2p_cache.training.checkpoint import TrainState
+from ci2p_cache.training.metrics import BatchNormStatistics, TrainTotals, validate
+from ci2p_cache.training.optim import WeightAverage
 from ci2p_cache.training.ranks import Ranks
-from ci2p_cache.training.records import EpochRecord, TrainObserver, TrainProgress
+from ci2p_cache.training.records import TrainObserver, TrainProgress
 from ci2p_cache.training.spec import TrainSpec
 from ci2p_cache.training.step import OptimizerStep
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "early_notice"]
+
+_WARM_STEPS = 100
+"""Steps after which a run that has learned nothing is worth a word; before, it is warm-up."""
+_SIGMAS = 3
+"""Standard deviations of guessing within which an accuracy counts as that of guessing."""
+
+
+def early_notice(record: EpochRecord, *, steps: int, num_classes: int, num_val: int) -> str | None:
+    """Returns a sentence for the user where an early epoch has learned nothing, None otherwise.
+
+    Args:
+        record: The epoch that has ended.
+        steps: Steps of all epochs so far, this one included.
+        num_classes: K.
+        num_val: Validation images, 0 for none.
+    """
+    if num_classes < 2 or not record.images:
+        return None
+    guessing = math.log(num_classes)
+    is_warm_now = steps - steps // record.epoch < _WARM_STEPS <= steps
+    if is_warm_now and record.loss >= guessing:
+        return (
+            f"nothing was learned in {steps} steps: the training loss of epoch {record.epoch} is "
+            f"{record.loss:.3f}, guessing among {num_classes} classes gives {guessing:.3f}. "
+            "A lower learning rate or a longer warm-up may help; so may a look at the labels."
+        )
+    if record.top1 is None or not num_val or not is_warm_now:
+        return None
+    # Of a few validation images nothing can be told: even what training reaches may be luck there.
+    learns = record.train_top1 > _highest_guess(num_classes, min(record.images, num_val))
+    if not learns or record.top1 > _highest_guess(num_classes, num_val):
+        return None
+    return (
+        f"validation ({record.top1:.1%} of {num_val:,}) cannot be told from guessing while "
+        f"training is ahead of it ({record.train_top1:.1%}), after {steps} steps. "
+        "See whether both splits have the same classes and kind of images."
+    )
+
+
+def _highest_guess(num_classes: int, images: int) -> float:
+    """Returns the share of hits that guessing stays below nearly always, 0 to 1."""
+    chance = 1 / num_classes
+    return chance + _SIGMAS * math.sqrt(chance * (1 - chance) / images)
+
 
 _READ_EVERY_STEPS = 50
 """How often the loop waits for the device to look for bad steps: rare enough to cost nothing."""
@@ -47,7 +90,6 @@ class Trainer:
     """
 
     spec: TrainSpec
-    """What to do."""
     model: nn.Module
     """On its device, with the weights to continue from."""
     optimizer: Optimizer
@@ -61,7 +103,6 @@ class Trainer:
     should_stop: Callable[[], bool]
     """Asked after each step and before each validation batch; gives all ranks the same answer."""
     ranks: Ranks
-    """Those that train together."""
     observer: TrainObserver
     """Receives progress and skipped steps; epochs are the caller's to tell, in `save`."""
     save_every_steps: int | None = None
@@ -87,16 +128,18 @@ class Trainer:
             CacheError: another rank has ended.
         """
         self._step = OptimizerStep(
-            self.spec,
-            self.model,
-            self.optimizer,
-            self.average,
+            spec=self.spec,
+            model=self.model,
+            optimizer=self.optimizer,
+            average=self.average,
             ranks=self.ranks,
             steps_per_epoch=len(self.train_loader),
             bad_in_a_row=state.bad_in_a_row,
         )
         device = self.train_loader.device
-        with ieee_float32(device), _own_randomness(device):
+        cuda = [device] if device.type == "cuda" else []
+        # The caller's random numbers stay as they were.
+        with ieee_float32(device), torch.random.fork_rng(devices=cuda):
             while state.epoch < self.spec.epochs and not self.should_stop():
                 state = self._train_epoch(state)
                 if state.step == len(self.train_loader) and not self.should_stop():
@@ -110,7 +153,7 @@ class Trainer:
         if state.step == steps:
             return state
         totals = TrainTotals(loader.device, state.sums)
-        clock = _Clock(loader, state)
+        begun, started, waited_before = state, time.perf_counter(), loader.waited_seconds
         loader.load_state_dict({"seed": self.spec.seed, "epoch": state.epoch, "step": state.step})
         self.model.train()
         loss = top1 = None
@@ -119,17 +162,47 @@ class Trainer:
             done = step + 1
             stop = done == steps or self.should_stop()
             due = self.save_every_steps is not None and done % self.save_every_steps == 0
-            if stop or due or _is_read(state.epoch, done):
-                self._tell_bad_steps()
+            often = state.epoch == 0 and done < _READ_EVERY_STEPS
+            every = _READ_EVERY_FIRST_STEPS if often else _READ_EVERY_STEPS
+            if stop or due or done % every == 0:
+                for bad in self._step.read_bad():
+                    self.observer.notice(
+                        f"step {bad.step} of epoch {bad.epoch} was skipped: loss or gradients were "
+                        f"not finite on rows {bad.rows} of the train split"
+                    )
                 sums = totals.read()
                 loss, top1 = (sums[name] / max(sums["images"], 1) for name in ("loss", "top1"))
+            seconds = time.perf_counter() - started
+            waited = loader.waited_seconds - waited_before
             if stop or due:
-                state = clock.stamp(state, step=done, sums=sums, in_a_row=self._step.bad_in_a_row)
+                state = dataclasses.replace(
+                    state,
+                    step=done,
+                    sums=sums,
+                    train_seconds=begun.train_seconds + seconds,
+                    waited_seconds=begun.waited_seconds + waited,
+                    bad_in_a_row=self._step.bad_in_a_row,
+                )
             if stop:
                 break
             if due:
                 self._save(state)
-            self._tell_progress(state.epoch, done, (loss, top1), clock)
+            if time.perf_counter() - self._last_tick >= _PROGRESS_SECONDS:
+                self._last_tick = time.perf_counter()
+                epochs, per_step = self.spec.epochs, seconds / max(done - begun.step, 1)
+                self.observer.progress(
+                    TrainProgress(
+                        epoch=state.epoch + 1,
+                        epochs=epochs,
+                        step=done,
+                        steps=steps,
+                        loss=loss,
+                        train_top1=top1,
+                        images_per_second=self.spec.batch_size / per_step,
+                        wait_share=waited / max(seconds, 1e-9),
+                        eta_seconds=per_step * (epochs * steps - state.epoch * steps - done),
+                    )
+                )
         return state
 
     def _end_epoch(self, state: TrainState) -> TrainState:
@@ -193,82 +266,3 @@ class Trainer:
         if self.statistics is not None and step != self._estimated_at:
             self.statistics.estimate(final=step == self.spec.epochs * len(self.train_loader))
             self._estimated_at = step
-
-    def _tell_bad_steps(self) -> None:
-        for bad in self._step.read_bad():
-            self.observer.notice(
-                f"step {bad.step} of epoch {bad.epoch} was skipped: loss or gradients were not "
-                f"finite on rows {bad.rows} of the train split"
-            )
-
-    def _tell_progress(
-        self, epoch: int, done: int, scores: tuple[float | None, float | None], clock: _Clock
-    ) -> None:
-        now = time.perf_counter()
-        if now - self._last_tick < _PROGRESS_SECONDS:
-            return
-        self._last_tick = now
-        epochs, steps = self.spec.epochs, len(self.train_loader)
-        seconds = clock.seconds_per_step(done)
-        self.observer.progress(
-            TrainProgress(
-                epoch=epoch + 1,
-                epochs=epochs,
-                step=done,
-                steps=steps,
-                loss=scores[0],
-                train_top1=scores[1],
-                images_per_second=self.spec.batch_size / seconds,
-                wait_share=clock.wait_share,
-                eta_seconds=seconds * (epochs * steps - epoch * steps - done),
-            )
-        )
-
-
-class _Clock:
-    """Measures the steps of an epoch and the waiting in them, earlier parts included."""
-
-    def __init__(self, loader: BatchLoader, state: TrainState) -> None:
-        self._loader = loader
-        self._first_step = state.step
-        self._earlier = (state.train_seconds, state.waited_seconds)
-        self._waited_before = loader.waited_seconds
-        self._started = time.perf_counter()
-
-    def seconds_per_step(self, done: int) -> float:
-        """Returns the mean of the steps taken since this clock was made, the `done`th the last."""
-        return (time.perf_counter() - self._started) / max(done - self._first_step, 1)
-
-    @property
-    def wait_share(self) -> float:
-        """Share of the time since this clock was made that was spent waiting for data."""
-        waited = self._loader.waited_seconds - self._waited_before
-        return waited / max(time.perf_counter() - self._started, 1e-9)
-
-    def stamp(
-        self, state: TrainState, *, step: int, sums: dict[str, float], in_a_row: int
-    ) -> TrainState:
-        """Returns the state after `step` steps of the epoch."""
-        trained, waited = self._earlier
-        return dataclasses.replace(
-            state,
-            step=step,
-            sums=sums,
-            train_seconds=trained + time.perf_counter() - self._started,
-            waited_seconds=waited + self._loader.waited_seconds - self._waited_before,
-            bad_in_a_row=in_a_row,
-        )
-
-
-def _is_read(epoch: int, done: int) -> bool:
-    """Says whether the loop reads its sums after so many steps of an epoch."""
-    often = epoch == 0 and done < _READ_EVERY_STEPS
-    return done % (_READ_EVERY_FIRST_STEPS if often else _READ_EVERY_STEPS) == 0
-
-
-@contextlib.contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Leaves torch's global generators as they were found."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -24,9 +24,8 @@ import torch
 from torch import nn
 
 import ci2p_cache as cc
-from ci2p_cache.training.batch_norm import opened_statistics
-from ci2p_cache.training.checkpoint_folder import weights_of
-from ci2p_cache.training.metrics import validate
+from ci2p_cache.training.checkpoint import weights_of
+from ci2p_cache.training.metrics import opened_statistics, validate
 from ci2p_cache.training.ranks import Ranks
 from tests.support.fresh import fresh_model
 

@@ -26,8 +26,7 @@ from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
 
 import ci2p_cache as cc
-from ci2p_cache.encoder.frozen import FrozenEncoder
-from ci2p_cache.encoder.quantize import saturate
+from ci2p_cache.encoder.frozen import FrozenEncoder, saturate
 from ci2p_cache.machine import tune_allocator
 from tests.benchmarks.measure import Report, Table, machine, pinned, take_turns
 from tests.benchmarks.pictures import JPEG_QUALITY, jpeg, mean_psnr, to_pixels, unjpeg, views

@@ -21,7 +21,7 @@ from ci2p_cache.cache.codecs import CODECS
 from ci2p_cache.cache.commit import CommitRecord, FileRecord
 from ci2p_cache.cache.containers import index_crc32c, open_zarr, pack_shard
 from ci2p_cache.cache.manifest import Manifest, SplitRecord, read_manifest, shard_rows
-from ci2p_cache.encoder.quantize import dequantize, quantize, saturate
+from ci2p_cache.encoder.frozen import dequantize, quantize, saturate
 from ci2p_cache.encoding.plan import EarlierRows, Plan, build_plan, read_plan
 from ci2p_cache.errors import ManifestError, ShardError, SourceError
 from ci2p_cache.images.source import ImageRef

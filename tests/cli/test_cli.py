@@ -17,7 +17,7 @@ import torch
 import ci2p_cache as cc
 from ci2p_cache.cli.encode import encode as encode_command
 from ci2p_cache.cli.train import train as train_command
-from ci2p_cache.encoder.factorized import FactorizedPrior
+from ci2p_cache.encoder.architecture import FactorizedPrior
 from ci2p_cache.record import sealed_bytes
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder

@@ -22,10 +22,14 @@ from PIL import Image
 
 import ci2p_cache as cc
 from ci2p_cache.encoder.architecture import value_tensors
-from ci2p_cache.encoder.arithmetic import fixed_arithmetic
-from ci2p_cache.encoder.frozen import FrozenEncoder
+from ci2p_cache.encoder.frozen import (
+    FrozenEncoder,
+    dequantize,
+    fixed_arithmetic,
+    quantize,
+    saturate,
+)
 from ci2p_cache.encoder.load import load_encoder, load_saved_encoder, save_half
-from ci2p_cache.encoder.quantize import dequantize, quantize, saturate
 from ci2p_cache.encoder.zoo import compressai_model
 from ci2p_cache.errors import UsageError, WeightsError
 from tests.support.encoders import lively_state, needs_compressai, reference_of

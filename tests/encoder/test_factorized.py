@@ -14,12 +14,10 @@ import torch
 from PIL import Image
 
 from ci2p_cache.encoder.architecture import own_model, value_tensors
-from ci2p_cache.encoder.codec_spec import CodecSpec
-from ci2p_cache.encoder.crops import TrainingImages
+from ci2p_cache.encoder.codec_checkpoint import CodecSpec
+from ci2p_cache.encoder.frozen import dequantize, quantize
 from ci2p_cache.encoder.load import load_encoder, load_saved_encoder
-from ci2p_cache.encoder.quantize import dequantize, quantize
-from ci2p_cache.encoder.rate_distortion import evaluate_rate_distortion
-from ci2p_cache.encoder.train import train_codec
+from ci2p_cache.encoder.train import TrainingImages, evaluate_rate_distortion, train_codec
 from ci2p_cache.encoder.weights import WeightsCard, official_url, tensor_digest, weights_bytes
 from ci2p_cache.encoder.zoo import ARCH, ZOO, compressai_model
 from ci2p_cache.errors import MissingDependencyError, WeightsError

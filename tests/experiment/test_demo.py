@@ -15,7 +15,8 @@ from ci2p_cache.errors import CacheError, ResourceError, UsageError
 from ci2p_cache.experiment.demo import DEMO, run_demo
 from ci2p_cache.experiment.run import StageEvent
 from ci2p_cache.pictures.drawn import CLASSES, make_picture, write_pictures
-from ci2p_cache.training.run import EpochRecord, TrainObserver
+from ci2p_cache.runs.files import EpochRecord
+from ci2p_cache.training.records import TrainObserver
 from ci2p_cache.training.spec import TrainSpec
 
 SMALL = dataclasses.replace(

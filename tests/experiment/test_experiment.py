@@ -22,8 +22,9 @@ from ci2p_cache.errors import (
 )
 from ci2p_cache.experiment.run import StageEvent
 from ci2p_cache.experiment.spec import list_recipes, settable_fields, with_changes
+from ci2p_cache.runs.files import EpochRecord
 from ci2p_cache.training.ranks import Ranks
-from ci2p_cache.training.records import EpochRecord, TrainObserver
+from ci2p_cache.training.records import TrainObserver
 from tests.support.commands import REPO, Ran
 from tests.support.rank_jobs import launch
 from tests.support.trained import evaluation_of

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outputs": {"errors", "remote"},
     "images": {"errors", "parquet", "record", "remote", "specs"},
     "gdn": set(),
-    "encoder": {"machine", "errors", "record", "specs", "gdn"},
+    "encoder": {"machine", "errors", "fields", "record", "specs", "gdn"},
     "cache": {"errors", "parquet", "record", "remote", "specs"},
     "models": {"errors", "record", "specs", "gdn"},
     "encoding": {

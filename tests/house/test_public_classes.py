@@ -17,7 +17,7 @@ from ci2p_cache import errors
 from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.record import Record
 from ci2p_cache.runs.evaluations import CalibrationBin, ClassScore
-from ci2p_cache.training.records import EpochRecord
+from ci2p_cache.runs.files import EpochRecord
 from tests.support.caches import make_cache
 
 CLASSES = {name: getattr(cc, name) for name in cc.__all__ if inspect.isclass(getattr(cc, name))} | {

@@ -27,7 +27,8 @@ import zarr
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache.containers import npy_header
-from ci2p_cache.training.records import EpochRecord, TrainObserver
+from ci2p_cache.runs.files import EpochRecord
+from ci2p_cache.training.records import TrainObserver
 from tests.support.caches import data_digests
 from tests.support.commands import REPO, Ran
 from tests.support.pictures import write_image_folder

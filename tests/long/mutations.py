@@ -127,7 +127,7 @@ MUTATIONS = (
     Mutation(
         name="validation-rows-in-training",
         says="With folds, the rows that validate are trained from as well.",
-        file="ci2p_cache/training/folds.py",
+        file="ci2p_cache/training/loaders.py",
         old="rows[~validates]",
         new="rows",
         where=(_FOLDS,),
@@ -135,7 +135,7 @@ MUTATIONS = (
     Mutation(
         name="saturation-not-counted",
         says="Symbols that do not fit the dtype are clamped and counted as none.",
-        file="ci2p_cache/encoder/quantize.py",
+        file="ci2p_cache/encoder/frozen.py",
         old="clipped.sum(dim=(-2, -1))",
         new="0 * clipped.sum(dim=(-2, -1))",
         where=("encoder/test_encoder.py::test_saturation_clamps_and_counts_per_channel",),
@@ -212,7 +212,7 @@ MUTATIONS = (
     Mutation(
         name="dequantize-without-offset",
         says="Dequantising leaves out the medians.",
-        file="ci2p_cache/encoder/quantize.py",
+        file="ci2p_cache/encoder/frozen.py",
         old=".add_(medians_M[:, None, None])",
         new="",
         where=("encoder/test_encoder.py::test_symbols_survive_dequantising_and_quantising_again",),
@@ -242,7 +242,7 @@ MUTATIONS = (
     Mutation(
         name="folds-overlap",
         says="A fold validates its own part and those of all folds before it.",
-        file="ci2p_cache/training/folds.py",
+        file="ci2p_cache/training/loaders.py",
         old="% spec.folds == spec.fold",
         new="% spec.folds <= spec.fold",
         where=(_FOLDS,),

@@ -20,9 +20,10 @@ from torch import nn
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.gdn import GDN, AnalysisTransform
-from ci2p_cache.models.patch_reshape import PatchReshape
+from ci2p_cache.models.ci2p_vit import PatchReshape
 from ci2p_cache.models.registry import build_model, config_from_dict, list_models, model_config
-from ci2p_cache.training.records import EpochRecord, TrainObserver
+from ci2p_cache.runs.files import EpochRecord
+from ci2p_cache.training.records import TrainObserver
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
 from tests.support.tiers import thinned

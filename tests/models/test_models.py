@@ -341,7 +341,7 @@ def test_an_unknown_name_is_answered_with_the_names_and_the_closest():
         ({"num_classes": 2.0}, r"`num_classes` is 2\.0"),
         ({"latent_channels": 0}, "`latent_channels` is 0; it must be an integer >= 1"),
         ({"latent_size": 0}, "`latent_size` is 0"),
-        ({"latent_size": 7}, "`latent_size` is 7; it must be even"),
+        ({"latent_size": 7}, "`latent_size` is 7; it must be a multiple of 2"),
         ({"pos_embed": 1}, "`pos_embed` is 1; it must be True or False"),
         ({"drop_path_rate": 1.0}, r"`drop_path_rate` is 1\.0; wanted 0 <= rate < 1"),
         ({"drop_path_rate": float("nan")}, "`drop_path_rate` is nan"),

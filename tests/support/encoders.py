@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from ci2p_cache.encoder.factorized import FactorizedPrior
+from ci2p_cache.encoder.architecture import FactorizedPrior
 from ci2p_cache.encoder.zoo import ARCH, ZOO, compressai_model
 
 if TYPE_CHECKING:

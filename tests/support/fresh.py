@@ -11,8 +11,8 @@ from torch.optim.swa_utils import update_bn
 
 import ci2p_cache as cc
 from ci2p_cache.models.registry import build_model
-from ci2p_cache.training.folds import splits_of
 from ci2p_cache.training.inputs import model_config_for
+from ci2p_cache.training.loaders import splits_of
 
 __all__ = ["fresh_model", "statistics_of"]
 

@@ -20,7 +20,7 @@ import torch
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.training.ranks import Ranks
-from ci2p_cache.training.run import TrainObserver
+from ci2p_cache.training.records import TrainObserver
 from tests.support.commands import REPO
 from tests.support.warm import WarmParent
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.models.registry import build_model
-from ci2p_cache.training.batch_norm import opened_statistics
-from ci2p_cache.training.checkpoint_folder import weights_of
+from ci2p_cache.training.checkpoint import weights_of
 from ci2p_cache.training.inputs import model_config_for
+from ci2p_cache.training.metrics import opened_statistics
 from ci2p_cache.training.ranks import Ranks
 from tests.support.caches import make_cache
 from tests.support.fresh import fresh_model, statistics_of

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.loader.order import epoch_order, rank_slice
-from ci2p_cache.training import rank_link, ranks
+from ci2p_cache.training import ranks
 from tests.support.caches import make_cache
 from tests.support.fresh import fresh_model, statistics_of
 from tests.support.pictures import write_image_folder
@@ -440,7 +440,7 @@ def test_a_rank_whose_torchrun_was_killed_before_they_met_ends_soon(
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         }.items():  # fmt: skip
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(rank_link, "_CONNECT_TIMEOUT", timedelta(seconds=1))
+        monkeypatch.setattr(ranks, "_CONNECT_TIMEOUT", timedelta(seconds=1))
         with pytest.raises(errors.ResourceError, match="torchrun or another rank cannot be"):
             with ranks.Ranks.from_environment().joined("cpu"):
                 pass

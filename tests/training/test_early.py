@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ci2p_cache.training.early import early_notice
-from ci2p_cache.training.records import EpochRecord
+from ci2p_cache.runs.files import EpochRecord
+from ci2p_cache.training.trainer import early_notice
 
 EPOCH = EpochRecord(
     epoch=1, epochs=30, loss=1.2, train_top1=0.5, val_loss=1.3, top1=0.45, top5=1.0, lr=1e-3,

@@ -15,8 +15,8 @@ from ci2p_cache import errors
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model
 from ci2p_cache.specs import ViewSpec
-from ci2p_cache.training.checkpoint_folder import weights_of
-from ci2p_cache.training.ema import WeightAverage, decay_at
+from ci2p_cache.training.checkpoint import weights_of
+from ci2p_cache.training.optim import WeightAverage, decay_at
 from tests.support.caches import make_cache
 from tests.support.rank_jobs import do, job, numbers
 from tests.training.test_training import copy_run, replace_file, rows_of

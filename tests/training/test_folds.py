@@ -12,8 +12,8 @@ import torch
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.training.folds import splits_of
 from ci2p_cache.training.inputs import data_digest
+from ci2p_cache.training.loaders import splits_of
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
 from tests.support.rank_jobs import numbers

@@ -11,10 +11,8 @@ from torch.nn.functional import cross_entropy, one_hot
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.loader.order import rank_slice
-from ci2p_cache.training.flipping import flipped
-from ci2p_cache.training.layers import parameter_layers
-from ci2p_cache.training.mixing import Mix, draw_mix, mixed
-from ci2p_cache.training.optim import make_optimizer, set_lr
+from ci2p_cache.training.optim import make_optimizer, parameter_layers, set_lr
+from ci2p_cache.training.step import Mix, draw_mix, flipped, mixed
 
 BOTH = cc.TrainSpec(mixup=0.8, cutmix=1.0)
 

@@ -15,7 +15,7 @@ import torch
 
 from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.errors import CheckpointError, ManifestError
-from ci2p_cache.training.tensor_file import read_tensors
+from ci2p_cache.training.checkpoint import read_tensors
 
 
 def recorded(path: Path, data: bytes) -> FileRecord:

@@ -32,10 +32,10 @@ from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model
 from ci2p_cache.record import sealed_bytes
 from ci2p_cache.report.charts import draw_curves
-from ci2p_cache.runs.files import summary_csv
+from ci2p_cache.runs.files import EpochRecord, summary_csv
 from ci2p_cache.training.metrics import validate
 from ci2p_cache.training.optim import lr_at
-from ci2p_cache.training.run import EpochRecord, TrainObserver
+from ci2p_cache.training.records import TrainObserver
 from tests.support.caches import make_cache
 from tests.support.seals import reseal
 from tests.support.tiers import thinned
