@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ci2p_cache.loader.resident import ResidentLoader
     from ci2p_cache.models.complexity import Complexity, complexity
     from ci2p_cache.models.registry import create_model, list_models
+    from ci2p_cache.process import tune_process
     from ci2p_cache.runs.evaluations import Evaluation
     from ci2p_cache.specs import (
         EncoderSpec,
@@ -101,6 +102,7 @@ __all__ = [
     "run_experiment",
     "status",
     "train",
+    "tune_process",
     "verify",
 ]
 
@@ -156,6 +158,7 @@ _HOMES = {
     "run_experiment": "experiment.run",
     "status": "cache.survey",
     "train": "training.run",
+    "tune_process": "process",
     "verify": "cache.verify",
 }
 

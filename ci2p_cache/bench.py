@@ -39,7 +39,7 @@ from ci2p_cache.loader.online import OnlineLoader
 from ci2p_cache.loader.order import Rows
 from ci2p_cache.loader.pixels import PixelLoader
 from ci2p_cache.loader.resident import ResidentLoader, choose_resident
-from ci2p_cache.machine import checked_device, num_cores, raise_open_files, tune_allocator
+from ci2p_cache.machine import checked_device, num_cores
 from ci2p_cache.models.complexity import BASELINE, complexity
 from ci2p_cache.models.registry import build_model, model_config
 from ci2p_cache.record import Record
@@ -245,7 +245,7 @@ def bench_loading(
     Raises:
         CacheError: as `open_cache` and `LatentLoader` have them.
     """
-    cache, used = open_cache(cache_dir), _ready_device(device)
+    cache, used = open_cache(cache_dir), checked_device(device)
     split = cache["train" if "train" in cache else cache.splits[0]]
     most = threads or num_cores()
     stays, note = choose_resident(split, used, "auto")
@@ -385,7 +385,7 @@ def bench_training(
         UsageError: the model reads images.
         CacheError: as `train` has them.
     """
-    cache, used = open_cache(cache_dir), _ready_device(device)
+    cache, used = open_cache(cache_dir), checked_device(device)
     train, _ = train_and_val(cache, spec, Ranks())
     config = model_config_for(cache, spec)
     if config.reads != "latents":
@@ -513,15 +513,6 @@ class _Timer:
         self.rate = self.steps * loader.batch_size / took
         self.wait_share = (loader.waited_seconds - waited) / took
         return True
-
-
-def _ready_device(name: str) -> torch.device:
-    """Returns a device, with this process set up as training sets itself up."""
-    device = checked_device(name)
-    raise_open_files()
-    if device.type == "cpu":
-        tune_allocator()
-    return device
 
 
 def synchronise(device: torch.device) -> None:

@@ -1,12 +1,10 @@
-"""What this machine offers: devices, processor cores, an allocator for large activations."""
+"""What this machine offers: devices, processor cores, memory."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +20,7 @@ __all__ = [
     "free_memory_bytes",
     "ieee_float32",
     "num_cores",
-    "raise_open_files",
-    "tune_allocator",
 ]
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def checked_device(device: str | torch.device) -> torch.device:
@@ -142,32 +136,3 @@ def ieee_float32(device: torch.device) -> Iterator[None]:
 def num_cores() -> int:
     """Returns the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def tune_allocator() -> None:
-    """Keeps glibc from mapping and faulting every large tensor anew; elsewhere it does nothing.
-
-    Batches above one allocate 67 MB activations, which glibc by default maps on each call: a third
-    or more of the time goes into page faults (g_a on one core: 22 images/s without, 35 with). With
-    these settings freed blocks stay in the heap and are used again. It holds for the whole process,
-    so only commands that compute on the CPU ask for it.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    # A thread's own arena cannot hold blocks over 64 MB; the main arena can.
-    mallopt(_M_ARENA_MAX, 1)
-
-
-def raise_open_files() -> None:
-    """Raises the number of files this process may open to what the system allows it.
-
-    The soft limit is often 1,024, for the sake of programs that use `select`, and ImageNet has
-    1,252 shards: opening and closing them all the time makes reading five times as slow.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -54,7 +54,8 @@ from ci2p_cache.encoder.train import (
 )
 from ci2p_cache.errors import InterruptedRunError, UsageError
 from ci2p_cache.images.picture_folders import PictureFolders
-from ci2p_cache.machine import checked_device, tune_allocator
+from ci2p_cache.machine import checked_device
+from ci2p_cache.process import tune_process
 from ci2p_cache.training.ranks import StopSignal
 
 _EXAMPLES = """\
@@ -163,8 +164,7 @@ def _parsed(words: list[str]) -> argparse.Namespace:
 def _run(options: argparse.Namespace) -> None:
     spec = CodecSpec(**{name: getattr(options, name) for _, name, _ in _SETTINGS})
     device = checked_device(options.device)
-    if device.type == "cpu":
-        tune_allocator()
+    tune_process(options.device)
     out: Path = options.out
     start = _start(options.start, spec.quality)
     folders = [_folder(words) for words in options.images]

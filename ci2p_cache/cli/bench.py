@@ -60,7 +60,9 @@ def encode(
     """
     from ci2p_cache.bench import bench_encoding
     from ci2p_cache.cli.watch import EncodeWatch
+    from ci2p_cache.process import tune_process
 
+    tune_process(options.devices)
     with render.ProgressLine("sample", unit="images") as line:
         report = bench_encoding(source, options, seconds=seconds, observer=EncodeWatch(line))
     if json:
@@ -118,7 +120,9 @@ def loader(
     Each way is timed five times, in turns with the others, after a round that does not count.
     """
     from ci2p_cache.bench import bench_loading
+    from ci2p_cache.process import tune_process
 
+    tune_process(device)
     report = bench_loading(
         cache, batch_size=batch_size, device=device, threads=workers, seconds=seconds
     )
@@ -173,7 +177,9 @@ def train(
     need the images that the cache was made of.
     """
     from ci2p_cache.bench import bench_training
+    from ci2p_cache.process import tune_process
 
+    tune_process(device)
     report = bench_training(
         cache,
         spec=options,

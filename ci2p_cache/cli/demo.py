@@ -35,7 +35,9 @@ def demo(
     """
     from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
     from ci2p_cache.experiment.demo import run_demo
+    from ci2p_cache.process import tune_process
 
+    tune_process()
     with render.ProgressLine("demo", unit="") as line:
         result = run_demo(
             folder,

@@ -61,7 +61,9 @@ def encode(
     """
     from ci2p_cache.cli.watch import EncodeWatch
     from ci2p_cache.encoding.run import encode as run
+    from ci2p_cache.process import tune_process
 
+    tune_process(options.devices)
     if overwrite is not None and overwrite.strip("/") != out.resolve().name:
         raise UsageError(
             f"--overwrite names {overwrite!r}, the folder is {out.resolve().name!r}",

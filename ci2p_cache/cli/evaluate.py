@@ -60,8 +60,10 @@ def evaluate(
     recorded for these weights. A cache with other classes, or encoded in another way, is refused.
     """
     from ci2p_cache.inference.scoring import evaluate as score
+    from ci2p_cache.process import tune_process
     from ci2p_cache.runs.evaluations import EVALUATIONS
 
+    tune_process(device)
     with ExitStack() as stack:
         line = stack.enter_context(render.ProgressLine("evaluate", unit="images"))
         result = score(

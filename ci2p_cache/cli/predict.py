@@ -46,13 +46,12 @@ def predict(
     code 3; the others are classified all the same.
     """
     from ci2p_cache.inference.classifier import load_classifier
-    from ci2p_cache.machine import tune_allocator
+    from ci2p_cache.process import tune_process
 
+    tune_process(device)
     with ExitStack() as stack:
         line = stack.enter_context(render.ProgressLine("predict", unit="images"))
         classifier = load_classifier(run, checkpoint=checkpoint, cache=cache, device=device)
-        if classifier.device.type == "cpu":
-            tune_allocator()
         for text in classifier.notices:
             render.notice(text)
         predictions = classifier.predict(

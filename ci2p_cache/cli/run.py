@@ -104,7 +104,9 @@ def _run(experiment: Experiment, out: Path | None, *, until: Any, device: str, j
     from ci2p_cache.cli.train import joined_ranks
     from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
     from ci2p_cache.experiment.run import run_experiment
+    from ci2p_cache.process import tune_process
 
+    tune_process(device)
     with joined_ranks(device) as ranks, render.ProgressLine("run", unit="") as line:
         try:
             summary = run_experiment(

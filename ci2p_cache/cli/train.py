@@ -74,9 +74,11 @@ def train(
     Models on images read the images that the cache was made of, in the same order and views.
     """
     from ci2p_cache.cli.watch import TrainWatch
+    from ci2p_cache.process import tune_process
     from ci2p_cache.report.charts import draw_curves
     from ci2p_cache.training.run import train as run
 
+    tune_process(device)
     with joined_ranks(device) as ranks, ExitStack() as stack:
         _require_named(overwrite, name)
         observer = None

@@ -90,7 +90,9 @@ def verify(
 def _repair(path: Path, source: Path | None, weights: Path | None) -> RepairSummary:
     from ci2p_cache.cli.watch import EncodeWatch
     from ci2p_cache.encoding.repair import repair
+    from ci2p_cache.process import tune_process
 
+    tune_process()
     with render.ProgressLine("repair", unit="steps") as bar:
         return repair(
             path, source=source, weights=weights, observer=EncodeWatch(bar), on_shard=bar.update
@@ -99,7 +101,9 @@ def _repair(path: Path, source: Path | None, weights: Path | None) -> RepairSumm
 
 def _reencode(path: Path, count: int, seed: int, source: Path | None) -> ReencodeSummary:
     from ci2p_cache.encoding.reencode import reencode
+    from ci2p_cache.process import tune_process
 
+    tune_process()
     with render.ProgressLine("encode again", unit="images") as bar:
         return reencode(path, count, seed=seed, source=source, on_row=bar.update)
 

@@ -241,7 +241,7 @@ def train_codec(
 
     At the end, and whenever it saves, `out` holds checkpoint.json with the tensors file that it
     names. One process at a time may write there; holding a lock is the caller's business. With
-    bfloat16 on a CPU, `machine.tune_allocator()` beforehand halves the time.
+    bfloat16 on a CPU, `tune_process()` beforehand halves the time.
 
     Args:
         data: The images.

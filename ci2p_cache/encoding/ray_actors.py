@@ -19,6 +19,7 @@ from typing import Any
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.worker import Event, Job, ShardId, serve
 from ci2p_cache.errors import MissingDependencyError, ResourceError, UsageError
+from ci2p_cache.process import tune_process
 
 __all__ = ["Actors"]
 
@@ -37,6 +38,7 @@ class _Remote:
 
     def _run(self, job: Job) -> None:
         try:
+            tune_process(job.options["devices"])
             serve(job, self._events.put, self._answers.get)
             self._events.put('{"ended": "a Ray actor ended"}')
         except BaseException:

@@ -56,7 +56,7 @@ from ci2p_cache.errors import (
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.source import ImageReader
-from ci2p_cache.machine import chosen_devices, num_cores, tune_allocator
+from ci2p_cache.machine import chosen_devices, num_cores
 from ci2p_cache.specs import Fingerprint, LatentSpec, LayoutSpec
 
 __all__ = [
@@ -184,7 +184,6 @@ def make_lanes(encoder: FrozenEncoder, devices: str) -> list[Lane]:
     """
     chosen = chosen_devices(devices)
     if chosen[0].type == "cpu":
-        tune_allocator()
         return [Lane(encoder, device) for device in chosen]
     lanes = []
     for device in chosen:

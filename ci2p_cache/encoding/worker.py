@@ -43,6 +43,7 @@ from ci2p_cache.encoding.shard import (
 from ci2p_cache.errors import CacheError
 from ci2p_cache.images.locate import open_reader
 from ci2p_cache.images.source import ImageReader
+from ci2p_cache.process import tune_process
 
 __all__ = ["Event", "Job", "ShardId", "Work", "encode_here", "serve"]
 
@@ -185,7 +186,9 @@ def _main() -> None:
             line = line[os.write(out, line) :]
 
     threading.Thread(target=read, daemon=True).start()
-    serve(Job(**answers.get()), say, answers.get)
+    job = Job(**answers.get())
+    tune_process(job.options["devices"])
+    serve(job, say, answers.get)
     # Everything is put away; taking torch down would take seconds, and decoders end by themselves.
     os._exit(0)
 

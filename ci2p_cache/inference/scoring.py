@@ -38,7 +38,7 @@ from ci2p_cache.inference.run_folder import RunFolder, load_model, open_run
 from ci2p_cache.loader.batch import Batch
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
-from ci2p_cache.machine import checked_device, ieee_float32, raise_open_files, tune_allocator
+from ci2p_cache.machine import checked_device, ieee_float32
 from ci2p_cache.outputs import check_folder, refuse_unwritable
 from ci2p_cache.record import differing_fields
 from ci2p_cache.runs.evaluations import (
@@ -143,9 +143,6 @@ def evaluate(
         from_images=from_images and opened.config.reads == "latents",
     )
     folder = _folder(opened, out, name)
-    raise_open_files()
-    if target.type == "cpu":
-        tune_allocator()
     with ExitStack() as stack:
         loader = _loader(
             opened, chosen, target, from_images=from_images, batch_size=batch_size,

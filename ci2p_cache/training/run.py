@@ -10,7 +10,6 @@ from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.errors import UsageError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.resident import Resident
-from ci2p_cache.machine import raise_open_files, tune_allocator
 from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.outputs import refuse_url
 from ci2p_cache.runs.files import EpochRecord
@@ -108,9 +107,6 @@ def train(
         if save_every_steps is not None and save_every_steps < 1:
             raise UsageError(f"`save_every_steps` is {save_every_steps}; it must be at least 1")
         cache, place = open_cache(cache_dir), ranks.device(device)
-        raise_open_files()
-        if place.type == "cpu":
-            tune_allocator()
         config, splits, settings = _checked(cache, spec, loader, resident, ranks)
         refuse_url(runs_dir, what="run")
         path = run_path(Path(runs_dir), name, settings)

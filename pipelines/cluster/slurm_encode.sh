@@ -4,7 +4,7 @@
 #   sbatch --array=1-16 pipelines/cluster/slurm_encode.sh imagenet/ shards/ [options of encode]
 #
 # Tried: the four tasks of an array run by hand as a loop, with the variables that Slurm sets, on two
-# CPU cores; the result has the bytes of one process (tests/test_cluster.py). Not tried: under Slurm.
+# CPU cores; the result has the bytes of one process (tests/encoding/test_cluster.py). Not tried: under Slurm.
 # A task that was killed is submitted again with the same array; what is committed is not encoded
 # again. `ci2p-cache status shards/` says what is left and who works on it.
 #

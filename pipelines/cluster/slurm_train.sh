@@ -4,7 +4,7 @@
 #   sbatch --nodes=2 pipelines/cluster/slurm_train.sh shards/ --model vitds --name big
 #
 # Tried: bash -n. The ranks themselves are tested with torchrun and gloo on one machine
-# (tests/test_distributed.py). Not tried: under Slurm, between machines, nccl. A job that was
+# (tests/training/test_distributed.py). Not tried: under Slurm, between machines, nccl. A job that was
 # preempted continues where it stopped when it is submitted again with the same --name.
 #
 #SBATCH --job-name=ci2p-train

@@ -32,7 +32,7 @@ from ci2p_cache.encoding import shard as shard_module
 from ci2p_cache.encoding.shard import single_threaded
 from ci2p_cache.images.decode import decode_image, decoder_name
 from ci2p_cache.images.views import image_views
-from ci2p_cache.machine import tune_allocator
+from ci2p_cache.process import tune_process
 from ci2p_cache.specs import ImageSpec, ViewSpec
 from tests.benchmarks.measure import num_cores
 from tests.support.encoders import reference_of
@@ -118,7 +118,7 @@ def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
     g_a, dtype = encoder._g_a, encoder._dtype
     lanes = 1 if how == "untuned" else num_cores()
     if how != "untuned":
-        tune_allocator()
+        tune_process()
     generator = torch.Generator().manual_seed(0)
     shape = (BATCH, 3, job.size, job.size)
     x_B3HW = torch.rand(shape, generator=generator).to(dtype, memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import ci2p_cache as cc
-from ci2p_cache.machine import raise_open_files
+from ci2p_cache.process import tune_process
 from tests.benchmarks.allocations import allocation_table
 from tests.benchmarks.contestants import (
     Contestant,
@@ -76,7 +76,7 @@ class Settings:
 def measure_loader(settings: Settings, folder: Path) -> Report:
     """Builds the stores in `folder`, verifies every contestant, and measures."""
     torch.set_num_threads(1)
-    raise_open_files()
+    tune_process()
     data = _data(settings, folder)
     batch, shape = settings.batch, data.latents.shape[1:]
     # As few shards as the format allows: it stops at 128 MiB of raw latents each.

@@ -27,7 +27,7 @@ from numcodecs.zstd import Zstd
 
 import ci2p_cache as cc
 from ci2p_cache.encoder.frozen import FrozenEncoder, saturate
-from ci2p_cache.machine import tune_allocator
+from ci2p_cache.process import tune_process
 from tests.benchmarks.measure import Report, Table, machine, pinned, take_turns
 from tests.benchmarks.pictures import JPEG_QUALITY, jpeg, mean_psnr, to_pixels, unjpeg, views
 
@@ -74,7 +74,7 @@ class Stored:
 def measure_size(settings: Settings) -> Report:
     """Encodes the views once, then stores them in every way."""
     torch.set_num_threads(1)
-    tune_allocator()
+    tune_process()
     encoder = (
         cc.load_encoder("bundled")
         if settings.weights is None

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": {"errors"},
     "record": {"errors"},
     "parquet": set(),
+    "process": set(),
     "specs": {"errors", "record"},
     "remote": {"errors"},
     "outputs": {"errors", "remote"},
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "record", "specs", "gdn"},
     "encoding": {
         *("machine", "errors", "outputs", "record", "remote", "specs", "images", "encoder"),
-        *("cache", "fields", "parquet"),
+        *("cache", "fields", "parquet", "process"),
     },
     "loader": {"machine", "errors", "record", "specs", "cache"},
     "runs": {"errors", "parquet", "record", "specs", "cache", "models"},
@@ -184,6 +185,14 @@ def test_functions_are_short(package: list[Source], pipelines: list[Source]) -> 
             if lines > MAX_BODY_LINES:
                 offenders.append(f"{source.name}: {node.name} has {lines} lines")
     assert not offenders
+
+
+def test_only_commands_and_workers_change_the_whole_process(package: list[Source]) -> None:
+    mains = {"ci2p_cache/encoding/worker.py", "ci2p_cache/encoding/ray_actors.py"}
+    callers = {each.name for each in package if "ci2p_cache.process" in each.imports}
+    assert {name for name in callers if not name.startswith("ci2p_cache/cli/")} == {
+        *mains, "ci2p_cache/__init__.py",
+    }  # fmt: skip
 
 
 def test_nothing_runs_code_from_data(package: list[Source]) -> None:
