@@ -90,7 +90,9 @@ def _call_everything(images: str, out: Path) -> None:
     cc.load_classifier(run, device="cpu").predict([picture])
     cc.export_model(run, out / "model.pt2", to="torch", what="model", count=2)
     cc.complexity("vitds_nano", size=64)
-    cc.create_model("vitds_nano", latent_size=4)
+    with torch.random.fork_rng():
+        # Its weights are drawn, as those of torch's own modules are.
+        cc.create_model("vitds_nano", latent_size=4)
     cc.load_encoder("bundled")
     experiment = cc.Experiment(name="one", source=images, encode=options, train=spec)
     cc.run_experiment(experiment, out / "experiment", device="cpu")
