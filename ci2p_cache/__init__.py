@@ -30,10 +30,9 @@ if TYPE_CHECKING:
     from ci2p_cache.inference.classifier import Classifier, load_classifier
     from ci2p_cache.inference.export import export_model
     from ci2p_cache.inference.scoring import evaluate
-    from ci2p_cache.loader.batch import Batch
+    from ci2p_cache.loader.batches import Batch
     from ci2p_cache.loader.latents import LatentLoader
-    from ci2p_cache.loader.online import OnlineLoader
-    from ci2p_cache.loader.pixels import PixelLoader
+    from ci2p_cache.loader.pixels import OnlineLoader, PixelLoader
     from ci2p_cache.loader.resident import ResidentLoader
     from ci2p_cache.models.complexity import Complexity, complexity
     from ci2p_cache.models.registry import create_model, list_models
@@ -109,7 +108,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Batch": "loader.batch",
+    "Batch": "loader.batches",
     "CI2PPatchEmbed": "models.timm_models",
     "Cache": "cache.store",
     "CacheError": "errors",
@@ -132,7 +131,7 @@ _HOMES = {
     "LatentLoader": "loader.latents",
     "LatentSpec": "specs",
     "LayoutSpec": "specs",
-    "OnlineLoader": "loader.online",
+    "OnlineLoader": "loader.pixels",
     "PixelLoader": "loader.pixels",
     "ReencodeSummary": "encoding.reencode",
     "RepairSummary": "encoding.repair",

@@ -35,9 +35,8 @@ from ci2p_cache.encoding.shard import Lane, make_lanes, refuse_other_decoder, si
 from ci2p_cache.errors import CacheError, UsageError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
-from ci2p_cache.loader.online import OnlineLoader
 from ci2p_cache.loader.order import Rows
-from ci2p_cache.loader.pixels import PixelLoader
+from ci2p_cache.loader.pixels import OnlineLoader, PixelLoader
 from ci2p_cache.loader.resident import ResidentLoader, choose_resident
 from ci2p_cache.machine import checked_device, num_cores
 from ci2p_cache.models.complexity import BASELINE, complexity

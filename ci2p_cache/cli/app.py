@@ -1,4 +1,4 @@
-"""The `ci2p-cache` command: assembles the commands and turns errors into exit codes."""
+"""The `ci2p-cache` command: puts the commands together and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -9,30 +9,54 @@ import warnings
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ci2p_cache import __version__
 from ci2p_cache.cli import render
-from ci2p_cache.cli.advice import advice
 from ci2p_cache.cli.bench import bench
+from ci2p_cache.cli.caches import convert, inspect, status, verify
 from ci2p_cache.cli.complexity import complexity
-from ci2p_cache.cli.convert import convert
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.doctor import doctor
 from ci2p_cache.cli.encode import encode
-from ci2p_cache.cli.ending import told_errors
-from ci2p_cache.cli.evaluate import evaluate
-from ci2p_cache.cli.export import export
-from ci2p_cache.cli.look import inspect
-from ci2p_cache.cli.panels import PanelCommand
-from ci2p_cache.cli.predict import predict
-from ci2p_cache.cli.report import report
+from ci2p_cache.cli.ending import advice, told_errors
 from ci2p_cache.cli.run import run
-from ci2p_cache.cli.status import status
+from ci2p_cache.cli.runs import evaluate, export, predict, report
 from ci2p_cache.cli.train import train
-from ci2p_cache.cli.verify import verify
 from ci2p_cache.errors import command
 
-__all__ = ["app", "command_tree", "run_command"]
+__all__ = ["PanelCommand", "app", "command_tree", "run_command"]
+
+
+class PanelCommand(TyperCommand):
+    """Shows options that have a `rich_help_panel` in a section of that name, after all others.
+
+    Typer itself does so only where rich draws the help, which ours does not.
+    """
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes arguments and options as typer does, then each panel in order of appearance.
+
+        Args:
+            ctx: click's context; typer brings a click of its own or takes the installed one.
+            formatter: click's formatter.
+        """
+        everything = self.params
+        panels: dict[str, list[Any]] = {}
+        for parameter in everything:
+            panel = getattr(parameter, "rich_help_panel", None)
+            if panel is not None:
+                panels.setdefault(panel, []).append(parameter)
+        self.params = [each for each in everything if not any(each in p for p in panels.values())]
+        try:
+            super().format_options(ctx, formatter)
+        finally:
+            self.params = everything
+        for panel, parameters in panels.items():
+            records = [each.get_help_record(ctx) for each in parameters]
+            with formatter.section(panel):
+                formatter.write_dl([record for record in records if record is not None])
+
 
 app = typer.Typer(
     name="ci2p-cache",

@@ -127,7 +127,7 @@ def _online_loader(
 ) -> BatchLoader:
     """Returns the loader with the encoder in the loop, for this rank."""
     from ci2p_cache.cache.store import open_cache
-    from ci2p_cache.loader.online import OnlineLoader
+    from ci2p_cache.loader.pixels import OnlineLoader
     from ci2p_cache.training.loaders import splits_of
 
     split, _ = splits_of(open_cache(cache), spec)

@@ -32,7 +32,7 @@ from ci2p_cache.training.checkpoint import (
     weights_of,
 )
 from ci2p_cache.training.folder import read_run_args
-from ci2p_cache.training.settings import RunArgs
+from ci2p_cache.training.records import RunArgs
 
 if TYPE_CHECKING:
     from ci2p_cache.encoder.frozen import FrozenEncoder

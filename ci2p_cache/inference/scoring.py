@@ -35,8 +35,7 @@ from ci2p_cache.errors import (
     UsageError,
 )
 from ci2p_cache.inference.run_folder import RunFolder, load_model, open_run
-from ci2p_cache.loader.batch import Batch
-from ci2p_cache.loader.batches import BatchLoader
+from ci2p_cache.loader.batches import Batch, BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.machine import checked_device, ieee_float32
 from ci2p_cache.outputs import check_folder, refuse_unwritable
@@ -235,7 +234,7 @@ def _loader(
     if run.config.reads == "images":
         from ci2p_cache.loader.pixels import PixelLoader as Loader
     else:
-        from ci2p_cache.loader.online import OnlineLoader as Loader  # type: ignore[assignment]
+        from ci2p_cache.loader.pixels import OnlineLoader as Loader  # type: ignore[assignment]
     return Loader(split, source=source, **options)
 
 

@@ -1,8 +1,9 @@
-"""Batches made from the source images, in the order and views of a cache: `PixelLoader`.
+"""Batches made from the source images, in the order and views of a cache.
 
-What the encoder in the loop and models on images share: each image is read, held against the digest
-that the cache recorded, decoded, and cut to the view, as the cache's fingerprint says. Decoding
-happens in processes of its own: a decoder that crashes is an error of its image.
+Each image is read, held against the digest that the cache recorded, decoded, and cut to the view,
+as the cache's fingerprint says. Decoding happens in processes of its own: a decoder that crashes is
+an error of its image. `PixelLoader` is for models on images. `OnlineLoader` has the encoder in the
+loop: the reference that training from a cache must equal.
 
 Shape suffixes: B batch, H W pixels.
 """
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 from ci2p_cache.cache.split import Split
+from ci2p_cache.encoder.frozen import FrozenEncoder, saturate
+from ci2p_cache.encoder.load import load_saved_encoder
 from ci2p_cache.errors import ImageDecodeError, InputDataError
 from ci2p_cache.images.decoders import MOST_AT_ONCE, Decoders
 from ci2p_cache.images.locate import open_reader
@@ -28,7 +31,7 @@ from ci2p_cache.images.source import ImageReader
 from ci2p_cache.loader.batches import BatchLoader, Shuffle
 from ci2p_cache.loader.order import Rows
 
-__all__ = ["PixelLoader", "SourceLoader"]
+__all__ = ["OnlineLoader", "PixelLoader", "SourceLoader"]
 
 _AT_ONCE_BYTES = 2**23
 """Of files that are read before they are decoded."""
@@ -185,3 +188,34 @@ class PixelLoader(SourceLoader):
 
     def _dequantised(self, stored: Tensor) -> Tensor:
         return self._float_memory(stored).copy_(stored).div_(255)
+
+
+class OnlineLoader(SourceLoader):
+    """Loads batches by running the frozen encoder on the source images.
+
+    Arguments and errors are those of `__init__`; the encoder runs on the batches' device.
+
+    Raises:
+        WeightsError: the cache's encoder.safetensors is damaged.
+    """
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._encoder: FrozenEncoder = load_saved_encoder(
+            self.split.cache.encoder_path,
+            precision=self._fingerprint.encoder.precision,
+            device=self.device,
+        )
+
+    def _stored(self, images_B3HW: Tensor) -> Tensor:
+        """Encodes images to what the cache would store, (B, M, h, w) of its dtype."""
+        latent = self._fingerprint.latent
+        dtype = getattr(torch, latent.dtype)
+        if not len(images_B3HW):
+            return torch.empty((0, *latent.shape), dtype=dtype, device=self.device)
+        y = self._encoder(images_B3HW.to(torch.float32).div_(255))
+        if not latent.is_symbols:
+            return y.to(dtype)
+        symbols = self._encoder.quantize(y, step=latent.step)
+        stored, _ = saturate(symbols, latent.symbol_limit)
+        return stored.to(dtype)

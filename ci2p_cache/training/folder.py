@@ -1,10 +1,12 @@
 """The run folder as training writes it: whose it is, what it is bound to, who may write there.
 
-`runs/files.py` draws it. Rank 0 alone reads and writes it, for all ranks.
+`runs/files.py` draws it. Rank 0 alone reads and writes it, for all ranks. A copy of the frozen
+encoder is in it, so the folder alone classifies pictures.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cache.store import Cache
-from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError
+from ci2p_cache.errors import DigestError, ManifestError, RunMismatchError, UsageError
 from ci2p_cache.models.registry import AnyModelConfig
-from ci2p_cache.record import differing_fields
+from ci2p_cache.record import differing_fields, read_regular
 from ci2p_cache.runs.files import (
     ARGS,
     MODEL_FILE,
@@ -28,13 +31,50 @@ from ci2p_cache.runs.files import (
     summary_csv,
 )
 from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore, TrainState
-from ci2p_cache.training.encoder_copy import copy_encoder
 from ci2p_cache.training.inputs import model_record
-from ci2p_cache.training.learner import Learner
-from ci2p_cache.training.records import TrainObserver
-from ci2p_cache.training.settings import RunArgs, RunSettings
+from ci2p_cache.training.records import RunArgs, RunSettings, TrainObserver
+from ci2p_cache.training.trainer import Learner
 
-__all__ = ["RunWriter", "open_writer", "read_run_args", "run_path"]
+__all__ = ["ENCODER", "RunWriter", "copy_encoder", "open_writer", "read_run_args", "run_path"]
+
+ENCODER = "encoder.safetensors"
+"""Its name in the run folder; `model.json` records its size and digest."""
+
+
+def copy_encoder(cache: Cache, config: AnyModelConfig, staging: StagingArea) -> FileRecord | None:
+    """Copies a cache's encoder into a run folder, held against the cache's manifest on the way.
+
+    A copy and not a link: a run outlives its cache, and what damages one file damages its links. It
+    has 12 MB for quality 5.
+
+    Args:
+        cache: The cache; of a remote one the file is fetched.
+        config: The model that is trained.
+        staging: The open staging area of the run folder.
+
+    Returns:
+        The copy's size and digest; None where the model reads images and needs no encoder.
+
+    Raises:
+        DigestError: the cache's encoder is missing or is not the one that was committed.
+        ResourceError: the copy cannot be written, or the remote cache's server does not answer.
+    """
+    if config.reads == "images":
+        return None
+    committed = cache.manifest.encoder
+    path = cache.encoder_path
+    try:
+        content = read_regular(path, max_bytes=committed.bytes)
+    except (OSError, ManifestError) as error:
+        raise DigestError(f"{path} cannot be read: {error}", hint=cache.repair_hint) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != committed.sha256:
+        raise DigestError(
+            f"{path} has sha256 {digest[:12]}..., {committed.sha256[:12]}... was committed",
+            hint=cache.repair_hint,
+        )
+    return staging.put(ENCODER, content)
+
 
 _OWN_WORK = {".lock", ".staging"}
 _BOARD_TAGS = {

@@ -28,8 +28,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ci2p_cache.cache.split import Split
-from ci2p_cache.loader.batch import Batch
-from ci2p_cache.loader.batches import BatchLoader
+from ci2p_cache.loader.batches import Batch, BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.loader.order import Rows, block_order, epoch_order, rank_slice
 from ci2p_cache.loader.pixels import PixelLoader

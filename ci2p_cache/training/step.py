@@ -39,7 +39,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from ci2p_cache.errors import TrainingDivergedError
-from ci2p_cache.loader.batch import Batch
+from ci2p_cache.loader.batches import Batch
 from ci2p_cache.loader.order import rank_slice
 from ci2p_cache.training.metrics import TrainTotals, autocast
 from ci2p_cache.training.optim import WeightAverage, lr_at, set_lr

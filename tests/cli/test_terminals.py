@@ -201,7 +201,7 @@ class TestEveryErrorSaysHowToGoOn:
     def test_a_bug_asks_for_a_report(
         self, run: Callable[..., Ran], cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ci2p_cache.cli.look.render.heading", lambda _: 1 / 0)
+        monkeypatch.setattr("ci2p_cache.cli.caches.render.heading", lambda _: 1 / 0)
         ran = run("inspect", cache)
         assert self.hint(ran, 1) == ["ci2p-cache", "doctor", "--json"]
         assert "ZeroDivisionError" in ran.err
@@ -212,7 +212,7 @@ class TestEveryErrorSaysHowToGoOn:
         def allocate(_: str) -> None:
             raise MemoryError
 
-        monkeypatch.setattr("ci2p_cache.cli.look.render.heading", allocate)
+        monkeypatch.setattr("ci2p_cache.cli.caches.render.heading", allocate)
         ran = run("inspect", cache)
         assert ran.code == 6
         assert "--batch-size" in ran.err

@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 EXCEPTIONS = {
     # Loading from the source images needs images, and the encoder where it is in the loop.
-    ("loader/online.py", "encoder"),
+    ("loader/pixels.py", "encoder"),
     ("loader/pixels.py", "images"),
 }
 

@@ -19,7 +19,7 @@ from ci2p_cache.encoding.reencode import reencode
 from ci2p_cache.errors import SourceError
 from ci2p_cache.images.locate import open_source
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.loader.online import OnlineLoader
+from ci2p_cache.loader.pixels import OnlineLoader
 from tests.support.sources import IN_SEQUENCE, KINDS, entries, pack, samples, tar_bytes
 
 OPTIONS = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=8, val_fraction=0.3)
