@@ -13,6 +13,7 @@ from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import IntegrityError, UsageError, command
 
 __all__ = ["convert", "inspect", "status", "verify"]
+from ci2p_cache.specs import CodecName
 
 if TYPE_CHECKING:
     from ci2p_cache.cache.manifest import Manifest
@@ -496,7 +497,7 @@ def convert(
         typer.Option(help="What to write: a cache of that format, or plain .npy and parquet."),
     ],
     codec: Annotated[
-        Literal["zstd", "none"] | None,
+        CodecName | None,
         typer.Option(help="Byte compressor of zarr chunks [default: as in DIR]."),
     ] = None,
     level: Annotated[
