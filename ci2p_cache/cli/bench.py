@@ -46,7 +46,7 @@ def encode(
     ],
     options: EncodeOptions,
     seconds: Annotated[float, typer.Option(help="That g_a alone is timed.")] = 5.0,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """How fast stage one is here, and what bounds it: the encoder, or decoding.
 
@@ -102,14 +102,14 @@ def _print_encoding(report: EncodeReport) -> None:
 
 @bench.command()
 def loader(
-    cache: choices.CacheFolder,
+    cache: choices.CacheArgument,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 128,
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core].")
     ] = None,
-    device: choices.Device = "auto",
+    device: choices.DeviceOption = "auto",
     seconds: Annotated[float, typer.Option(help="Of each repeat of each way.")] = 3.0,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """How fast batches come out of a cache, in the random order of training.
 
@@ -152,18 +152,18 @@ def loader(
 @takes_options(TrainSpec, only=("model", "batch_size", "precision"))
 def train(
     *,
-    cache: choices.CacheFolder,
+    cache: choices.CacheArgument,
     options: TrainSpec,
     workers: Annotated[
         int | None, typer.Option(help="Threads that read and decode [default: one per core].")
     ] = None,
-    device: choices.Device = "auto",
+    device: choices.DeviceOption = "auto",
     seconds: Annotated[float, typer.Option(help="Of each way, after two steps.")] = 20.0,
     encode_rate: Annotated[
         float | None,
         typer.Option(help="Images/s of stage one [default: measured, 10 s]."),
     ] = None,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Training from the cache against its compute alone, the encoder in the loop, and ViT-B/16.
 

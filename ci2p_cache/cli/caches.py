@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def status(
     path: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR")],
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Say how far encoding is, who works on it now, and which commands do the rest.
 
@@ -146,7 +146,7 @@ def verify(
         Path | None,
         typer.Option(help="For --repair: restore a damaged encoder from this weights file."),
     ] = None,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Check that every byte of a cache is what was committed, and put it back where it is not.
 
@@ -293,7 +293,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: choices.CacheFolder,
+    path: choices.CacheArgument,
     split: Annotated[
         str | None,
         typer.Option(
@@ -314,7 +314,7 @@ def inspect(
         Path | None, typer.Option(help="Where the images are now, if they were moved.")
     ] = None,
     tree: Annotated[bool, typer.Option("--tree", help="Show what is in the folder.")] = False,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Show what a cache holds: a card, one sample, or a picture of reconstructions.
 
@@ -503,7 +503,7 @@ def convert(
     level: Annotated[
         int | None, typer.Option(help="zstd level, -100 to 22 [default: as in DIR].")
     ] = None,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Write the latents of a cache in another format, without encoding again.
 

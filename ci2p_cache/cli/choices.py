@@ -14,12 +14,12 @@ from typing import Annotated
 import typer
 
 __all__ = [
-    "CacheFolder",
-    "Checkpoint",
-    "Device",
-    "EncoderCache",
-    "Json",
-    "RunFolder",
+    "CacheArgument",
+    "CheckpointOption",
+    "DeviceOption",
+    "EncoderCacheOption",
+    "JsonOption",
+    "RunArgument",
     "archs",
     "checkpoints",
     "devices",
@@ -54,16 +54,18 @@ views = _of("none", "flip", "crops:")
 checkpoints = _of("best", "last")
 splits = _of("train", "val", "test")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=devices)]
-Checkpoint = Annotated[
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=devices)]
+CheckpointOption = Annotated[
     str, typer.Option(help="best, last, or a checkpoint folder.", autocompletion=checkpoints)
 ]
-CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)]
-RunFolder = Annotated[
+CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)]
+RunArgument = Annotated[
     Path, typer.Argument(help="Run folder, or a checkpoint in it.", metavar="RUN")
 ]
-EncoderCache = Annotated[
+EncoderCacheOption = Annotated[
     str | None,
     typer.Option(help="Take the encoder from this cache, not from the run.", metavar="DIR"),
 ]

@@ -35,7 +35,7 @@ def complexity(
         int, typer.Option(help="M: 192 for CompressAI quality 1-5, 320 for 6-8.")
     ] = 192,
     num_classes: Annotated[int, typer.Option(help="Outputs of the head; 0 counts none.")] = 0,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Count parameters and MACs of the models, with and without the frozen encoder.
 

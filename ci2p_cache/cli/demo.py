@@ -21,7 +21,7 @@ def demo(
         Path | None,
         typer.Option(help="Where to put everything [default: a new temporary folder]."),
     ] = None,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Run both stages on generated pictures; one or two minutes, no network.
 

@@ -19,7 +19,7 @@ def doctor(
     folder: Annotated[
         Path, typer.Argument(help="Where caches are to be written; its disk is timed.")
     ] = Path(),
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Look whether this machine and environment are fit, and say what to do about what is not.
 

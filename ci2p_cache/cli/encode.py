@@ -174,7 +174,7 @@ def encode(
         bool,
         typer.Option("--dry-run", help="Encode a sample, say what all would take; write nothing."),
     ] = False,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Stage one: run the frozen encoder over images and commit their latents.
 

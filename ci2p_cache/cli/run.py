@@ -36,11 +36,11 @@ def run(
     until: Annotated[
         Literal["encode", "train", "evaluate", "report"], typer.Option(help="The last stage.")
     ] = "report",
-    device: choices.Device = "auto",
+    device: choices.DeviceOption = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run; write nothing.")
     ] = False,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Run a whole recipe: encode, train, evaluate, report; in one folder.
 

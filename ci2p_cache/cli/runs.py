@@ -23,8 +23,8 @@ _SHOWN_CONFUSIONS = 10
 
 
 def evaluate(
-    run: choices.RunFolder,
-    checkpoint: choices.Checkpoint = "best",
+    run: choices.RunArgument,
+    checkpoint: choices.CheckpointOption = "best",
     cache: Annotated[
         str | None, typer.Option(help="Cache folder or URL [default: the run's].", metavar="DIR")
     ] = None,
@@ -43,12 +43,12 @@ def evaluate(
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core].")
     ] = None,
-    device: choices.Device = "auto",
+    device: choices.DeviceOption = "auto",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the two files [default: RUN/evaluations].", metavar="DIR"),
     ] = None,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Evaluate a trained run: accuracy with its interval, calibration, classes, confusions.
 
@@ -137,19 +137,19 @@ _SHOWN_ERRORS = 10
 
 
 def predict(
-    run: choices.RunFolder,
+    run: choices.RunArgument,
     images: Annotated[
         list[str], typer.Argument(help="Files, folders, patterns.", metavar="IMAGES...")
     ],
     top: Annotated[int, typer.Option(help="Classes shown for each image.")] = 5,
-    checkpoint: choices.Checkpoint = "best",
-    cache: choices.EncoderCache = None,
+    checkpoint: choices.CheckpointOption = "best",
+    cache: choices.EncoderCacheOption = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     workers: Annotated[
         int | None, typer.Option(help="Threads that decode [default: one per core].")
     ] = None,
-    device: choices.Device = "auto",
-    json: choices.Json = False,
+    device: choices.DeviceOption = "auto",
+    json: choices.JsonOption = False,
 ) -> None:
     """Say what pictures show, with nothing but a run folder; the cache may be gone.
 
@@ -211,7 +211,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    run: choices.RunFolder,
+    run: choices.RunArgument,
     out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2.", metavar="FILE")],
     to: Annotated[
         Literal["onnx", "torch"], typer.Option(help="torch: a .pt2 of torch.export.")
@@ -220,8 +220,8 @@ def export(
         Literal["full", "model"],
         typer.Option(help="full: images to logits. model: latents to logits."),
     ] = "full",
-    checkpoint: choices.Checkpoint = "best",
-    cache: choices.EncoderCache = None,
+    checkpoint: choices.CheckpointOption = "best",
+    cache: choices.EncoderCacheOption = None,
     check: Annotated[
         list[str] | None,
         typer.Option(help="Check with these images [default: random ones].", metavar="IMAGES"),
@@ -231,7 +231,7 @@ def export(
         str | None,
         typer.Option(help="Replace the file --out; NAME must be its name.", metavar="NAME"),
     ] = None,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Export encoder and model as one file for other programs, checked against eager.
 
@@ -291,7 +291,7 @@ def report(
     pictures: Annotated[
         bool, typer.Option(help="Decode latents for reconstructions, bounds and mistakes.")
     ] = True,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Write one HTML page about runs and caches, to look at, print or send.
 

@@ -27,13 +27,13 @@ __all__ = ["joined_ranks", "train"]
 @takes_options(TrainSpec)
 def train(
     *,
-    cache: choices.CacheFolder,
+    cache: choices.CacheArgument,
     options: TrainSpec,
     runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     name: Annotated[
         str | None, typer.Option(help="Run folder [default: model and a digest of settings].")
     ] = None,
-    device: choices.Device = "auto",
+    device: choices.DeviceOption = "auto",
     workers: Annotated[
         int | None, typer.Option(help="Threads that read [default: one per core, shared by ranks].")
     ] = None,
@@ -55,7 +55,7 @@ def train(
         str | None,
         typer.Option(help="Remove this run first; NAME must be its name.", metavar="NAME"),
     ] = None,
-    json: choices.Json = False,
+    json: choices.JsonOption = False,
 ) -> None:
     """Stage two: train a Vision Transformer straight from the latents.
 

@@ -33,7 +33,7 @@ __all__ = [
     "Codec",
     "EntropyBottleneck",
     "FactorizedPrior",
-    "build_model",
+    "build_codec",
     "check_choice",
     "own_model",
     "value_tensors",
@@ -153,7 +153,7 @@ def value_tensors(model: Codec) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not _is_derived(name)}
 
 
-def build_model(file: WeightsFile, arch: str, quality: int) -> Codec:
+def build_codec(file: WeightsFile, arch: str, quality: int) -> Codec:
     """Builds the model of an `arch` and `quality` of the zoo with the weights of a file.
 
     Key names of older CompressAI versions and of DataParallel are understood. Constants of the

@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from ci2p_cache.encoder.architecture import build_model, check_choice, value_tensors
+from ci2p_cache.encoder.architecture import build_codec, check_choice, value_tensors
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.weights import (
     BUNDLED,
@@ -152,7 +152,7 @@ def _frozen(
             "for",
             hint=f"--arch {card.arch} --quality {card.quality}",
         )
-    model = build_model(file, arch, quality)
+    model = build_codec(file, arch, quality)
     digest = tensor_digest(value_tensors(model))
     if card is not None and card.weights_sha256 != digest:
         raise WeightsError(

@@ -32,7 +32,7 @@ from ci2p_cache.cache.index import read_index, read_sums
 from ci2p_cache.cache.lock import LOCK, live_ranges, lock_holder
 from ci2p_cache.cache.paths import commit_path, index_path
 from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path
-from ci2p_cache.encoding.intent import Intent, committed_shards, load_chosen, survey
+from ci2p_cache.encoding.intent import Intent, committed_shards, find_intent, load_chosen
 from ci2p_cache.encoding.locks import interruptible, refuse_out
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import Plan, ShardPlan
@@ -223,7 +223,7 @@ def dry_run(
             )
         encoder = load_chosen(options, observer)
         # With `overwrite` a run finds an empty folder: so is this one.
-        intent = survey(scratch if overwrite else root, images, options, encoder)
+        intent = find_intent(scratch if overwrite else root, images, options, encoder)
         for text in (*images.notices, *intent.notices):
             observer.notice(text)
         commits, missing = _left(root, intent)

@@ -41,7 +41,7 @@ from ci2p_cache.images.decoders import start_decoder_server
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec
 
-__all__ = ["Intent", "begin", "committed_shards", "load_chosen", "missing_text", "survey"]
+__all__ = ["Intent", "begin", "committed_shards", "find_intent", "load_chosen", "missing_text"]
 
 _SORTED = (
     "the images come one class after the other, and rows follow the archives: `train` mixes them "
@@ -134,7 +134,7 @@ def load_chosen(options: EncodeOptions, observer: EncodeObserver) -> FrozenEncod
     )
 
 
-def survey(
+def find_intent(
     root: Path, images: ImageSource, options: EncodeOptions, encoder: FrozenEncoder
 ) -> Intent:
     """Reads the manifest and plan of a begun cache, or lists the source; writes nothing.

@@ -24,8 +24,8 @@ from ci2p_cache.encoding.shard import (
     Lane,
     changed_numerics,
     encode_views,
+    lane_numerics,
     make_lanes,
-    numerics,
     refuse_other_decoder,
     single_threaded,
 )
@@ -187,7 +187,7 @@ def _compared(
     wide = np.float64 if split.latent.dtype.startswith("float") else np.int64
     lost = int((now != stored).sum())
     largest = float(np.abs(now.astype(wide) - stored.astype(wide)).max())
-    same = not changed_numerics(commit.numerics, numerics(lane, batch))
+    same = not changed_numerics(commit.numerics, lane_numerics(lane, batch))
     problem = (
         f"({entry['key']}): {lost} of {stored.size} values are not what the encoder gives; "
         f"the largest difference is {largest:g}"

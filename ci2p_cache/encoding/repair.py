@@ -53,8 +53,8 @@ from ci2p_cache.encoding.shard import (
     ErrorBudget,
     ShardEncoder,
     changed_numerics,
+    lane_numerics,
     make_lanes,
-    numerics,
     refuse_other_decoder,
 )
 from ci2p_cache.errors import (
@@ -435,7 +435,7 @@ class _Repair:
                 lanes = make_lanes(encoder, device)
                 options = EncodeOptions(batch_size=batch_size or None)
                 settings = EncodeSettings.of(self.manifest, lanes, options)
-                self._notice_other_numerics(group, numerics(lanes[0], settings.batch_size))
+                self._notice_other_numerics(group, lane_numerics(lanes[0], settings.batch_size))
                 scratch = self.staging.scratch("replay")
                 with (
                     StagingArea(scratch) as beside,

@@ -23,9 +23,9 @@ from ci2p_cache.encoding.intent import (
     Intent,
     begin,
     committed_shards,
+    find_intent,
     load_chosen,
     missing_text,
-    survey,
 )
 from ci2p_cache.encoding.locks import Hold
 from ci2p_cache.encoding.options import EncodeOptions
@@ -66,10 +66,10 @@ def resume(
     if part is not None and not (root / MANIFEST).exists():
         with hold.gate():
             if not (root / MANIFEST).exists():
-                intent = survey(root, images, options, encoder)
+                intent = find_intent(root, images, options, encoder)
                 with StagingArea(root, name=part.label) as staging:
                     begin(images, intent, encoder, staging, observer)
-    intent = survey(root, images, options, encoder)
+    intent = find_intent(root, images, options, encoder)
     for text in intent.notices:
         observer.notice(text)
     if options.finalise and not intent.is_begun:

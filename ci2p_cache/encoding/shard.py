@@ -61,7 +61,7 @@ from ci2p_cache.specs import Fingerprint, LatentSpec, LayoutSpec
 
 __all__ = [
     "EncodeSettings", "ErrorBudget", "Lane", "ShardEncoder", "changed_numerics", "encode_views",
-    "make_lanes", "numerics", "parse_max_errors", "refuse_more_bad", "refuse_other_decoder",
+    "lane_numerics", "make_lanes", "parse_max_errors", "refuse_more_bad", "refuse_other_decoder",
     "single_threaded",
 ]  # fmt: skip
 
@@ -229,7 +229,7 @@ def encode_views(
     return values.numpy(), np.zeros(values.shape[:2], np.int64)
 
 
-def numerics(lane: Lane, batch_size: int) -> dict[str, str | int]:
+def lane_numerics(lane: Lane, batch_size: int) -> dict[str, str | int]:
     """Returns what a bit-identical repetition needs to know; every commit record holds it."""
     cpu = lane.device.type == "cpu"
     own = lane.encoder.spec.arch == ARCH
@@ -250,7 +250,7 @@ def numerics(lane: Lane, batch_size: int) -> dict[str, str | int]:
 def changed_numerics(
     then: Mapping[str, str | int], now: Mapping[str, str | int]
 ) -> dict[str, tuple[str | int | None, str | int | None]]:
-    """Returns what of `numerics` was another then, and may have given other bits: name -> both.
+    """Returns what of `lane_numerics` was another then, by name, and may give other bits.
 
     Who computed the paper's encoder is left out, compressai once or this package: the bits are the
     same.
@@ -355,7 +355,7 @@ class ShardEncoder:
         self._codec = codec_of(settings.layout, self._latent)
         self._free_lanes: deque[Lane] = deque(lanes)
         self._num_lanes = len(lanes)
-        self._numerics = numerics(lanes[0], settings.batch_size)
+        self._numerics = lane_numerics(lanes[0], settings.batch_size)
         self._free_slots = threading.Semaphore(2 * len(lanes) + settings.decode_threads)
         self._num_threads = torch.get_num_threads()
         self._busy_lock = threading.Lock()

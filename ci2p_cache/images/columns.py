@@ -20,8 +20,17 @@ from ci2p_cache.images.labels import written
 from ci2p_cache.images.names import for_display
 from ci2p_cache.parquet import RowGroup, require_small_pages
 
-__all__ = ["columns_hint", "holds_paths", "image_column", "label_column",
-           "label_values", "open_parquet", "path_column", "plain", "shown_names"]  # fmt: skip
+__all__ = [
+    "columns_hint",
+    "holds_paths",
+    "image_column",
+    "label_column",
+    "label_values",
+    "one_array",
+    "open_parquet",
+    "path_column",
+    "shown_names",
+]  # fmt: skip
 
 _MAX_FOOTER_BYTES = 2**22
 """The names of 21,841 classes are in it twice, as `datasets` writes it: some 1.5 MB."""
@@ -152,7 +161,7 @@ def _features_of(schema: pa.Schema) -> dict[str, Any]:
 
 def label_values(column: pa.ChunkedArray) -> tuple[list[str | int | None], pa.Array]:
     """Returns the different labels of a column, None for none, and which each row has."""
-    given = pc.dictionary_encode(plain(column))
+    given = pc.dictionary_encode(one_array(column))
     try:
         values = [written(value) for value in given.dictionary.to_pylist()]
     except SourceError as error:
@@ -160,7 +169,7 @@ def label_values(column: pa.ChunkedArray) -> tuple[list[str | int | None], pa.Ar
     return values, given.indices
 
 
-def plain(column: pa.ChunkedArray) -> pa.Array:
+def one_array(column: pa.ChunkedArray) -> pa.Array:
     """Returns a column as one array, without dictionaries (pandas' categories) and views."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)

@@ -34,7 +34,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from ci2p_cache.errors import ImageDecodeError, MissingDependencyError, UsageError
 from ci2p_cache.images.headers import (
-    FormatName,
+    ImageFormat,
     JpegFrame,
     canvas_size,
     exif_orientation,
@@ -47,7 +47,7 @@ from ci2p_cache.specs import ImageSpec
 
 __all__ = ["DecodedImage", "decode_image", "decoder_name"]
 
-_PILLOW_CLASSES: dict[FormatName, type[ImageFile.ImageFile]] = {
+_PILLOW_CLASSES: dict[ImageFormat, type[ImageFile.ImageFile]] = {
     "BMP": BmpImageFile,
     "GIF": GifImageFile,
     "JPEG": JpegImageFile,
@@ -232,7 +232,9 @@ def _decode_plain_jpeg(
     return pixels, _JPEG_MODES[frame.num_components]
 
 
-def _decode_with_pillow(data: bytes, name: FormatName, spec: ImageSpec) -> tuple[torch.Tensor, str]:
+def _decode_with_pillow(
+    data: bytes, name: ImageFormat, spec: ImageSpec
+) -> tuple[torch.Tensor, str]:
     """Decodes the first frame by Pillow. Returns pixels (3, H, W) and the file's mode."""
     canvas = canvas_size(data, name)
     if canvas is not None:

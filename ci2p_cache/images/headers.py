@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["FormatName", "JpegFrame", "canvas_size", "exif_orientation", "foreign_format",
+__all__ = ["ImageFormat", "JpegFrame", "canvas_size", "exif_orientation", "foreign_format",
            "jpeg_frame", "sniff_format", "without_metadata"]  # fmt: skip
 
-FormatName = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
+ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 
 _BMP_HEADER_BYTES = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
 """Sizes of the known BMP headers; "BM" alone also begins many a text file."""
@@ -70,7 +70,7 @@ class JpegFrame:
     """1 grey, 3 colour, 4 CMYK or YCCK."""
 
 
-def sniff_format(prefix: bytes) -> FormatName | None:
+def sniff_format(prefix: bytes) -> ImageFormat | None:
     """Returns which format of the allow-list the first 16 bytes or more announce, or None."""
     if prefix.startswith(b"\xff\xd8\xff"):
         return "JPEG"
@@ -132,7 +132,7 @@ def jpeg_frame(data: bytes) -> JpegFrame | None:
     return None
 
 
-def canvas_size(data: bytes, name: FormatName) -> tuple[int, int] | None:
+def canvas_size(data: bytes, name: ImageFormat) -> tuple[int, int] | None:
     """Returns (width, height) that the decoder of a GIF or WebP will allocate while it opens it.
 
     None for headers too damaged to tell, and for the other formats: these allocate nothing before
@@ -186,7 +186,7 @@ def _gif_canvas(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-def exif_orientation(data: bytes, name: FormatName) -> int:
+def exif_orientation(data: bytes, name: ImageFormat) -> int:
     """Returns the EXIF orientation (1-8) of the first image; 1 where absent, damaged or invalid.
 
     Only EXIF is asked (JPEG APP1, PNG eXIf, WebP EXIF, TIFF itself; CIPA DC-008, tag 0x0112), not
@@ -201,7 +201,7 @@ def exif_orientation(data: bytes, name: FormatName) -> int:
     return int(orientation) if count == 1 and 1 <= orientation <= 8 else 1
 
 
-def _exif_block(data: bytes, name: FormatName) -> bytes:
+def _exif_block(data: bytes, name: ImageFormat) -> bytes:
     """Returns the bytes of the EXIF block, empty where there is none."""
     if name == "TIFF":
         return data
@@ -268,7 +268,7 @@ class _Directory:
             raise ValueError("the TIFF directory is outside the file") from error
 
 
-def without_metadata(data: bytes, name: FormatName) -> bytes:
+def without_metadata(data: bytes, name: ImageFormat) -> bytes:
     """Returns the file with the same pixels and without the parts that Pillow may warn about.
 
     JPEG loses APP1 (EXIF), PNG its animation chunks (the default image is what is decoded), TIFF

@@ -35,8 +35,8 @@ from ci2p_cache.images.columns import (
     image_column,
     label_column,
     label_values,
+    one_array,
     open_parquet,
-    plain,
     shown_names,
 )
 from ci2p_cache.images.labels import LabelTable
@@ -212,7 +212,7 @@ class _ImageTable:
         num_rows = self._first_rows[-1]
         paths = pa.nulls(num_rows, pa.string())
         if self._is_struct:
-            paths = plain(pc.struct_field(table[self._image], "path")).cast(pa.string())
+            paths = one_array(pc.struct_field(table[self._image], "path")).cast(pa.string())
         self._refuse_paths(paths)
         rows = np.arange(num_rows)
         if label is None:
@@ -258,14 +258,14 @@ class _ImageTable:
     def _read_group(self, group: int) -> pa.Array:
         name = self._image
         table = self._read(group, columns=[f"{name}.bytes" if self._is_struct else name])
-        return plain(pc.struct_field(table[name], "bytes") if self._is_struct else table[name])
+        return one_array(pc.struct_field(table[name], "bytes") if self._is_struct else table[name])
 
     def _refuse_splits(self, split: str | None) -> None:
         """Refuses a column `split` that says another thing than the name of the file."""
         if "split" not in self._schema.names:
             return
         column = self._read(columns=["split"])["split"]
-        named = {str(name).strip().lower() for name in pc.unique(plain(column)).to_pylist()}
+        named = {str(name).strip().lower() for name in pc.unique(one_array(column)).to_pylist()}
         if {SPLIT_NAMES.get(name.encode()) for name in named} != {split}:
             raise SourceError(
                 f"{for_display(self._full)} has a column `split` with "

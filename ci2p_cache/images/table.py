@@ -473,11 +473,11 @@ def _load(path: bytes, options: SourceOptions) -> tuple[tuple[str, ...], pa.Tabl
         _refuse_other_split(shown, schema.names)
         table = file.read(columns=[*wanted, *([_SPLIT] if _SPLIT in schema.names else [])])
     none = pa.nulls(table.num_rows, pa.string())
-    splits = columns.plain(table[_SPLIT]) if _SPLIT in schema.names else none
+    splits = columns.one_array(table[_SPLIT]) if _SPLIT in schema.names else none
     if not (pa.types.is_string(splits.type) or pa.types.is_large_string(splits.type)):
         raise SourceError(f"{shown} has a `split` of type {splits.type}")
     found = {
-        "path": columns.plain(
+        "path": columns.one_array(
             pc.struct_field(table[column], "path") if is_struct else table[column]
         ),
         "label": pa.chunked_array([none]) if label is None else table[label],

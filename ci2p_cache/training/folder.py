@@ -16,6 +16,7 @@ from typing import Any
 
 from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.cache.lock import locked
+from ci2p_cache.cache.paths import ENCODER
 from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import DigestError, ManifestError, RunMismatchError, UsageError
@@ -35,10 +36,7 @@ from ci2p_cache.training.inputs import model_record
 from ci2p_cache.training.records import RunArgs, RunSettings, TrainObserver
 from ci2p_cache.training.trainer import Learner
 
-__all__ = ["ENCODER", "RunWriter", "copy_encoder", "open_writer", "read_run_args", "run_path"]
-
-ENCODER = "encoder.safetensors"
-"""Its name in the run folder; `model.json` records its size and digest."""
+__all__ = ["RunWriter", "copy_encoder", "open_writer", "read_run_args", "run_path"]
 
 
 def copy_encoder(cache: Cache, config: AnyModelConfig, staging: StagingArea) -> FileRecord | None:

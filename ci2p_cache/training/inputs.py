@@ -24,8 +24,8 @@ __all__ = [
     "data_digest",
     "model_config_for",
     "model_record",
-    "numerics",
     "require_layers",
+    "run_numerics",
     "train_and_val",
 ]
 
@@ -143,7 +143,7 @@ def model_record(
     }
 
 
-def numerics(device: torch.device, ranks: Ranks, *, is_compiled: bool) -> dict[str, str]:
+def run_numerics(device: torch.device, ranks: Ranks, *, is_compiled: bool) -> dict[str, str]:
     """Returns what may change the last bits of a run without changing what it computes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {

@@ -22,8 +22,8 @@ from ci2p_cache.training.folder import RunWriter, open_writer, run_path
 from ci2p_cache.training.inputs import (
     data_digest,
     model_config_for,
-    numerics,
     require_layers,
+    run_numerics,
     train_and_val,
 )
 from ci2p_cache.training.loaders import loader_name, make_loaders
@@ -262,7 +262,7 @@ def train(
             path=path, spec=spec, config=config, device=place, ranks=ranks, stop=stop,
             observer=observer,
         )  # fmt: skip
-        how = numerics(place, ranks, is_compiled=compile_model)
+        how = run_numerics(place, ranks, is_compiled=compile_model)
         args = RunArgs(cache=str(cache_dir), numerics=how, settings=settings)
         writer = None
         if ranks.is_writer:

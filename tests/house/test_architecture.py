@@ -96,6 +96,29 @@ class Source:
         return self.path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
     @property
+    def module(self) -> str:
+        """Its dotted name."""
+        return self.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    @property
+    def listed(self) -> list[str]:
+        """What its `__all__` lists; empty where it has none."""
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                return list(ast.literal_eval(node.value))
+        return []
+
+    @property
+    def imports_on_import(self) -> set[str]:
+        """The modules that importing it imports: those named outside functions."""
+        return {
+            name
+            for node in self.tree.body
+            if isinstance(node, ast.ImportFrom) and node.module
+            for name in (node.module, *(f"{node.module}.{each.name}" for each in node.names))
+        }
+
+    @property
     def code_lines(self) -> int:
         """Its lines without docstrings, strings that describe a field, imports and blank lines."""
         left_out: set[int] = set()
@@ -172,6 +195,43 @@ def test_files_are_short_and_open_with_a_sentence(
     sources = package + pipelines
     assert not {each.name: each.code_lines for each in sources if each.code_lines > MAX_CODE_LINES}
     assert not [source.name for source in sources if not ast.get_docstring(source.tree)]
+
+
+def test_no_imports_run_in_a_circle(package: list[Source]) -> None:
+    modules = {each.module: each for each in package}
+    above: dict[str, set[str]] = {
+        name: {module for module in each.imports_on_import if module in modules}
+        for name, each in modules.items()
+    }
+    while free := [name for name, imports in above.items() if not imports & above.keys()]:
+        for name in free:
+            del above[name]
+    assert not above, "these import one another, or what does"
+
+
+def test_a_public_name_has_one_definition(package: list[Source]) -> None:
+    # A command may have the name of the library function that it calls.
+    homes: dict[str, list[str]] = {}
+    for source in package:
+        if source.room != "cli":
+            for node in source.tree.body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in source.listed:
+                    homes.setdefault(node.name, []).append(source.name)
+    assert not {name: found for name, found in homes.items() if len(found) > 1}
+
+
+def test_no_file_is_only_passed_through(package: list[Source]) -> None:
+    # Commands are found by the names of their files.
+    readers: dict[str, set[str]] = {}
+    for source in package:
+        for module in source.imports:
+            readers.setdefault(module, set()).add(source.name)
+    small = [each for each in package if each.code_lines < 50 and each.room != "cli"]
+    assert not [
+        source.name
+        for source in small
+        if not source.path.name.startswith("__") and len(readers.get(source.module, ())) < 2
+    ]
 
 
 def test_functions_are_short(package: list[Source], pipelines: list[Source]) -> None:
