@@ -128,17 +128,11 @@ class Bench:
         """Runs a command and notes the lines of its stdout."""
         self.note(item, self.run(*words, codes=codes).out.splitlines())
 
-    def refused(
+    def ended(
         self, item: str, *words: object, environment: Mapping[str, str] | None = None
     ) -> None:
-        """Runs a command that the commit refuses; notes exit code and what it says of errors."""
-        codes = range(2, 7) if self.tree is self.base else range(7)
-        ended = self.run(*words, codes=codes, environment=environment)
-        self.note(item, {"code": ended.code} | first_lines(ended.err))
-
-    def ended(self, item: str, *words: object) -> None:
         """Runs a command that may end in any way; notes exit code and what it says of errors."""
-        ended = self.run(*words, codes=range(7))
+        ended = self.run(*words, codes=range(7), environment=environment)
         self.note(item, {"code": ended.code} | first_lines(ended.err))
 
     def call(self, item: str, function: str, **arguments: Any) -> None:

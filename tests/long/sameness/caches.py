@@ -127,7 +127,7 @@ def _retry_failed(bench: Bench) -> None:
     for file in files:
         file.write_bytes(file.read_bytes()[:300])
     encode = ("encode", "images", "--out", "shards", *ENCODE, *_SHARDS)
-    bench.refused("over budget", *encode)
+    bench.ended("over budget", *encode)
     bench.document("with failures", *encode, "--max-errors", 2)
     bench.files("failed", "shards")
     bench.document("verify", "verify", "shards")
@@ -147,8 +147,8 @@ def _ranges(bench: Bench) -> None:
     bench.text("status between, text", "status", "shards")
     bench.document("inspect between", "inspect", "shards")
     bench.document("verify between", "verify", "shards", codes=(0, 5))
-    bench.refused("finalise too early", *encode, "--finalise")
-    bench.refused("train too early", "train", "shards")
+    bench.ended("finalise too early", *encode, "--finalise")
+    bench.ended("train too early", "train", "shards")
     bench.document("range 1", *encode, "--shard-range", "1/2")
     bench.document("finalise", *encode, "--finalise")
     bench.document("status", "status", "shards")
@@ -202,7 +202,7 @@ def _convert(bench: Bench) -> None:
         bench.document(f"convert {name}", "convert", source, "--out", name, *words)
         bench.files(name, name)
     bench.document("convert again", "convert", "shards", "--out", "both", "--format", "both")
-    bench.refused("convert to another", "convert", "shards", "--out", "both", "--format", "zarr")
+    bench.ended("convert to another", "convert", "shards", "--out", "both", "--format", "zarr")
 
 
 _GROWTH: dict[str, Callable[[Bench], None]] = {

@@ -61,7 +61,7 @@ def _recipes(bench: Bench) -> None:
     bench.document("run again", *tiny)
     bench.file("experiment.json", "made/experiment.json")
     bench.files("shards", "made/shards")
-    bench.refused("another", *tiny, "--set", "train.epochs=3")
+    bench.ended("another", *tiny, "--set", "train.epochs=3")
 
 
 def _own_recipes(bench: Bench) -> None:

@@ -216,14 +216,14 @@ def _options(bench: Bench) -> None:
         for word in line.split():
             first, slash, rest = word.partition("/")
             words.append(f"{paths.get(first, first)}{slash}{rest}" if first in paths else word)
-        bench.refused(name, *words)
+        bench.ended(name, *words)
         bench.note(f"{name}, left", sorted(path.name for path in bench.folder.iterdir()))
 
 
 def _sources(bench: Bench) -> None:
     for name in sorted(bench.inputs.locations):
         if name.startswith("bad "):
-            bench.refused(name, "encode", bench.inputs[name], "--out", f"{name}-out", *ENCODE)
+            bench.ended(name, "encode", bench.inputs[name], "--out", f"{name}-out", *ENCODE)
     bench.note("left", sorted(path.name for path in bench.folder.iterdir()))
 
 
@@ -231,8 +231,8 @@ def _settings(bench: Bench) -> None:
     encode = ("encode", bench.inputs["few"], "--out", "shards", *ENCODE, "--views", "crops:2")
     bench.run(*encode)
     for name, words in _SETTINGS.items():
-        bench.refused(name, *encode, *words.split())
-    bench.refused("another source", "encode", bench.inputs["parts"], *encode[2:], "--rescan")
+        bench.ended(name, *encode, *words.split())
+    bench.ended("another source", "encode", bench.inputs["parts"], *encode[2:], "--rescan")
     bench.files("shards", "shards")
 
 
@@ -240,10 +240,10 @@ def _weights(bench: Bench) -> None:
     for name, make in _WEIGHTS.items():
         path = bench.folder / name
         make(path)
-        bench.refused(name, "encode", bench.inputs["few"], "--out", "new", "--size", 64,
+        bench.ended(name, "encode", bench.inputs["few"], "--out", "new", "--size", 64,
                       "--weights", name)  # fmt: skip
     # Port 9 of this machine: no one answers.
-    bench.refused("official, no server", "encode", bench.inputs["few"], "--out", "new",
+    bench.ended("official, no server", "encode", bench.inputs["few"], "--out", "new",
                   environment={"CI2P_CACHE_WEIGHTS_URL": "http://127.0.0.1:9/"})  # fmt: skip
 
 
@@ -269,7 +269,7 @@ def _caches(bench: Bench) -> None:
         shutil.rmtree(bench.folder / "shards", ignore_errors=True)
         shutil.copytree(bench.folder / "whole", bench.folder / "shards")
         _damage(bench.folder / "shards", pattern, how)
-        bench.refused(f"{name}: verify", "verify", "shards")
+        bench.ended(f"{name}: verify", "verify", "shards")
         # Some damage is of files that a command does not read.
         for command in (("status", "shards"), ("inspect", "shards", "--row", 0),
                         ("convert", "shards", "--out", "new", "--format", "npy")):  # fmt: skip
@@ -282,11 +282,11 @@ def _runs(bench: Bench) -> None:
     train = ("train", "shards", "--model", "vitds_tiny", "--epochs", 1, "--batch-size", 2,
              "--name", "run", "--device", "cpu")  # fmt: skip
     for name, words in _TRAIN_WORDS.items():
-        bench.refused(f"new: {name}", "train", "shards", "--runs", "made", *words.split())
+        bench.ended(f"new: {name}", "train", "shards", "--runs", "made", *words.split())
     bench.note("made", sorted(str(path) for path in (bench.folder / "made").rglob("*")))
     bench.run(*train)
     for name, words in _SPEC.items():
-        bench.refused(name, *train, *words.split())
+        bench.ended(name, *train, *words.split())
     for name, command in {
         "checkpoint": ("evaluate", "runs/run", "--checkpoint", "third"),
         "split": ("evaluate", "runs/run", "--split", "test"),
@@ -304,10 +304,10 @@ def _runs(bench: Bench) -> None:
         "convert onto a run": ("convert", "shards", "--out", "runs", "--format", "zarr"),
         "report of the same name": ("report", "runs/run", "runs/run", "--out", "a.html"),
     }.items():  # fmt: skip
-        bench.refused(name, *command)
+        bench.ended(name, *command)
     bench.run("encode", bench.inputs["imagenet"], "--out", "other", *ENCODE)
-    bench.refused("other classes", "evaluate", "runs/run", "--cache", "other")
-    bench.refused("a run of another cache", "train", "other", *train[2:])
+    bench.ended("other classes", "evaluate", "runs/run", "--cache", "other")
+    bench.ended("a run of another cache", "train", "other", *train[2:])
     (bench.folder / "runs/run").rename(bench.folder / "whole")
     for name, (pattern, how) in _RUN_DAMAGE.items():
         shutil.rmtree(bench.folder / "runs/run", ignore_errors=True)
