@@ -94,7 +94,7 @@ class EncodeReport(Record):
     batch_size: int
     """Views per call of g_a."""
     rows: tuple[EncodeRow, ...]
-    """whole, g_a, and decoding where there were images enough to tell."""
+    """whole, g_a, and decoding where there were enough images."""
     waiting_share: float
     """Share of the time in which g_a waited for images, 0 to 1."""
     bytes_per_image: float
@@ -219,7 +219,7 @@ class LoaderReport(Record):
     rows: tuple[LoaderRow, ...]
     """The ways of loading."""
     note: str
-    """Whether the split would be kept in memory, and why; empty where there is nothing to tell."""
+    """Whether the split would be kept in memory, and why; empty where there is nothing to say."""
 
 
 def bench_loading(
@@ -367,7 +367,7 @@ def bench_training(
     threads: int | None = None,
     seconds: float = 20.0,
     ways: tuple[str, ...] = ("cached", "compute alone", "in the loop", BASELINE),
-    tell: Callable[[str], None] = lambda _: None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> TrainReport:
     """Measures training with a cache on this machine; nothing is written.
 
@@ -378,7 +378,7 @@ def bench_training(
         threads: Threads that read and decode; None: one per core.
         seconds: How long each way is timed, after two steps of warm-up; three steps at least.
         ways: Which to measure.
-        tell: Called with a word on what is being measured.
+        notify: Called with a word on what is being measured.
 
     Raises:
         UsageError: the model reads images.
@@ -397,13 +397,13 @@ def bench_training(
         latent_size=cache.fingerprint.latent.height,
         drop_path_rate=spec.drop_path,
     )
-    tell("matrix products")
+    notify("matrix products")
     peak = matmul_flops(used, spec.precision)
     loaders = _ways(cache, train, spec.model, used)
     batch_size = min(spec.batch_size, len(train.valid_rows))
     rows, missing = [], []
     for name in ways:
-        tell(name)
+        notify(name)
         kind, flops = loaders[name]
         try:
             loader = kind(

@@ -156,7 +156,7 @@ def _devices() -> Iterator[Diagnosis]:
         import torch
 
         from ci2p_cache.machine import bf16_notice, num_cores
-    except Exception:  # told of by _imports
+    except Exception:  # reported by _imports
         return
     cores = num_cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -209,7 +209,7 @@ def _weights() -> Iterator[Diagnosis]:
     except CacheError as error:
         yield _problem("bundled encoder", str(error), "pip install --force-reinstall ci2p-cache")
         return
-    except Exception:  # told of by _imports
+    except Exception:  # reported by _imports
         return
     yield _ok("bundled encoder", "whole")
     try:

@@ -73,7 +73,7 @@ def chosen_devices(devices: str) -> list[torch.device]:
 
 
 def bf16_notice(device: torch.device) -> str | None:
-    """Returns what to tell someone who asks for bfloat16 on a device; None where nothing is wrong.
+    """Returns what someone who wants bfloat16 on a device should know; None where nothing is wrong.
 
     A processor without such instructions computes all the same, in software: slower than float32.
     """

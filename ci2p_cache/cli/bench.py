@@ -172,7 +172,7 @@ def train(
       ci2p-cache bench train shards/ --model vit --precision bf16 --batch-size 256
       ci2p-cache bench train shards/ --encode-rate 38      encoding was timed elsewhere
 
-    Runs the real training loop for some time in each way, and encodes a sample to tell after how
+    Runs the real training loop for some time in each way, and encodes a sample to find after how
     many epochs the cache has paid for itself; nothing is kept. The last two ways and the sample
     need the images that the cache was made of.
     """
@@ -186,7 +186,7 @@ def train(
         device=device,
         threads=workers,
         seconds=seconds,
-        tell=lambda text: render.status(f"measuring {text} ..."),
+        notify=lambda text: render.status(f"measuring {text} ..."),
     )
     if encode_rate is None and not report.missing:
         encode_rate = _encode_rate(cache, device)
@@ -237,7 +237,7 @@ def _print_training(report: TrainReport, encode_rate: float | None) -> None:
         return
     took = render.duration(cached.epoch_seconds * cached.images_per_second / encode_rate)
     for name, epochs in report.paid_after(encode_rate).items():
-        told = "never: it is no slower"
+        when = "never: it is no slower"
         if epochs is not None:
-            told = "within the first epoch" if epochs < 1 else f"after {epochs:.1f} epochs"
-        render.line(f"  encoding ({took}) has paid against {name} {told}")
+            when = "within the first epoch" if epochs < 1 else f"after {epochs:.1f} epochs"
+        render.line(f"  encoding ({took}) has paid against {name} {when}")

@@ -402,7 +402,7 @@ def _print_card(card: CacheCard) -> None:
     )
     render.line()
     shown = 20
-    # Titles are told where they say more: n01440764 is a tench.
+    # Titles are shown where they say more: n01440764 is a tench.
     names = (
         [card.classes] if card.classes == card.class_titles else [card.classes, card.class_titles]
     )

@@ -77,13 +77,13 @@ def complexity(
             many_sizes += complexity_table(side, names=chosen or PAPER_MODELS, **options)
     # Of the setting that the published figures are of.
     is_papers = latent_channels == 192 and num_classes == 0
-    told = {
+    known = {
         (row.name, row.size): PUBLISHED.get((row.name, row.size)) if is_papers else None
         for row in (*one_size, *many_sizes)
     }
     if json:
         rows = {(row.name, row.size): row for row in (*one_size, *many_sizes)}
-        render.print_json([_json_row(row, told[key]) for key, row in rows.items()])
+        render.print_json([_json_row(row, known[key]) for key, row in rows.items()])
         return
     head = "without head" if num_classes == 0 else f"with a head of {num_classes} classes"
     if one_size:
@@ -91,7 +91,7 @@ def complexity(
     if one_size and many_sizes:
         render.line()
     if many_sizes:
-        _print_paper(many_sizes, head, told)
+        _print_paper(many_sizes, head, known)
 
 
 def _sides(text: str) -> list[int]:
@@ -103,8 +103,8 @@ def _sides(text: str) -> list[int]:
         ) from error
 
 
-def _json_row(row: Complexity, told: Published | None) -> dict[str, Any]:
-    return row.to_dict() | {"published": told.to_dict() if told else None}
+def _json_row(row: Complexity, known: Published | None) -> dict[str, Any]:
+    return row.to_dict() | {"published": known.to_dict() if known else None}
 
 
 def _print_one_size(rows: tuple[Complexity, ...], head: str) -> None:
@@ -128,7 +128,7 @@ def _print_one_size(rows: tuple[Complexity, ...], head: str) -> None:
 
 
 def _print_paper(
-    rows: list[Complexity], head: str, told: dict[tuple[str, int], Published | None]
+    rows: list[Complexity], head: str, known: dict[tuple[str, int], Published | None]
 ) -> None:
     render.print_table(
         ("px", "model", "GMAC", "without attention", "without encoder", "without both"),
@@ -162,7 +162,7 @@ def _print_paper(
                 (it.reduction or "") if it else "",
             )
             for row in rows
-            for it in (told[row.name, row.size],)
+            for it in (known[row.name, row.size],)
         ],
         title="beside what was published: counted as mmengine does, norms and pooling too",
     )

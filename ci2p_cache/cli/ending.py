@@ -63,9 +63,9 @@ def out_of_memory(error: Exception) -> ResourceError | None:
     is_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     if not (is_cuda or is_cpu or isinstance(error, MemoryError)):
         return None
-    told = (str(error).splitlines() or ["no more of it is given"])[0]
+    text = (str(error).splitlines() or ["no more of it is given"])[0]
     return ResourceError(
-        f"memory is used up: {told}",
+        f"memory is used up: {text}",
         hint="the same command with a smaller --batch-size"
         " (train: --accumulate 2 keeps the batch and takes it in two parts)",
     )

@@ -102,8 +102,8 @@ def _print_evaluation(result: Evaluation, predictions: Path) -> None:
     render.line(f"  expected calibration error  {result.ece:.2%}")
     if result.recorded_top1 is not None:
         same = (result.recorded_top1, result.recorded_nll) == (result.top1, result.nll)
-        told = f"top-1 {result.recorded_top1:.2%}, {result.recorded_nll:.4f}"
-        render.line(f"  recorded in training        {'the same' if same else told}")
+        then = f"top-1 {result.recorded_top1:.2%}, {result.recorded_nll:.4f}"
+        render.line(f"  recorded in training        {'the same' if same else then}")
     render.line()
     classes = sorted(result.per_class, key=lambda c: c.correct / max(c.samples, 1))
     render.print_table(

@@ -184,9 +184,9 @@ def load_recorded_encoder(path: Path, spec: EncoderSpec) -> FrozenEncoder:
     encoder = load_saved_encoder(path, precision=spec.precision)
     differences = differing_fields(spec, encoder.spec)
     if differences:
-        told = "; ".join(f"`{name}` {wanted!r}, got {got!r}" for name, wanted, got in differences)
+        shown = "; ".join(f"`{name}` {wanted!r}, got {got!r}" for name, wanted, got in differences)
         raise DigestError(
-            f"{path} is not the encoder that made the latents of this cache: wanted {told}",
+            f"{path} is not the encoder that made the latents of this cache: wanted {shown}",
             hint=command("verify", path.parent, "--repair"),
         )
     return encoder

@@ -202,7 +202,7 @@ def _moments(optimizers: Sequence[Optimizer], parameter: Tensor) -> dict[str, Te
 
 @dataclass(frozen=True, slots=True)
 class CodecStep:
-    """One optimiser step, as an observer is told of it."""
+    """One optimiser step, as an observer receives it."""
 
     step: int
     """Steps done, this one included."""
@@ -221,7 +221,7 @@ class CodecSummary:
     """How a call of `train_codec` ended."""
 
     steps_done: int
-    """Of the whole run; `spec.steps` unless it was told to stop."""
+    """Of the whole run; `spec.steps` unless it was stopped."""
     resumed_at: int
     """Steps that had been done before this call."""
     encoder: FrozenEncoder

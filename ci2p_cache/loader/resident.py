@@ -51,7 +51,7 @@ def choose_resident(split: Split, device: torch.device, wanted: Resident) -> tup
         wanted: auto, yes or no.
 
     Returns:
-        Whether to, and a sentence that says why, empty where there is nothing to tell.
+        Whether to, and a sentence that says why, empty where there is nothing to say.
 
     Raises:
         ResourceError: yes was asked for and it does not fit at all.

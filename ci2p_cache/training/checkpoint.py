@@ -13,8 +13,7 @@
       last.json                   which folders are the last and the best
 
 A folder is written under a staging name, its files synced, and renamed into place. The newest one
-that is whole counts; `last.json` tells people and other programs what we know from listing. Three
-are kept: the last, the one before it in case the last is damaged, and the best (of either, should
+that is whole counts, found by listing; `last.json` is for people and other programs. Three stay: the last, the one before it in case the last is damaged, and the best (of either, should
 they not agree). Nothing is pickled.
 """
 

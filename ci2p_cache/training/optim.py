@@ -1,4 +1,4 @@
-"""The optimiser, its schedule, the layers that it tells apart, and the average of the weights."""
+"""The optimiser, its schedule, the layers that it knows, and the average of the weights."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ class _Link:
     """torchrun's process id."""
 
     def hang_up(self) -> None:
-        """Closes the connections, which tells the others that this rank has failed."""
+        """Closes the connections: the others see that this rank has failed."""
         if dist.get_backend() == "gloo":
             dist.destroy_process_group()
         else:

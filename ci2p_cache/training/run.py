@@ -204,7 +204,7 @@ def train(
 
     In processes that torchrun has started it trains on all of them together: each global batch is
     cut in as many slices as there are ranks, and gradients are means over the whole batch. Rank 0
-    alone writes and tells; all return the same. What one rank raises ends all of them. The number
+    alone writes and reports; all return the same. What one rank raises ends all of them. The number
     of ranks may change when a run is resumed: the batches stay, the last bits may not.
 
     Args:

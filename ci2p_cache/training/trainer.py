@@ -127,7 +127,7 @@ def early_notice(record: EpochRecord, *, steps: int, num_classes: int, num_val: 
         )
     if record.top1 is None or not num_val or not is_warm_now:
         return None
-    # Of a few validation images nothing can be told: even what training reaches may be luck there.
+    # A few validation images show nothing: even what training reaches may be luck there.
     learns = record.train_top1 > _highest_guess(num_classes, min(record.images, num_val))
     if not learns or record.top1 > _highest_guess(num_classes, num_val):
         return None
@@ -179,7 +179,7 @@ class Trainer:
     """Asked after each step and before each validation batch; gives all ranks the same answer."""
     ranks: Ranks
     observer: TrainObserver
-    """Receives progress and skipped steps; epochs are the caller's to tell, in `save`."""
+    """Receives progress and skipped steps; the caller reports epochs, in `save`."""
     save_every_steps: int | None = None
     """Steps between checkpoints inside an epoch; None saves at the end of epochs only."""
     average: WeightAverage | None = None
