@@ -70,7 +70,7 @@ def put_shard(
     staging: StagingArea,
     record: Callable[..., CommitRecord],
     *,
-    place: tuple[str, int],
+    shard_id: tuple[str, int],
     layout: LayoutSpec,
     shape: SplitRecord,
     latent: LatentSpec,
@@ -85,7 +85,7 @@ def put_shard(
         staging: Where files are staged.
         record: Makes the commit record, but for `split`, `shard`, `files` and `index_crc32c`, which
             are passed to it.
-        place: Split and number of the shard.
+        shard_id: Split and number of the shard.
         layout: Which containers to write.
         shape: The shape of the split.
         latent: The shape and dtype of one latent.
@@ -97,21 +97,21 @@ def put_shard(
     Raises:
         ResourceError: writing failed.
     """
-    split, shard = place
+    split, shard = shard_id
     files, index_crc = [], 0
     for row in rows:
         row.tar_offset = None
     if layout.has_zarr:
         pieces = list(pack_shard(chunks))
         index_crc = index_crc32c(pieces[-1])
-        files.append(staging.put(shard_path(*place), pieces))
+        files.append(staging.put(shard_path(*shard_id), pieces))
     if layout.has_tar:
         packed = pack_tar(rows, latent, shape.views, lambda row, view: raw[row, view])
-        files.append(staging.put(tar_path(*place), packed))
+        files.append(staging.put(tar_path(*shard_id), packed))
         if not layout.has_zarr:
             index_crc = tar_index_crc32c(rows, shape, latent)
     index = index_bytes(rows, sums, split=split if shape.names_split else None)
-    files.append(staging.put(index_path(*place), index))
+    files.append(staging.put(index_path(*shard_id), index))
     made = record(split=split, shard=shard, files=tuple(files), index_crc32c=index_crc)
     staging.commit(made)
     return made
@@ -259,19 +259,19 @@ def tar_sample_bytes(latent: LatentSpec, num_views: int) -> int:
 def tar_index_crc32c(rows: Sequence[IndexRow], record: SplitRecord, latent: LatentSpec) -> int:
     """Returns the checksum over where the latents are, as a zarr shard's index would have it."""
     stored = [at for at, row in enumerate(rows) if row.tar_offset is not None]
-    places = np.array([rows[at].tar_offset for at in stored], np.uint64)
-    return int(google_crc32c.value(_entries(stored, places, record, latent).tobytes()))
+    offsets = np.array([rows[at].tar_offset for at in stored], np.uint64)
+    return int(google_crc32c.value(_entries(stored, offsets, record, latent).tobytes()))
 
 
 def _entries(
     stored: Sequence[int] | npt.NDArray[Any],
-    places: npt.NDArray[Any],
+    offsets: npt.NDArray[Any],
     record: SplitRecord,
     latent: LatentSpec,
 ) -> npt.NDArray[Any]:
     """Returns offset and size of each latent of a shard in C order, MISSING where there is none."""
     entries = np.full((record.shard_rows, record.views, 2), MISSING, "<u8")
-    entries[stored, :, 0] = places.reshape(-1, record.views)
+    entries[stored, :, 0] = offsets.reshape(-1, record.views)
     entries[stored, :, 1] = latent.num_bytes
     return entries.reshape(-1, 2)
 
@@ -279,7 +279,7 @@ def _entries(
 def open_tar(
     root: Path, record: SplitRecord, latent: LatentSpec, commit: CommitRecord
 ) -> ShardReader:
-    """Opens the tar of a committed shard, by the places and checksums of its index part.
+    """Opens the tar of a committed shard, by the offsets and checksums of its index part.
 
     The index part is held against its committed digest, and the first and the last latent against
     their checksums, which differ between tars of one size.
@@ -290,7 +290,7 @@ def open_tar(
     path, index = (of(commit.split, commit.shard) for of in (tar_path, index_path))
     require_intact(root, commit)
     table = read_index(root, commit.split, commit.shard, ["latent_crc32c", "tar_offset"])
-    entries, checksums = _places(root / index, table, record, latent)
+    entries, checksums = _offsets(root / index, table, record, latent)
     opened = ShardReader(root / path, file_bytes=commit.file(path).bytes, codec=None)
     stored = entries[entries[:, 0] != MISSING]
     if np.any(stored[:, 0] > opened.file_bytes) or np.any(stored.sum(axis=1) > opened.file_bytes):
@@ -303,7 +303,7 @@ def open_tar(
     return opened
 
 
-def _places(
+def _offsets(
     path: Path, table: pa.Table, record: SplitRecord, latent: LatentSpec
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]:
     """Returns offset and size, and crc32c, of each latent of a shard, in C order."""
@@ -316,11 +316,11 @@ def _places(
         len(each) != len(rows) or np.any(each != record.views) for each in lengths
     ):
         raise ShardError(f"{path} has not one offset and checksum for each view of each valid row")
-    places, flat = (
+    offsets, flat = (
         pc.list_flatten(column).to_numpy(zero_copy_only=False) for column in (offsets, checksums)
     )
-    if np.any(places < 0):
+    if np.any(offsets < 0):
         raise ShardError(f"{path} has an offset before the tar's beginning")
     found = np.zeros((record.shard_rows, record.views), np.uint32)
     found[rows] = flat.reshape(-1, record.views)
-    return _entries(rows, places, record, latent), found.reshape(-1)
+    return _entries(rows, offsets, record, latent), found.reshape(-1)

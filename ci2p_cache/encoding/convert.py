@@ -268,7 +268,7 @@ def _convert(
     return put_shard(
         staging,
         partial(dataclasses.replace, values.commit),
-        place=(split.name, shard),
+        shard_id=(split.name, shard),
         layout=manifest.layout,
         shape=manifest.splits[split.name],
         latent=split.latent,

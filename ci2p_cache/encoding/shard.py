@@ -526,7 +526,7 @@ class ShardEncoder:
                 fingerprint=settings.fingerprint.digest,
                 numerics=self._numerics,
             ),
-            place=(plan.split, plan.shard),
+            shard_id=(plan.split, plan.shard),
             layout=settings.layout,
             shape=shape,
             latent=self._latent,

@@ -13,8 +13,9 @@
       last.json                   which folders are the last and the best
 
 A folder is written under a staging name, its files synced, and renamed into place. The newest one
-that is whole counts, found by listing; `last.json` is for people and other programs. Three stay: the last, the one before it in case the last is damaged, and the best (of either, should
-they not agree). Nothing is pickled.
+that is whole counts, found by listing; `last.json` is for people and other programs. Three stay:
+the last, the one before it in case the last is damaged, and the best (of either, should they not
+agree). Nothing is pickled.
 """
 
 from __future__ import annotations

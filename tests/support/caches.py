@@ -222,7 +222,7 @@ def _put_shard(
         )
 
     return put_shard(
-        staging, record, place=(shard.split, shard.shard), layout=layout, shape=shape,
+        staging, record, shard_id=(shard.split, shard.shard), layout=layout, shape=shape,
         latent=latent, rows=rows, sums=sums, chunks=chunks, raw=raw,
     )  # fmt: skip
 
