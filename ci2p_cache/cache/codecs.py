@@ -127,7 +127,8 @@ class _Zstd(ChunkCodec):
                 # Reads to the end of the frame, where the checksum is, and sees what comes after.
                 is_whole = not reader.read(1)
         except zstandard.ZstdError as error:
-            raise ValueError(str(error)) from error
+            text = str(error)
+            raise ValueError(text if text.startswith("zstd") else f"zstd: {text}") from error
         if size != self.chunk_bytes or not is_whole:
             raise ValueError(f"the frame does not end after {self.chunk_bytes} bytes")
 
