@@ -469,7 +469,7 @@ def _main() -> None:
     # It imports torch while this process does.
     start_decoder_server()
     # What the commands import late; nothing here computes or starts a thread.
-    for name in ("torch.utils.tensorboard", "rich.table"):
+    for name in ("torch.utils.tensorboard", "rich.table", "timm.models"):
         importlib.import_module(name)
     for module in (
         "cli.app", "cli.watch", "encoding.resume", "pictures.previews", "report.charts",
