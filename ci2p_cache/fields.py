@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -59,7 +59,8 @@ class Option:
             return None if value in choices else f"one of {', '.join(map(str, choices))}"
         if kind not in (int, float):
             return None
-        fits = type(value) in (int, kind) and math.isfinite(value)
+        # Of a float: neither inf nor nan, nor a whole number that no float holds.
+        fits = type(value) in (int, kind) and (kind is int or abs(value) <= sys.float_info.max)
         if fits and self._holds(value):
             return None
         return f"{'a whole' if kind is int else 'a'} number{self._range()}"

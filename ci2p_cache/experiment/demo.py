@@ -141,7 +141,7 @@ def run_demo(
             experiment,
             root,
             until="train",
-            # It finds the cache complete, which is no news.
+            # It finds the cache complete: there is nothing to show.
             on_event=lambda each: on_event(each) if on_event and each.stage == "train" else None,
             train_observer=train_observer,
         )

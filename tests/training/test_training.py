@@ -655,6 +655,8 @@ def test_a_spec_survives_its_record_and_refuses_what_cannot_be() -> None:
     for fields, message in (
         ({"epochs": 0}, "`epochs` is 0"),
         ({"epochs": True}, "`epochs` is True"),
+        ({"seed": 10**400}, "`seed`"),
+        ({"clip_grad_norm": 10**400}, "`clip_grad_norm`"),
         ({"accumulate": 65}, "at most 64"),
         ({"lr": float("nan")}, "`lr`"),
         ({"min_lr": 1.0}, "`min_lr`"),
