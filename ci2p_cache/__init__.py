@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ci2p_cache.encoding.convert import ConvertSummary, convert
     from ci2p_cache.encoding.forecast import DryRunReport, dry_run
     from ci2p_cache.encoding.options import EncodeOptions
-    from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
+    from ci2p_cache.encoding.progress import EncodeObserver, EncodeProgress, EncodeSummary
     from ci2p_cache.encoding.reencode import ReencodeSummary, reencode
     from ci2p_cache.encoding.repair import RepairSummary, repair
     from ci2p_cache.encoding.run import encode
@@ -62,6 +62,7 @@ __all__ = [
     "DryRunReport",
     "EncodeObserver",
     "EncodeOptions",
+    "EncodeProgress",
     "EncodeSummary",
     "EncoderSpec",
     "Evaluation",
@@ -119,6 +120,7 @@ _HOMES = {
     "DryRunReport": "encoding.forecast",
     "EncodeObserver": "encoding.progress",
     "EncodeOptions": "encoding.options",
+    "EncodeProgress": "encoding.progress",
     "EncodeSummary": "encoding.progress",
     "EncoderSpec": "specs",
     "Evaluation": "runs.evaluations",

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +55,19 @@ class Notices(cc.EncodeObserver):
         self.texts.append(text)
 
 
+class Meanwhile(Notices):
+    """Acts once, when the first images are encoded; meanwhile the driver hands out no shard."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__()
+        self.act: Callable[[], None] | None = act
+
+    def progress(self, progress: cc.EncodeProgress) -> None:
+        if progress.done and self.act:
+            act, self.act = self.act, None
+            act()
+
+
 def workers_of(pid: int) -> list[int]:
     """Process ids of the encode workers that a process has started and that still run."""
     found = []
@@ -70,32 +83,29 @@ def workers_of(pid: int) -> list[int]:
     return sorted(found)
 
 
-def until(pid: int, out: Path, *, workers: int, commits: int) -> list[int]:
-    """Waits for that many workers and commits, and returns the workers."""
+def until(is_true: Callable[[], bool]) -> None:
+    """Waits for something."""
     for _ in range(60_000):
-        alive = workers_of(pid)
-        if len(alive) >= workers and len(list(out.glob("commits/*"))) >= commits:
-            return alive
+        if is_true():
+            return
         time.sleep(0.005)
-    raise AssertionError("the workers did not get so far")
+    raise AssertionError("it did not get so far")
 
 
 @pytest.mark.slow
 def test_a_killed_process_has_its_shards_taken_over(
     pictures: Path, whole: Path, tmp_path: Path
 ) -> None:
-    out, observer, seen = tmp_path / "out", Notices(), []
+    out, seen = tmp_path / "out", []
 
     def kill_one() -> None:
-        seen.extend(until(os.getpid(), out, workers=2, commits=2))
+        seen.extend(workers_of(os.getpid()))
         os.kill(seen[0], signal.SIGKILL)
 
-    killer = threading.Thread(target=kill_one, daemon=True)
-    killer.start()
+    observer = Meanwhile(kill_one)
     summary = cc.encode(
         pictures, out, with_options(executor="processes", devices="cpu:2"), observer=observer
     )
-    killer.join()
     assert len(seen) == 2
     assert summary.complete
     assert summary.encoded_now == summary.images == 160
@@ -115,7 +125,8 @@ def test_when_the_driver_ends_all_processes_end(
         *("--shard-samples", "8", "--workers", "1", "--val-fraction", "0"),
         *("--executor", "processes", "--devices", "cpu:2"),
     )
-    alive = until(driver.pid, out, workers=2, commits=2)
+    until(lambda: len(workers_of(driver.pid)) == 2 and len(list(out.glob("commits/*"))) >= 2)
+    alive = workers_of(driver.pid)
     driver.send_signal(number)
     text = driver.wait()
     assert driver.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), text
@@ -269,29 +280,18 @@ class TestRay:
         size = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
         nodes = [cluster.add_node(**size) for _ in range(2)]  # type: ignore[attr-defined]
         ray.init(address=cluster.address, log_to_driver=False)  # type: ignore[attr-defined]
-        killed: list[int] = []
+        out, killed = tmp_path / "out", []
 
-        def kill_a_node(out: Path, ended: threading.Event) -> None:
+        def kill_a_node() -> None:
             # All three nodes are at work: each actor stages under its own name.
-            while not ended.wait(0.005):
-                if len(list(out.glob(".staging/all-*"))) == 3 and list(out.glob("commits/*")):
-                    cluster.remove_node(nodes[0], allow_graceful=False)  # type: ignore[attr-defined]
-                    killed.append(len(list(out.glob("commits/*"))))
-                    return
+            until(lambda: len(list(out.glob(".staging/all-*"))) == 3)
+            cluster.remove_node(nodes[0], allow_graceful=False)  # type: ignore[attr-defined]
+            killed.append(len(list(out.glob("commits/*"))))
 
-        # On a busy machine two nodes may have done it all before the third is at work.
-        for attempt in range(5):
-            out, observer, ended = tmp_path / f"out-{attempt}", Notices(), threading.Event()
-            killer = threading.Thread(target=kill_a_node, args=(out, ended), daemon=True)
-            killer.start()
-            summary = cc.encode(
-                pictures, out, with_options(executor="ray", devices="auto"), observer=observer
-            )
-            ended.set()
-            killer.join()
-            if killed:
-                break
-        assert killed
+        observer = Meanwhile(kill_a_node)
+        summary = cc.encode(
+            pictures, out, with_options(executor="ray", devices="auto"), observer=observer
+        )
         assert killed[0] < 20
         assert any("actor was lost" in text for text in observer.texts)
         assert summary.complete
