@@ -94,12 +94,12 @@ def read_parquet(
     try:
         require_small_pages(path)
         with opened() as file:
-            known = file.schema_arrow
+            known, metadata = file.schema_arrow, file.metadata
         if schemas and known not in schemas:
             raise OSError(f"{path} has another schema than ci2p-cache writes")  # noqa: TRY301
         # Kept as dictionaries: one long text that many rows refer to would be copied for each.
         texts = [field.name for field in known if field.type in (pa.string(), pa.binary())]
-        with opened(read_dictionary=texts) as file:
+        with opened(read_dictionary=texts, metadata=metadata) as file:
             table = file.read(columns=None if columns is None else list(columns))
         return _without_dictionaries(table, texts, _MAX_TEXT_RATIO * max(found.st_size, 2**16))
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -204,7 +204,7 @@ def _sum_pages(descriptor: int, chunk: dict[int, Any], size: int) -> tuple[int, 
         raise ValueError("a column is outside the file")
     unpacked = values = 0
     while position < end:
-        data = os.pread(descriptor, _MAX_HEADER_BYTES, position)
+        data = os.pread(descriptor, min(_MAX_HEADER_BYTES, end - position), position)
         fields, header_bytes = _struct(data, "a page header")
         page, packed = fields.get(2), fields.get(3)
         if not (isinstance(page, int) and isinstance(packed, int) and page >= 0 and packed >= 0):
@@ -238,17 +238,19 @@ class _Compact:
     def struct(self, depth: int = 0) -> dict[int, Any]:
         """Returns the fields of a struct by number; texts, floats and booleans are None."""
         fields: dict[int, Any] = {}
-        number = 0
-        while head := self._byte():
-            step, kind = head >> 4, head & 15
+        data, number = self.data, 0
+        while head := data[self.position]:
+            self.position += 1
+            step = head >> 4
             number = number + step if step else self._zigzag()
-            fields[number] = self._value(kind, depth)
+            fields[number] = self._value(head & 15, depth)
+        self.position += 1
         return fields
 
     def _value(self, kind: int, depth: int) -> Any:
         if depth > _MAX_DEPTH:
             raise IndexError(depth)
-        if kind in (4, 5, 6):
+        if 4 <= kind <= 6:
             return self._zigzag()
         if kind == 12:
             return self.struct(depth + 1)
@@ -256,7 +258,8 @@ class _Compact:
             length = self._varint()
             self.position += length
         elif kind in (9, 10):
-            head = self._byte()
+            head = self.data[self.position]
+            self.position += 1
             count = head >> 4 if head >> 4 < 15 else self._varint()
             # In a list a boolean takes a byte, in a struct it is its own type.
             item = 3 if head & 15 in (1, 2) else head & 15
@@ -267,18 +270,17 @@ class _Compact:
             raise IndexError(kind)
         return None
 
-    def _byte(self) -> int:
-        self.position += 1
-        return self.data[self.position - 1]
-
     def _varint(self) -> int:
-        value = 0
-        for shift in range(0, 70, 7):
-            byte = self._byte()
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-        raise IndexError(self.position)
+        data, position = self.data, self.position
+        value = data[position] & 0x7F
+        shift = 0
+        while data[position] >= 0x80:
+            position, shift = position + 1, shift + 7
+            if shift == 70:
+                raise IndexError(position)
+            value |= (data[position] & 0x7F) << shift
+        self.position = position + 1
+        return value
 
     def _zigzag(self) -> int:
         value = self._varint()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -76,13 +77,19 @@ def load_encoder(
                 f"the bundled encoder is {_named(*BUNDLED)}; {_named(*asked)} was asked for",
                 hint="use --encoder official, or --weights FILE",
             )
-        file = bundled_weights()
+        return _bundled(precision, str(device))
     elif weights is not None:
         file = read_weights(Path(weights))
     else:
         url = official_url(arch, quality, metric)
         file = read_weights(fetch_weights(url, weights_folder(), progress))
     return _frozen(file, asked, precision, device)
+
+
+@functools.cache
+def _bundled(precision: Precision, device: str) -> FrozenEncoder:
+    """Loads the bundled encoder, once per process: it never changes, and a load takes 30 ms."""
+    return _frozen(bundled_weights(), BUNDLED, precision, device)
 
 
 def load_saved_encoder(

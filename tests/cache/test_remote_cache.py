@@ -18,6 +18,7 @@ from ci2p_cache.remote import RemoteFolder, shown, url_of
 from tests.support.commands import Ran, needs
 from tests.support.pictures import write_image_folder
 from tests.support.s3_server import KEY, SECRET, FaultyDoor, put_folder, s3_server
+from tests.support.tiers import thinned
 
 pytestmark = [needs("s3fs", "moto"), pytest.mark.usefixtures("nano")]
 
@@ -63,7 +64,7 @@ def mirrored(tmp_path: Path) -> set[str]:
     return {p.relative_to(mirror).as_posix() for p in mirror.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("shuffle", [True, "blocks"])
+@pytest.mark.parametrize("shuffle", thinned([True, "blocks"]))
 def test_batches_from_s3_are_those_of_the_local_cache(
     local: Path, away: str, shuffle: bool, tmp_path: Path
 ) -> None:

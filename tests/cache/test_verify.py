@@ -148,13 +148,13 @@ class TestSelfDigest:
 class TestRepair:
     @pytest.mark.parametrize(
         "paths",
-        [
+        thinned([
             [SHARD], [INDEX], [COMMIT], [LABELS], ["plan.parquet"], ["encoder.safetensors"],
             ["README.md", "checksums.sha256", "stats/channels.parquet", "errors.parquet"],
             ["latents.zarr/zarr.json", "latents.zarr/val/valid/c.0"],
             [SHARD, "plan.parquet", "encoder.safetensors", LABELS],
             [INDEX, "plan.parquet"], [COMMIT, "checksums.sha256"],
-        ],
+        ]),
         ids=lambda paths: "+".join(path.rpartition("/")[2] for path in paths),
     )  # fmt: skip
     @pytest.mark.parametrize("how", thinned(["flipped", "deleted"]))

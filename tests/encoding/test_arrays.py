@@ -76,7 +76,8 @@ def test_an_array_that_is_not_what_was_committed_is_named_once_and_mended(
 
 @pytest.mark.parametrize("name", thinned(NAMES, step=3))
 @pytest.mark.parametrize(
-    "how", ["other values", "another length", "no frame", "not listed", "metadata not listed"]
+    "how",
+    thinned(["other values", "another length", "no frame", "not listed", "metadata not listed"]),
 )
 def test_an_array_whose_digest_fits_is_still_held_against_the_index(
     cache: Path, whole: Path, name: str, how: str

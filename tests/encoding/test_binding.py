@@ -15,6 +15,7 @@ import ci2p_cache as cc
 from ci2p_cache import errors
 from tests.support.pictures import write_image_folder
 from tests.support.seals import reseal, write_json
+from tests.support.tiers import thinned
 
 OPTIONS = cc.EncodeOptions(
     encoder="bundled", size=32, views="crops:2", shard_samples=4, val_fraction=0.25
@@ -99,7 +100,7 @@ def test_no_field_is_forgotten_here(folders: tuple[Path, Path]) -> None:
 
 
 # A smaller limit is refused, a larger one takes in more: test_growth.py.
-@pytest.mark.parametrize("name", [name for name in BOUND if name != "layout.limit"])
+@pytest.mark.parametrize("name", thinned(name for name in BOUND if name != "layout.limit"))
 def test_a_folder_made_with_another_value_is_refused_and_nothing_changes(
     folders: tuple[Path, Path], tmp_path: Path, name: str
 ) -> None:

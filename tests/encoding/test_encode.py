@@ -99,7 +99,9 @@ def assert_equals_reference(
 
 @pytest.mark.parametrize(
     ("dtype", "step"),
-    thinned([("int8", 1.0), ("int8", 0.5), ("int16", 0.25), ("float16", 1.0), ("float32", 1.0)]),
+    thinned(
+        [("int16", 0.25), ("int8", 0.5), ("int8", 1.0), ("float16", 1.0), ("float32", 1.0)], step=3
+    ),
 )
 def test_every_stored_value_is_what_compressai_gives(
     image_folder: Path, tmp_path: Path, dtype: str, step: float
@@ -215,12 +217,12 @@ def test_run_settings_change_no_stored_value(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [
+    thinned([
         ("size", 96), ("resize_side", 80), ("interpolation", "bicubic"), ("views", "none"),
         ("views", "crops:2"), ("dtype", "float16"), ("step", 0.5), ("precision", "bf16"),
         ("exif", "apply"), ("max_pixels", 10_000), ("val_fraction", 0.5), ("seed", 1),
         ("shard_samples", 5), ("limit", 9), ("codec", "none"), ("level", 3),
-    ],
+    ]),
 )  # fmt: skip
 def test_other_settings_are_refused_field_by_field_and_nothing_changes(
     image_folder: Path, cache_dir: Path, field: str, value: object
@@ -282,7 +284,7 @@ def test_sigterm_ends_within_seconds_and_the_same_command_goes_on(
     assert not cc.verify(out)
 
 
-@pytest.mark.parametrize("garbage", ["empty", "half", "random", "folder", "link"])
+@pytest.mark.parametrize("garbage", thinned(["empty", "half", "random", "folder", "link"], step=3))
 def test_garbage_at_a_target_path_is_replaced(
     image_folder: Path, cache_dir: Path, tmp_path: Path, garbage: str
 ) -> None:

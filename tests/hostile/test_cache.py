@@ -233,7 +233,7 @@ def label_is(root: Path, label: int) -> None:
     reseal(root)
 
 
-@pytest.mark.parametrize("case", thinned(CACHES, step=5))
+@pytest.mark.parametrize("case", thinned(CACHES, step=12))
 def test_a_hostile_cache_is_refused_by_every_command_that_would_use_it(
     warm: WarmParent, place: Path, case: str
 ) -> None:

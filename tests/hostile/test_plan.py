@@ -97,7 +97,7 @@ def encode(place: Path) -> tuple[Any, ...]:
     return ("encode", place / "src", "--out", place / "shards", *ENCODE)
 
 
-@pytest.mark.parametrize("case", thinned(PLANS, step=4))
+@pytest.mark.parametrize("case", thinned(PLANS, step=8))
 def test_a_plan_that_cannot_be_is_refused_by_name(warm: WarmParent, place: Path, case: str) -> None:
     path = place / "shards" / PLAN
     path.write_bytes(parquet_bytes(PLANS[case](pq.read_table(path))))

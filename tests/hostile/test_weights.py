@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.hostile.attacks import Harmful, attacked, refused
+from tests.support.tiers import thinned
 from tests.support.warm import WarmParent
 
 
@@ -81,7 +82,7 @@ WEIGHTS: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WEIGHTS)
+@pytest.mark.parametrize("case", thinned(WEIGHTS))
 def test_hostile_weights_are_refused_before_anything_is_written(
     warm: WarmParent, good: Path, tmp_path: Path, case: str
 ) -> None:

@@ -88,7 +88,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("damage", thinned(DAMAGE, step=3))
+@pytest.mark.parametrize("damage", thinned(DAMAGE, step=6))
 def test_a_damaged_tar_is_named_by_verify_raised_by_reading_and_repaired_to_the_same_bytes(
     caches: dict[str, Path], tars: Path, run: Callable[..., Ran], damage: str
 ) -> None:

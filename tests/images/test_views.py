@@ -16,6 +16,7 @@ from ci2p_cache.images.decode import DecodedImage, decode_image
 from ci2p_cache.images.views import CropBox, image_views
 from ci2p_cache.specs import ImageSpec, ViewSpec
 from tests.support.pictures import picture
+from tests.support.tiers import thinned
 
 SPEC = ImageSpec(size=64, resize_side=64, decoder="x")
 FLIP, NONE = ViewSpec(kind="flip"), ViewSpec(kind="none")
@@ -211,7 +212,7 @@ def test_views_own_their_memory(view_spec: ViewSpec) -> None:
 
 @pytest.mark.parametrize("views", [NONE, FLIP, crops(4)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("exif", ["ignore", "apply"])
+@pytest.mark.parametrize("exif", thinned(["apply", "ignore"]))
 def test_how_pixels_are_strided_makes_no_difference_to_a_byte(
     views: ViewSpec,
     interpolation: Literal["bilinear", "bicubic"],

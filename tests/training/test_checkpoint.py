@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 import ci2p_cache as cc
 from ci2p_cache import errors
 from tests.support.caches import make_cache
+from tests.support.tiers import thinned
 from tests.training.test_training import Notes, copy_run, replace_file, rows_of
 
 SPEC = cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=6)
@@ -111,7 +112,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", thinned(DAMAGES))
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_naming_both(
     cache_dir: Path, finished: Path, run: Path, damage: str
 ) -> None:
