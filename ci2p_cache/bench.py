@@ -31,7 +31,7 @@ from ci2p_cache.encoding.forecast import DryRunReport, dry_run
 from ci2p_cache.encoding.intent import load_chosen
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver
-from ci2p_cache.encoding.shard import Lane, make_lanes, refuse_other_decoder, single_threaded
+from ci2p_cache.encoding.shard import Replica, make_replicas, refuse_other_decoder, single_threaded
 from ci2p_cache.errors import CacheError, UsageError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
@@ -86,7 +86,7 @@ class EncodeReport(Record):
     source: str
     """The source of images."""
     device: str
-    """Where g_a ran, and in how many lanes."""
+    """Where g_a ran, and in how many replicas."""
     precision: str
     """Arithmetic of g_a."""
     views_per_image: int
@@ -121,16 +121,16 @@ def bench_encoding(
     options, observer = options or EncodeOptions(), observer or EncodeObserver()
     whole = _sample(source, options, observer)
     views = options.view_spec().num_views("train")
-    lanes = make_lanes(load_chosen(options, observer), options.devices)
-    batch_size = options.batch_size or (8 if lanes[0].device.type == "cpu" else 256)
+    replicas = make_replicas(load_chosen(options, observer), options.devices)
+    batch_size = options.batch_size or (8 if replicas[0].device.type == "cpu" else 256)
     rates = {
         "whole": whole.images_per_second,
-        "g_a": _g_a_alone(lanes, batch_size, options.size, seconds) / views,
+        "g_a": _g_a_alone(replicas, batch_size, options.size, seconds) / views,
         "decoding": whole.decode_images_per_second,
     }
     return EncodeReport(
         source=whole.source,
-        device=f"{lanes[0].device.type}, {len(lanes)} lanes",
+        device=f"{replicas[0].device.type}, {len(replicas)} replicas",
         precision=options.precision,
         views_per_image=views,
         batch_size=batch_size,
@@ -167,25 +167,25 @@ def _sample(source: str | Path, options: EncodeOptions, observer: EncodeObserver
         return dry_run(source, Path(folder) / "cache", options, observer=observer)
 
 
-def _g_a_alone(lanes: list[Lane], batch_size: int, size: int, seconds: float) -> float:
-    """Returns views per second of all lanes together, each on a batch in its device's memory."""
+def _g_a_alone(replicas: list[Replica], batch_size: int, size: int, seconds: float) -> float:
+    """Returns views per second of all replicas together, each on a batch in its device's memory."""
     threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
     views_B3HW = torch.rand((batch_size, 3, size, size), generator=generator)
 
-    def rate(lane: Lane) -> float:
-        batch, done = views_B3HW.to(lane.device, memory_format=torch.channels_last), 0
-        with lane.queue():
-            lane.encoder(batch).cpu()
+    def rate(replica: Replica) -> float:
+        batch, done = views_B3HW.to(replica.device, memory_format=torch.channels_last), 0
+        with replica.queue():
+            replica.encoder(batch).cpu()
             started = time.perf_counter()
             while time.perf_counter() - started < seconds:
                 # Only a byte is fetched, to know that the batch is done.
-                lane.encoder(batch)[0, 0, 0, 0].cpu()
+                replica.encoder(batch)[0, 0, 0, 0].cpu()
                 done += batch_size
         return done / (time.perf_counter() - started)
 
-    with ThreadPoolExecutor(len(lanes), "lane", single_threaded) as pool:
-        total = sum(pool.map(rate, lanes))
+    with ThreadPoolExecutor(len(replicas), "replica", single_threaded) as pool:
+        total = sum(pool.map(rate, replicas))
     torch.set_num_threads(threads)
     return total
 

@@ -242,7 +242,7 @@ def _limits() -> Iterator[Diagnosis]:
 
 
 def _disk(folder: Path) -> Iterator[Diagnosis]:
-    """Tells the free space, and times writing 64 MiB with fsync."""
+    """Reports the free space, and times writing 64 MiB with fsync."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(place).free
     subject, size = f"disk of {place}", f"{free / 1e9:.1f} GB free"

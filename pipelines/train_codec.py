@@ -93,7 +93,7 @@ _TELL_SECONDS = 30.0
 
 
 class Progress:
-    """Tells of the steps, keeps them in progress.csv, and says when to save or stop."""
+    """Reports the steps, keeps them in progress.csv, and says when to save or stop."""
 
     def __init__(self, path: Path, num_steps: int, stop: StopSignal) -> None:
         self._path, self._num_steps, self._stop = path, num_steps, stop
@@ -223,7 +223,7 @@ def _results(
     held_out: PictureFolders | None,
     lmbda: float,
 ) -> dict[str, Any]:
-    """Measures both encoders on pictures that were not trained on, and tells of it."""
+    """Measures both encoders on pictures that were not trained on, and reports it."""
     results: dict[str, Any] = {}
     for name, encoder in (("start", start), ("end", end)):
         if held_out is None or encoder is None:

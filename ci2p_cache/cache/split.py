@@ -353,7 +353,7 @@ class Split(Dataset[tuple[Tensor, int]]):
         return file
 
     def _require_own_chunks(self, file: ShardReader, shard: int) -> None:
-        """Tells shards of raw chunks apart, whose own indexes are all alike.
+        """Distinguishes shards of raw chunks, whose own indexes are all alike.
 
         The first and the last chunk that are stored are held against the index part.
         """

@@ -1,4 +1,4 @@
-"""How bytes reach a cache: staged, synced, renamed into place; what they say is not known here.
+"""How bytes reach a cache: staged, synced, renamed into place. Their content plays no part here.
 
 One shard has one writer and is written whole. Only its commit record, renamed into place last,
 makes it count; whatever is at a target path without one is replaced.
@@ -49,7 +49,7 @@ class StagingArea:
 
     Args:
         root: The cache folder; staging is in it because a rename must not cross file systems.
-        name: Tells concurrent writers of disjoint shard ranges apart.
+        name: Distinguishes concurrent writers of disjoint shard ranges.
     """
 
     def __init__(self, root: Path, *, name: str = "all") -> None:

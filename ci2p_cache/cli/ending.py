@@ -83,7 +83,7 @@ def _command_of(words: Sequence[str], commands: Iterable[str]) -> list[str]:
 
 @contextmanager
 def told_errors(*, go_on: str, advise: Callable[[CacheError], str] | None = None) -> Iterator[None]:
-    """Tells of the error that ends the block, and exits with its code.
+    """Reports the error that ends the block, and exits with its code.
 
     Args:
         go_on: What to run or do after an interruption.

@@ -41,9 +41,9 @@ from ci2p_cache.encoding.rows import load_image, read_ahead
 from ci2p_cache.encoding.shard import (
     EncodeSettings,
     ErrorBudget,
-    Lane,
+    Replica,
     ShardEncoder,
-    make_lanes,
+    make_replicas,
     parse_max_errors,
     single_threaded,
 )
@@ -65,8 +65,8 @@ __all__ = ["DryRunReport", "dry_run"]
 
 _IMAGES = 256
 """Images timed on a CPU of two cores; about 10 s there."""
-_BATCHES_PER_LANE = 16
-"""On larger machines so many batches of each lane are timed, if that is more."""
+_BATCHES_PER_REPLICA = 16
+"""On larger machines so many batches of each replica are timed, if that is more."""
 _SECONDS = 20.0
 """No other images are handed in after that, warm-up included: a slow machine takes fewer."""
 _PIECE_IMAGES = 32
@@ -231,8 +231,10 @@ def dry_run(
         trial.already_bad = sum(commit.rows - commit.valid_rows for commit in commits.values())
         trial.bad_allowed = parse_max_errors(options.max_errors, intent.plan.num_samples)
         if missing:
-            lanes = make_lanes(encoder, options.devices)
-            trial.run(EncodeSettings.of(intent.manifest, lanes, options), lanes, scratch, observer)
+            replicas = make_replicas(encoder, options.devices)
+            trial.run(
+                EncodeSettings.of(intent.manifest, replicas, options), replicas, scratch, observer
+            )
         free = shutil.disk_usage(_existing(root)).free
         if overwrite:
             free += sum(path.lstat().st_size for path in root.rglob("*") if path.is_file())
@@ -270,7 +272,7 @@ class _Trial:
     timed_seconds: float = 0.0
     """How long these took."""
     busy_seconds: float = 0.0
-    """Of that time, how long g_a ran, averaged over the lanes."""
+    """Of that time, how long g_a ran, averaged over the replicas."""
     views: int = 0
     """Views of all images, bad ones included."""
     latent_bytes: int = 0
@@ -297,17 +299,21 @@ class _Trial:
         return sum(len(splits[split].rows_of(number)) for split, number in self.missing)
 
     def run(
-        self, settings: EncodeSettings, lanes: list[Lane], scratch: Path, observer: EncodeObserver
+        self,
+        settings: EncodeSettings,
+        replicas: list[Replica],
+        scratch: Path,
+        observer: EncodeObserver,
     ) -> None:
         """Encodes a sample of what is missing, or all of it, and decodes some more."""
         plan, left, batch = self.intent.plan, self.left, settings.batch_size
-        # As `ShardEncoder` holds them: images decoded ahead, batches on their way through lanes.
-        in_flight = max(32, 2 * batch * len(lanes))
-        in_flight += (2 * len(lanes) + settings.decode_threads) * batch
-        count = max(_IMAGES, _BATCHES_PER_LANE * batch * len(lanes)) + 2 * in_flight
+        # As `ShardEncoder` holds them: images decoded ahead, batches on their way through replicas.
+        in_flight = max(32, 2 * batch * len(replicas))
+        in_flight += (2 * len(replicas) + settings.decode_threads) * batch
+        count = max(_IMAGES, _BATCHES_PER_REPLICA * batch * len(replicas)) + 2 * in_flight
         if left <= count:
             shards = [plan.shard(*shard) for shard in self.missing]
-            self._encode(shards, settings, lanes, scratch, observer, warm_images=0)
+            self._encode(shards, settings, replicas, scratch, observer, warm_images=0)
             # The same images again: they show how fast decoding is, and nothing new of bad files.
             self._decode(shards, settings, counts=False)
             return
@@ -321,14 +327,14 @@ class _Trial:
         first = math.ceil(len(pieces) * count / left)
         last = math.ceil(len(pieces) * (count + _DECODED_IMAGES) / left)
         shards = _cut(plan, pieces[:first], sizes)
-        self._encode(shards, settings, lanes, scratch, observer, warm_images=in_flight)
+        self._encode(shards, settings, replicas, scratch, observer, warm_images=in_flight)
         self._decode(_cut(plan, pieces[first:last], sizes), settings, counts=True)
 
     def _encode(
         self,
         shards: Sequence[ShardPlan],
         settings: EncodeSettings,
-        lanes: list[Lane],
+        replicas: list[Replica],
         scratch: Path,
         observer: EncodeObserver,
         *,
@@ -362,7 +368,7 @@ class _Trial:
         with (
             StagingArea(scratch) as staging,
             ShardEncoder(
-                self.source, settings, lanes, staging, budget=budget, on_image=count
+                self.source, settings, replicas, staging, budget=budget, on_image=count
             ) as encoder,
         ):
             for record in encoder.encode(until_enough()):

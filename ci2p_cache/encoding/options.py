@@ -95,7 +95,7 @@ class EncodeOptions(Record):
     workers: int | None = option(
         None, "Threads that read and decode [default: one per core].", low=1
     )
-    devices: str = option("auto", "auto, cpu, cpu:N (lanes), cuda, cuda:0,1.")
+    devices: str = option("auto", "auto, cpu, cpu:N (N threads), cuda, cuda:0,1.")
     max_errors: str = option(
         "0.1%", "Images that may fail: a share (at least one image) or a count."
     )

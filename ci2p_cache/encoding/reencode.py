@@ -21,12 +21,12 @@ from ci2p_cache.encoder.load import load_recorded_encoder
 from ci2p_cache.encoding.plan import Sample
 from ci2p_cache.encoding.rows import LoadedImage, load_image
 from ci2p_cache.encoding.shard import (
-    Lane,
+    Replica,
     changed_numerics,
     encode_views,
-    lane_numerics,
-    make_lanes,
+    make_replicas,
     refuse_other_decoder,
+    replica_numerics,
     single_threaded,
 )
 from ci2p_cache.errors import ShardError, UsageError
@@ -96,8 +96,8 @@ def reencode(
     encoder = load_recorded_encoder(cache.encoder_path, made.encoder)
 
     @functools.cache
-    def lane_of(device: str) -> Lane:
-        return make_lanes(encoder, device)[0]
+    def replica_of(device: str) -> Replica:
+        return make_replicas(encoder, device)[0]
 
     chosen = _drawn(cache, count, seed)
     found = ReencodeSummary(
@@ -115,7 +115,7 @@ def reencode(
     single_threaded()
     try:
         for done, (split, row) in enumerate(chosen, 1):
-            found = _compared(found, split, row, load, lane_of)
+            found = _compared(found, split, row, load, replica_of)
             if on_row is not None:
                 on_row(done, len(chosen))
     finally:
@@ -143,7 +143,7 @@ def _compared(
     split: Split,
     row: int,
     load: Callable[[str, Sample], LoadedImage],
-    lane_of: Callable[[str], Lane],
+    replica_of: Callable[[str], Replica],
 ) -> ReencodeSummary:
     """Compares one row; returns the summary with it."""
     shard = row // split.record.shard_rows
@@ -180,14 +180,17 @@ def _compared(
     if reason is not None or image.views is None:
         return replace(summary, changed=(*summary.changed, f"{entry['path']} ({reason})"))
     on_cuda = commit.numerics.get("device_type") == "cuda" and torch.cuda.is_available()
-    lane, batch = lane_of("cuda" if on_cuda else "cpu"), int(commit.numerics.get("batch_size", 1))
+    replica, batch = (
+        replica_of("cuda" if on_cuda else "cpu"),
+        int(commit.numerics.get("batch_size", 1)),
+    )
     before = sum(status == "ok" for status in index["status"].to_pylist()[:offset])
     first, total = before * split.num_views, commit.valid_rows * split.num_views
-    now = _encoded(lane, list(image.views), split, first=first, total=total, size=batch)
+    now = _encoded(replica, list(image.views), split, first=first, total=total, size=batch)
     wide = np.float64 if split.latent.dtype.startswith("float") else np.int64
     lost = int((now != stored).sum())
     largest = float(np.abs(now.astype(wide) - stored.astype(wide)).max())
-    same = not changed_numerics(commit.numerics, lane_numerics(lane, batch))
+    same = not changed_numerics(commit.numerics, replica_numerics(replica, batch))
     problem = (
         f"({entry['key']}): {lost} of {stored.size} values are not what the encoder gives; "
         f"the largest difference is {largest:g}"
@@ -204,17 +207,17 @@ def _compared(
 
 
 def _encoded(
-    lane: Lane, views: list[torch.Tensor], split: Split, *, first: int, total: int, size: int
+    replica: Replica, views: list[torch.Tensor], split: Split, *, first: int, total: int, size: int
 ) -> npt.NDArray[Any]:
     """Encodes the views of a row, on CUDA in a batch of the size, and in the slot, that they had.
 
     On CPU the size of a batch changes no bit; on CUDA it chooses the algorithm.
     """
-    if lane.device.type == "cpu":
-        return encode_views(lane, views, split.latent)[0]
+    if replica.device.type == "cpu":
+        return encode_views(replica, views, split.latent)[0]
     found = []
     for number, view in enumerate(views, first):
         start = number - number % size
         batch = [view] * (min(start + size, total) - start)
-        found.append(encode_views(lane, batch, split.latent)[0][number - start])
+        found.append(encode_views(replica, batch, split.latent)[0][number - start])
     return np.stack(found)

@@ -53,9 +53,9 @@ from ci2p_cache.encoding.shard import (
     ErrorBudget,
     ShardEncoder,
     changed_numerics,
-    lane_numerics,
-    make_lanes,
+    make_replicas,
     refuse_other_decoder,
+    replica_numerics,
 )
 from ci2p_cache.errors import (
     CacheError,
@@ -432,17 +432,19 @@ class _Repair:
         budget = ErrorBudget(self._allowed_bad(shards))
         try:
             for (device, batch_size), group in groups.items():
-                lanes = make_lanes(encoder, device)
+                replicas = make_replicas(encoder, device)
                 options = EncodeOptions(batch_size=batch_size or None)
-                settings = EncodeSettings.of(self.manifest, lanes, options)
-                self._notice_other_numerics(group, lane_numerics(lanes[0], settings.batch_size))
+                settings = EncodeSettings.of(self.manifest, replicas, options)
+                self._notice_other_numerics(
+                    group, replica_numerics(replicas[0], settings.batch_size)
+                )
                 scratch = self.staging.scratch("replay")
                 with (
                     StagingArea(scratch) as beside,
                     ShardEncoder(
                         images,
                         settings,
-                        lanes,
+                        replicas,
                         beside,
                         budget=budget,
                         on_image=lambda good: meter.count(good, pipeline.busy_seconds),

@@ -3,17 +3,17 @@
 ::
 
     readers: file -> bytes -> decoder processes: views --+
-                                                         +--> lanes: g_a, quantise --+
-    (bounded look-ahead) --------------------------------+                           |
-       committer: shard, index, record  <--  readers: crc32c, compress  <------------+
+                                                         +--> replicas: g_a, quantise --+
+    (bounded look-ahead) --------------------------------+                              |
+       committer: shard, index, record  <--  readers: crc32c, compress  <---------------+
 
-Images are decoded ahead across shards, so lanes do not run dry at a shard's end; batches never
+Images are decoded ahead across shards, so replicas do not run dry at a shard's end; batches never
 cross a shard and are filled in row order whatever the timing: the same plan gives the same bytes.
 
-A lane is an encoder on a device. On CPU there is one per core, each with one torch thread: that is
-the reference setting (two threads inside one convolution change about 3 in a million symbols, two
-lanes change none). A CUDA device has two that share its encoder, each with a stream and pinned
-memory of its own: one uploads and downloads while the other computes.
+A replica is an encoder on a device. On CPU there is one per core, each with one torch thread. That
+is the reference setting: two threads inside one convolution change about 3 in a million symbols,
+two replicas change none. A CUDA device has two that share its encoder, each with a stream and
+pinned memory of its own: one uploads and downloads while the other computes.
 """
 
 from __future__ import annotations
@@ -60,8 +60,17 @@ from ci2p_cache.machine import chosen_devices, num_cores
 from ci2p_cache.specs import Fingerprint, LatentSpec, LayoutSpec
 
 __all__ = [
-    "EncodeSettings", "ErrorBudget", "Lane", "ShardEncoder", "changed_numerics", "encode_views",
-    "lane_numerics", "make_lanes", "parse_max_errors", "refuse_more_bad", "refuse_other_decoder",
+    "EncodeSettings",
+    "ErrorBudget",
+    "Replica",
+    "ShardEncoder",
+    "changed_numerics",
+    "encode_views",
+    "make_replicas",
+    "parse_max_errors",
+    "refuse_more_bad",
+    "refuse_other_decoder",
+    "replica_numerics",
     "single_threaded",
 ]  # fmt: skip
 
@@ -142,30 +151,30 @@ def refuse_more_bad(bad: int, allowed: int, reason: str) -> None:
         )
 
 
-_LANES_PER_CUDA_DEVICE = 2
+_REPLICAS_PER_CUDA_DEVICE = 2
 """Not measured: two are what overlap takes."""
 
 
 @dataclass(slots=True)
-class Lane:
+class Replica:
     """One encoder on one device; used by one thread at a time."""
 
     encoder: FrozenEncoder
-    """Lanes of one device share it."""
+    """Replicas of one device share it."""
     device: torch.device
     stream: torch.cuda.Stream | None = None
     """Where its work is queued; None on CPU."""
     _pinned: torch.Tensor | None = field(default=None, repr=False)
 
     def queue(self) -> contextlib.AbstractContextManager[object]:
-        """Makes what is computed inside run on the lane's own stream."""
+        """Makes what is computed inside run on the replica's own stream."""
         return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def upload(self, views: list[torch.Tensor]) -> torch.Tensor:
         """Gives views as one tensor on the device, uint8 (B, 3, size, size).
 
         On CUDA by way of pinned memory, which holds them until the stream has come that far: a
-        lane waits for its results before it takes other views.
+        replica waits for its results before it takes other views.
         """
         if self.stream is None:
             return torch.stack(views).to(self.device)
@@ -176,24 +185,24 @@ class Lane:
         return stacked.to(self.device, non_blocking=True)
 
 
-def make_lanes(encoder: FrozenEncoder, devices: str) -> list[Lane]:
-    """Builds the lanes for `--devices`, from an encoder on the CPU.
+def make_replicas(encoder: FrozenEncoder, devices: str) -> list[Replica]:
+    """Builds the replicas for `--devices`, from an encoder on the CPU.
 
     Raises:
         UsageError: the text is none of these, or such a device is not there.
     """
     chosen = chosen_devices(devices)
     if chosen[0].type == "cpu":
-        return [Lane(encoder, device) for device in chosen]
-    lanes = []
+        return [Replica(encoder, device) for device in chosen]
+    replicas = []
     for device in chosen:
         own = copy.deepcopy(encoder).to(device)
-        # The lanes' streams do not wait for the one on which the weights were laid out.
+        # The replicas' streams do not wait for the one on which the weights were laid out.
         torch.cuda.synchronize(device)
-        for _ in range(_LANES_PER_CUDA_DEVICE):
+        for _ in range(_REPLICAS_PER_CUDA_DEVICE):
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch stub
-            lanes.append(Lane(own, device, stream))
-    return lanes
+            replicas.append(Replica(own, device, stream))
+    return replicas
 
 
 def single_threaded() -> None:
@@ -202,7 +211,7 @@ def single_threaded() -> None:
 
 
 def encode_views(
-    lane: Lane, views: list[torch.Tensor], latent: LatentSpec
+    replica: Replica, views: list[torch.Tensor], latent: LatentSpec
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Runs g_a over B views, uint8 (3, size, size) each, and turns y into what is stored.
 
@@ -213,11 +222,11 @@ def encode_views(
     Raises:
         SaturationError: y holds values that the float dtype cannot hold.
     """
-    with lane.queue():
-        images = lane.upload(views).to(torch.float32).div_(255)
-        y = lane.encoder(images)
+    with replica.queue():
+        images = replica.upload(views).to(torch.float32).div_(255)
+        y = replica.encoder(images)
         if latent.is_symbols:
-            symbols = lane.encoder.quantize(y, step=latent.step)
+            symbols = replica.encoder.quantize(y, step=latent.step)
             stored, clipped = saturate(symbols, latent.symbol_limit)
             return stored.cpu().numpy(), clipped.cpu().numpy()
         values = y.to(getattr(torch, latent.dtype)).cpu()
@@ -229,15 +238,15 @@ def encode_views(
     return values.numpy(), np.zeros(values.shape[:2], np.int64)
 
 
-def lane_numerics(lane: Lane, batch_size: int) -> dict[str, str | int]:
+def replica_numerics(replica: Replica, batch_size: int) -> dict[str, str | int]:
     """Returns what a bit-identical repetition needs to know; every commit record holds it."""
-    cpu = lane.device.type == "cpu"
-    own = lane.encoder.spec.arch == ARCH
+    cpu = replica.device.type == "cpu"
+    own = replica.encoder.spec.arch == ARCH
     return {
-        "device_type": lane.device.type,
+        "device_type": replica.device.type,
         "device": torch.backends.cpu.get_cpu_capability()
         if cpu
-        else torch.cuda.get_device_name(lane.device),
+        else torch.cuda.get_device_name(replica.device),
         "batch_size": batch_size,
         "threads": 1,
         "memory_format": "channels_last",
@@ -250,7 +259,7 @@ def lane_numerics(lane: Lane, batch_size: int) -> dict[str, str | int]:
 def changed_numerics(
     then: Mapping[str, str | int], now: Mapping[str, str | int]
 ) -> dict[str, tuple[str | int | None, str | int | None]]:
-    """Returns what of `lane_numerics` was another then, by name, and may give other bits.
+    """Returns what of `replica_numerics` was another then, by name, and may give other bits.
 
     Who computed the paper's encoder is left out, compressai once or this package: the bits are the
     same.
@@ -289,9 +298,9 @@ class EncodeSettings:
     """Threads that read and compress, each with a process that decodes."""
 
     @classmethod
-    def of(cls, manifest: Manifest, lanes: Sequence[Lane], options: EncodeOptions) -> Self:
+    def of(cls, manifest: Manifest, replicas: Sequence[Replica], options: EncodeOptions) -> Self:
         """Returns what a manifest asks for, with the defaults that depend on the machine."""
-        on_cpu = lanes[0].device.type == "cpu"
+        on_cpu = replicas[0].device.type == "cpu"
         return cls(
             fingerprint=manifest.fingerprint,
             layout=manifest.layout,
@@ -321,13 +330,13 @@ class ShardEncoder:
 
     Host memory is bounded by two shards of encoded chunks or raw latents (at most 128 MiB each,
     uncompressed; with format `both`, chunks and raw latents),
-    the images decoded ahead (their views), two batches per lane, and one full-size image per
+    the images decoded ahead (their views), two batches per replica, and one full-size image per
     decoder process (at most 24 bytes times `max_pixels`, where it ends as a bad image).
 
     Args:
         source: Where the images are read from.
         settings: What to make of them.
-        lanes: The encoders; all give the same values.
+        replicas: The encoders; all give the same values.
         staging: Where committed files go.
         budget: Counts images that cannot be decoded, and ends the run when they are too many.
         on_image: Called in the caller's thread after each image, with whether it was good.
@@ -339,7 +348,7 @@ class ShardEncoder:
         self,
         source: ImageReader,
         settings: EncodeSettings,
-        lanes: list[Lane],
+        replicas: list[Replica],
         staging: StagingArea,
         *,
         budget: ErrorBudget,
@@ -353,10 +362,10 @@ class ShardEncoder:
         self._latent: LatentSpec = settings.fingerprint.latent
         self._probed = ChannelSums.empty(self._latent.channels)
         self._codec = codec_of(settings.layout, self._latent)
-        self._free_lanes: deque[Lane] = deque(lanes)
-        self._num_lanes = len(lanes)
-        self._numerics = lane_numerics(lanes[0], settings.batch_size)
-        self._free_slots = threading.Semaphore(2 * len(lanes) + settings.decode_threads)
+        self._free_replicas: deque[Replica] = deque(replicas)
+        self._num_replicas = len(replicas)
+        self._numerics = replica_numerics(replicas[0], settings.batch_size)
+        self._free_slots = threading.Semaphore(2 * len(replicas) + settings.decode_threads)
         self._num_threads = torch.get_num_threads()
         self._busy_lock = threading.Lock()
         self._busy_seconds = 0.0
@@ -366,10 +375,10 @@ class ShardEncoder:
             read_ahead,
             pool=self._readers,
             load=partial(load_image, source, self._decoders, settings.classes),
-            most=max(32, 2 * settings.batch_size * len(lanes)),
+            most=max(32, 2 * settings.batch_size * len(replicas)),
             carrier=carrier,
         )
-        self._lanes = ThreadPoolExecutor(len(lanes), "lane", single_threaded)
+        self._replicas = ThreadPoolExecutor(len(replicas), "replica", single_threaded)
         self._committer = ThreadPoolExecutor(1, "commit")
 
     def __enter__(self) -> ShardEncoder:
@@ -377,19 +386,19 @@ class ShardEncoder:
 
     def __exit__(self, *_: object) -> None:
         self._decoders.close()
-        pools = (self._readers, self._lanes, self._committer)
+        pools = (self._readers, self._replicas, self._committer)
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
         for pool in pools:
             pool.shutdown(wait=True)
-        # Set in a lane it also reaches MKL's global count; the caller gets its own back.
+        # Set in a replica it also reaches MKL's global count; the caller gets its own back.
         torch.set_num_threads(self._num_threads)
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds that g_a ran so far, averaged over the lanes."""
+        """Seconds that g_a ran so far, averaged over the replicas."""
         with self._busy_lock:
-            return self._busy_seconds / self._num_lanes
+            return self._busy_seconds / self._num_replicas
 
     def encode(self, shards: Iterable[ShardPlan]) -> Iterator[CommitRecord]:
         """Encodes and commits shards in order, yielding each once it is committed.
@@ -450,18 +459,18 @@ class ShardEncoder:
         self, shard: _Shard, views: list[torch.Tensor], slots: list[tuple[int, int]]
     ) -> None:
         self._free_slots.acquire()
-        shard.batches.append(self._lanes.submit(self._run_batch, shard, views, slots))
+        shard.batches.append(self._replicas.submit(self._run_batch, shard, views, slots))
 
     def _run_batch(
         self, shard: _Shard, views: list[torch.Tensor], slots: list[tuple[int, int]]
     ) -> Future[ChannelSums]:
         try:
-            lane = self._free_lanes.popleft()
+            replica = self._free_replicas.popleft()
             started = time.perf_counter()
             try:
-                stored, clipped = encode_views(lane, views, self._latent)
+                stored, clipped = encode_views(replica, views, self._latent)
             finally:
-                self._free_lanes.append(lane)
+                self._free_replicas.append(replica)
                 with self._busy_lock:
                     self._busy_seconds += time.perf_counter() - started
             return self._readers.submit(self._pack, shard, stored, clipped, slots)

@@ -36,7 +36,7 @@ from ci2p_cache.encoding.shard import (
     EncodeSettings,
     ErrorBudget,
     ShardEncoder,
-    make_lanes,
+    make_replicas,
     parse_max_errors,
     refuse_other_decoder,
 )
@@ -79,12 +79,12 @@ def encode_here(work: Work, shards: Iterable[ShardId]) -> Generator[CommitRecord
     Raises:
         CacheError: as `ShardEncoder.encode` has them.
     """
-    lanes, options = make_lanes(work.encoder, work.options.devices), work.options
+    replicas, options = make_replicas(work.encoder, work.options.devices), work.options
     plan, meter = work.intent.plan, work.meter
     with ShardEncoder(
         work.images,
-        EncodeSettings.of(work.intent.manifest, lanes, options),
-        lanes,
+        EncodeSettings.of(work.intent.manifest, replicas, options),
+        replicas,
         work.staging,
         budget=ErrorBudget(work.bad_allowed, already_bad=meter.bad),
         on_image=lambda good: meter.count(good, encoder.busy_seconds),

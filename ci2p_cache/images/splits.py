@@ -75,7 +75,7 @@ def _surroundings(names: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
 
 
 def look_like_splits(names: Sequence[str]) -> bool:
-    """Whether each of two or more names says a split and nothing else that tells them apart."""
+    """Whether each of two or more names says a split and nothing else that distinguishes them."""
     words = [_words(name) for name in names]
     if len(words) < 2:
         return False

@@ -126,7 +126,7 @@ class Tree(ABC):
         return ((join(folder, name), is_folder) for name, is_folder in found)
 
     def _identity(self, folder: bytes) -> object:
-        """Returns what tells a folder from those it is in."""
+        """Returns what distinguishes a folder from those it is in."""
         return folder
 
     @abstractmethod

@@ -43,7 +43,7 @@ class PixelViTConfig(Record):
     """Everything that fixes the tensors of a `PixelViT`; the rest is as in `ModelConfig`."""
 
     kind: Literal["pixel_vit"] = "pixel_vit"
-    """What `config_from_dict` tells records apart by."""
+    """How `config_from_dict` distinguishes records."""
     version: int = 1
     name: str
     embed_dim: int
@@ -67,7 +67,7 @@ class CnnViTConfig(Record):
     """Everything that fixes the tensors of a `CnnViT`; the rest is as in `ModelConfig`."""
 
     kind: Literal["cnn_vit"] = "cnn_vit"
-    """What `config_from_dict` tells records apart by."""
+    """How `config_from_dict` distinguishes records."""
     version: int = 1
     name: str
     embed_dim: int

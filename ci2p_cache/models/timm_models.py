@@ -200,7 +200,7 @@ class TimmConfig(Record):
     """What fixes a timm classifier on images, for one version of timm; see `ModelConfig` too."""
 
     kind: Literal["timm"] = "timm"
-    """What `config_from_dict` tells records apart by."""
+    """How `config_from_dict` distinguishes records."""
     version: int = 1
     name: str
     """`timm:` and timm's name of the model, without a tag of pretrained weights."""
@@ -230,7 +230,7 @@ class CI2PTimmConfig(Record):
     """What fixes a timm Vision Transformer on latents; see `ModelConfig` too."""
 
     kind: Literal["ci2p_timm"] = "ci2p_timm"
-    """What `config_from_dict` tells records apart by."""
+    """How `config_from_dict` distinguishes records."""
     version: int = 1
     name: str
     """`ci2p+timm:` and timm's name of the model, without a tag of pretrained weights."""

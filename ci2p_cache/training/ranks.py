@@ -98,9 +98,9 @@ _TIMEOUT = timedelta(minutes=30)
 _CONNECT_TIMEOUT = timedelta(seconds=10)
 """Longest that a rank looks for the store of a torchrun that keeps it itself, and so was there
 before its ranks: where it is not, torchrun was killed."""
-_TOLD_TIMEOUT = timedelta(seconds=20)
+_REPORT_TIMEOUT = timedelta(seconds=20)
 """Longest that a failed rank waits for rank 0 to take up its error; torchrun needs 30 s more."""
-_ERROR, _TOLD = "error", "told"
+_ERROR, _REPORTED = "error", "reported"
 """Keys of the store: the first error, and that rank 0 has taken it up."""
 
 _groups = itertools.count()
@@ -114,7 +114,7 @@ class _LostRankError(Exception):
 
 @contextlib.contextmanager
 def _collective() -> Iterator[None]:
-    """Tells a broken connection from errors of ours, around one collective."""
+    """Distinguishes a broken connection from errors of ours, around one collective."""
     try:
         yield
     except RuntimeError as error:
@@ -145,7 +145,7 @@ def _first_error(store: Store, error: Exception, *, rank: int) -> Exception:
     try:
         first = json.loads(store.compare_set(_ERROR, "", json.dumps(record)))
         if rank == 0:
-            store.set(_TOLD, "")
+            store.set(_REPORTED, "")
     except RuntimeError as unreachable:
         _log.debug("torchrun's store is gone: %s", unreachable)
         return own
@@ -329,7 +329,7 @@ class Ranks:
                 if not self.is_writer and not isinstance(error, _LostRankError):
                     # torchrun ends all once one rank has left: rank 0 gets the time to take it up.
                     with contextlib.suppress(RuntimeError):
-                        link.store.wait([_TOLD], _TOLD_TIMEOUT)
+                        link.store.wait([_REPORTED], _REPORT_TIMEOUT)
                 if first is error:
                     raise
                 raise first from error

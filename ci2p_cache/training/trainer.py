@@ -132,7 +132,7 @@ def early_notice(record: EpochRecord, *, steps: int, num_classes: int, num_val: 
     if not learns or record.top1 > _highest_guess(num_classes, num_val):
         return None
     return (
-        f"validation ({record.top1:.1%} of {num_val:,}) cannot be told from guessing while "
+        f"validation ({record.top1:.1%} of {num_val:,}) is no better than guessing while "
         f"training is ahead of it ({record.train_top1:.1%}), after {steps} steps. "
         "See whether both splits have the same classes and kind of images."
     )

@@ -144,7 +144,7 @@ def test_stage_one_is_measured_whole_and_in_its_parts(cache_dir: Path) -> None:
         assert row.images_per_second > 0
         assert row.views_per_second == pytest.approx(2 * row.images_per_second)
     assert (report.views_per_image, report.batch_size) == (2, 4)
-    assert report.device == "cpu, 2 lanes"
+    assert report.device == "cpu, 2 replicas"
     assert 0 <= report.waiting_share <= 1
     # Both views of every image, whatever share of them would be drawn for validation.
     latents = sum(f.stat().st_size for f in cache_dir.glob("latents.zarr/train/latents/c.*"))

@@ -182,7 +182,7 @@ def _profile_table(turns: dict[str, list[dict[str, float]]]) -> Table:
         notes=["g_a: with stacking, /255 and rounding. decoding: decode, resize and views, in "
                "processes of their own. reading: files, sha256 and hand-over. packing: zstd, "
                "crc32c, channel sums. other: the main thread and whatever else Python does.",
-               "g_a waiting: share of the wall time in which a lane had no batch."],
+               "g_a waiting: share of the wall time in which a replica had no batch."],
     )  # fmt: skip
     for key, own in turns.items():
         if not key.startswith("whole"):

@@ -44,7 +44,7 @@ CONTESTANTS = {
     "whole float32 flip": "cc.encode with the image and its mirror",
     "whole bf16 none": "cc.encode --precision bf16",
     "whole bf16 flip": "cc.encode --precision bf16 with the mirror",
-    "g_a float32": "g_a alone: a lane of one thread per core, batch 8 in memory, tuned allocator",
+    "g_a float32": "g_a alone: a one-thread replica per core, batch 8 in memory, tuned allocator",
     "g_a bf16": "the same in bf16",
     "g_a untuned": "g_a alone: torch's default threads on batches of 8, allocator as it comes",
     "naive": "a loop: Pillow, batch 1, model.g_a, torch's default threads, np.save per image",
@@ -116,7 +116,7 @@ def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
     encoder = load_encoder("bundled", precision="bf16" if how == "bf16" else "float32")
     # The network itself: FrozenEncoder's call would also copy y to NCHW float32.
     g_a, dtype = encoder._g_a, encoder._dtype
-    lanes = 1 if how == "untuned" else num_cores()
+    replicas = 1 if how == "untuned" else num_cores()
     if how != "untuned":
         tune_process()
     generator = torch.Generator().manual_seed(0)
@@ -128,15 +128,15 @@ def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
             for _ in range(batches):
                 g_a(x_B3HW)
 
-    pool = ThreadPoolExecutor(lanes, initializer=single_threaded if how != "untuned" else None)
+    pool = ThreadPoolExecutor(replicas, initializer=single_threaded if how != "untuned" else None)
 
     def turn(count: int) -> dict[str, float]:
-        batches = max(1, round(count / BATCH / lanes))
+        batches = max(1, round(count / BATCH / replicas))
         started, spent = time.perf_counter(), time.process_time()
-        for future in [pool.submit(work, batches) for _ in range(lanes)]:
+        for future in [pool.submit(work, batches) for _ in range(replicas)]:
             future.result()
         return {
-            "views": batches * BATCH * lanes,
+            "views": batches * BATCH * replicas,
             "seconds": time.perf_counter() - started,
             "processor": time.process_time() - spent,
         }

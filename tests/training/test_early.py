@@ -38,7 +38,7 @@ def test_a_loss_of_guessing_is_told_once_when_100_steps_are_done() -> None:
 def test_validation_at_chance_is_told_once_when_100_steps_are_done() -> None:
     notice = told(top1=0.21, epoch=8, steps=112)
     assert "validation (21.0% of 120)" in notice
-    assert "cannot be told from guessing while training is ahead of it (50.0%)" in notice
+    assert "is no better than guessing while training is ahead of it (50.0%)" in notice
     assert "whether both splits have the same classes" in notice
     assert told(top1=0.21, epoch=1, steps=1250).endswith("classes and kind of images.")
     for epoch in (1, 2, 3, 7, 9):
