@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 Stage = Literal["pictures", "encode", "train", "evaluate", "report"]
-DemoStage = Literal["verify", "draw"]
+DemoStage = Literal["verify"]
 """What the demo does beside these."""
 
 _STAGES: tuple[Stage, ...] = ("encode", "train", "evaluate", "report")
