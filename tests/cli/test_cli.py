@@ -63,6 +63,8 @@ def test_encode_verify_inspect_train_one_after_another(
     )  # fmt: skip
     assert trained.code == 0, trained.err
     assert "epoch 2/2" in trained.err
+    assert "plan: vitds_nano, " in trained.err
+    assert f" classes\n  2 epochs of 2 steps of 8 images, into {tmp_path}/runs/one\n" in trained.err
     assert (tmp_path / "runs" / "one" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
