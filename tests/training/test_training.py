@@ -370,10 +370,10 @@ def test_tensorboard_holds_every_epoch_once_after_a_restart(
     for tag, column in (("train/loss", "train_loss"), ("val/top1", "val_top1"), ("epoch", "epoch")):
         told = [(event.step, event.value) for event in board.Scalars(tag)]
         values = [float(row[column]) for row in rows_of(run)]
-        assert told == list(zip((5, 10, 15), np.float32(values).tolist(), strict=True))
+        assert told == list(zip((5, 10, 15), np.array(values, np.float32).tolist(), strict=True))
     rates = [(event.step, event.value) for event in board.Scalars("train/lr_step")]
     wanted = [lr_at(step, spec=SPEC, steps_per_epoch=5) for step in range(15)]
-    assert rates == list(enumerate(np.float32(wanted).tolist()))
+    assert rates == list(enumerate(np.array(wanted, np.float32).tolist()))
     # The last batch of an epoch has four images, the others five.
     losses = np.array([event.value for event in board.Scalars("train/loss_step")]).reshape(3, 5)
     means = [float(row["train_loss"]) for row in rows_of(run)]
