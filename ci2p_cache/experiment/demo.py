@@ -143,7 +143,7 @@ def run_demo(
     assert encoded is not None
     assert trained is not None
     assert learnt.report is not None
-    top1, chance = trained.last.top1 or 0.0, 1 / len(CLASSES)
+    top1, chance = trained.last.val_top1 or 0.0, 1 / len(CLASSES)
     if top1 < _CLEARLY * chance:
         raise CacheError(
             f"the model did not learn: validation top-1 is {top1:.1%} after {trained.last.epoch} "
