@@ -32,6 +32,7 @@ from ci2p_cache.encoding.shard import (
 from ci2p_cache.errors import ShardError, UsageError
 from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.locate import open_reader
+from ci2p_cache.images.source import ImageReader
 from ci2p_cache.record import Record
 
 __all__ = ["ReencodeSummary", "reencode"]
@@ -66,7 +67,7 @@ def reencode(
     count: int,
     *,
     seed: int = 0,
-    source: str | Path | None = None,
+    source: str | Path | ImageReader | None = None,
     on_row: Callable[[int, int], None] | None = None,
 ) -> ReencodeSummary:
     """Encodes random rows of a cache again and compares every value.
@@ -75,7 +76,8 @@ def reencode(
         path: The cache folder; it is only read.
         count: Rows to draw, over all splits alike; all of them where there are fewer.
         seed: Seed of the draw.
-        source: Where the images are now; None: where they were when the cache was made.
+        source: Where the images are now, or an object that reads them; None: where they were when
+            the cache was made.
         on_row: Called with (rows done, rows drawn).
 
     Raises:

@@ -104,7 +104,7 @@ class RepairSummary(Record):
 def repair(
     path: str | Path,
     *,
-    source: str | Path | None = None,
+    source: str | Path | ImageSource | None = None,
     weights: Path | None = None,
     observer: EncodeObserver | None = None,
     on_shard: Callable[[int, int], None] | None = None,
@@ -118,7 +118,8 @@ def repair(
     Args:
         path: The cache folder; in one that is still being encoded only committed shards are put
             back.
-        source: Where the images are now; None: where they were when the cache was made.
+        source: Where the images are now, or an object that reads them, as `encode` takes it; None:
+            where they were when the cache was made.
         weights: A weights file to restore a damaged encoder.safetensors from; None: the bundled
             or the downloaded official weights, if they are the ones.
         observer: Receives progress and notices.

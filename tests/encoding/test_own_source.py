@@ -97,6 +97,12 @@ def test_a_damaged_shard_is_put_back_from_the_source(folder: Path, tmp_path: Pat
     shard.unlink()
     cc.encode(Shelf.of(folder), out, OPTIONS)
     assert shard.read_bytes() == before
+    shard.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    summary = cc.repair(out, source=Shelf.of(folder))
+    assert shard.relative_to(out).as_posix() in summary.repaired
+    assert summary.remaining == ()
+    assert shard.read_bytes() == before
+    assert cc.reencode(out, 3, source=Shelf.of(folder)).differing_values == 0
 
 
 def test_what_cannot_go_with_such_a_source_is_refused(folder: Path, tmp_path: Path) -> None:
