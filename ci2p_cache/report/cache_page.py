@@ -95,12 +95,12 @@ def cache_section(
 def _headline(card: CacheCard) -> Html:
     views = sum(split.valid_rows * split.views for split in card.splits)
     per_split = ", ".join(f"{split.name} {split.valid_rows:,}" for split in card.splits)
-    per_view, *more = card.size_words or ("-",)
+    per_view = "-" if card.bytes_per_view is None else size(card.bytes_per_view)
     return tiles(
         [
             ("images", f"{card.images:,}", f"{views:,} views; {per_split}"),
             ("classes", f"{len(card.classes):,}", ""),
-            ("stored", per_view, ", ".join(more)),
+            ("per view", per_view, ", ".join(card.size_words[1:])),
             ("on disk", size(card.disk_bytes), f"{card.shards:,} shards, {card.layout.format}"),
             ("saturated", f"{card.clipped:,} symbols", f"{card.clipped_share:.2g} of all")
             if card.fingerprint.latent.is_symbols
@@ -132,7 +132,7 @@ def _size_table(card: CacheCard, sample: CacheSample) -> Html:
     ]
     parts = [
         table(
-            f"Bytes per view, mean of {len(sample.rows):,} of {sample.split}",
+            f"A view's latent without its index, mean of {len(sample.rows):,} of {sample.split}",
             ["stored as", "per view", "ratio"],
             rows,
         )

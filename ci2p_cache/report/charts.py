@@ -45,7 +45,7 @@ _WIDTH_INCHES, _HEIGHT_INCHES = 4.6, 2.7
 """331 units of the drawing, shown in about as many pixels: three beside each other on a wide page,
 one on a phone."""
 
-_BOX, _LEGEND_SHARE = (0.15, 0.19, 0.83, 0.77), 0.07
+_BOX, _LEGEND_SHARE = (0.15, 0.19, 0.81, 0.77), 0.07
 """Where the axes are, and what a legend above takes of their height: neighbours line up."""
 
 _MAX_POINTS = 400
@@ -125,17 +125,19 @@ def line_chart(
     with mpl.rc_context(_STYLE):
         figure, axes = _axes()
         shown = [line for line in lines if any(map(math.isfinite, line.y))]
+        top = max((abs(y) for line in shown for y in line.y if math.isfinite(y)), default=0.0)
+        exponent = math.floor(math.log10(top)) if not is_share and 0 < top < 0.01 else 0
         for line in shown:
             x, y = _thinned(line.x, line.y)
             axes.plot(
                 x,
-                y,
+                [value / 10.0**exponent for value in y],
                 _DASHES[line.color // NUM_COLORS % len(_DASHES)],
                 color=_SERIES[line.color % NUM_COLORS],
                 marker="o" if len(x) <= _MARKED_POINTS else "",
                 label=line.label,
             )
-        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set(xlabel=x_label, ylabel=f"{y_label}, 1e{exponent}" if exponent else y_label)
         if x_label == "epoch":
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if is_share:
@@ -249,7 +251,7 @@ def confusion_chart(alt: str, names: Sequence[str], shares: npt.NDArray[np.float
     strongest = 0.55 if side == _CELL_PX[0][1] else 1.0
     labels = [n if len(n) <= _LABEL_CHARS else f"{n[: _LABEL_CHARS - 2]}.." for n in names]
     # In em: letters of some scripts are twice as wide.
-    edge = round(30 + 11 * max(sum(0.6 if ord(c) < 0x1100 else 1.0 for c in n) for n in labels))
+    edge = round(30 + 11 * max(sum(0.57 if ord(c) < 0x1100 else 1.0 for c in n) for n in labels))
     places = [round(edge + (i + 0.5) * side) + 4 for i in range(count)]
     texts = [_text(edge, 11, "predicted class"), _text(11, edge, "true class", turn=True, at="end")]
     for label, place in zip(labels, places, strict=True):
@@ -278,7 +280,7 @@ def confusion_chart(alt: str, names: Sequence[str], shares: npt.NDArray[np.float
         f'<svg class="matrix" width="{wide}" height="{high}" viewBox="0 0 {wide} {high}" '
         'role="img" aria-label="{}" font-size="11" fill="var(--ink)">'
         f'<g transform="translate({edge} {edge}) scale({side})">'
-        f'<path fill="var(--card)" d="M0 0h{count}v{count}h-{count}z"/>'
+        f'<path fill="var(--page)" d="M0 0h{count}v{count}h-{count}z"/>'
         f'<g fill="var(--series-0)">{cells}</g></g>{{}}</svg></div>'
         f'<p class="legend"><span>share of the true class</span>{legend}</p>',
         alt, alt, texts,
@@ -341,7 +343,8 @@ def _svg(figure: Figure, alt: str) -> Html:
     # Groups are named alike in every chart; only what is referred to keeps its name.
     used = set(re.findall(r'(?:href="|url\()#([\w.-]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
-    text = re.sub(r"(?<![#\w.])-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", text)
+    # Coordinates, not the numbers at the axes.
+    text = re.sub(r"(?<![#\w.])-?\d+\.\d{3,}(?![\d<])", lambda m: f"{float(m[0]):.2f}", text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, variable)
     for waste in (

@@ -106,7 +106,8 @@ def run_section(
         ),
         _headline(run),
         *(notice(*remark) for remark in run.remarks),
-        markup("<p>The command with the recorded settings: {}</p>", typed(run.command)),
+        Html("<p>Not the command that was typed, but one with the settings that are recorded:</p>"),
+        typed(run.command),
         section("Curves", markup('<div class="grid">{}</div>', _curves(run)), level=3),
     ]  # fmt: skip
     if run.evaluation is not None:
@@ -233,14 +234,14 @@ def _confusion(run: RunData, evaluation: Evaluation) -> Html | None:
     names = [run.title_of(label) for label in labels]
     wrong = shares - np.diag(np.diag(shares))
     row, column = divmod(int(wrong.argmax()), len(labels))
-    text = "Rows are the true classes, columns what their images were taken for. "
+    text = "Confusion matrix: rows are the true classes, columns what their images were taken for. "
     if wrong.any():
         text += (
             f"The largest share off the diagonal: {percent(wrong[row, column])} of {names[row]}, "
             f"taken for {names[column]}."
         )
-    alt = f"Confusion matrix of {run.name}, {len(labels)} classes. {text}"
-    return figure(confusion_chart(alt, names, shares), text)
+    drawn = figure(confusion_chart(f"{text} Run {run.name}.", names, shares), text)
+    return markup('<div class="grid one">{}</div>', drawn)
 
 
 def _all_evaluations(run: RunData) -> Html:

@@ -145,8 +145,9 @@ def test_a_run_and_its_cache_are_told_in_one_page_that_loads_nothing(folder, cac
     assert (summary.runs, summary.bytes) == (("mine",), out.stat().st_size)
     for told in (
         "vitds_tiny", "best top-1", "waiting for data", "Where the time of an epoch goes",
-        "Most confident mistakes", "Confusion matrix of mine", "Expected calibration error",
-        "Learning rate", "L2 norm of all gradients", *describe(cache).size_words,
+        "Most confident mistakes", "Confusion matrix: rows", "Expected calibration error",
+        "Learning rate", "L2 norm of all gradients", "learning rate, 1e-3",
+        *describe(cache).size_words[1:],
         "Accuracy per class", cache.fingerprint.digest, "entropy bound", "JPEG, quality 90",
         "float16", "Worst by PSNR", "Drawn at random", "Energy of the", "broken.jpg",
         "Images per class", "saturated",
