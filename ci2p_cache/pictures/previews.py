@@ -370,7 +370,7 @@ def _draw_scale(page: _Page, scale: Normalize, left: int, top: int, panel_px: in
     axes = page.axes(left, top + 4, panel_px, 12)
     page.figure.colorbar(ScalarMappable(scale, "viridis"), cax=axes, orientation="horizontal")
     axes.tick_params(labelsize=8, colors=_FAINT, length=3, labelfontfamily=_FONT)
-    page.text(left, top + 50, "one colour scale for all rows, in the unit of y", size=9)
+    page.text(left, top + 50, "one scale for all rows, in the unit of y", size=9)
 
 
 def _draw_profile(

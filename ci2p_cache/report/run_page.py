@@ -151,7 +151,10 @@ def _headline(run: RunData) -> Html:
         ("waiting for data", percent(mean_wait_share(columns)), "of the training time"),
     ]
     if run.trained is not None:
-        rest = "" if run.trained == run.parameters else "; the rest is the frozen g_a"
+        rest = (
+            "; the rest is the frozen g_a" if run.parameters else "; the run has no copy of its g_a"
+        )
+        rest = "" if run.parameters == run.trained else rest
         entries.append(("parameters", _millions(run), f"{run.trained:,} trained{rest}"))
     return tiles(entries)
 

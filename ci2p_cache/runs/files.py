@@ -175,7 +175,10 @@ def num_parameters(run: Path) -> tuple[int, int | None]:
     blocks = getattr(config, "depth", 0) + sum(getattr(config, "depths", ()))
     if blocks > _MAX_BLOCKS:
         raise UsageError(f"the model has {blocks:,} blocks; up to {_MAX_BLOCKS:,} are counted")
-    trainable, path = trainable_parameters(config), run / ENCODER
+    try:
+        trainable, path = trainable_parameters(config), run / ENCODER
+    except (RuntimeError, OverflowError) as error:  # sizes that no tensor has
+        raise ManifestError(f"{run / MODEL_FILE} is damaged: {error}") from error
     if config.reads == "images":
         return trainable, 0
     try:

@@ -23,11 +23,13 @@ import ci2p_cache as cc
 from ci2p_cache.cache.summary import describe, index_parts
 from ci2p_cache.errors import InputDataError, RefusedError, SourceError, UsageError
 from ci2p_cache.models.complexity import complexity
+from ci2p_cache.models.registry import model_config
 from ci2p_cache.pictures.previews import draw_preview
 from ci2p_cache.pictures.reconstructions import LatentIllustrator
 from ci2p_cache.report import cache_page, charts, run_page
 from ci2p_cache.report.html import MAX_BYTES, write_report
 from ci2p_cache.runs.evaluations import wilson_interval
+from ci2p_cache.training.inputs import model_record
 from tests.support.nano import nano_models
 from tests.support.pictures import write_image_folder
 from tests.support.run_records import write_evaluation, write_run
@@ -333,6 +335,27 @@ class TestWhatMadeARun:
         told = "--online (no option sets decay_norm_and_bias yes, betas 0.5, 0.9)"
         assert told in Page(tmp_path / "r.html").text
         assert "The number of parameters is not known" in Page(tmp_path / "r.html").text
+
+    @pytest.mark.parametrize(
+        ("model", "encoder", "told"),
+        [
+            ({}, None, "parameters - 6,352,227 trained; the run has no copy of its g_a"),
+            ({}, b"none", "encoder.safetensors cannot be read"),
+            ({"depths": [10**9, 1]}, None, "1,000,000,001 blocks; up to 1,000 are counted"),
+            ({"embed_dims": [10**18, 16]}, None, "model.json is damaged"),
+        ],
+    )
+    def test_parameters_that_cannot_be_counted_are_a_remark(
+        self, cache, tmp_path, model, encoder, told
+    ):
+        mine = write_run(tmp_path / "mine", cache=cache)
+        record = model_record(cache, model_config("vitds_tiny", num_classes=3, latent_size=4))
+        record["model"] |= model
+        (mine / "model.json").write_text(json.dumps(record))
+        if encoder is not None:
+            (mine / "encoder.safetensors").write_bytes(encoder)
+        write_report([mine], tmp_path / "r.html")
+        assert told in Page(tmp_path / "r.html").text
 
 
 class TestConfusionMatrix:
