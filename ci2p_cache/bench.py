@@ -490,6 +490,7 @@ class _Timer:
             train_loader=loader,
             val_loader=None,
             save=lambda _: None,
+            log=lambda _: None,
             should_stop=self._is_over,
             ranks=Ranks(),
             observer=TrainObserver(),

@@ -23,15 +23,15 @@ def demo(
     ] = None,
     json: choices.JsonOption = False,
 ) -> None:
-    """Run both stages on generated pictures; one or two minutes, no network.
+    """Run both stages on generated pictures; about a minute, no network.
 
     \b
       ci2p-cache demo                      in a temporary folder, which is kept
       ci2p-cache demo --folder tryout/     in a folder of your choice, new or empty
 
     Generates small labelled pictures, encodes them with the bundled encoder, verifies every byte,
-    trains vitds_tiny from the latents, and writes the training curves and a picture of originals
-    and reconstructions. It ends with the commands that do the same on your own images.
+    trains vitds_tiny from the latents, evaluates it, and writes a report: one page with learning
+    curves, confusions and reconstructions. It ends with the commands for your own images.
     """
     from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
     from ci2p_cache.experiment.demo import run_demo
@@ -58,9 +58,8 @@ def _print_result(result: DemoResult) -> None:
     )
     render.line(f"  {result.note}")
     render.line(f"  cache       {result.cache}")
-    render.line(f"  curves      {result.curves}")
-    render.line(f"  picture     {result.preview}  (mean PSNR {result.psnr_db:.1f} dB)")
     render.line(f"  everything  {result.folder}")
+    render.line(f"  report      {result.report}  (open it in a browser)")
     render.line("the same on your own images:")
     for command in result.commands:
         render.line(f"  {command}")

@@ -65,13 +65,14 @@ def train(
       ci2p-cache train shards/ --model vit --precision bf16         on a GPU
       ci2p-cache train shards/ --model ci2p+timm:deit_small_patch16_224   DeiT on latents
       ci2p-cache train shards/ --model vit_b16                      a baseline, on the images
-      ci2p-cache train shards/ --model vit --optimizer adam --lr 1e-4 --epochs 300   paper
       torchrun --nproc-per-node 4 -m ci2p_cache train shards/ --model vit   on four GPUs
+      ci2p-cache run pipelines/animals10.py:paper_vit IMAGES        all of the paper's settings
 
     Writes runs/NAME/ with args.yaml, summary.csv, TensorBoard events, curves.png and checkpoints
     (best and last). The same command continues where it stopped, in the middle of an epoch if need
     be, and gives the same numbers as if it had never stopped.
     Models on images read the images that the cache was made of, in the same order and views.
+    The paper is Zhao and Sun, arXiv 2502.10120.
     """
     from ci2p_cache.cli.watch import TrainWatch
     from ci2p_cache.process import tune_process
@@ -167,12 +168,14 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
 
 def _print_summary(summary: TrainSummary, curves: Path) -> None:
     last, best = summary.last, summary.best
-    if best.top1 is None or last.top1 is None:
-        render.heading(f"{summary.name}: training loss {last.loss:.3f} after {last.epoch} epochs")
+    if best.val_top1 is None or last.val_top1 is None:
+        render.heading(
+            f"{summary.name}: training loss {last.train_loss:.3f} after {last.epoch} epochs"
+        )
     else:
         render.heading(
-            f"{summary.name}: top-1 {last.top1:.2%} after {last.epoch} epochs, "
-            f"best {best.top1:.2%} in epoch {best.epoch}"
+            f"{summary.name}: top-1 {last.val_top1:.2%} after {last.epoch} epochs, "
+            f"best {best.val_top1:.2%} in epoch {best.epoch}"
         )
     render.line(f"  curves      {curves}")
     render.line(f"  numbers     {summary.path}/summary.csv")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ci2p_cache.cli import render
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeProgress
 from ci2p_cache.runs.files import EpochRecord
-from ci2p_cache.training.records import TrainObserver, TrainProgress
+from ci2p_cache.training.records import TrainObserver, TrainPlan, TrainProgress
 
 __all__ = ["EncodeWatch", "TrainWatch"]
 
@@ -48,13 +48,35 @@ class EncodeWatch(_Watch, EncodeObserver):
 
 
 class TrainWatch(_Watch, TrainObserver):
-    """Shows stage two: a progress line within an epoch, and one printed line per epoch."""
+    """Shows stage two: its plan, a progress line within an epoch, and a printed line per epoch."""
+
+    def planned(self, plan: TrainPlan) -> None:
+        """Prints what is trained, from what, and where it goes."""
+        views = f", {plan.views} views each" if plan.views > 1 else ""
+        parts = f" (in {plan.accumulate} parts)" if plan.accumulate > 1 else ""
+        render.status(
+            f"plan: {plan.model}, {plan.parameters:,} trainable parameters, {plan.precision} on "
+            f"{plan.device}"
+        )
+        render.status(
+            f"  {plan.train_images:,} training images{views}, {plan.val_images:,} validation "
+            f"images, {plan.classes} classes"
+        )
+        render.status(
+            f"  {plan.epochs} epochs of {plan.steps} steps of {plan.batch_size} images{parts}, "
+            f"into {plan.path}"
+        )
+        if plan.epochs_done or plan.steps_done:
+            render.status(
+                f"  continuing after {plan.epochs_done} of {plan.epochs} epochs and "
+                f"{plan.steps_done} of {plan.steps} steps"
+            )
 
     def progress(self, progress: TrainProgress) -> None:
         """Moves the line."""
         loss = ""
-        if progress.loss is not None and progress.train_top1 is not None:
-            loss = f"loss {progress.loss:.3f}, top-1 {progress.train_top1:.1%} (train), "
+        if progress.train_loss is not None and progress.train_top1 is not None:
+            loss = f"loss {progress.train_loss:.3f}, top-1 {progress.train_top1:.1%} (train), "
         self._line.update(
             progress.step,
             progress.steps,
@@ -65,14 +87,13 @@ class TrainWatch(_Watch, TrainObserver):
 
     def epoch(self, record: EpochRecord) -> None:
         """Prints the epoch's line."""
-        scores = (
-            f"top-1 {record.train_top1:.1%} (train)"
-            if record.top1 is None or record.top5 is None
-            else f"val loss {record.val_loss:.3f}  top-1 {record.top1:.1%}  top-5 {record.top5:.1%}"
-        )
+        scores = f"top-1 {record.train_top1:.1%} (train)"
+        if record.val_top1 is not None and record.val_top5 is not None:
+            scores = f"val loss {record.val_loss:.3f}  top-1 {record.val_top1:.1%}  "
+            scores += f"top-5 {record.val_top5:.1%}"
         skipped = f"  {record.skipped_steps} steps skipped" if record.skipped_steps else ""
         render.status(
             f"epoch {record.epoch:>{len(str(record.epochs))}}/{record.epochs}  "
-            f"loss {record.loss:.3f}  {scores}  {record.images_per_second:.0f} images/s  "
+            f"loss {record.train_loss:.3f}  {scores}  {record.images_per_second:.0f} images/s  "
             f"waiting {record.wait_share:.1%}  {render.duration(record.eta_seconds)} left{skipped}"
         )

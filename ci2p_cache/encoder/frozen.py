@@ -32,7 +32,7 @@ from ci2p_cache.encoder.weights import WeightsCard, weights_bytes
 from ci2p_cache.errors import UsageError
 from ci2p_cache.machine import checked_device
 from ci2p_cache.record import write_synced
-from ci2p_cache.specs import DOWNSAMPLING, EncoderSpec
+from ci2p_cache.specs import DOWNSAMPLING, EncoderSpec, LatentSpec
 
 __all__ = [
     "FrozenEncoder",
@@ -251,6 +251,24 @@ class FrozenEncoder:
             UsageError: the encoder has no symbols, or `step` is not positive.
         """
         return dequantize(symbols_BMhw.to(self.device), self.medians, step)
+
+    def stored(self, y_BMhw: Tensor, latent: LatentSpec) -> tuple[Tensor, Tensor]:
+        """Returns what a cache stores of y: saturated symbols, or y itself, of the cache's dtype.
+
+        Args:
+            y_BMhw: float32 latents as this encoder gives them, on any device.
+            latent: What the cache stores.
+
+        Returns:
+            The stored values, and the number of saturated symbols per channel, int64 (B, M).
+
+        Raises:
+            UsageError: symbols are stored, and the encoder has none.
+        """
+        if latent.is_symbols:
+            return saturate(self.quantize(y_BMhw, step=latent.step), latent.symbol_limit)
+        clipped = torch.zeros(y_BMhw.shape[:2], dtype=torch.int64)
+        return y_BMhw.to(getattr(torch, latent.dtype)), clipped
 
     def decode(self, y_hat_BMhw: Tensor) -> Tensor:
         """Runs g_s, in float32 whatever `spec.precision` is.

@@ -42,7 +42,7 @@ from ci2p_cache.cache.containers import put_shard
 from ci2p_cache.cache.index import ChannelSums, IndexRow
 from ci2p_cache.cache.manifest import Manifest, SplitRecord
 from ci2p_cache.cache.staging import StagingArea
-from ci2p_cache.encoder.frozen import FrozenEncoder, saturate
+from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.zoo import ARCH
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.plan import ShardPlan
@@ -224,18 +224,14 @@ def encode_views(
     """
     with replica.queue():
         images = replica.upload(views).to(torch.float32).div_(255)
-        y = replica.encoder(images)
-        if latent.is_symbols:
-            symbols = replica.encoder.quantize(y, step=latent.step)
-            stored, clipped = saturate(symbols, latent.symbol_limit)
-            return stored.cpu().numpy(), clipped.cpu().numpy()
-        values = y.to(getattr(torch, latent.dtype)).cpu()
-    if not bool(torch.isfinite(values).all()):
+        found = replica.encoder.stored(replica.encoder(images), latent)
+        stored, clipped = (each.cpu() for each in found)
+    if not (latent.is_symbols or bool(torch.isfinite(stored).all())):
         raise SaturationError(
             f"the encoder gives values that {latent.dtype} cannot hold",
             hint="repeat the command with --dtype float32 into a new --out folder",
         )
-    return values.numpy(), np.zeros(values.shape[:2], np.int64)
+    return stored.numpy(), clipped.numpy()
 
 
 def replica_numerics(replica: Replica, batch_size: int) -> dict[str, str | int]:

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 Stage = Literal["pictures", "encode", "train", "evaluate", "report"]
-DemoStage = Literal["verify", "draw"]
+DemoStage = Literal["verify"]
 """What the demo does beside these."""
 
 _STAGES: tuple[Stage, ...] = ("encode", "train", "evaluate", "report")
@@ -205,10 +205,10 @@ def run_experiment(
                     ranks=ranks,
                 )
                 last, best = trained.last, trained.best
-                text = f"training loss {last.loss:.3f} after {last.epoch} epochs"
-                if last.top1 is not None and best.top1 is not None:
-                    text = f"top-1 {last.top1:.2%} after {last.epoch} epochs, "
-                    text += f"best {best.top1:.2%} in epoch {best.epoch}"
+                text = f"training loss {last.train_loss:.3f} after {last.epoch} epochs"
+                if last.val_top1 is not None and best.val_top1 is not None:
+                    text = f"top-1 {last.val_top1:.2%} after {last.epoch} epochs, "
+                    text += f"best {best.val_top1:.2%} in epoch {best.epoch}"
                 outcome.append(text)
         scores = report = None
         if trained is not None and ranks.is_writer:
@@ -311,7 +311,7 @@ def _evaluate(
     experiment: Experiment, root: Path, trained: TrainSummary, device: str, clock: StageClock
 ) -> Scores | None:
     """Evaluates the run on its validation split; reads what a finished one was evaluated to."""
-    if trained.last.top1 is None:
+    if trained.last.val_top1 is None:
         return None
     run, checkpoint = Path(trained.path), experiment.checkpoint
     with clock.stage("evaluate", f"evaluating the {checkpoint} weights") as outcome:

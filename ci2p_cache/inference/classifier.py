@@ -225,15 +225,7 @@ class Classifier:
         Raises:
             InputDataError, DigestError, UsageError: as for `encoder`, whose medians symbols need.
         """
-        latent = self.fingerprint.latent
-        dtype: torch.dtype = getattr(torch, latent.dtype)
-        if not latent.is_symbols:
-            return y_BMhw.to(dtype)
-        # Only here: evaluating from a cache must run where compressai is not installed.
-        from ci2p_cache.encoder.frozen import saturate
-
-        symbols = self.encoder.quantize(y_BMhw, step=latent.step)
-        return saturate(symbols, latent.symbol_limit)[0].to(dtype)
+        return self.encoder.stored(y_BMhw, self.fingerprint.latent)[0]
 
     def dequantise(self, stored_BMhw: Tensor) -> Tensor:
         """Gives stored values as the loaders do: symbols * step + median, or y itself.

@@ -269,7 +269,7 @@ def _evaluation(run: RunFolder, columns: dict[str, Any], validation: Validation)
             for number, name in enumerate(classes)
         ),
         "confusion": confusion_triples(label, predicted),
-        "recorded_top1": ended.top1 if ended else None,
+        "recorded_top1": ended.val_top1 if ended else None,
         "recorded_nll": ended.val_loss if ended else None,
     }
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ci2p_cache.cache.split import Split
-from ci2p_cache.encoder.frozen import FrozenEncoder, saturate
+from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_saved_encoder
 from ci2p_cache.errors import ImageDecodeError, InputDataError
 from ci2p_cache.images.decoders import MOST_AT_ONCE, Decoders
@@ -210,12 +210,8 @@ class OnlineLoader(SourceLoader):
     def _stored(self, images_B3HW: Tensor) -> Tensor:
         """Encodes images to what the cache would store, (B, M, h, w) of its dtype."""
         latent = self._fingerprint.latent
-        dtype = getattr(torch, latent.dtype)
         if not len(images_B3HW):
+            dtype = getattr(torch, latent.dtype)
             return torch.empty((0, *latent.shape), dtype=dtype, device=self.device)
         y = self._encoder(images_B3HW.to(torch.float32).div_(255))
-        if not latent.is_symbols:
-            return y.to(dtype)
-        symbols = self._encoder.quantize(y, step=latent.step)
-        stored, _ = saturate(symbols, latent.symbol_limit)
-        return stored.to(dtype)
+        return self._encoder.stored(y, latent)[0]

@@ -12,12 +12,16 @@ Angle, scale, warp, light, second colour and shape of the picture say nothing ab
 from __future__ import annotations
 
 import colorsys
+import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from ci2p_cache.machine import num_cores
 
 __all__ = ["CLASSES", "make_picture", "write_pictures"]
 
@@ -49,11 +53,16 @@ def write_pictures(root: Path, *, per_class: int, seed: int = 0) -> Iterator[Pat
     """
     for name in CLASSES:
         (root / name).mkdir(parents=True, exist_ok=True)
-        for number in range(per_class):
-            path = root / name / f"{number:03d}.jpg"
-            picture = Image.fromarray(make_picture(name, number, seed=seed))
-            picture.save(path, format="JPEG", quality=_JPEG_QUALITY)
-            yield path
+
+    def write(name: str, number: int) -> Path:
+        path = root / name / f"{number:03d}.jpg"
+        picture = Image.fromarray(make_picture(name, number, seed=seed))
+        picture.save(path, format="JPEG", quality=_JPEG_QUALITY)
+        return path
+
+    # numpy leaves the interpreter to other threads while it computes.
+    with ThreadPoolExecutor(num_cores()) as pool:
+        yield from pool.map(write, *zip(*itertools.product(CLASSES, range(per_class)), strict=True))
 
 
 def make_picture(name: str, number: int, *, seed: int = 0) -> npt.NDArray[np.uint8]:

@@ -389,14 +389,14 @@ def draw_curves(run_dir: str | Path, path: str | Path | None = None) -> Path:
             marker = "." if len(values) <= _MARKED_EPOCHS else ""
             axes.plot(columns["epoch"], values, marker=marker, color=color, label=label)
 
-    line(loss, "loss", _TRAIN, "train")
+    line(loss, "train_loss", _TRAIN, "train")
     line(loss, "val_loss", _VAL, "validation")
     loss.set(xlabel="epoch", ylabel="cross-entropy", title="loss")
     loss.set_ylim(bottom=0)
     loss.legend(frameon=False)
     line(accuracy, "train_top1", _TRAIN, "train top-1")
-    line(accuracy, "top1", _VAL, "validation top-1")
-    line(accuracy, "top5", _TOP5, "validation top-5")
+    line(accuracy, "val_top1", _VAL, "validation top-1")
+    line(accuracy, "val_top5", _TOP5, "validation top-5")
     title = f"{run_dir.resolve().name}: {len(columns['epoch'])} epochs, no validation split"
     best = best_epoch_of(columns)
     if best is not None:

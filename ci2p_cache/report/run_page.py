@@ -62,14 +62,15 @@ _LISTED_CONFUSIONS = 15
 _CURVES = (
     ("Loss of {} over the epochs",
      "Loss over the epochs; label smoothing is in training's alone.",
-     "epoch", "cross-entropy", False, (("train", "loss", 2), ("validation", "val_loss", 0))),
+     "epoch", "cross-entropy", False, (("train", "train_loss", 2), ("validation", "val_loss", 0))),
     ("Accuracy of {} over the epochs",
      "Top-1 over the epochs, and top-5 of the validation images.",
      "epoch", "classified right", True,
-     (("train", "train_top1", 2), ("validation", "top1", 0), ("validation top-5", "top5", 3))),
+     (("train", "train_top1", 2), ("validation", "val_top1", 0),
+      ("validation top-5", "val_top5", 3))),
     ("Validation top-1 of {} over wall time",
      "Accuracy over wall time, validation included.",
-     "minutes", "validation top-1", True, (("", "top1", 0),)),
+     "minutes", "validation top-1", True, (("", "val_top1", 0),)),
     ("Share of the training time that {} waited for data",
      "Share of the training time spent waiting for data.",
      "epoch", "waiting for data", True, (("", "wait_share", 1),)),
@@ -131,10 +132,12 @@ def _headline(run: RunData) -> Html:
     last, best = int(columns["epoch"][-1]), best_epoch_of(columns)
     entries: list[tuple[str, str, str]] = []
     if best is None:
-        entries.append(("last training loss", f"{columns['loss'][-1]:.3f}", f"epoch {last}"))
+        entries.append(("last training loss", f"{columns['train_loss'][-1]:.3f}", f"epoch {last}"))
     else:
         entries.append(("best top-1", percent(best[1]), f"validation, epoch {best[0]:.0f}"))
-        entries.append(("last top-1", percent(columns["top1"][-1]), f"validation, epoch {last}"))
+        entries.append(
+            ("last top-1", percent(columns["val_top1"][-1]), f"validation, epoch {last}")
+        )
     if run.evaluation is not None:
         note = f"{run.evaluation.samples:,} images of {run.evaluation.split}"
         if run.predictions is not None:
@@ -167,7 +170,7 @@ def _curves(run: RunData) -> list[Html]:
     """Returns loss, accuracy, time and waiting over the epochs."""
     columns = run.columns
     x = {"epoch": columns["epoch"]}
-    if any(map(math.isfinite, columns["top1"])):
+    if any(map(math.isfinite, columns["val_top1"])):
         x["minutes"] = (np.nancumsum(columns["epoch_seconds"]) / 60).tolist()
     charts = []
     for title, caption, x_label, y_label, is_share, series in _CURVES:
@@ -378,7 +381,7 @@ def _result_table(
                 run.model,
                 _millions(run),
                 "-" if best is None else f"{percent(best[1])} in {best[0]:.0f}",
-                percent(columns["top1"][-1]),
+                percent(columns["val_top1"][-1]),
                 _evaluated(run),
                 against,
                 duration(float(np.nanmedian(columns["epoch_seconds"]))),
@@ -433,10 +436,10 @@ def _compared_curves(runs: Sequence[RunData]) -> Html:
     epochs = [run.columns["epoch"] for run in runs]
     charts = []
     for name, title, x, x_label, y_label in (
-        ("top1", "Validation top-1 over the epochs", epochs, "epoch", "validation top-1"),
-        ("top1", "Validation top-1 over wall time", minutes, "minutes", "validation top-1"),
+        ("val_top1", "Validation top-1 over the epochs", epochs, "epoch", "validation top-1"),
+        ("val_top1", "Validation top-1 over wall time", minutes, "minutes", "validation top-1"),
         ("val_loss", "Validation loss over the epochs", epochs, "epoch", "cross-entropy"),
-        ("loss", "Training loss over the epochs", epochs, "epoch", "cross-entropy"),
+        ("train_loss", "Training loss over the epochs", epochs, "epoch", "cross-entropy"),
         ("epoch_seconds", "Seconds per epoch", epochs, "epoch", "seconds"),
         ("wait_share", "Share of training time waiting for data", epochs, "epoch", "waiting"),
     ):
@@ -448,7 +451,7 @@ def _compared_curves(runs: Sequence[RunData]) -> Html:
             lines,
             x_label=x_label,
             y_label=y_label,
-            is_share=name in ("top1", "wait_share"),
+            is_share=name in ("val_top1", "wait_share"),
         )
         charts.append(figure(chart, f"{title}."))
     return section("Curves", legend, markup('<div class="grid">{}</div>', charts), level=3)

@@ -170,4 +170,4 @@ def _score(run: RunData, which: Literal["last", "best"]) -> _Score:
     best = best_epoch_of(run.columns)
     if best is None:
         return None, None, None
-    return (best[1] if which == "best" else run.columns["top1"][-1]), None, None
+    return (best[1] if which == "best" else run.columns["val_top1"][-1]), None, None

@@ -7,7 +7,7 @@
       model.json      everything needed to rebuild the model and to read its latents
       encoder.safetensors   the cache's, so that the folder alone classifies pictures
       summary.csv     a row per epoch
-      tensorboard/    the same as events
+      tensorboard/    the same as events, and the loss and learning rate of each step
       checkpoints/    see training/checkpoint.py
       evaluations/    what `evaluate` found, see evaluations.py
       .lock           only while somebody trains here
@@ -20,10 +20,10 @@ import dataclasses
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -64,11 +64,13 @@ _VERSIONS = (1, 2)
 """Of `model.json`; 1 did not know of the encoder's copy."""
 
 _READ = (
-    "epoch", "loss", "train_top1", "val_loss", "top1", "top5", "images", "images_per_second",
-    "wait_share", "epoch_seconds",
-    "lr", "grad_norm",
+    "epoch", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "images",
+    "images_per_second", "wait_share", "epoch_seconds", "lr", "grad_norm",
 )  # fmt: skip
 """Columns that are read back."""
+
+_OLD_NAMES = {"loss": "train_loss", "top1": "val_top1", "top5": "val_top5"}
+"""What earlier versions called three of the columns -> what they are called."""
 
 _MAX_BLOCKS = 1000
 """Of a model whose parameters are counted: a stranger's record may ask for any number."""
@@ -222,7 +224,7 @@ class EpochRecord(Record):
     """Epochs done, from 1."""
     epochs: int
     """Epochs of the whole run."""
-    loss: float
+    train_loss: float
     """Mean training loss, label smoothing included; nan where every step was skipped."""
     train_top1: float
     """Share of training images classified right during the epoch, 0 to 1; of mixed ones, as the
@@ -230,9 +232,9 @@ class EpochRecord(Record):
     val_loss: float | None
     """Mean cross-entropy over the validation split, without label smoothing. This and the next two
     are of the averaged weights where the run makes them (`ema`)."""
-    top1: float | None
+    val_top1: float | None
     """Share of validation images whose class came first, 0 to 1."""
-    top5: float | None
+    val_top5: float | None
     """Share whose class was among the first five (all, with fewer classes), 0 to 1."""
     lr: float
     """Learning rate of the epoch's last step."""
@@ -249,6 +251,18 @@ class EpochRecord(Record):
     epoch_seconds: float
     """Wall time of training and validation, over all interrupted parts."""
 
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Rebuilds an epoch written by `to_dict`, of this version or an earlier one.
+
+        Raises:
+            ManifestError: a field is unknown, missing or of another type.
+        """
+        if isinstance(data, Mapping) and data.keys().isdisjoint(_OLD_NAMES.values()):
+            data = {_OLD_NAMES.get(name, name): value for name, value in data.items()}
+        # By name: with slots a dataclass is another class than the one that `super()` knows.
+        return super(EpochRecord, cls).from_dict(data)
+
     @property
     def eta_seconds(self) -> float:
         """Expected time to the end of the run, should the coming epochs last as long as this."""
@@ -263,9 +277,9 @@ def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord:
     """
 
     def rank(record: EpochRecord) -> float:
-        if record.top1 is not None:
-            return -record.top1
-        return record.loss if math.isfinite(record.loss) else math.inf
+        if record.val_top1 is not None:
+            return -record.val_top1
+        return record.train_loss if math.isfinite(record.train_loss) else math.inf
 
     return min(history, key=rank)
 
@@ -301,7 +315,9 @@ def read_summary(run: Path) -> dict[str, list[float]]:
     path = run / SUMMARY
     try:
         text = read_regular(path, max_bytes=_MAX_SUMMARY_BYTES).decode("utf-8")
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        reader.fieldnames = [_OLD_NAMES.get(name, name) for name in reader.fieldnames or ()]
+        rows = list(reader)
         columns = {name: [float(row[name] or "nan") for row in rows] for name in _READ}
     except FileNotFoundError as error:
         raise InputDataError(
@@ -322,10 +338,10 @@ def best_epoch_of(columns: dict[str, list[float]]) -> tuple[float, float] | None
 
     None where the run had no validation split.
     """
-    if all(map(math.isnan, columns["top1"])):
+    if all(map(math.isnan, columns["val_top1"])):
         return None
-    best = int(np.nanargmax(columns["top1"]))
-    return columns["epoch"][best], columns["top1"][best]
+    best = int(np.nanargmax(columns["val_top1"]))
+    return columns["epoch"][best], columns["val_top1"][best]
 
 
 def training_seconds(columns: dict[str, list[float]]) -> list[float]:

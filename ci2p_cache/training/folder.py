@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from ci2p_cache.runs.files import (
 from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore, TrainState
 from ci2p_cache.training.inputs import model_record
 from ci2p_cache.training.records import RunArgs, RunSettings, TrainObserver
+from ci2p_cache.training.spec import TrainSpec
+from ci2p_cache.training.step import TakenStep
 from ci2p_cache.training.trainer import Learner
 
 __all__ = ["RunWriter", "copy_encoder", "open_writer", "read_run_args", "run_path"]
@@ -76,36 +78,42 @@ def copy_encoder(cache: Cache, config: AnyModelConfig, staging: StagingArea) -> 
 
 _OWN_WORK = {".lock", ".staging"}
 _BOARD_TAGS = {
-    "loss/train": "loss",
-    "loss/val": "val_loss",
-    "top1/train": "train_top1",
-    "top1/val": "top1",
-    "top5/val": "top5",
-    "optimizer/lr": "lr",
-    "optimizer/grad_norm": "grad_norm",
-    "optimizer/skipped_steps": "skipped_steps",
+    "epoch": "epoch",
+    "train/loss": "train_loss",
+    "train/top1": "train_top1",
+    "train/lr": "lr",
+    "train/grad_norm": "grad_norm",
+    "train/skipped_steps": "skipped_steps",
+    "val/loss": "val_loss",
+    "val/top1": "val_top1",
+    "val/top5": "val_top5",
     "speed/images_per_second": "images_per_second",
     "speed/wait_share": "wait_share",
 }
-"""Tag of TensorBoard -> field of `EpochRecord`."""
+"""Tag of TensorBoard -> field of `EpochRecord`. All events are at the number of steps done before
+them: those of an epoch behind those of its steps, so one number purges what a resumed run repeats.
+"""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class RunWriter:
     """The run folder as it is written: checkpoints, `summary.csv` and TensorBoard events.
 
-    `run` is the digest of the run's settings; the observer receives epochs that are safe on disk.
+    The observer receives epochs that are safe on disk.
     """
 
     def __init__(
-        self, staging: StagingArea, *, run: str, has_average: bool, observer: TrainObserver
+        self, staging: StagingArea, settings: RunSettings, *, observer: TrainObserver
     ) -> None:
         self._staging = staging
         self._observer = observer
-        self._store = CheckpointStore(staging, run=run, has_average=has_average)
+        self._spec = settings.spec
+        self._store = CheckpointStore(
+            staging, run=settings.digest, has_average=settings.spec.ema > 0
+        )
         self._events = staging.root / "tensorboard"
         self._board: Any = None
-        self._num_epochs = 0
+        self._num_epochs = self._steps = 0
 
     def load(self) -> Checkpoint | None:
         """Reads the newest whole checkpoint; what was written beyond it is dropped.
@@ -124,19 +132,29 @@ class RunWriter:
         self._num_epochs = len(history)
         return checkpoint
 
-    def open_board(self, state: TrainState) -> None:
-        """Opens the TensorBoard events for the epochs that follow `state`.
+    def open_board(self, state: TrainState, *, steps: int) -> None:
+        """Opens the TensorBoard events for what follows `state`; an epoch has so many `steps`.
 
         Raises:
             ResourceError: the file cannot be written.
         """
         # Takes seconds, and reading a finished run needs none of it.
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
+        self._steps, done = steps, state.epoch * steps + state.step
         with disk_errors(self._events):
             # What a resumed run trains again replaces the old.
-            self._board = SummaryWriter(str(self._events), purge_step=max(state.epoch, 1))
-        if state.history:
+            self._board = SummaryWriter(str(self._events), purge_step=done)
+            if not done:
+                # `add_hparams` would open a second run beside this one.
+                made = hparams(  # type: ignore[no-untyped-call]  # torch stub
+                    _hyper_parameters(self._spec), dict.fromkeys(_BOARD_TAGS)
+                )
+                # The third says that the run has ended.
+                for part in made[:2]:
+                    self._board.file_writer.add_summary(part)
+        if state.history and not state.step:
             # A process killed between its checkpoint and this may not have written it.
             self._add(state.history[-1])
 
@@ -146,7 +164,20 @@ class RunWriter:
             for tag, name in _BOARD_TAGS.items():
                 value = getattr(record, name)
                 if value is not None:
-                    self._board.add_scalar(tag, value, record.epoch)
+                    self._board.add_scalar(tag, value, record.epoch * self._steps)
+            self._board.flush()
+
+    def log(self, steps: Sequence[TakenStep]) -> None:
+        """Writes steps through to TensorBoard's events.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        with disk_errors(self._events):
+            for each in steps:
+                done = (each.epoch - 1) * self._steps + each.step
+                self._board.add_scalar("train/loss_step", each.loss, done)
+                self._board.add_scalar("train/lr_step", each.lr, done)
             self._board.flush()
 
     def save(self, state: TrainState, learner: Learner) -> None:
@@ -172,6 +203,16 @@ class RunWriter:
         if self._board is not None:
             with disk_errors(self._events):
                 self._board.close()
+
+
+def _hyper_parameters(spec: TrainSpec) -> dict[str, int | float | str]:
+    """Returns the spec as TensorBoard's tables take it, defaults filled in."""
+    fields = spec.to_dict() | {"weight_decay": spec.decay, "warmup_epochs": spec.num_warmup_epochs}
+    return {
+        name: value if type(value) in (int, float, str) else str(value)
+        for name, value in fields.items()
+        if name != "version"
+    }
 
 
 def run_path(runs_dir: Path, name: str | None, settings: RunSettings) -> Path:
@@ -241,10 +282,7 @@ def open_writer(
             if not (path / MODEL_FILE).exists():
                 encoder = copy_encoder(cache, config, staging)
                 staging.put_json(MODEL_FILE, model_record(cache, config, encoder))
-            settings = args.settings
-            yield RunWriter(
-                staging, run=settings.digest, has_average=settings.spec.ema > 0, observer=observer
-            )
+            yield RunWriter(staging, args.settings, observer=observer)
 
 
 def read_run_args(path: Path) -> RunArgs | None:

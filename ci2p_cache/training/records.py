@@ -18,6 +18,7 @@ __all__ = [
     "RunArgs",
     "RunSettings",
     "TrainObserver",
+    "TrainPlan",
     "TrainProgress",
     "TrainSummary",
     "best_epoch",
@@ -90,6 +91,42 @@ def require_same_settings(settings: RunSettings, ranks: Ranks) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrainPlan:
+    """What a run will do, and from where it continues."""
+
+    path: str
+    """The run folder."""
+    model: str
+    """Name of the model."""
+    parameters: int
+    """Numbers in it that are trained."""
+    train_images: int
+    """Images of an epoch."""
+    val_images: int
+    """Images that validate after each epoch; 0: there are none."""
+    classes: int
+    """Outputs of the model."""
+    views: int
+    """Stored views of a training image, one of which an epoch takes; validation takes the first."""
+    device: str
+    """Name of the device; of several ranks also how many."""
+    precision: str
+    """float32 or bf16."""
+    batch_size: int
+    """Images per step, of all ranks."""
+    accumulate: int
+    """Parts that a rank cuts its batch into."""
+    epochs: int
+    """Epochs of the whole run."""
+    steps: int
+    """Steps of an epoch."""
+    epochs_done: int
+    """Epochs done before; 0 in a new run."""
+    steps_done: int
+    """Steps of the next epoch done before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainProgress:
     """How far a run is within an epoch."""
 
@@ -101,7 +138,7 @@ class TrainProgress:
     """Steps of this epoch done."""
     steps: int
     """Steps of an epoch."""
-    loss: float | None
+    train_loss: float | None
     """Mean training loss of the epoch so far, at most 50 steps old, 10 at the start of a run; None
     before it is known."""
     train_top1: float | None
@@ -119,6 +156,9 @@ class TrainObserver:
 
     def notice(self, text: str) -> None:
         """Takes one sentence that the user should read."""
+
+    def planned(self, plan: TrainPlan) -> None:
+        """Takes what will be trained, before the first step; a finished run has none."""
 
     def progress(self, progress: TrainProgress) -> None:
         """Takes the state of the run, about once a second."""

@@ -33,6 +33,7 @@ from ci2p_cache.training.records import (
     RunArgs,
     RunSettings,
     TrainObserver,
+    TrainPlan,
     TrainProgress,
     TrainSummary,
     require_same_settings,
@@ -44,6 +45,7 @@ __all__ = [
     "EpochRecord",
     "Session",
     "TrainObserver",
+    "TrainPlan",
     "TrainProgress",
     "TrainSpec",
     "TrainSummary",
@@ -68,7 +70,7 @@ class Session:
     stop: StopSignal
     """Notes the signals that come to this rank."""
     observer: TrainObserver
-    """Receives progress, epochs and notices; of rank 0 alone anybody listens."""
+    """Receives plan, progress, epochs and notices; of rank 0 alone anybody listens."""
 
     def learner(self, checkpoint: Checkpoint | None) -> Learner:
         """Returns model, optimiser and averages, as they were saved or as the seed makes them.
@@ -80,15 +82,38 @@ class Session:
             self.observer.notice(text)
         learner = Learner.drawn(self.config, self.spec, self.device)
         if checkpoint is not None:
-            state = checkpoint.state
-            path = checkpoint_path(self.path, state.name)
-            learner.restore(checkpoint, path)
-            self.observer.notice(
-                f"continuing from {path}: {state.epoch} of {self.spec.epochs} epochs and "
-                f"{state.step} steps are done."
-            )
+            learner.restore(checkpoint, checkpoint_path(self.path, checkpoint.state.name))
         learner.share(self.ranks)
         return learner
+
+    def plan(
+        self,
+        state: TrainState,
+        learner: Learner,
+        loaders: tuple[BatchLoader, BatchLoader | None],
+        *,
+        device: str,
+    ) -> TrainPlan:
+        """Returns what `train` will do with the same arguments; `device` is the device's name."""
+        spec, (loader, val) = self.spec, loaders
+        trained = (each for each in learner.model.parameters() if each.requires_grad)
+        return TrainPlan(
+            path=str(self.path),
+            model=spec.model,
+            parameters=sum(each.numel() for each in trained),
+            train_images=loader.num_samples,
+            val_images=0 if val is None else val.num_samples,
+            classes=self.config.num_classes,
+            views=loader.split.num_views,
+            device=device,
+            precision=spec.precision,
+            batch_size=spec.batch_size,
+            accumulate=spec.accumulate,
+            epochs=spec.epochs,
+            steps=len(loader),
+            epochs_done=state.epoch,
+            steps_done=state.step,
+        )
 
     def train(
         self,
@@ -126,7 +151,7 @@ class Session:
 
         try:
             if writer is not None:
-                writer.open_board(state)
+                writer.open_board(state, steps=len(loaders[0]))
             with opened_statistics(
                 learner.modules,
                 loaders[0].split,
@@ -145,6 +170,7 @@ class Session:
                     train_loader=loaders[0],
                     val_loader=loaders[1],
                     save=save,
+                    log=writer.log if writer is not None else lambda _: None,
                     should_stop=should_stop,
                     ranks=self.ranks,
                     observer=self.observer,
@@ -223,7 +249,7 @@ def train(
         save_every_steps: Steps between checkpoints inside an epoch; None: only at its end.
         loader: Gives the training batches instead of the cache, for the encoder in the loop: of the
             spec's seed and batch size, on the same device and for this rank. The caller closes it.
-        observer: Receives progress, epochs and notices; on rank 0.
+        observer: Receives plan, progress, epochs and notices; on rank 0.
         ranks: The ranks to train with, joined; None: as the environment says.
 
     Returns:
@@ -295,6 +321,7 @@ def train(
         del checkpoint
         if compile_model:
             learner.compile()
+        observer.planned(run.plan(begun, learner, loaders, device=how["device"]))
         ended = run.train(
             begun, learner, loaders, writer, threads=threads, save_every_steps=save_every_steps
         )

@@ -46,7 +46,7 @@ from ci2p_cache.training.optim import WeightAverage, lr_at, set_lr
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.spec import TrainSpec
 
-__all__ = ["Mix", "OptimizerStep", "draw_mix", "flipped", "mixed"]
+__all__ = ["Mix", "OptimizerStep", "TakenStep", "draw_mix", "flipped", "mixed"]
 
 _CUTMIX_SHARE = 0.5
 """Of the mixed batches, where both methods are on; the authors', and timm's default."""
@@ -178,13 +178,20 @@ def flipped(
 _MAX_IN_A_ROW = 10
 
 
-@dataclass(frozen=True, slots=True)
-class BadStep:
-    """A step that was skipped: its epoch, from 1, its place there, from 0, and its batch's rows."""
+@dataclass(slots=True)
+class TakenStep:
+    """A step that was taken or skipped; the last two fields are known once `read` returns it."""
 
     epoch: int
+    """From 1."""
     step: int
+    """Its place in the epoch, from 0."""
     rows: list[int]
+    """Of its batch."""
+    lr: float
+    loss: float = math.nan
+    """Mean over its batch, on all ranks."""
+    is_skipped: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -209,29 +216,29 @@ class OptimizerStep:
     ranks: Ranks
     steps_per_epoch: int
     bad_in_a_row: int
-    """Steps skipped directly before the last `read_bad`, at first those of the resumed run."""
+    """Steps skipped directly before the last `read`, at first those of the resumed run."""
     _parameters: list[nn.Parameter] = field(init=False)
-    _pending: list[tuple[BadStep, Tensor]] = field(init=False, default_factory=list)
+    _pending: list[tuple[TakenStep, Tensor, Tensor]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._parameters = list(self.model.parameters())
         if self.average is not None:
             self.average.follow(self.model)
 
-    def read_bad(self) -> list[BadStep]:
-        """Waits for the device and returns the steps skipped since the last call.
+    def read(self) -> list[TakenStep]:
+        """Waits for the device and returns the steps since the last call.
 
         Raises:
             TrainingDivergedError: ten steps in a row were skipped.
         """
         if not self._pending:
             return []
-        flags = torch.stack([flag for _, flag in self._pending]).tolist()
-        bad = []
-        for (step, _), is_finite in zip(self._pending, flags, strict=True):
-            self.bad_in_a_row = 0 if is_finite else self.bad_in_a_row + 1
-            if not is_finite:
-                bad.append(step)
+        # One copy from the device for all of them.
+        values = torch.stack([value for _, *both in self._pending for value in both]).tolist()
+        steps = [step for step, *_ in self._pending]
+        for step, loss, skipped in zip(steps, values[::2], values[1::2], strict=True):
+            step.loss, step.is_skipped = loss, skipped > 0
+            self.bad_in_a_row = self.bad_in_a_row + 1 if step.is_skipped else 0
             if self.bad_in_a_row >= _MAX_IN_A_ROW:
                 rows = ", ".join(map(str, step.rows[:8])) + ", ..." * (len(step.rows) > 8)
                 raise TrainingDivergedError(
@@ -242,7 +249,7 @@ class OptimizerStep:
                     hint="train with a lower --lr or --precision float32 under another --name",
                 )
         self._pending.clear()
-        return bad
+        return steps
 
     def lr(self, epoch: int, step: int) -> float:
         """Returns the learning rate of a step."""
@@ -256,7 +263,8 @@ class OptimizerStep:
         skipped. What the batch holds is not changed.
         """
         spec, images = self.spec, len(batch.global_rows)
-        set_lr(self.optimizer, self.lr(epoch, step))
+        lr = self.lr(epoch, step)
+        set_lr(self.optimizer, lr)
         torch.manual_seed(_step_seed(spec.seed, epoch, step, self.ranks.rank))
         inputs_BCHW, targets = self._augmented(batch, epoch=epoch, step=step)
         loss = correct = torch.zeros((), device=inputs_BCHW.device)
@@ -276,9 +284,10 @@ class OptimizerStep:
         is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         rows = batch.global_rows.tolist()
         # The fused kernels read this attribute; torch's GradScaler uses the same door.
-        self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # not declared
+        skipped = (~is_finite).float()
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # not declared
         self.optimizer.step()
-        self._pending.append((BadStep(epoch=epoch + 1, step=step, rows=rows), is_finite))
+        self._pending.append((TakenStep(epoch + 1, step, rows, lr), loss, skipped))
         if self.average is not None:
             self.average.update(epoch * self.steps_per_epoch + step, is_finite)
         self.optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from ci2p_cache.training.optim import (
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver, TrainProgress
 from ci2p_cache.training.spec import TrainSpec
-from ci2p_cache.training.step import OptimizerStep
+from ci2p_cache.training.step import OptimizerStep, TakenStep
 
 __all__ = ["Learner", "Trainer", "early_notice"]
 
@@ -119,20 +119,20 @@ def early_notice(record: EpochRecord, *, steps: int, num_classes: int, num_val: 
         return None
     guessing = math.log(num_classes)
     is_warm_now = steps - steps // record.epoch < _WARM_STEPS <= steps
-    if is_warm_now and record.loss >= guessing:
+    if is_warm_now and record.train_loss >= guessing:
         return (
             f"nothing was learned in {steps} steps: the training loss of epoch {record.epoch} is "
-            f"{record.loss:.3f}, guessing among {num_classes} classes gives {guessing:.3f}. "
+            f"{record.train_loss:.3f}, guessing among {num_classes} classes gives {guessing:.3f}. "
             "A lower learning rate or a longer warm-up may help; so may a look at the labels."
         )
-    if record.top1 is None or not num_val or not is_warm_now:
+    if record.val_top1 is None or not num_val or not is_warm_now:
         return None
     # A few validation images show nothing: even what training reaches may be luck there.
     learns = record.train_top1 > _highest_guess(num_classes, min(record.images, num_val))
-    if not learns or record.top1 > _highest_guess(num_classes, num_val):
+    if not learns or record.val_top1 > _highest_guess(num_classes, num_val):
         return None
     return (
-        f"validation ({record.top1:.1%} of {num_val:,}) is no better than guessing while "
+        f"validation ({record.val_top1:.1%} of {num_val:,}) is no better than guessing while "
         f"training is ahead of it ({record.train_top1:.1%}), after {steps} steps. "
         "See whether both splits have the same classes and kind of images."
     )
@@ -175,6 +175,8 @@ class Trainer:
     """Unshuffled, the first view; None where the cache has no validation split."""
     save: Callable[[TrainState], None]
     """Saves a checkpoint of model, optimiser and average with this state; on rank 0."""
+    log: Callable[[Sequence[TakenStep]], None]
+    """Takes the steps of this run in order, some at a time, before a checkpoint that has them."""
     should_stop: Callable[[], bool]
     """Asked after each step and before each validation batch; gives all ranks the same answer."""
     ranks: Ranks
@@ -240,11 +242,13 @@ class Trainer:
             often = state.epoch == 0 and done < _READ_EVERY_STEPS
             every = _READ_EVERY_FIRST_STEPS if often else _READ_EVERY_STEPS
             if stop or due or done % every == 0:
-                for bad in self._step.read_bad():
+                taken = self._step.read()
+                for bad in (each for each in taken if each.is_skipped):
                     self.observer.notice(
                         f"step {bad.step} of epoch {bad.epoch} was skipped: loss or gradients were "
                         f"not finite on rows {bad.rows} of the train split"
                     )
+                self.log(taken)
                 sums = totals.read()
                 loss, top1 = (sums[name] / max(sums["images"], 1) for name in ("loss", "top1"))
             seconds = time.perf_counter() - started
@@ -271,7 +275,7 @@ class Trainer:
                         epochs=epochs,
                         step=done,
                         steps=steps,
-                        loss=loss,
+                        train_loss=loss,
                         train_top1=top1,
                         images_per_second=self.spec.batch_size / per_step,
                         wait_share=waited / max(seconds, 1e-9),
@@ -300,11 +304,11 @@ class Trainer:
         record = EpochRecord(
             epoch=state.epoch + 1,
             epochs=self.spec.epochs,
-            loss=sums["loss"] / images if images else float("nan"),
+            train_loss=sums["loss"] / images if images else float("nan"),
             train_top1=sums["top1"] / max(images, 1),
             val_loss=validation.loss if validation else None,
-            top1=validation.top1 if validation else None,
-            top5=validation.top5 if validation else None,
+            val_top1=validation.top1 if validation else None,
+            val_top5=validation.top5 if validation else None,
             lr=self._step.lr(state.epoch, steps - 1),
             grad_norm=sums["grad_norm"] / max(sums["steps"], 1),
             skipped_steps=int(sums["skipped"]),

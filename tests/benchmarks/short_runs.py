@@ -98,10 +98,10 @@ def runs(cache_dir: Path, runs_dir: Path, options: argparse.Namespace) -> Iterat
             if options.draws:
                 tell_draws(cache, spec, weights, draws=options.draws)
             last = summary.last
-            assert last.top1 is not None
+            assert last.val_top1 is not None
             assert last.val_loss is not None
             yield Row(
-                epochs=epochs, seed=seed, shown=100 * last.top1, fresh=fresh,
+                epochs=epochs, seed=seed, shown=100 * last.val_top1, fresh=fresh,
                 shown_loss=last.val_loss, fresh_loss=fresh_loss,
                 share=share_of_epoch(cache["train"], spec, model, last.epoch_seconds),
             )  # fmt: skip

@@ -128,7 +128,7 @@ def test_training_from_a_failing_s3_loses_what_training_here_loses(
             assert SECRET not in ran.out + ran.err
             assert KEY not in ran.out + ran.err
             last = json.loads(ran.out)["last"]
-            found.append((last["loss"], last["val_loss"], last["top1"]))
+            found.append((last["train_loss"], last["val_loss"], last["val_top1"]))
         assert door.failed >= 1
     assert found[0] == found[1]
     # Each run has its cache's encoder, so that the folder alone classifies pictures.

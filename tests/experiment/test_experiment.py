@@ -266,7 +266,7 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_numbers(
     assert summary.encoded.encoded_now == 0
     assert summary.scores is not None
     assert summary.trained is not None
-    assert summary.scores.top1 == summary.trained.last.top1
+    assert summary.scores.top1 == summary.trained.last.val_top1
     ours, theirs = (
         json.loads(evaluation_of(folder / "runs" / "tiny", which=experiment.checkpoint).read_text())
         for folder in (out, finished)

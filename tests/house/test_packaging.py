@@ -35,7 +35,7 @@ INFO = f"ci2p_cache-{PROJECT['version']}.dist-info"
 
 BUILD = {"__pycache__", ".git"}
 IN_PACKAGE = {".py", ".md", ".css", ".typed", ".safetensors"}
-IN_SDIST = {*IN_PACKAGE, ".sh", ".c", ".toml"}
+IN_SDIST = {*IN_PACKAGE, ".sh", ".c", ".toml", ".svg", ".cff"}
 
 
 def files_below(*names: str) -> set[str]:
@@ -115,7 +115,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 def test_the_sdist_holds_what_pyproject_names(unpacked: Path) -> None:
     names = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
-    wanted = files_below("ci2p_cache", "pipelines", "tests", "README.md", "LICENSE")
+    wanted = files_below(
+        *("ci2p_cache", "pipelines", "tests", "docs", "findings"),
+        *("README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"),
+    )
     # hatchling takes .gitignore along, so that a build from the sdist leaves out the same.
     assert names == wanted | {"pyproject.toml", "PKG-INFO", ".gitignore"}
     # The study's table and the bits behind it.

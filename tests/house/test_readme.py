@@ -34,58 +34,51 @@ SETTINGS = {
     "CI2P_CACHE_BENCH_TRAIN_BATCH_SIZE": "8",
     "OMP_NUM_THREADS": "1",
 }
+_NO_BUCKET = "no bucket; tests/images/test_remote_sources.py and tests/cache have a server"
+_MINUTES = "minutes; tests/experiment/test_recipes.py makes it"
+_GPUS = "several GPUs; tests/training/test_distributed.py"
+
 EXCUSED = {
     # File and first words of a line or of a block: why it is not run here.
-    ("README.md", " images/ --decode-->"): "a drawing",
-    (
-        "README.md",
-        "python3 -m venv",
-    ): "installs 6 GB; both are run on a clean clone at each landing",
-    (
-        "README.md",
-        "ci2p-cache encode 's3:",
-    ): "no bucket; tests/images/test_remote_sources.py has a server",
-    ("README.md", "aws s3 sync"): "no bucket; tests/cache/test_remote_cache.py has a server",
-    (
-        "README.md",
-        "ci2p-cache train s3:",
-    ): "no bucket; tests/cache/test_remote_cache.py has a server",
+    ("README.md", "python3 -m venv"): "installs 6 GB; run on a clean clone at each landing",
+    ("README.md", "ci2p-cache run pipelines/"): "a day of a GPU",
+    ("README.md", "torchrun"): _GPUS,
     ("README.md", "shards/cache.json "): "a listing, held against a cache below",
-    (
-        "README.md",
-        "ci2p-cache bench train",
-    ): "minutes of one core; tests/bench/test_bench.py runs it",
-    (
-        "README.md",
-        "ci2p-cache run pipelines/flowers.py:",
-    ): "minutes; tests/experiment/test_recipes.py makes it",
-    ("pipelines/README.md", "ci2p-cache run pipelines/flowers.py:"): "minutes, as above",
+    ("docs/storage.md", "shards/cache.json "): "a listing",
+    ("docs/encoders.md", "python pipelines/train_codec.py"): "tests/encoder/test_train_codec.py",
+    ("docs/encoders.md", "ci2p-cache encode data/"): "needs the codec of the line above",
+    ("docs/training.md", "torchrun"): _GPUS,
+    ("docs/machines.md", "sbatch"): "no Slurm; tests/encoding/test_cluster.py",
+    ("docs/machines.md", "spec:"): "a manifest of Kubernetes",
+    ("docs/object_stores.md", "ci2p-cache encode 's3:"): _NO_BUCKET,
+    ("docs/object_stores.md", "aws s3 sync"): _NO_BUCKET,
+    ("docs/object_stores.md", "ci2p-cache train s3:"): _NO_BUCKET,
+    ("docs/benchmarks.md", "ci2p-cache bench train"): "minutes; tests/bench/test_bench.py",
+    ("docs/benchmarks.md", "python -m tests.benchmarks."): "minutes; tests/bench",
+    ("docs/recipes.md", "ci2p-cache run pipelines/flowers.py:"): _MINUTES,
+    ("docs/recipes.md", "ci2p-cache run pipelines/animals10.py:"): "a day",
+    ("docs/recipes.md", "ci2p-cache run pipelines/imagenet.py:vitds imagenet/ --until"): "GPUs",
+    ("docs/recipes.md", "torchrun"): _GPUS,
+    ("docs/contributing.md", "python3 -m venv"): "installs 6 GB, runs this very suite",
+    ("docs/contributing.md", "bash findings/"): "installs packages",
+    ("pipelines/README.md", "ci2p-cache run pipelines/flowers.py:"): _MINUTES,
     ("pipelines/README.md", "ci2p-cache run pipelines/animals10.py:"): "a day of two cores",
-    (
-        "pipelines/README.md",
-        "python pipelines/study.py flowers/ --",
-    ): "hours; tests/experiment/test_recipes.py",
-    (
-        "pipelines/README.md",
-        "python pipelines/train_codec.py",
-    ): "tests/encoder/test_train_codec.py runs it",
+    ("pipelines/README.md", "python pipelines/study.py flowers/ --"): "hours",
+    ("pipelines/README.md", "python pipelines/train_codec.py"): "tests/encoder/test_train_codec.py",
     ("pipelines/README.md", "ci2p-cache encode data/"): "needs the codec of the line above",
     ("ci2p_cache/cache/README.md", "shards/\n"): "a listing",
     ("ci2p_cache/cache/README.md", "{"): "held against real ones by tests/cache/test_format.py",
     ("ci2p_cache/encoder/bundled/README.md", "import sys"): "needs Kodak's 24 photographs",
     ("tests/benchmarks/README.md", "python3 -m venv peers"): "installs the peers",
-    (
-        "tests/benchmarks/README.md",
-        "OMP_NUM_THREADS=1 peers/",
-    ): "tests/bench/test_benchmarks.py runs it",
+    ("tests/benchmarks/README.md", "OMP_NUM_THREADS=1 peers/"): "tests/bench/test_benchmarks.py",
 }
 
 
 SLOW = (
-    "import glob, io", "import ci2p_cache as cc\n\ncc.encode", "ci2p-cache bench encode",
-    "ci2p-cache evaluate", "ci2p-cache run pipelines/smoke", "python pipelines/stratify",
+    "import torch", "ci2p-cache bench encode", "ci2p-cache evaluate", "ci2p-cache run",
+    "python pipelines/stratify",
 )  # fmt: skip
-"""How blocks begin that take many seconds: those of the slow tier."""
+"""How blocks begin that take many seconds: those of the slow tier, beside those of docs/."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +112,8 @@ def blocks() -> list[Block]:
 
 
 BLOCKS = blocks()
-FIRST = next(block for block in BLOCKS if block.file == "README.md")
-"""Encode, train, inspect, predict: what the others go on from."""
+FIRST = next(block for block in BLOCKS if block.text.startswith("ci2p-cache encode imagenet/"))
+"""Encode, train, inspect, evaluate, predict: what the others continue from."""
 
 
 def commands(text: str) -> list[str]:
@@ -170,7 +163,9 @@ def folder(warm: WarmParent, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "block",
     [
-        pytest.param(block, marks=pytest.mark.slow) if block.text.startswith(SLOW) else block
+        pytest.param(block, marks=pytest.mark.slow)
+        if block.file.startswith("docs/") or block.text.startswith(SLOW)
+        else block
         for block in BLOCKS
     ],
     ids=lambda block: f"{block.file}-{block.number}",

@@ -247,7 +247,7 @@ class Epochs(TrainObserver):
         self.seen: list[tuple[float | None, ...]] = []
 
     def epoch(self, record: EpochRecord) -> None:
-        self.seen.append((record.loss, record.val_loss, record.top1))
+        self.seen.append((record.train_loss, record.val_loss, record.val_top1))
 
 
 class TestRead:

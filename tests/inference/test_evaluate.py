@@ -60,7 +60,7 @@ def test_the_numbers_are_those_that_training_recorded(made: Path, checkpoint: st
         rows = [dict(zip(names, line.strip().split(","), strict=True)) for line in file]
     row = next(row for row in rows if int(row["epoch"]) == result.epoch)
     assert (result.top1, result.top5, result.nll) == tuple(
-        float(row[name]) for name in ("top1", "top5", "val_loss")
+        float(row[name]) for name in ("val_top1", "val_top5", "val_loss")
     )
     assert (result.recorded_top1, result.recorded_nll) == (result.top1, result.nll)
     assert result.checkpoint == folder_of(run, checkpoint).name

@@ -283,7 +283,7 @@ def sha256(data: bytes) -> str:
 def losses(run: Path) -> list[list[str]]:
     """Both losses of each epoch of a run, with all their digits."""
     with (run / "summary.csv").open(newline="") as file:
-        return [[row["loss"], row["val_loss"]] for row in csv.DictReader(file)]
+        return [[row["train_loss"], row["val_loss"]] for row in csv.DictReader(file)]
 
 
 def differences(found: dict[str, dict[str, Any]]) -> list[str]:

@@ -498,7 +498,7 @@ class TestTraining:
             logits = model(batch.latents.contiguous(memory_format=torch.channels_last))
         assert batch.rows.tolist() == list(range(5))
         labels = torch.from_numpy(val.labels.astype(np.int64))
-        assert best.top1 == (logits.argmax(1) == labels).double().mean().item()
+        assert best.val_top1 == (logits.argmax(1) == labels).double().mean().item()
         loss = nn.functional.cross_entropy(logits, labels).item()
         assert best.val_loss == pytest.approx(loss, rel=1e-4)
 

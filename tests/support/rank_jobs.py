@@ -6,6 +6,7 @@ As a rank this module does a list of jobs: one list for 2 ranks and one for 4.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ import torch
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.training.ranks import Ranks
-from ci2p_cache.training.records import TrainObserver
+from ci2p_cache.training.records import TrainObserver, TrainPlan
 from tests.support.commands import REPO
 from tests.support.warm import WarmParent
 
@@ -64,6 +65,10 @@ class Recording(cc.LatentLoader):
 class Notes(TrainObserver):
     def __init__(self) -> None:
         self.notices: list[str] = []
+        self.plans: list[dict[str, Any]] = []
+
+    def planned(self, plan: TrainPlan) -> None:
+        self.plans.append(dataclasses.asdict(plan))
 
     def notice(self, text: str) -> None:
         self.notices.append(text)
@@ -80,7 +85,7 @@ def do(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Trains as a job says, as this rank; returns what was seen of it."""
     ranks, notes = Ranks.from_environment(), Notes()
     spec = cc.TrainSpec.from_dict(job["spec"])
-    result: dict[str, Any] = {"notices": notes.notices}
+    result: dict[str, Any] = {"notices": notes.notices, "plans": notes.plans}
     cache = folder / job.get("cache", "cache")
     reads_images = spec.model == IMAGE_MODEL
     with Recording(

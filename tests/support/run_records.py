@@ -46,7 +46,7 @@ def write_run(
     (path / "model.json").write_text(json.dumps({"class_titles": list(titles)}))
     rng = np.random.default_rng(seed)
     lines = [
-        "epoch,loss,train_top1,val_loss,top1,top5,lr,grad_norm,skipped_steps,images,"
+        "epoch,train_loss,train_top1,val_loss,val_top1,val_top5,lr,grad_norm,skipped_steps,images,"
         "images_per_second,wait_share,epoch_seconds"
     ]
     for epoch in range(1, epochs + 1):

@@ -81,7 +81,7 @@ def test_the_shown_accuracy_is_that_of_statistics_estimated_for_the_weights(
     if not spec.folds:
         loss, top1 = scores(model, cache["val"])
         assert summary.last.val_loss == pytest.approx(loss, rel=1e-4 if exact else 0.05)
-        assert summary.last.top1 == pytest.approx(top1, abs=1e-9 if exact else 0.05)
+        assert summary.last.val_top1 == pytest.approx(top1, abs=1e-9 if exact else 0.05)
     own = load_file(last / "model.safetensors")
     model = fresh_model(cache, spec, own)
     for name, value in statistics_of(model.state_dict()).items():
@@ -91,8 +91,8 @@ def test_the_shown_accuracy_is_that_of_statistics_estimated_for_the_weights(
 def test_a_run_of_few_steps_is_shown_what_it_has_learned(cache_dir: Path, tmp_path: Path) -> None:
     # Eight steps: running averages still hold 0.9**8 = 43 % of the mean 0 and variance 1 of before.
     summary = cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu")
-    assert summary.last.top1 is not None
-    assert summary.last.top1 >= 0.9
+    assert summary.last.val_top1 is not None
+    assert summary.last.val_top1 >= 0.9
 
 
 def test_it_takes_a_bounded_number_of_samples_in_whole_batches(

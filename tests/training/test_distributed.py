@@ -174,11 +174,15 @@ def test_ranks_give_the_numbers_of_as_many_accumulated_parts(
     seen = request.getfixturevalue({2: "two", 4: "four"}[world_size])[f"exact-{world_size}"]
     assert batches(seen) == sequence(EXACT)
     first = seen[0]["summary"]
-    assert all(rank["summary"]["last"]["loss"] == first["last"]["loss"] for rank in seen)
+    assert all(
+        rank["summary"]["last"]["train_loss"] == first["last"]["train_loss"] for rank in seen
+    )
     name = f"alone-{world_size}"
     spec = dataclasses.replace(EXACT, accumulate=world_size)
     alone = do(job(name, spec), folder)
-    assert first["last"]["loss"] == pytest.approx(alone["summary"]["last"]["loss"], abs=1e-5)
+    assert first["last"]["train_loss"] == pytest.approx(
+        alone["summary"]["last"]["train_loss"], abs=1e-5
+    )
     assert first["last"]["train_top1"] == alone["summary"]["last"]["train_top1"]
     assert first["last"]["images"] == TRAIN
     ours, theirs = weights(Path(first["path"])), weights(folder / "runs" / name)
@@ -194,9 +198,9 @@ def test_ranks_read_images_as_one(two: dict[str, list[Any]], folder: Path) -> No
     )
     wanted = alone["summary"]["last"]
     assert first["images"] == wanted["images"] == TRAIN
-    assert first["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    assert first["train_loss"] == pytest.approx(wanted["train_loss"], abs=1e-5)
     assert first["val_loss"] == pytest.approx(wanted["val_loss"], abs=1e-4)
-    assert (first["train_top1"], first["top1"]) == (wanted["train_top1"], wanted["top1"])
+    assert (first["train_top1"], first["val_top1"]) == (wanted["train_top1"], wanted["val_top1"])
 
 
 def test_tars_give_ranks_the_batches_and_losses_of_zarr_shards(
@@ -244,13 +248,13 @@ def test_evaluation_by_ranks_counts_each_image_once(
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     for rank in two["one-step"]:
         assert rank["summary"]["last"]["val_loss"] == pytest.approx(loss, rel=1e-5)
-        hits = rank["summary"]["last"]["top1"] * VAL
+        hits = rank["summary"]["last"]["val_top1"] * VAL
         assert hits == (logits.argmax(1) == labels).sum().item()
 
 
 def test_a_bad_slice_on_one_rank_is_a_step_that_no_rank_takes(two: dict[str, list[Any]]) -> None:
     for rank in two["nan"]:
-        assert np.isfinite(rank["summary"]["last"]["loss"])
+        assert np.isfinite(rank["summary"]["last"]["train_loss"])
         assert np.isfinite(rank["summary"]["last"]["val_loss"])
     (notice,) = two["nan"][0]["notices"]
     assert "step 2 of epoch 1 was skipped" in notice
@@ -268,7 +272,9 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_to_the_s
         assert rank["error"]["type"] == "InterruptedRunError"
         assert rank["error"]["code"] == 143
         assert "0 of 2 epochs and 4 steps" in rank["error"]["text"]
-    assert "continuing from" in two["went on"][0]["notices"][0]
+    (plan,) = two["went on"][0]["plans"]
+    assert (plan["epochs_done"], plan["steps_done"], plan["device"]) == (0, 4, "2 x cpu")
+    assert two["went on"][1]["plans"] == []
     assert numbers(folder / "runs" / "stopped") == numbers(folder / "runs" / "uninterrupted")
     assert batches(two["stopped"])[:4] + batches(two["went on"]) == sequence(SPEC)
 
@@ -308,9 +314,9 @@ def test_another_number_of_ranks_goes_on_in_the_same_sequence(
     alone = do(job("moved", EXACT), folder)
     taken = [*batches(two["moved"])[:3], *batches(four["moved"])[:4], *batches([alone])]
     assert taken == sequence(EXACT)
-    whole = two["exact-2"][0]["summary"]["last"]["loss"]
+    whole = two["exact-2"][0]["summary"]["last"]["train_loss"]
     # Near, not equal: BatchNorm normalises by the slices, of which there are 2, 4 and then 1.
-    assert alone["summary"]["last"]["loss"] == pytest.approx(whole, abs=0.15)
+    assert alone["summary"]["last"]["train_loss"] == pytest.approx(whole, abs=0.15)
 
 
 def train_command(folder: Path, name: str, **options: object) -> list[object]:
@@ -343,7 +349,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_the_same_bits(
     again = warm.ranks(2, *command)
     told, silent = (rank.wait() for rank in again)
     assert [rank.returncode for rank in again] == [0, 0], told
-    assert told.count("continuing from") == 1
+    assert told.count("continuing after") == 1
     assert told.count("epoch 2/2") == 1
     assert "damaged" not in told
     assert silent == ""
@@ -416,7 +422,7 @@ def test_torchrun_ends_all_ranks_when_one_is_killed_or_at_ctrl_c_and_they_go_on(
     again = launch(2, *command)
     told, _ = again.communicate(timeout=120)
     assert again.returncode == 0, told
-    assert told.count("continuing from") == 1
+    assert told.count("continuing after") == 1
     assert numbers(folder / "runs" / "torchrun") == numbers(folder / "runs" / "torchrun-whole")
 
     refused = launch(2, "ci2p_cache", *train_command(folder, "torchrun", **options | {"epochs": 4}))

@@ -9,8 +9,8 @@ from ci2p_cache.runs.files import EpochRecord
 from ci2p_cache.training.trainer import early_notice
 
 EPOCH = EpochRecord(
-    epoch=1, epochs=30, loss=1.2, train_top1=0.5, val_loss=1.3, top1=0.45, top5=1.0, lr=1e-3,
-    grad_norm=1.0, skipped_steps=0, images=880, images_per_second=50.0, wait_share=0.0,
+    epoch=1, epochs=30, train_loss=1.2, train_top1=0.5, val_loss=1.3, val_top1=0.45, val_top5=1.0,
+    lr=1e-3, grad_norm=1.0, skipped_steps=0, images=880, images_per_second=50.0, wait_share=0.0,
     epoch_seconds=20.0,
 )  # fmt: skip
 
@@ -25,30 +25,30 @@ def test_a_run_that_learns_is_left_alone() -> None:
 
 
 def test_a_loss_of_guessing_is_told_once_when_100_steps_are_done() -> None:
-    assert told(loss=1.62) == ""
-    notice = told(loss=1.62, epoch=8, steps=112)
+    assert told(train_loss=1.62) == ""
+    notice = told(train_loss=1.62, epoch=8, steps=112)
     assert "nothing was learned in 112 steps" in notice
     assert "guessing among 5 classes gives 1.609" in notice
-    assert told(loss=1.62, epoch=9, steps=126) == ""
-    assert told(loss=1.60, epoch=8, steps=112) == ""
-    assert "nothing was learned" in told(loss=1.62, epoch=1, steps=1250)
-    assert told(loss=float("nan"), images=0, steps=1250) == ""
+    assert told(train_loss=1.62, epoch=9, steps=126) == ""
+    assert told(train_loss=1.60, epoch=8, steps=112) == ""
+    assert "nothing was learned" in told(train_loss=1.62, epoch=1, steps=1250)
+    assert told(train_loss=float("nan"), images=0, steps=1250) == ""
 
 
 def test_validation_at_chance_is_told_once_when_100_steps_are_done() -> None:
-    notice = told(top1=0.21, epoch=8, steps=112)
+    notice = told(val_top1=0.21, epoch=8, steps=112)
     assert "validation (21.0% of 120)" in notice
     assert "is no better than guessing while training is ahead of it (50.0%)" in notice
     assert "whether both splits have the same classes" in notice
-    assert told(top1=0.21, epoch=1, steps=1250).endswith("classes and kind of images.")
+    assert told(val_top1=0.21, epoch=1, steps=1250).endswith("classes and kind of images.")
     for epoch in (1, 2, 3, 7, 9):
-        assert told(top1=0.21, epoch=epoch, steps=14 * epoch) == ""
+        assert told(val_top1=0.21, epoch=epoch, steps=14 * epoch) == ""
 
 
 def test_chance_allows_for_few_images() -> None:
     warm: dict[str, Any] = {"epoch": 8, "steps": 112}
-    assert told(**warm, top1=0.21, train_top1=0.22) == ""
-    assert told(**warm, top1=0.4) == ""
-    assert told(**warm, top1=0.4, num_val=10) == ""
-    assert told(**warm, top1=0.4, num_val=10, train_top1=0.7) != ""
-    assert told(**warm, top1=None, val_loss=None, top5=None, num_val=0) == ""
+    assert told(**warm, val_top1=0.21, train_top1=0.22) == ""
+    assert told(**warm, val_top1=0.4) == ""
+    assert told(**warm, val_top1=0.4, num_val=10) == ""
+    assert told(**warm, val_top1=0.4, num_val=10, train_top1=0.7) != ""
+    assert told(**warm, val_top1=None, val_loss=None, val_top5=None, num_val=0) == ""

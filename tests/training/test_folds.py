@@ -135,8 +135,8 @@ def test_a_run_trains_one_fold_and_its_folder_is_bound_to_it(
             cc.train(folder / "zarr", spec=SPEC, runs_dir=tmp_path, loader=whole)
     summary = cc.train(folder / "zarr", spec=SPEC, runs_dir=tmp_path, name="two", device="cpu")
     assert summary.last.images == 10
-    assert summary.last.top1 is not None
-    assert (summary.last.top1 * 3) % 1 == 0
+    assert summary.last.val_top1 is not None
+    assert (summary.last.val_top1 * 3) % 1 == 0
     with pytest.raises(errors.RunMismatchError, match="fold: 2 in the folder, 3 asked for"):
         cc.train(folder / "zarr", spec=folded(3), runs_dir=tmp_path, name="two", device="cpu")
     # The encoder in the loop, by flag, takes the same rows: the same losses, to the last bit.

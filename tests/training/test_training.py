@@ -11,7 +11,6 @@ import random
 import resource
 import shutil
 import signal
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,14 +29,15 @@ from ci2p_cache import errors
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import build_model
-from ci2p_cache.record import sealed_bytes
+from ci2p_cache.record import json_bytes, sealed_bytes
 from ci2p_cache.report.charts import draw_curves
-from ci2p_cache.runs.files import EpochRecord, summary_csv
+from ci2p_cache.report.html import write_report
+from ci2p_cache.runs.files import EpochRecord, read_summary, summary_csv
 from ci2p_cache.training.metrics import validate
 from ci2p_cache.training.optim import lr_at
-from ci2p_cache.training.records import TrainObserver
+from ci2p_cache.training.records import TrainObserver, TrainPlan
 from tests.support.caches import make_cache
-from tests.support.seals import reseal
+from tests.support.seals import digest, reseal
 from tests.support.tiers import thinned
 from tests.support.warm import Child, WarmParent
 
@@ -51,6 +51,11 @@ class Notes(TrainObserver):
     def __init__(self) -> None:
         self.notices: list[str] = []
         self.epochs: list[EpochRecord] = []
+        self.plans: list[TrainPlan] = []
+
+    def planned(self, plan: TrainPlan) -> None:
+        assert not self.epochs
+        self.plans.append(plan)
 
     def notice(self, text: str) -> None:
         self.notices.append(text)
@@ -129,7 +134,7 @@ def test_the_loss_goes_down_and_every_image_counts_once(cache_dir: Path, tmp_pat
     summary = cc.train(cache_dir, spec=changed(lr=1e-2, epochs=6), runs_dir=tmp_path, device="cpu")
     rows = rows_of(Path(summary.path))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
-    assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
+    assert float(rows[-1]["train_loss"]) < 0.8 * float(rows[0]["train_loss"])
     assert {row["images"] for row in rows} == {"24"}
     assert {row["skipped_steps"] for row in rows} == {"0"}
 
@@ -159,7 +164,7 @@ def test_one_epoch_equals_a_plain_loop_written_out(cache_dir: Path, tmp_path: Pa
             loss.backward()
             optimizer.step()
             total += loss.item() * len(batch.labels)
-    assert summary.last.loss == total / 24
+    assert summary.last.train_loss == total / 24
     saved = load_file(Path(summary.last_checkpoint) / "model.safetensors")
     for name, value in model.named_parameters():
         assert torch.equal(saved[name], value), name
@@ -178,13 +183,13 @@ def test_model_json_and_the_best_weights_give_the_recorded_accuracy(
     labels = torch.from_numpy(val.labels.astype(np.int64))
     top1 = (logits.argmax(1) == labels).double().mean().item()
     rows = rows_of(finished)
-    top1s = [float(row["top1"]) for row in rows]
+    top1s = [float(row["val_top1"]) for row in rows]
     assert top1 == max(top1s)
     row = rows[top1s.index(max(top1s))]
     assert best == f"epoch-{int(row['epoch']):04d}-step-000000"
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     assert float(row["val_loss"]) == pytest.approx(loss, rel=1e-5)
-    assert {row["top5"] for row in rows} == {"1.0"}
+    assert {row["val_top5"] for row in rows} == {"1.0"}
     assert record["classes"] == ["ant", "bee", "cat"]
     assert len(record["offset"]) == record["fingerprint"]["latent"]["channels"] == 4
 
@@ -344,23 +349,84 @@ def test_a_finished_run_returns_at_once_and_changes_nothing(
     assert files_below(finished) == before
 
 
-def test_tensorboard_holds_every_epoch_once_after_a_restart(
-    cache_dir: Path, finished: Path, tmp_path: Path
-) -> None:
+def board_of(run: Path) -> Any:
+    """What TensorBoard shows of a run."""
     from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]  # no stubs
         event_accumulator,
     )
 
+    return event_accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+
+
+def test_tensorboard_holds_every_epoch_once_after_a_restart(
+    cache_dir: Path, finished: Path, tmp_path: Path
+) -> None:
     run = tmp_path / finished.name
     copy_run(finished, run)
     shutil.rmtree(run / "checkpoints" / "epoch-0003-step-000000")
     cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu")
-    assert len(list((run / "tensorboard").iterdir())) == 2
-    events = event_accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
-    told = [(event.step, event.value) for event in events.Scalars("loss/train")]
-    assert [step for step, _ in told] == [1, 2, 3]
-    wanted = [struct.unpack("f", struct.pack("f", float(row["loss"])))[0] for row in rows_of(run)]
-    assert [value for _, value in told] == wanted
+    assert [path.is_file() for path in (run / "tensorboard").iterdir()] == [True] * 2
+    board = board_of(run)
+    for tag, column in (("train/loss", "train_loss"), ("val/top1", "val_top1"), ("epoch", "epoch")):
+        told = [(event.step, event.value) for event in board.Scalars(tag)]
+        values = [float(row[column]) for row in rows_of(run)]
+        assert told == list(zip((5, 10, 15), np.array(values, np.float32).tolist(), strict=True))
+    rates = [(event.step, event.value) for event in board.Scalars("train/lr_step")]
+    wanted = [lr_at(step, spec=SPEC, steps_per_epoch=5) for step in range(15)]
+    assert rates == list(enumerate(np.array(wanted, np.float32).tolist()))
+    # The last batch of an epoch has four images, the others five.
+    losses = np.array([event.value for event in board.Scalars("train/loss_step")]).reshape(3, 5)
+    means = [float(row["train_loss"]) for row in rows_of(run)]
+    np.testing.assert_allclose(np.average(losses, 1, [5, 5, 5, 5, 4]), means, rtol=1e-6)
+
+
+def test_tensorboard_holds_every_step_once_after_a_failure_and_the_settings(
+    cache_dir: Path, tmp_path: Path
+) -> None:
+    from tensorboard.plugins.hparams import plugin_data_pb2  # type: ignore[import-untyped]  # none
+
+    def fail(_: cc.Batch) -> None:
+        raise errors.ShardError("damaged")
+
+    spec, run = changed(batch_size=2, epochs=1), tmp_path / "run"
+    with (
+        eventful(cache_dir, spec, {(0, 10): fail}) as loader,
+        pytest.raises(errors.ShardError, match="damaged"),
+    ):
+        cc.train(
+            cache_dir, spec=spec, runs_dir=tmp_path, name="run", loader=loader, save_every_steps=8
+        )
+    before = [(event.step, event.value) for event in board_of(run).Scalars("train/loss_step")]
+    assert [step for step, _ in before] == list(range(10))
+    notes = Notes()
+    with eventful(cache_dir, spec) as loader:
+        cc.train(cache_dir, spec=spec, runs_dir=tmp_path, name="run", loader=loader, observer=notes)
+    assert [(plan.epochs_done, plan.steps_done) for plan in notes.plans] == [(0, 8)]
+    board = board_of(run)
+    after = [(event.step, event.value) for event in board.Scalars("train/loss_step")]
+    assert [step for step, _ in after] == list(range(12))
+    assert after[:10] == before
+    content = board.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    told = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["model"].string_value == "vitds_nano"
+    assert told["batch_size"].number_value == 2
+    assert told["weight_decay"].number_value == 0.05
+
+
+def test_the_plan_says_what_is_trained_and_a_finished_run_has_none(
+    cache_dir: Path, tmp_path: Path
+) -> None:
+    spec, notes = changed(epochs=1, accumulate=2), Notes()
+    for _ in range(2):
+        cc.train(cache_dir, spec=spec, runs_dir=tmp_path, name="run", device="cpu", observer=notes)
+    model = cc.create_model("vitds_nano", num_classes=3, latent_channels=4, latent_size=4)
+    (plan,) = notes.plans
+    assert plan == TrainPlan(
+        path=str(tmp_path / "run"), model="vitds_nano",
+        parameters=sum(each.numel() for each in model.parameters()), train_images=24, val_images=8,
+        classes=3, views=2, device="cpu", precision="float32", batch_size=5, accumulate=2, epochs=1,
+        steps=5, epochs_done=0, steps_done=0,
+    )  # fmt: skip
 
 
 def test_other_settings_get_another_folder_and_a_named_one_refuses_them(
@@ -484,7 +550,7 @@ def test_a_batch_of_nan_leaves_weights_and_statistics_as_they_were(
         rows = [batch.rows.tolist() for batch in loader][4]
     assert summary.last.skipped_steps == 1
     assert summary.last.images == 20
-    assert np.isfinite(summary.last.loss)
+    assert np.isfinite(summary.last.train_loss)
     assert len(notes.notices) == 1
     assert "step 4 of epoch 1 was skipped" in notes.notices[0]
     assert f"rows {rows}" in notes.notices[0]
@@ -557,7 +623,7 @@ def test_bf16_parts_and_position_embedding_train_too(cache_dir: Path, tmp_path: 
     )  # fmt: skip
     summary = cc.train(cache_dir, spec=spec, runs_dir=tmp_path, device="cpu")
     assert summary.last.skipped_steps == 0
-    assert np.isfinite(summary.last.loss)
+    assert np.isfinite(summary.last.train_loss)
 
 
 def test_without_validation_the_lowest_loss_is_best_and_the_curves_are_drawn(
@@ -566,8 +632,10 @@ def test_without_validation_the_lowest_loss_is_best_and_the_curves_are_drawn(
     make_cache(tmp_path / "out", {"train": {"ant": 6, "bee": 5}})
     summary = cc.train(tmp_path / "out", spec=changed(epochs=2), runs_dir=tmp_path / "runs")
     rows = rows_of(Path(summary.path))
-    assert [(row["val_loss"], row["top1"], row["top5"]) for row in rows] == [("", "", "")] * 2
-    assert summary.best.loss == min(float(row["loss"]) for row in rows)
+    assert [(row["val_loss"], row["val_top1"], row["val_top5"]) for row in rows] == [
+        ("", "", "")
+    ] * 2
+    assert summary.best.train_loss == min(float(row["train_loss"]) for row in rows)
     assert draw_curves(summary.path).stat().st_size > 10_000
 
 
@@ -706,6 +774,43 @@ def test_a_run_begun_before_the_spec_had_its_newer_fields_goes_on_and_takes_none
         cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu")
 
 
+def with_old_names(run: Path) -> Path:
+    """Gives the columns of a run the names that earlier versions wrote."""
+    old = {"train_loss": "loss", "val_top1": "top1", "val_top5": "top5"}
+    header, rest = (run / "summary.csv").read_text().split("\n", 1)
+    header = ",".join(old.get(name, name) for name in header.split(","))
+    replace_file(run / "summary.csv", f"{header}\n{rest}".encode())
+    for folder in (run / "checkpoints").glob("epoch-*"):
+        state = json.loads((folder / "state.json").read_text())
+        state["history"] = [
+            {old.get(name, name): value for name, value in epoch.items()}
+            for epoch in state["history"]
+        ]
+        content = json_bytes(state)
+        replace_file(folder / "state.json", content)
+        listing = json.loads((folder / "digests.json").read_text())
+        for entry in listing["files"]:
+            if entry["path"] == "state.json":
+                entry |= {"bytes": len(content), "sha256": digest(content)}
+        replace_file(folder / "digests.json", json_bytes(listing))
+    return run
+
+
+def test_a_run_with_the_old_names_of_columns_is_read_evaluated_reported_and_goes_on(
+    cache_dir: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = with_old_names(copy_run(finished, tmp_path / finished.name))
+    assert (run / "summary.csv").read_text().startswith("epoch,loss,train_top1,val_loss,top1,top5,")
+    assert read_summary(run) == read_summary(finished)
+    result = cc.evaluate(run, cache=cache_dir, device="cpu")
+    assert (result.recorded_top1, result.recorded_nll) == (result.top1, result.nll)
+    names = write_report([run, finished], tmp_path / "report.html").runs
+    assert names == (run.name, run.name)
+    shutil.rmtree(run / "checkpoints" / "epoch-0003-step-000000")
+    assert cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu").trained_epochs == 1
+    assert_same_run(run, finished)
+
+
 def test_a_resident_split_gives_the_same_bits(
     cache_dir: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -742,7 +847,7 @@ def test_a_compiled_model_trains_to_nearly_the_same_numbers_and_goes_on_uncompil
     )
     assert any("compiled" in notice for notice in notes.notices)
     wanted, got = (
-        [float(row["loss"]) for row in rows_of(Path(run.path))] for run in (plain, summary)
+        [float(row["train_loss"]) for row in rows_of(Path(run.path))] for run in (plain, summary)
     )
     np.testing.assert_allclose(got[:1], wanted[:1], rtol=1e-3)
     np.testing.assert_allclose(got, wanted, rtol=0.05)
