@@ -165,7 +165,8 @@ def find_intent(
     folder = growth_of(root) or root
     manifest = read_manifest(folder)
     labels = "auto" if manifest.classes else "none"
-    if options.labels != labels:
+    # A source of the user's own may have no classes; it is asked last, for it may have to list.
+    if options.labels != labels and (manifest.classes or images.classes):
         raise FingerprintMismatchError(
             f"{root} was made with `labels` {labels!r}, {options.labels!r} is asked for; nothing "
             "was changed",

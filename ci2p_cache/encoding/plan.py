@@ -204,15 +204,26 @@ def _impossible(table: pa.Table, record: SplitRecord, num_classes: int) -> str |
         return f"does not list rows 0 to {record.rows - 1} one after another"
     if not np.array_equal(table["shard"].to_numpy(), rows // record.shard_rows):
         return f"does not be in shards of {record.shard_rows} rows"
-    labels = table["label"].to_numpy()
-    if np.any((labels < -1) | (labels >= num_classes)):
-        return f"has labels that are none of {num_classes} classes"
-    for column in ("key", "path"):
-        if pc.any(pc.match_substring_regex(table[column], _LEADS_OUT)).as_py():
-            return f"has a {column} that leads out of the source"
+    problem = _foreign_label(table, num_classes) or _leads_out(table)
+    if problem is not None:
+        return problem
     # Not count_distinct: it takes three times as long over a million keys.
     if len(pc.unique(table["key"])) != record.rows:
         return "has a key twice"
+    return None
+
+
+def _foreign_label(table: pa.Table, num_classes: int) -> str | None:
+    labels = table["label"].to_numpy()
+    if np.any((labels < -1) | (labels >= num_classes)):
+        return f"has labels that are none of {num_classes} classes"
+    return None
+
+
+def _leads_out(table: pa.Table) -> str | None:
+    for column in ("key", "path"):
+        if pc.any(pc.match_substring_regex(table[column], _LEADS_OUT)).as_py():
+            return f"has a {column} that is absolute, empty or holds '..'"
     return None
 
 
@@ -236,7 +247,8 @@ def build_plan(
         counts: Counts what the source has by (its split, label), for `refuse_no_classes`.
 
     Raises:
-        SourceError: there is no image, or two of a split have the same key.
+        SourceError: there is no image, two of a split have the same key, a key or path is absolute,
+            empty or holds "..", or a label is none of the classes.
     """
     # In arrow's columns a sample takes about 80 bytes; as Python objects some 270.
     rows: dict[str, list[tuple[int, str, int, bytes]]] = {}
@@ -260,7 +272,8 @@ def build_plan(
         found = pa.concat_tables([*listed.pop(name, ()), _listed_table(rows.pop(name, []))])
         # By rank; should two have the same one, by key.
         found = found.sort_by([(column, "ascending") for column in _LISTED_SCHEMA.names])
-        _refuse_doubles(source, name, found)
+        # Labels of a growth are those of the larger list of classes.
+        _refuse_unusable(source, name, found, None if earlier else len(source.classes))
         num_views = views.num_views(name)
         size = shard_rows(layout, latent, num_views)
         tables[name] = _table(name, size, plan.tables.get(name), found)
@@ -299,8 +312,18 @@ def _table(split: str, size: int, earlier: pa.Table | None, listed: pa.Table) ->
     return pa.table(columns, schema=PLAN_SCHEMA).combine_chunks()
 
 
-def _refuse_doubles(source: ImageSource, split: str, listed: pa.Table) -> None:
-    """Refuses two images of one key: a batch could not say which of them it holds."""
+def _refuse_unusable(
+    source: ImageSource, split: str, listed: pa.Table, num_classes: int | None
+) -> None:
+    """Refuses what a source of the user's own may give, and two images of one key.
+
+    A batch could not say which of the two it holds.
+    """
+    problem = _leads_out(listed)
+    if problem is None and num_classes is not None:
+        problem = _foreign_label(listed, num_classes)
+    if problem is not None:
+        raise SourceError(f"what {source.location()} lists in split {split} {problem}")
     keys = listed["key"]
     if len(pc.unique(keys)) == len(keys):
         return

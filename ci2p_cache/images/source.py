@@ -42,7 +42,7 @@ class ImageRef:
     path: bytes
     """Where the bytes are, below the source's root: the file system's own bytes. Of an image in an
     archive or table, its path, "#" and where it is in there. It is all that `read` needs, in any
-    process.
+    process. Neither it nor the key is empty, starts with "/" or has ".." between two "/".
     """
     order: int | None = None
     """Where it comes when the source is read in sequence, ascending; None where images may as well

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 import ci2p_cache as cc
-from ci2p_cache.errors import ResourceError, UsageError
+from ci2p_cache.errors import FingerprintMismatchError, ResourceError, SourceError, UsageError
+from ci2p_cache.images.source import ImageRef
 from tests.support.decoding import Shelf
 from tests.support.pictures import write_image_folder
 
@@ -106,4 +109,48 @@ def test_what_cannot_go_with_such_a_source_is_refused(folder: Path, tmp_path: Pa
         cc.encode(shelf, tmp_path / "out", cc.EncodeOptions(encoder="bundled", root=tmp_path))
     with pytest.raises(UsageError, match="`labels` is none"):
         cc.encode(shelf, tmp_path / "out", cc.EncodeOptions(encoder="bundled", labels="none"))
+    assert not (tmp_path / "out").exists()
+
+
+class Unlabelled(Shelf):
+    """Pictures without classes."""
+
+    classes = ()
+
+    def scan(self) -> Iterator[ImageRef]:
+        return (replace(ref, label=-1) for ref in Shelf(self.pictures).scan())
+
+
+def test_a_source_without_classes_is_encoded_and_continued(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shelf = Unlabelled(Shelf.of(folder).pictures)
+    cc.encode(shelf, out, OPTIONS)
+    (out / "index" / "train-000001.parquet").unlink()
+    assert cc.encode(shelf, out, OPTIONS).encoded_now > 0
+    assert cc.open_cache(out).classes == ()
+    with pytest.raises(FingerprintMismatchError, match="`labels`"):
+        cc.encode(Shelf.of(folder), out, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"path": b"/etc/hostname"}, "path that is absolute"),
+        ({"path": b"a/../../b"}, "path that is absolute, empty or holds"),
+        ({"key": ""}, "key that is absolute, empty"),
+        ({"label": 2}, "none of 2 classes"),
+        ({"label": -2}, "none of 2 classes"),
+    ],
+)
+def test_what_no_plan_can_hold_is_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    class Odd(Shelf):
+        def scan(self) -> Iterator[ImageRef]:
+            first, *others = super().scan()
+            yield replace(first, **changes)
+            yield from others
+
+    with pytest.raises(SourceError, match=named):
+        cc.encode(Odd(Shelf.of(folder).pictures), tmp_path / "out", OPTIONS)
     assert not (tmp_path / "out").exists()
