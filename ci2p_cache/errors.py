@@ -69,6 +69,7 @@ __all__ = [
     "WeightsError",
     "WeightsUnavailableError",
     "command",
+    "size",
     "stop_signals",
 ]
 
@@ -225,6 +226,15 @@ class InterruptedRunError(CacheError):
         # Pickled by default with the message alone.
         make = partial(type(self), signal_number=self.exit_code - 128, hint=self.hint)
         return make, self.args
+
+
+def size(num_bytes: float) -> str:
+    """Formats a number of bytes, 1000-based."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} TB"
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

@@ -24,13 +24,20 @@ from ci2p_cache.cache.manifest import SplitRecord
 from ci2p_cache.cache.paths import shard_of
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
-from ci2p_cache.errors import IncompleteCacheError, ManifestError, ShardError, UsageError, command
+from ci2p_cache.errors import (
+    IncompleteCacheError,
+    ManifestError,
+    ShardError,
+    UsageError,
+    command,
+    size,
+)
 from ci2p_cache.record import Record
 from ci2p_cache.specs import Fingerprint, LayoutSpec
 
 __all__ = [
-    "CacheCard", "LatentCard", "SampleCard", "SplitCard", "TreeEntry", "describe",
-    "describe_row", "describe_sample", "folder_tree", "index_parts", "read_row",
+    "CacheCard", "LatentCard", "SampleCard", "SplitCard", "StoredSize", "TreeEntry", "describe",
+    "describe_row", "describe_sample", "folder_tree", "index_parts", "read_row", "stored_size",
 ]  # fmt: skip
 
 _MAX_COMPARED_KEYS = 20_000
@@ -68,7 +75,51 @@ class SplitCard(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CacheCard(Record):
+class StoredSize(Record):
+    """What shards and index parts take, over what they hold; fields are None without images."""
+
+    bytes_per_view: float | None
+    bytes_per_image: float | None
+    """All views of an image together."""
+    views_per_image: float | None
+    """The mean: splits may have different numbers of views."""
+    source_ratio: float | None
+    """Over the bytes of the source files; None where these are not known."""
+
+    @property
+    def size_words(self) -> tuple[str, ...]:
+        """What to show of it, a phrase each."""
+        if self.bytes_per_view is None or self.bytes_per_image is None:
+            return ()
+        phrases = (
+            f"{size(self.bytes_per_view)} per view",
+            f"{size(self.bytes_per_image)} per image with {self.views_per_image:.3g} views",
+            f"{self.source_ratio:.2f} x the source files" if self.source_ratio else "",
+        )
+        return tuple(filter(None, phrases))
+
+
+def stored_size(
+    stored_bytes: int, *, images: int, views: int, source_bytes: int | None
+) -> StoredSize:
+    """Divides the bytes of shards and index parts by what they hold.
+
+    Args:
+        stored_bytes: Of shards and index parts.
+        images: Images in them.
+        views: Latents in them, of all images together.
+        source_bytes: Of the images' source files; None where they are not known.
+    """
+    return StoredSize(
+        bytes_per_view=stored_bytes / views if views else None,
+        bytes_per_image=stored_bytes / images if images else None,
+        views_per_image=views / images if images else None,
+        source_ratio=stored_bytes / source_bytes if source_bytes else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheCard(StoredSize):
     """What a cache is: its manifest's fields, and what its splits hold together."""
 
     path: str
@@ -87,10 +138,6 @@ class CacheCard(Record):
     stored_bytes: int
     disk_bytes: int
     """Bytes of everything in the folder."""
-    bytes_per_image: float | None
-    """`stored_bytes` per image, all its views together; None without images."""
-    source_ratio: float | None
-    """`stored_bytes` over the bytes of the source files; None without images."""
     clipped: int
     clipped_share: float
     """`clipped` over the number of all stored values."""
@@ -165,7 +212,7 @@ def describe(cache: Cache) -> CacheCard:
              "source_bytes")  # fmt: skip
     total: dict[str, Any] = {name: sum(getattr(split, name) for split in splits) for name in added}
     images, bad_images = total.pop("valid_rows"), total.pop("bad_rows")
-    stored, source_bytes = total["stored_bytes"], total.pop("source_bytes")
+    source_bytes = total.pop("source_bytes")
     latents = sum(split.valid_rows * split.views for split in splits)
     values = latents * int(np.prod(cache.fingerprint.latent.shape))
     return CacheCard(
@@ -175,10 +222,11 @@ def describe(cache: Cache) -> CacheCard:
         bad_images=bad_images,
         splits=splits,
         disk_bytes=sum(entry.bytes for entry in folder_tree(cache.path)),
-        bytes_per_image=stored / images if images else None,
-        source_ratio=stored / source_bytes if source_bytes else None,
         clipped_share=total["clipped"] / max(values, 1),
         fingerprint_digest=cache.fingerprint.digest,
+        **stored_size(
+            total["stored_bytes"], images=images, views=latents, source_bytes=source_bytes
+        ).to_dict(),
         **total,
         **{name: getattr(manifest, name) for name in copied},
     )

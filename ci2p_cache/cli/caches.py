@@ -309,7 +309,9 @@ def inspect(
         Path | None,
         typer.Option(help="Write a picture (.png, .jpg, .pdf): originals, reconstructions."),
     ] = None,
-    count: Annotated[int, typer.Option(help="Samples in the picture.")] = 4,
+    count: Annotated[
+        int | None, typer.Option(help="Samples in the picture [default: one per class].")
+    ] = None,
     source: Annotated[
         Path | None, typer.Option(help="Where the images are now, if they were moved.")
     ] = None,
@@ -322,7 +324,7 @@ def inspect(
       ci2p-cache inspect shards/                                 the card
       ci2p-cache inspect shards/ --key daisy/1.jpg               one sample
       ci2p-cache inspect shards/ --split val --row 7             the same, by row
-      ci2p-cache inspect shards/ --picture look.png --count 6    what the latents still show
+      ci2p-cache inspect shards/ --picture look.png              what the latents still show
       ci2p-cache inspect shards/ --tree                          files and sizes
 
     Works on a cache that is still being encoded, as far as it goes. --picture replaces an earlier
@@ -378,9 +380,7 @@ def _print_card(card: CacheCard) -> None:
         "images": f"{crop}, EXIF {image.exif}, {image.decoder}",
         "encoder": f"{encoder.arch}, quality {encoder.quality}, {encoder.metric}, "
         f"{encoder.precision}; weights sha256 {encoder.weights_sha256[:16]}",
-        "size": f"{render.size(card.disk_bytes)} on disk"
-        + (f", {render.size(card.bytes_per_image)} per image" if card.bytes_per_image else "")
-        + (f", {card.source_ratio:.2f} x the source files" if card.source_ratio else ""),
+        "size": ", ".join([f"{render.size(card.disk_bytes)} on disk", *card.size_words]),
         "format": card.layout.format,
         "codec": f"{card.layout.codec}"
         + (f" level {card.layout.level}" if CODECS[card.layout.codec].has_level else ""),

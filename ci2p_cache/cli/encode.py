@@ -104,12 +104,8 @@ def print_summary(summary: EncodeSummary) -> None:
         render.line("  encoded now   nothing: everything was committed already")
     bad = f"{summary.bad:,}" + (" (see errors.parquet)" if summary.bad else "")
     render.line(f"  bad images    {bad}")
-    ratio = summary.cache_bytes / max(summary.source_bytes or 0, 1)
-    render.line(
-        f"  size          {render.size(summary.cache_bytes)}, "
-        f"{render.size(summary.bytes_per_image)} per image with "
-        f"{summary.views / max(summary.images, 1):.1f} views, {ratio:.2f} x the source files"
-    )
+    words = [render.size(summary.cache_bytes), *summary.stored.size_words]
+    render.line(f"  size          {', '.join(words)}")
     render.line(f"  saturated     {summary.clipped or 0:,} symbols")
     if summary.exif_turned:
         render.line(

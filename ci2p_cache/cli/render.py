@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
-from ci2p_cache.errors import CacheError
+from ci2p_cache.errors import CacheError, size
 
 # rich takes a fifth of what `--help` and a completion take, and neither needs it: it is imported
 # where something is shown.
@@ -54,15 +54,6 @@ def _err() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
-
-
-def size(num_bytes: float) -> str:
-    """Formats a number of bytes, 1000-based."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.2f} TB"
 
 
 def duration(seconds: float | None) -> str:

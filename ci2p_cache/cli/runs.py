@@ -15,6 +15,7 @@ from ci2p_cache.errors import InputDataError, UsageError
 __all__ = ["evaluate", "export", "predict", "report"]
 
 if TYPE_CHECKING:
+    from ci2p_cache.report.tables import TableFormat
     from ci2p_cache.runs.evaluations import Evaluation
 
 
@@ -283,7 +284,14 @@ def report(
     paths: Annotated[
         list[str], typer.Argument(help="Run folders and caches.", metavar="PATH...", readable=False)
     ],
-    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write [default: report.html; a table goes to the screen]."),
+    ] = None,
+    table: Annotated[
+        Literal["markdown", "csv", "latex"] | None,
+        typer.Option(help="A table of the runs instead: .md, .csv or .tex."),
+    ] = None,
     source: Annotated[
         Path | None, typer.Option(help="Where the images are now, if they were moved.")
     ] = None,
@@ -300,6 +308,7 @@ def report(
       ci2p-cache report runs/mine shards/                    and what the cache still shows
       ci2p-cache report runs/one runs/two --out both.html    the same side by side
       ci2p-cache report shards/ --no-pictures                in a second, nothing decoded
+      ci2p-cache report runs/* --table latex --out runs.tex  a table of the runs
 
     The page is one file under 5 MB that loads nothing and runs nothing: it opens without a network.
     Of several runs the first is what the others are held against. `ci2p-cache evaluate` gives a run
@@ -307,11 +316,16 @@ def report(
     checkpoint on the run's own validation split, or what comes next to it. The page shows pictures
     from the cache: think before it is sent on. An earlier report is replaced, no other file.
     """
+    if table is not None:
+        if json or source is not None or not pictures:
+            raise UsageError("--table takes none of --json, --source and --no-pictures")
+        _table(paths, out, table)
+        return
     from ci2p_cache.pictures.reconstructions import LatentIllustrator
     from ci2p_cache.report.html import write_report
 
     illustrator = LatentIllustrator(source=source, num_samples=samples) if pictures else None
-    summary = write_report(paths, out, illustrator=illustrator)
+    summary = write_report(paths, out or Path("report.html"), illustrator=illustrator)
     for path in summary.skipped:
         render.notice(f"{path} is left out: no epoch of it has ended yet")
     if json:
@@ -320,3 +334,14 @@ def report(
         held = f"runs: {len(summary.runs)}, caches: {len(summary.caches)}"
         render.line(f"written: {summary.path} ({held}; {render.size(summary.bytes)})")
         render.line("next: open it in a browser")
+
+
+def _table(paths: list[str], out: Path | None, format: TableFormat) -> None:
+    from ci2p_cache.report.tables import run_table, write_table
+
+    if out is not None:
+        write_table(paths, out, format=format)
+        render.line(f"written: {out}")
+        return
+    for line in run_table(paths, format=format).splitlines():
+        render.line(line)

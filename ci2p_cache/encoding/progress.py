@@ -10,6 +10,7 @@ from pathlib import Path
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.ranges import ShardRange
+from ci2p_cache.cache.summary import StoredSize, stored_size
 from ci2p_cache.record import Record
 
 __all__ = [
@@ -102,7 +103,14 @@ class EncodeSummary(Record):
     @property
     def bytes_per_image(self) -> float:
         """Cache bytes per image, all its views together."""
-        return self.cache_bytes / max(self.images, 1)
+        return self.stored.bytes_per_image or 0.0
+
+    @property
+    def stored(self) -> StoredSize:
+        """`cache_bytes` per view and per image."""
+        return stored_size(
+            self.cache_bytes, images=self.images, views=self.views, source_bytes=self.source_bytes
+        )
 
 
 @dataclass

@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ci2p_cache.errors import UsageError
@@ -37,6 +37,7 @@ __all__ = [
     "Published",
     "complexity",
     "complexity_table",
+    "trainable_parameters",
 ]
 
 PAPER_MODELS = ("vit_b16", "vit", "vitds")
@@ -257,13 +258,31 @@ def complexity_table(
     )
 
 
-@cache
-def _count(what: AnyModelConfig | tuple[int, int], input_shape: tuple[int, ...]) -> _Count:
-    """Counts a model, or g_a of width N and M channels, on the meta device for one input."""
+def trainable_parameters(config: AnyModelConfig) -> int:
+    """Counts the parameters of a model without drawing a weight.
+
+    Raises:
+        UsageError: the installed timm cannot build it.
+    """
+    return _parameters(_built(config))
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _built(what: AnyModelConfig | tuple[int, int]) -> nn.Module:
+    """Builds a model, or g_a of width N and M channels, on the meta device."""
     # What is drawn on the meta device must not move the caller's random numbers.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         made = AnalysisTransform(*what) if isinstance(what, tuple) else build_model(what)
-        model = made.eval()
+        return made.eval()
+
+
+@cache
+def _count(what: AnyModelConfig | tuple[int, int], input_shape: tuple[int, ...]) -> _Count:
+    """Counts a model, or g_a of width N and M channels, on the meta device for one input."""
+    model = _built(what)
     norm_macs = 0
 
     def add(factor: int, given: Tensor) -> None:
@@ -286,7 +305,7 @@ def _count(what: AnyModelConfig | tuple[int, int], input_shape: tuple[int, ...])
         if any(product in str(operation) for product in _PRODUCTS)
     )
     return _Count(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=_parameters(model),
         macs=counter.get_total_flops() // 2,
         attention_macs=products // 2,
         norm_macs=norm_macs,

@@ -3,6 +3,7 @@
 ::
 
     original square | view 0 by g_s | view 1 by g_s | energy by position | energy by channel
+                                                      one colour bar for all rows
 
 Shape suffixes: M latent channels, h w latent rows and columns.
 """
@@ -19,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import FuncFormatter
@@ -50,6 +53,9 @@ _FORMATS: dict[str, Literal["png", "jpg", "pdf"]] = {
 _MAX_SAMPLES = 64
 """More rows of panels make a picture that no viewer opens well."""
 
+_UNLABELLED = 4
+"""Samples shown of a cache without classes."""
+
 _SHOWN_VIEWS = 2
 """The first two views of a sample show what the others are like."""
 
@@ -64,6 +70,8 @@ _GAP_PX = 16
 _TITLE_PX = 30
 _CAPTION_PX = 44
 _HEAD_PX = 40
+_SCALE_PX = 58
+"""The colour bar, with its numbers and its unit."""
 _FOOT_PX = 44
 _AXIS_PX = 44
 """Room for the numbers left of the energy profile."""
@@ -100,7 +108,7 @@ def draw_preview(
     *,
     split: str | None = None,
     rows: Sequence[int] | None = None,
-    count: int = 4,
+    count: int | None = None,
     source: str | Path | None = None,
 ) -> PreviewResult:
     """Writes a picture of originals, reconstructions and the energy of the latents.
@@ -110,8 +118,9 @@ def draw_preview(
         path: The picture to write, .png, .jpg, .jpeg or .pdf. Of the files that may be there only
             an earlier preview is replaced, as a whole.
         split: Which split; None: the first one.
-        rows: Which rows; None: `count` rows spread evenly over those that hold a latent.
-        count: How many rows if `rows` is None.
+        rows: Which rows; None: as `count` says.
+        count: Draws so many rows, spread evenly over those that hold a latent. None: one row of
+            each class; of more than 64 classes 64, spread evenly; without labels four rows.
         source: Where the images are now; None: where they were when the cache was made, and if
             they are not there the picture says so.
 
@@ -162,20 +171,29 @@ def check_picture(cache: Cache, path: Path) -> None:
         )
 
 
-def _chosen_rows(split: Split, rows: Sequence[int] | None, count: int) -> list[int]:
+def _chosen_rows(split: Split, rows: Sequence[int] | None, count: int | None) -> list[int]:
     """Returns the rows to draw; those asked for are checked when they are read."""
-    if rows is None:
-        stored = split.valid_rows
-        if not len(stored):
-            raise UsageError(f"split {split.name!r} of {split.cache.path} holds no latent to draw")
-        wanted = min(count, len(stored))
-        # The middles of `wanted` equal parts: the first rows are no better than others.
-        chosen = [int(stored[(2 * i + 1) * len(stored) // (2 * wanted)]) for i in range(wanted)]
-    else:
+    stored = split.valid_rows
+    if rows is None and not len(stored):
+        raise UsageError(f"split {split.name!r} of {split.cache.path} holds no latent to draw")
+    labels = split.labels[stored]
+    classes = np.unique(labels[labels >= 0]).tolist()
+    if rows is not None:
         chosen = list(rows)
+    elif count is None and classes:
+        shown = _spread(classes, _MAX_SAMPLES)
+        chosen = [_spread(stored[labels == label].tolist(), 1)[0] for label in shown]
+    else:
+        chosen = _spread(stored.tolist(), _UNLABELLED if count is None else count)
     if not 1 <= len(chosen) <= _MAX_SAMPLES:
         raise UsageError(f"{len(chosen)} samples to draw; 1 to {_MAX_SAMPLES} fit a picture")
     return chosen
+
+
+def _spread(values: list[int], count: int) -> list[int]:
+    """Returns up to `count` values, the middles of equal parts: the first are no better."""
+    wanted = min(count, len(values))
+    return [values[(2 * i + 1) * len(values) // (2 * wanted)] for i in range(wanted)]
 
 
 def _headings(split: Split) -> list[str]:
@@ -253,7 +271,7 @@ def _draw_figure(
     columns = len(headings) + 2
     row_px = _TITLE_PX + panel_px + _CAPTION_PX
     width_px = columns * panel_px + (columns + 1) * _GAP_PX + _AXIS_PX
-    height_px = _HEAD_PX + len(rows) * row_px + _FOOT_PX
+    height_px = _HEAD_PX + len(rows) * row_px + _SCALE_PX + _FOOT_PX
     figure = Figure(figsize=(width_px / _DPI, height_px / _DPI), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     page = _Page(figure, width_px, height_px)
@@ -262,10 +280,13 @@ def _draw_figure(
     names = [*headings, "latent energy by position", "latent energy by channel"]
     for left, heading in zip(lefts, names, strict=True):
         page.text(left, _HEAD_PX - 12, heading, size=10.5, weight="bold")
+    maps = [np.sqrt(energy.sum(axis=0)) for _, _, energy in rows]
+    scale = Normalize(min(map(np.min, maps)), max(map(np.max, maps)))
     for number, (title, squares, energy) in enumerate(rows):
         top = _HEAD_PX + number * row_px
         page.text(_GAP_PX, top + _TITLE_PX - 8, _shortened(title), size=10)
-        _draw_row(page, squares, energy, lefts, top + _TITLE_PX, panel_px)
+        _draw_row(page, squares, energy, scale, lefts, top + _TITLE_PX, panel_px)
+    _draw_scale(page, scale, lefts[-2], _HEAD_PX + len(rows) * row_px, panel_px)
     for number, line in enumerate(footer):
         page.text(_GAP_PX, height_px - _FOOT_PX + 16 * (number + 1), line, size=9, color=_FAINT)
     # Without a date the same picture gives the same bytes.
@@ -312,8 +333,8 @@ class _Page:
 
 
 def _draw_row(
-    page: _Page, squares: Sequence[_Square], energy_Mhw: npt.NDArray[np.float64], lefts: list[int],
-    top: int, panel_px: int,
+    page: _Page, squares: Sequence[_Square], energy_Mhw: npt.NDArray[np.float64], scale: Normalize,
+    lefts: list[int], top: int, panel_px: int,
 ) -> None:  # fmt: skip
     captions = [caption if picture is not None else "" for picture, caption in squares]
     for (picture, caption), left in zip(squares, lefts, strict=False):
@@ -335,14 +356,21 @@ def _draw_row(
             spine.set_color("#cccccc")
     root = np.sqrt(energy_Mhw.sum(axis=0))
     axes = page.axes(lefts[-2], top, panel_px, panel_px)
-    axes.imshow(root, cmap="viridis", interpolation="nearest")
+    axes.imshow(root, cmap="viridis", norm=scale, interpolation="nearest")
     axes.set_axis_off()
-    low, high = root.min(), root.max()
-    captions.append(f"root sum of squares over channels:\ndark {low:.3g}, bright {high:.3g}")
+    captions.append(f"root sum of squares over channels:\n{root.min():.3g} to {root.max():.3g}")
     captions.append(_draw_profile(page, energy_Mhw, lefts[-1], top, panel_px))
     for caption, left in zip(captions, lefts, strict=True):
         for number, line in enumerate(caption.split("\n")):
             page.text(left, top + panel_px + 16 + 16 * number, line, size=9)
+
+
+def _draw_scale(page: _Page, scale: Normalize, left: int, top: int, panel_px: int) -> None:
+    """Draws the colour bar of all maps."""
+    axes = page.axes(left, top + 4, panel_px, 12)
+    page.figure.colorbar(ScalarMappable(scale, "viridis"), cax=axes, orientation="horizontal")
+    axes.tick_params(labelsize=8, colors=_FAINT, length=3, labelfontfamily=_FONT)
+    page.text(left, top + 50, "one scale for all rows, in the unit of y", size=9)
 
 
 def _draw_profile(

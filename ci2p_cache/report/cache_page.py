@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.cache.summary import CacheCard, describe
-from ci2p_cache.errors import CacheError, IntegrityError, SourceError, command
+from ci2p_cache.errors import CacheError, IntegrityError, SourceError, command, size
 from ci2p_cache.parquet import read_parquet
 from ci2p_cache.report.charts import energy_chart, histogram
 from ci2p_cache.report.data import flattened
@@ -25,7 +25,6 @@ from ci2p_cache.report.elements import (
     markup,
     notice,
     section,
-    size,
     table,
     tiles,
 )
@@ -96,13 +95,12 @@ def cache_section(
 def _headline(card: CacheCard) -> Html:
     views = sum(split.valid_rows * split.views for split in card.splits)
     per_split = ", ".join(f"{split.name} {split.valid_rows:,}" for split in card.splits)
-    per_image = "-" if card.bytes_per_image is None else size(card.bytes_per_image)
-    ratio = "" if card.source_ratio is None else f"{card.source_ratio:.2f} x the source files"
+    per_view = "-" if card.bytes_per_view is None else size(card.bytes_per_view)
     return tiles(
         [
             ("images", f"{card.images:,}", f"{views:,} views; {per_split}"),
             ("classes", f"{len(card.classes):,}", ""),
-            ("per image", per_image, ratio),
+            ("per view", per_view, ", ".join(card.size_words[1:])),
             ("on disk", size(card.disk_bytes), f"{card.shards:,} shards, {card.layout.format}"),
             ("saturated", f"{card.clipped:,} symbols", f"{card.clipped_share:.2g} of all")
             if card.fingerprint.latent.is_symbols
@@ -134,7 +132,7 @@ def _size_table(card: CacheCard, sample: CacheSample) -> Html:
     ]
     parts = [
         table(
-            f"Bytes per view, mean of {len(sample.rows):,} of {sample.split}",
+            f"A view's latent without its index, mean of {len(sample.rows):,} of {sample.split}",
             ["stored as", "per view", "ratio"],
             rows,
         )

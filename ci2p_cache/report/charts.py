@@ -23,13 +23,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from ci2p_cache.outputs import write_whole
-from ci2p_cache.report.elements import Html, plain
+from ci2p_cache.report.elements import Html, markup, plain
 from ci2p_cache.runs.files import best_epoch_of, read_summary
 
 __all__ = [
     "NUM_COLORS",
     "Line",
     "calibration_chart",
+    "confusion_chart",
     "draw_curves",
     "energy_chart",
     "histogram",
@@ -44,7 +45,7 @@ _WIDTH_INCHES, _HEIGHT_INCHES = 4.6, 2.7
 """331 units of the drawing, shown in about as many pixels: three beside each other on a wide page,
 one on a phone."""
 
-_BOX, _LEGEND_SHARE = (0.15, 0.19, 0.83, 0.77), 0.07
+_BOX, _LEGEND_SHARE = (0.15, 0.19, 0.81, 0.77), 0.07
 """Where the axes are, and what a legend above takes of their height: neighbours line up."""
 
 _MAX_POINTS = 400
@@ -60,6 +61,14 @@ _VARIABLES = {
     **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES)},
 }
 """Placeholder -> what the page's stylesheet defines, for light and for dark."""
+
+_CELL_PX = ((12, 36), (25, 20), (1000, 13))
+"""Up to so many classes, how wide a cell of a confusion matrix is; in the widest there is room for
+its figure."""
+_LABEL_CHARS = 18
+"""Of a class beside a confusion matrix."""
+_LEVELS, _LEGEND_SHARES = 20, (0.01, 0.05, 0.25, 0.5, 1.0)
+"""Shades of a confusion matrix, and shares whose shades are explained."""
 
 _DASHES = ("-", "--", ":", "-.")
 
@@ -116,17 +125,19 @@ def line_chart(
     with mpl.rc_context(_STYLE):
         figure, axes = _axes()
         shown = [line for line in lines if any(map(math.isfinite, line.y))]
+        top = max((abs(y) for line in shown for y in line.y if math.isfinite(y)), default=0.0)
+        exponent = math.floor(math.log10(top)) if not is_share and 0 < top < 0.01 else 0
         for line in shown:
             x, y = _thinned(line.x, line.y)
             axes.plot(
                 x,
-                y,
+                [value / 10.0**exponent for value in y],
                 _DASHES[line.color // NUM_COLORS % len(_DASHES)],
                 color=_SERIES[line.color % NUM_COLORS],
                 marker="o" if len(x) <= _MARKED_POINTS else "",
                 label=line.label,
             )
-        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set(xlabel=x_label, ylabel=f"{y_label}, 1e{exponent}" if exponent else y_label)
         if x_label == "epoch":
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if is_share:
@@ -224,6 +235,65 @@ def calibration_chart(
         return _svg(figure, alt)
 
 
+def confusion_chart(alt: str, names: Sequence[str], shares: npt.NDArray[np.float64]) -> Html:
+    """Draws a confusion matrix as a heat map that scrolls sideways, with a legend below.
+
+    The colour's strength is the root of the share, so that rare confusions are seen too.
+
+    Args:
+        alt: What is to be seen, for those who cannot.
+        names: Of the K classes.
+        shares: (K, K), a row per true class, a column per predicted one; 0 to 1.
+    """
+    count = len(names)
+    side = next(px for most, px in _CELL_PX if count <= most)
+    # Figures stay readable on the strongest shade.
+    strongest = 0.55 if side == _CELL_PX[0][1] else 1.0
+    labels = [n if len(n) <= _LABEL_CHARS else f"{n[: _LABEL_CHARS - 2]}.." for n in names]
+    # In em: letters of some scripts are twice as wide.
+    edge = round(30 + 11 * max(sum(0.57 if ord(c) < 0x1100 else 1.0 for c in n) for n in labels))
+    places = [round(edge + (i + 0.5) * side) + 4 for i in range(count)]
+    texts = [_text(edge, 11, "predicted class"), _text(11, edge, "true class", turn=True, at="end")]
+    for label, place in zip(labels, places, strict=True):
+        texts.append(_text(edge - 6, place, label, at="end"))
+        texts.append(_text(place, edge - 6, label, turn=True))
+    shades: dict[float, list[str]] = {}
+    for row, column in zip(*np.nonzero(shares), strict=True):
+        share = float(shares[row, column])
+        shade = strongest * math.ceil(_LEVELS * math.sqrt(share)) / _LEVELS
+        shades.setdefault(shade, []).append(f"M{column} {row}h.96v.96h-.96z")
+        if strongest < 1:
+            figures = f"{100 * share:.0f}" if share >= 0.005 else "<1"
+            texts.append(_text(places[column] - 4, places[row], figures, at="middle"))
+    cells = "".join(
+        f'<path fill-opacity="{shade:.3g}" d="{"".join(paths)}"/>'
+        for shade, paths in sorted(shades.items())
+    )
+    wide, high = max(edge + count * side, edge + 90) + 2, edge + count * side + 2
+    legend = "".join(
+        f'<span><i class="shade" style="opacity:{strongest * share**0.5:.3g}"></i>{share:.0%}'
+        "</span>"
+        for share in _LEGEND_SHARES
+    )
+    return markup(
+        '<div class="scroll" tabindex="0" role="region" aria-label="{}">'
+        f'<svg class="matrix" width="{wide}" height="{high}" viewBox="0 0 {wide} {high}" '
+        'role="img" aria-label="{}" font-size="11" fill="var(--ink)">'
+        f'<g transform="translate({edge} {edge}) scale({side})">'
+        f'<path fill="var(--page)" d="M0 0h{count}v{count}h-{count}z"/>'
+        f'<g fill="var(--series-0)">{cells}</g></g>{{}}</svg></div>'
+        f'<p class="legend"><span>share of the true class</span>{legend}</p>',
+        alt, alt, texts,
+    )  # fmt: skip
+
+
+def _text(x: int, y: int, words: str, *, at: str = "start", turn: bool = False) -> Html:
+    """Returns words of a drawing that start at a point, end there, or have it in their middle."""
+    turned = " rotate(-90)" if turn else ""
+    place = f'transform="translate({x} {y}){turned}" text-anchor="{at}"'
+    return markup(f"<text {place}>{{}}</text>", words)
+
+
 def _axes() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), dpi=100)
     FigureCanvasSVG(figure)
@@ -273,7 +343,8 @@ def _svg(figure: Figure, alt: str) -> Html:
     # Groups are named alike in every chart; only what is referred to keeps its name.
     used = set(re.findall(r'(?:href="|url\()#([\w.-]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
-    text = re.sub(r"(?<![#\w.])-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", text)
+    # Coordinates, not the numbers at the axes.
+    text = re.sub(r"(?<![#\w.])-?\d+\.\d{3,}(?![\d<])", lambda m: f"{float(m[0]):.2f}", text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, variable)
     for waste in (

@@ -6,15 +6,20 @@ is damaged or missing besides `args.yaml` and `summary.csv` becomes a remark ins
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from ci2p_cache.errors import InputDataError, ManifestError, command
+from ci2p_cache.cache.paths import MANIFEST
+from ci2p_cache.cache.store import Cache, open_cache
+from ci2p_cache.errors import CacheError, InputDataError, ManifestError, UsageError, command
+from ci2p_cache.fields import declared_options
 from ci2p_cache.record import read_json
+from ci2p_cache.remote import url_of
 from ci2p_cache.runs.evaluations import (
     EVALUATIONS,
     OLD_EVALUATION,
@@ -24,11 +29,21 @@ from ci2p_cache.runs.evaluations import (
     read_evaluation,
     read_predictions,
 )
-from ci2p_cache.runs.files import ARGS, MODEL_FILE, read_args, read_summary
+from ci2p_cache.runs.files import (
+    ARGS,
+    MODEL_FILE,
+    SUMMARY,
+    has_epoch,
+    num_parameters,
+    read_args,
+    read_summary,
+)
+from ci2p_cache.training.spec import TrainSpec
 
-__all__ = ["RunData", "flattened", "is_encoded_again", "read_run"]
+__all__ = ["RunData", "cache_of", "flattened", "is_encoded_again", "read_paths", "read_run"]
 
 _MAX_EVALUATIONS = 64
+_MAX_PATHS = 64
 
 Remark = tuple[str, str]
 """What is missing from a report, a sentence, and the command that makes it, or nothing."""
@@ -62,6 +77,14 @@ class RunData:
     """The one of them that is shown in full; None where there is none."""
     predictions: Predictions | None
     """Those of `evaluation`; None where there are none."""
+    parameters: int | None
+    """Those of the model and of the frozen g_a before it; None where they are not known."""
+    trained: int | None
+    """Those of them that were trained; None where they are not known."""
+    command: str
+    """A `train` command of the recorded settings: what was typed is not recorded."""
+    written: str
+    """When `summary.csv` was last written, in UTC."""
     remarks: tuple[Remark, ...]
     """What is missing or damaged."""
 
@@ -87,6 +110,12 @@ def read_run(path: Path) -> RunData:
     except (OSError, ManifestError, TypeError) as error:
         text = _damage_of(MODEL_FILE, error)
         remarks.append((f"{text} Classes have numbers instead of names.", ""))
+    trained = frozen = None
+    try:
+        trained, frozen = num_parameters(path)
+    except CacheError as error:
+        if titles:
+            remarks.append((f"The number of parameters is not known: {error}.", ""))
     evaluate = command("evaluate", path)
     found, damages = _read_evaluations(path, evaluate)
     remarks += damages
@@ -104,6 +133,7 @@ def read_run(path: Path) -> RunData:
     elif not damages:
         text = "This run was not evaluated, so classes, confusions and calibration are not known."
         remarks.append((text, evaluate))
+    columns, written = read_summary(path), (path / SUMMARY).stat().st_mtime
     return RunData(
         path=path,
         name=path.resolve().name,
@@ -113,17 +143,98 @@ def read_run(path: Path) -> RunData:
         settings={k.removeprefix("spec."): _written(v) for k, v in flattened(settings)},
         numerics={str(k): str(v) for k, v in dict(args.get("numerics") or {}).items()},
         class_titles=titles,
-        columns=read_summary(path),
+        columns=columns,
         evaluations=found,
         evaluation=evaluation,
         predictions=predictions,
+        parameters=None if trained is None or frozen is None else trained + frozen,
+        trained=trained,
+        command=_train_command(path, args),
+        written=f"{datetime.fromtimestamp(written, UTC):%Y-%m-%d %H:%M} UTC",
         remarks=tuple(remarks),
     )
+
+
+def _train_command(path: Path, args: Mapping[str, Any]) -> str:
+    """Returns the command that trains with a run's settings: those that are no default."""
+    name, settings = path.resolve().name, args["settings"]
+    folder = path if path.name == name else path.resolve()
+    words: list[object] = ["--name", name]
+    if folder.parent != Path("runs"):
+        words += ["--runs", folder.parent]
+    flags, unsaid = declared_options(TrainSpec), []
+    for field in fields(TrainSpec):
+        if field.name not in settings["spec"]:
+            continue
+        value = settings["spec"][field.name]
+        is_default = (tuple(value) if isinstance(value, list) else value) == field.default
+        if field.name == "version" or (is_default and field.name != "model"):
+            continue
+        if field.name in flags and flags[field.name][2].is_flag:
+            words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [value])]
+        else:
+            unsaid.append(f"{field.name} {_written(value)}")
+    if settings.get("loader") == "OnlineLoader":
+        words.append("--online")
+    note = f"no option sets {', '.join(unsaid)}" if unsaid else ""
+    return command("train", args.get("cache", ""), *words, note=note)
 
 
 def is_encoded_again(path: Path) -> bool:
     """Says whether an evaluation is of a model on latents that got them from the images."""
     return path.stem.endswith("-images")
+
+
+def read_paths(given: Sequence[str | Path]) -> tuple[list[RunData], list[Cache], list[Path]]:
+    """Returns the runs, the caches, and the folders of runs that have no epoch yet.
+
+    Raises:
+        UsageError: nothing is given, too much, or one thing twice.
+        InputDataError: a path is neither a run folder nor a cache, or no run has an epoch yet and
+            no cache is given.
+        ManifestError: a cache is damaged.
+    """
+    if not 1 <= len(given) <= _MAX_PATHS:
+        raise UsageError(f"{len(given)} paths are given; 1 to {_MAX_PATHS} fit a report")
+    paths = [Path(path) if url_of(path) is None else str(path) for path in given]
+    real = [path if isinstance(path, str) else path.resolve() for path in paths]
+    twice = next((path for i, path in enumerate(real) if path in real[:i]), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is given twice")
+    runs, caches, skipped = [], [], []
+    for path in paths:
+        if isinstance(path, str) or (path / MANIFEST).exists():
+            caches.append(open_cache(path, partial=True))
+        elif (path / ARGS).exists() and not has_epoch(path):
+            skipped.append(path)
+        elif (path / ARGS).exists():
+            runs.append(read_run(path))
+        else:
+            raise InputDataError(
+                f"{path} is neither a run folder nor a cache: it has no {ARGS} and no {MANIFEST}",
+                hint="name the folder of one run, such as runs/NAME, or of one cache",
+            )
+    if not runs and not caches:
+        # Raises what is wrong with it.
+        read_run(skipped[0])
+    return runs, caches, skipped
+
+
+def cache_of(run: RunData, given: Sequence[Cache]) -> Cache | None:
+    """Returns the cache that a run was trained from: one of those given, or where it was."""
+    evaluated = run.evaluation.cache if run.evaluation is not None else ""
+    candidates: list[Cache | str] = [*given, evaluated, run.cache]
+    for each in candidates:
+        if isinstance(each, str) and (not each or url_of(each) is not None):
+            # A report fetches nothing that it was not given.
+            continue
+        try:
+            cache = each if isinstance(each, Cache) else open_cache(each, partial=True)
+        except CacheError:
+            continue
+        if cache.fingerprint.to_dict() == run.fingerprint:
+            return cache
+    return None
 
 
 def _read_evaluations(run: Path, evaluate: str) -> tuple[dict[Path, Evaluation], list[Remark]]:

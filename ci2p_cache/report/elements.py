@@ -28,9 +28,10 @@ __all__ = [
     "percent",
     "plain",
     "section",
-    "size",
     "table",
     "tiles",
+    "typed",
+    "visible",
 ]
 
 _MAX_TEXT = 300
@@ -50,7 +51,12 @@ Cell = Html | str | int | float | None
 
 
 def plain(text: str, *, longest: int = _MAX_TEXT) -> str:
-    """Returns text that a page only shows: escaped, cut, control and direction characters visible.
+    """Returns text that a page only shows: `visible`, and escaped."""
+    return html.escape(visible(text, longest=longest), quote=True)
+
+
+def visible(text: str, *, longest: int = _MAX_TEXT) -> str:
+    """Returns text cut, with control and direction characters as escapes.
 
     It may hold lone surrogates, as file names do.
     """
@@ -62,7 +68,7 @@ def plain(text: str, *, longest: int = _MAX_TEXT) -> str:
             char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
             for char in text
         )
-    return html.escape(text, quote=True)
+    return text
 
 
 def markup(template: str, *parts: Html | str | Iterable[Html]) -> Html:
@@ -145,22 +151,17 @@ def bar(share: float, text: str) -> Html:
 
 def notice(text: str, command: str = "") -> Html:
     """Returns a remark on what is missing, with the command that makes it."""
-    code = Html(f"<code>{plain(command, longest=2000)}</code>" if command else "")
-    return markup('<p class="notice">{} {}</p>', text, code)
+    return markup('<p class="notice">{} {}</p>', text, typed(command) if command else "")
+
+
+def typed(command: str) -> Html:
+    """Returns a command on a line of its own, to be copied."""
+    return Html(f'<code class="typed">{plain(command, longest=2000)}</code>')
 
 
 def details(summary: str, *parts: Html) -> Html:
     """Returns what is shown when it is asked for; print shows the summary."""
     return markup("<details><summary>{}</summary>{}</details>", summary, parts)
-
-
-def size(num_bytes: float) -> str:
-    """Formats a number of bytes, 1000-based."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.2f} TB"
 
 
 def percent(share: float | None, digits: int = 1) -> str:

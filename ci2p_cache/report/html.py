@@ -6,7 +6,7 @@
     illustrator --decoded pictures--^
 
 The page holds no script and loads nothing; its content policy forbids both. The same inputs give
-the same bytes: no dates, no random names.
+the same bytes: no date but that of a run's file, no random names.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ci2p_cache import __version__
-from ci2p_cache.cache.paths import MANIFEST
-from ci2p_cache.cache.store import Cache, open_cache
-from ci2p_cache.errors import CacheError, InputDataError, UsageError, command
+from ci2p_cache.cache.store import Cache
+from ci2p_cache.errors import UsageError, command
 from ci2p_cache.outputs import check_output, write_whole
 from ci2p_cache.record import Record
-from ci2p_cache.remote import url_of
 from ci2p_cache.report.cache_page import cache_section
-from ci2p_cache.report.data import RunData, read_run
+from ci2p_cache.report.data import RunData, cache_of, read_paths
 from ci2p_cache.report.elements import Html, markup, notice, plain
 from ci2p_cache.report.run_page import comparison_section, run_section
-from ci2p_cache.runs.files import ARGS, has_epoch
 
 if TYPE_CHECKING:
     from ci2p_cache.pictures.reconstructions import LatentIllustrator
@@ -38,7 +35,6 @@ __all__ = ["MAX_BYTES", "ReportSummary", "write_report"]
 MAX_BYTES = 5_000_000
 """Of a report: it is to be mailed, attached, and opened on a phone."""
 
-_MAX_PATHS = 64
 _DETAILED_RUNS = 12
 """So many runs have sections of their own; the others stand in the comparison."""
 _ALL_MISTAKES, _RUN_MISTAKES = 84, (4, 14)
@@ -96,7 +92,7 @@ def write_report(
         ResourceError: the file cannot be written.
     """
     check_output(Path(out), what="report", suffixes=("", ".htm", ".html"), mark=_MARK)
-    runs, caches, skipped = _read_all(paths)
+    runs, caches, skipped = read_paths(paths)
     contents: list[Html] = []
     sections = [
         notice(f"Run {path.resolve().name} is left out: it has no epoch yet.") for path in skipped
@@ -114,7 +110,7 @@ def write_report(
         content = run_section(
             run,
             anchor=f"run-{number}",
-            cache=_cache_of(run, caches),
+            cache=cache_of(run, caches),
             illustrator=illustrator,
             num_mistakes=min(max(_ALL_MISTAKES // len(detailed), fewest), most),
         )
@@ -144,51 +140,6 @@ def write_report(
         caches=tuple(str(cache.path) for cache in caches),
         skipped=tuple(map(str, skipped)),
     )
-
-
-def _read_all(given: Sequence[str | Path]) -> tuple[list[RunData], list[Cache], list[Path]]:
-    """Returns the runs, the caches, and the folders of runs that have no epoch yet."""
-    if not 1 <= len(given) <= _MAX_PATHS:
-        raise UsageError(f"{len(given)} paths are given; 1 to {_MAX_PATHS} fit a report")
-    paths = [Path(path) if url_of(path) is None else str(path) for path in given]
-    real = [path if isinstance(path, str) else path.resolve() for path in paths]
-    twice = next((path for i, path in enumerate(real) if path in real[:i]), None)
-    if twice is not None:
-        raise UsageError(f"{twice} is given twice")
-    runs, caches, skipped = [], [], []
-    for path in paths:
-        if isinstance(path, str) or (path / MANIFEST).exists():
-            caches.append(open_cache(path, partial=True))
-        elif (path / ARGS).exists() and not has_epoch(path):
-            skipped.append(path)
-        elif (path / ARGS).exists():
-            runs.append(read_run(path))
-        else:
-            raise InputDataError(
-                f"{path} is neither a run folder nor a cache: it has no {ARGS} and no {MANIFEST}",
-                hint="name the folder of one run, such as runs/NAME, or of one cache",
-            )
-    if not runs and not caches:
-        # Raises what is wrong with it.
-        read_run(skipped[0])
-    return runs, caches, skipped
-
-
-def _cache_of(run: RunData, given: Sequence[Cache]) -> Cache | None:
-    """Returns the cache that a run was trained from: one of those given, or where it was."""
-    evaluated = run.evaluation.cache if run.evaluation is not None else ""
-    candidates: list[Cache | str] = [*given, evaluated, run.cache]
-    for each in candidates:
-        if isinstance(each, str) and (not each or url_of(each) is not None):
-            # A report fetches nothing that it was not given.
-            continue
-        try:
-            cache = each if isinstance(each, Cache) else open_cache(each, partial=True)
-        except CacheError:
-            continue
-        if cache.fingerprint.to_dict() == run.fingerprint:
-            return cache
-    return None
 
 
 def _title(runs: Sequence[RunData], caches: Sequence[Cache]) -> str:

@@ -21,6 +21,7 @@ from ci2p_cache.report.charts import (
     NUM_COLORS,
     Line,
     calibration_chart,
+    confusion_chart,
     line_chart,
     stacked_chart,
 )
@@ -39,6 +40,7 @@ from ci2p_cache.report.elements import (
     section,
     table,
     tiles,
+    typed,
 )
 from ci2p_cache.runs.evaluations import Evaluation, Predictions, wilson_interval
 from ci2p_cache.runs.files import best_epoch_of, mean_wait_share, training_seconds
@@ -53,6 +55,8 @@ _QUANTILES = (0.025, 0.975)
 
 _LISTED_CLASSES = 30
 """Up to this many all classes are listed; of more the best and worst."""
+_DRAWN_CLASSES = 50
+"""Up to so many classes the confusion matrix is drawn; of more its largest entries are listed."""
 _LISTED_CONFUSIONS = 15
 
 _CURVES = (
@@ -73,6 +77,12 @@ _CURVES = (
     ("Training images per second of {}",
      "Throughput of training, waiting included.",
      "epoch", "images/s", False, (("", "images_per_second", 4),)),
+    ("Learning rate of {} over the epochs",
+     "Learning rate of each epoch's last step.",
+     "epoch", "learning rate", False, (("", "lr", 5),)),
+    ("Gradient norm of {} over the epochs",
+     "L2 norm of all gradients together before clipping, mean of each epoch.",
+     "epoch", "gradient norm", False, (("", "grad_norm", 7),)),
 )  # fmt: skip
 """(title, caption, x, y, whether y is a share, (label, column, colour) of each line)."""
 
@@ -91,11 +101,16 @@ def run_section(
     trained from, cannot be reached.
     """
     parts = [
-        markup('<p class="lead">{}, trained from <code>{}</code></p>', run.model, run.cache),
+        markup(
+            '<p class="lead">{}, trained from <code>{}</code>; last written {}</p>',
+            run.model, run.cache, run.written,
+        ),
         _headline(run),
         *(notice(*remark) for remark in run.remarks),
+        Html("<p>Not the command that was typed, but one with the settings that are recorded:</p>"),
+        typed(run.command),
         section("Curves", markup('<div class="grid">{}</div>', _curves(run)), level=3),
-    ]
+    ]  # fmt: skip
     if run.evaluation is not None:
         parts.append(_evaluation(run, run.evaluation))
         if run.predictions is not None and num_mistakes:
@@ -138,7 +153,17 @@ def _headline(run: RunData) -> Html:
         ("images/s", f"{rate:,.3g}", "of training, median"),
         ("waiting for data", percent(mean_wait_share(columns)), "of the training time"),
     ]
+    if run.trained is not None:
+        rest = (
+            "; the rest is the frozen g_a" if run.parameters else "; the run has no copy of its g_a"
+        )
+        rest = "" if run.parameters == run.trained else rest
+        entries.append(("parameters", _millions(run), f"{run.trained:,} trained{rest}"))
     return tiles(entries)
+
+
+def _millions(run: RunData) -> str:
+    return "-" if run.parameters is None else f"{run.parameters / 1e6:.2f} M"
 
 
 def _curves(run: RunData) -> list[Html]:
@@ -161,14 +186,15 @@ def _curves(run: RunData) -> list[Html]:
     layers = [("training", train - wait, 0), ("waiting", wait, 1), ("the rest", rest, 2)]
     seconds = stacked_chart(alt, x["epoch"], [(label, y.tolist(), c) for label, y, c in layers])
     caption = "Where the time of an epoch goes; the rest is validation and checkpoints."
-    return [*charts[:-2], figure(seconds, caption), *charts[-2:]]
+    return [*charts[:-4], figure(seconds, caption), *charts[-4:]]
 
 
 def _evaluation(run: RunData, evaluation: Evaluation) -> Html:
     figures: list[Html] = [_class_table(run, evaluation)]
+    matrix = _confusion(run, evaluation)
     wrong = [each for each in evaluation.confusion if each[0] != each[1]]
     wrong.sort(key=lambda each: (-each[2], each[0], each[1]))
-    if wrong:
+    if wrong and matrix is None:
         rows: list[list[Cell]] = [
             [f"{run.title_of(label)} as {run.title_of(predicted)}", count]
             for label, predicted, count in wrong[:_LISTED_CONFUSIONS]
@@ -197,7 +223,31 @@ def _evaluation(run: RunData, evaluation: Evaluation) -> Html:
         f"{percent(evaluation.top5)}, {evaluation.nll:.3f} nats, calibration error "
         f"{percent(evaluation.ece)}.",
     )
-    return section("Evaluation", lead, markup('<div class="grid">{}</div>', figures), level=3)
+    grid = markup('<div class="grid">{}</div>', figures)
+    return section("Evaluation", lead, grid, *([matrix] if matrix else []), level=3)
+
+
+def _confusion(run: RunData, evaluation: Evaluation) -> Html | None:
+    """Returns the confusion matrix as a heat map; None with more classes than one can look at."""
+    labels = sorted({label for pair in evaluation.confusion for label in pair[:2]})
+    if not 1 < len(labels) <= _DRAWN_CLASSES:
+        return None
+    counts = np.zeros((len(labels), len(labels)))
+    for label, predicted, count in evaluation.confusion:
+        # A stranger's count may be any whole number.
+        counts[labels.index(label), labels.index(predicted)] = min(max(count, 0), 2**53)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [run.title_of(label) for label in labels]
+    wrong = shares - np.diag(np.diag(shares))
+    row, column = divmod(int(wrong.argmax()), len(labels))
+    text = "Confusion matrix: rows are the true classes, columns what their images were taken for. "
+    if wrong.any():
+        text += (
+            f"The largest share off the diagonal: {percent(wrong[row, column])} of {names[row]}, "
+            f"taken for {names[column]}."
+        )
+    drawn = figure(confusion_chart(f"{text} Run {run.name}.", names, shares), text)
+    return markup('<div class="grid one">{}</div>', drawn)
 
 
 def _all_evaluations(run: RunData) -> Html:
@@ -329,6 +379,7 @@ def _result_table(
             [
                 markup("{}{}", _swatch(number), run.name),
                 run.model,
+                _millions(run),
                 "-" if best is None else f"{percent(best[1])} in {best[0]:.0f}",
                 percent(columns["val_top1"][-1]),
                 _evaluated(run),
@@ -338,7 +389,7 @@ def _result_table(
             ]
         )
     head = [
-        "run", "model", "best top-1 in epoch", "last top-1", "evaluated top-1 [95 %]",
+        "run", "model", "parameters", "best top-1 in epoch", "last top-1", "evaluated top-1 [95 %]",
         "points over the first [95 %]", "per epoch", "waiting",
     ]  # fmt: skip
     return table("Results", head, rows)

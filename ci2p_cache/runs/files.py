@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ci2p_cache.cache.commit import FileRecord
-from ci2p_cache.errors import InputDataError, ManifestError
-from ci2p_cache.record import Record, read_json, read_regular, read_yaml
+from ci2p_cache.cache.paths import ENCODER
+from ci2p_cache.errors import InputDataError, ManifestError, UsageError
+from ci2p_cache.record import Record, read_json, read_regular, read_yaml, regular_file
 from ci2p_cache.specs import Fingerprint
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "best_epoch_of",
     "has_epoch",
     "mean_wait_share",
+    "num_parameters",
     "read_args",
     "read_model_file",
     "read_summary",
@@ -63,12 +65,15 @@ _VERSIONS = (1, 2)
 
 _READ = (
     "epoch", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "images",
-    "images_per_second", "wait_share", "epoch_seconds",
+    "images_per_second", "wait_share", "epoch_seconds", "lr", "grad_norm",
 )  # fmt: skip
 """Columns that are read back."""
 
 _OLD_NAMES = {"loss": "train_loss", "top1": "val_top1", "top5": "val_top5"}
 """What earlier versions called three of the columns -> what they are called."""
+
+_MAX_BLOCKS = 1000
+"""Of a model whose parameters are counted: a stranger's record may ask for any number."""
 
 _MAX_SUMMARY_BYTES = 2**24
 """About 100,000 epochs."""
@@ -152,6 +157,46 @@ def read_model_file(run: Path) -> tuple[ModelFile, AnyModelConfig]:
     except ManifestError as error:
         raise ManifestError(f"{path} is damaged: {error}", hint=hint) from error
     return file, config
+
+
+def num_parameters(run: Path) -> tuple[int, int | None]:
+    """Counts the parameters of a run's model, and those of the frozen g_a before it.
+
+    Returns:
+        Both; g_a has 0 where the model reads images, and None where an old run has no copy of it.
+
+    Raises:
+        InputDataError, ManifestError: as `read_model_file`; or the encoder's copy is damaged.
+        UsageError: the installed timm cannot build the model, or it has too many blocks.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from ci2p_cache.models.complexity import trainable_parameters
+
+    _, config = read_model_file(run)
+    blocks = getattr(config, "depth", 0) + sum(getattr(config, "depths", ()))
+    if blocks > _MAX_BLOCKS:
+        raise UsageError(f"the model has {blocks:,} blocks; up to {_MAX_BLOCKS:,} are counted")
+    try:
+        trainable, path = trainable_parameters(config), run / ENCODER
+    except (RuntimeError, OverflowError) as error:  # sizes that no tensor has
+        raise ManifestError(f"{run / MODEL_FILE} is damaged: {error}") from error
+    if config.reads == "images":
+        return trainable, 0
+    try:
+        regular_file(path).close()
+        with safe_open(path, framework="np") as file:
+            shapes = {
+                name: file.get_slice(name).get_shape()
+                for name in file.keys()  # noqa: SIM118  # no mapping
+                # CompressAI saves constants beside them.
+                if name.startswith("g_a.") and not name.endswith(("bound", "pedestal"))
+            }
+    except FileNotFoundError:
+        return trainable, None
+    except (OSError, SafetensorError) as error:
+        raise ManifestError(f"{path} cannot be read: {error}") from error
+    return trainable, sum(map(math.prod, shapes.values()))
 
 
 def _check(file: ModelFile, config: AnyModelConfig) -> None:

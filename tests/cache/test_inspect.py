@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from ci2p_cache.errors import (
     SourceError,
     UsageError,
 )
+from ci2p_cache.pictures import previews
 from ci2p_cache.pictures.previews import draw_preview
 from ci2p_cache.record import sealed_bytes
 from tests.support.pictures import picture, write_image_folder
@@ -102,6 +104,9 @@ def test_the_card_s_sizes_are_those_on_disk(folder, cache):
     assert card.disk_bytes == sum(path.stat().st_size for path in files)
     assert card.stored_bytes == sum(path.stat().st_size for path in [*stored, *parts])
     assert card.bytes_per_image == card.stored_bytes / NUM_GOOD
+    views = sum(len(split.valid_rows) * split.num_views for split in cache.values())
+    assert card.bytes_per_view == card.stored_bytes / views
+    assert NUM_GOOD < views < 2 * NUM_GOOD
     good = [p for p in (folder / "images").rglob("*.jpg") if p.name != "broken.jpg"]
     assert card.source_ratio == card.stored_bytes / sum(path.stat().st_size for path in good)
 
@@ -297,6 +302,39 @@ def test_the_preview_s_psnr_is_that_of_a_reconstruction_made_by_hand(cache, tmp_
     assert len(result.samples[0].psnr_db) == 1
     assert result.samples[0].psnr_db[0] == pytest.approx(psnr_db, abs=1e-3)
     assert result.samples[0].bpp[0] == pytest.approx(float(encoder.bits(y)[0]) / 64**2)
+
+
+def test_encode_and_inspect_say_the_same_size(run, folder):
+    shown = [
+        run("encode", folder / "images", "--out", folder / "shards", "--encoder", "bundled",
+            "--size", 64, "--val-fraction", 0.25, "--shard-samples", 8, "--max-errors", 1),
+        run("inspect", folder / "shards"),
+    ]  # fmt: skip
+    sizes = [re.findall(r"(?m)^  size .*?, (.* per view, .* source files)$", r.out) for r in shown]
+    assert len(sizes[0]) == 1
+    assert sizes[0] == sizes[1]
+
+
+def test_by_default_every_class_is_shown_once(cache, tmp_path, monkeypatch):
+    result = draw_preview(cache, tmp_path / "a.png", split="val")
+    assert [sample.class_title for sample in result.samples] == ["ant", "bee", "cat"]
+    monkeypatch.setattr(previews, "_MAX_SAMPLES", 2)
+    result = draw_preview(cache, tmp_path / "a.png", split="val")
+    assert [sample.class_title for sample in result.samples] == ["ant", "cat"]
+
+
+def test_all_maps_have_one_colour_scale(cache, tmp_path):
+    rows = cache["train"].valid_rows[[0, -1]].tolist()
+    heights = []
+    for shown in (rows[:1], rows):
+        path = draw_preview(cache, tmp_path / "a.png", rows=shown).path
+        with Image.open(path) as image:
+            heights.append(image.height)
+            pixels = np.asarray(image.convert("RGB"))
+    # The brightest colour is where the highest value of all maps is, and there alone.
+    bright = np.flatnonzero((pixels == (253, 231, 36)).all(axis=-1).any(axis=1))
+    in_rows = {int(y) // (heights[1] - heights[0]) for y in bright - 40}
+    assert len(in_rows - {2}) == 1
 
 
 @pytest.mark.slow

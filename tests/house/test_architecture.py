@@ -75,6 +75,9 @@ EXCEPTIONS = {
     # Loading from the source images needs images, and the encoder where it is in the loop.
     ("loader/pixels.py", "encoder"),
     ("loader/pixels.py", "images"),
+    # The command that made a run has the settings that are no defaults.
+    ("report/data.py", "training"),
+    ("report/data.py", "fields"),
 }
 
 

@@ -124,7 +124,8 @@ def test_dark_and_light_are_told_apart_and_readable(opened):
             """() => {
                 const style = element => getComputedStyle(document.querySelector(element));
                 return [style('body').backgroundColor, style('body').color,
-                        style('.lead').color, style('svg.chart text').fill];
+                        style('.lead').color, style('svg.chart text').fill,
+                        style('svg.matrix text').fill];
             }"""
         )
     for light, dark in zip(colors["light"], colors["dark"], strict=True):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import html
+import io
 import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -16,13 +20,17 @@ import pytest
 import yaml
 
 import ci2p_cache as cc
-from ci2p_cache.cache.summary import index_parts
+from ci2p_cache.cache.summary import describe, index_parts
 from ci2p_cache.errors import InputDataError, RefusedError, SourceError, UsageError
+from ci2p_cache.models.complexity import complexity
+from ci2p_cache.models.registry import model_config
 from ci2p_cache.pictures.previews import draw_preview
 from ci2p_cache.pictures.reconstructions import LatentIllustrator
 from ci2p_cache.report import cache_page, charts, run_page
 from ci2p_cache.report.html import MAX_BYTES, write_report
 from ci2p_cache.runs.evaluations import wilson_interval
+from ci2p_cache.training.inputs import model_record
+from tests.support.nano import nano_models
 from tests.support.pictures import write_image_folder
 from tests.support.run_records import write_evaluation, write_run
 from tests.support.trained import rewrite_json
@@ -139,7 +147,9 @@ def test_a_run_and_its_cache_are_told_in_one_page_that_loads_nothing(folder, cac
     assert (summary.runs, summary.bytes) == (("mine",), out.stat().st_size)
     for told in (
         "vitds_tiny", "best top-1", "waiting for data", "Where the time of an epoch goes",
-        "Most confident mistakes", "Most frequent confusions", "Expected calibration error",
+        "Most confident mistakes", "Confusion matrix: rows", "Expected calibration error",
+        "Learning rate", "L2 norm of all gradients", "learning rate, 1e-3",
+        *describe(cache).size_words[1:],
         "Accuracy per class", cache.fingerprint.digest, "entropy bound", "JPEG, quality 90",
         "float16", "Worst by PSNR", "Drawn at random", "Energy of the", "broken.jpg",
         "Images per class", "saturated",
@@ -290,6 +300,160 @@ def test_without_its_source_a_cache_still_shows_what_it_decodes_to(folder, cache
     assert page.count("img") == 3
 
 
+class TestWhatMadeARun:
+    def test_the_command_date_and_parameters_are_those_of_the_run(self, run, cache, tmp_path):
+        with nano_models():
+            made = run(
+                "train", cache.path, "--model", "vitds_nano", "--epochs", 1, "--batch-size", 8,
+                "--pos-embed", "--ema", 0.5, "--runs", tmp_path / "my runs", "--device", "cpu",
+            )  # fmt: skip
+            assert made.code == 0, made.err
+            (folder,) = (tmp_path / "my runs").iterdir()
+            model = cc.create_model("vitds_nano", num_classes=3, latent_size=4, pos_embed=True)
+            summary = folder / "summary.csv"
+            before = summary.read_bytes()
+            os.utime(summary, (0, 86_400))
+            write_report([folder], tmp_path / "r.html")
+            page = Page(tmp_path / "r.html")
+            shown = re.search(r'<code class="typed">(ci2p-cache train .*?)</code>', page.source)
+            assert shown is not None
+            again = run(*shlex.split(html.unescape(shown[1]))[1:], "--device", "cpu")
+        # The same settings: they continue the run, which has ended.
+        assert again.code == 0, again.err
+        assert summary.read_bytes() == before
+        assert "last written 1970-01-02 00:00 UTC" in page.text
+        trained = sum(each.numel() for each in model.parameters())
+        frozen = complexity("vitds_tiny", size=64).encoder_parameters
+        assert f"parameters {(trained + frozen) / 1e6:.2f} M {trained:,} trained" in page.text
+
+    def test_what_no_option_sets_is_said_and_online_is_an_option(self, tmp_path):
+        mine = write_run(tmp_path / "mine", betas=[0.5, 0.9], decay_norm_and_bias=True)
+        args = yaml.safe_load((mine / "args.yaml").read_text())
+        args["settings"]["loader"] = "OnlineLoader"
+        (mine / "args.yaml").write_text(yaml.safe_dump(args))
+        write_report([mine], tmp_path / "r.html")
+        told = "--online (no option sets decay_norm_and_bias yes, betas 0.5, 0.9)"
+        assert told in Page(tmp_path / "r.html").text
+        assert "The number of parameters is not known" in Page(tmp_path / "r.html").text
+
+    @pytest.mark.parametrize(
+        ("model", "encoder", "told"),
+        [
+            ({}, None, "parameters - 6,352,227 trained; the run has no copy of its g_a"),
+            ({}, b"none", "encoder.safetensors cannot be read"),
+            ({"depths": [10**9, 1]}, None, "1,000,000,001 blocks; up to 1,000 are counted"),
+            ({"embed_dims": [10**18, 16]}, None, "model.json is damaged"),
+        ],
+    )
+    def test_parameters_that_cannot_be_counted_are_a_remark(
+        self, cache, tmp_path, model, encoder, told
+    ):
+        mine = write_run(tmp_path / "mine", cache=cache)
+        record = model_record(cache, model_config("vitds_tiny", num_classes=3, latent_size=4))
+        record["model"] |= model
+        (mine / "model.json").write_text(json.dumps(record))
+        if encoder is not None:
+            (mine / "encoder.safetensors").write_bytes(encoder)
+        write_report([mine], tmp_path / "r.html")
+        assert told in Page(tmp_path / "r.html").text
+
+
+class TestConfusionMatrix:
+    def drawn(self, tmp_path: Path, num_classes: int, labels, predicted) -> Page:
+        classes = tuple(f"kind {number}" for number in range(num_classes))
+        run = write_run(tmp_path / "mine", classes=classes)
+        write_evaluation(
+            run, rows=range(len(labels)), keys=[str(i) for i in range(len(labels))], labels=labels,
+            predicted=predicted, confidence=np.full(len(labels), 0.5),
+        )  # fmt: skip
+        write_report([run], tmp_path / "r.html")
+        return Page(tmp_path / "r.html")
+
+    def test_it_has_the_shares_of_each_true_class(self, tmp_path):
+        labels = [0] * 300 + [1] * 4 + [2] * 2
+        predicted = [0] * 299 + [2] + [1, 1, 1, 0] + [2, 2]
+        page = self.drawn(tmp_path, 3, labels, predicted)
+        (drawing,) = re.findall(r'<svg class="matrix".*?</svg>', page.source)
+        texts = re.findall(r"<text [^>]*>([^<]*)<", drawing)
+        assert sorted(texts[8:]) == sorted(["100", "&lt;1", "75", "25", "100"])
+        # Column and row of each cell, the palest first.
+        shades = re.findall(r'fill-opacity="([\d.]+)" d="(.*?)"', drawing)
+        cells = [sorted(re.findall(r"M(\d) (\d)", where)) for _, where in shades]
+        assert cells == [[("2", "0")], [("0", "1")], [("1", "1")], [("0", "0"), ("2", "2")]]
+        assert "25.0% of kind 1, taken for kind 0" in page.text
+        assert "Most frequent confusions" not in page.text
+
+    @pytest.mark.parametrize(("count", "is_drawn"), [(50, True), (51, False)])
+    def test_of_more_than_fifty_classes_the_most_frequent_are_listed(
+        self, tmp_path, count, is_drawn
+    ):
+        labels = np.repeat(np.arange(count), 2)
+        predicted = np.where(np.arange(2 * count) % 2, labels, (labels + 1) % count)
+        page = self.drawn(tmp_path, count, labels, predicted)
+        assert ('<svg class="matrix"' in page.source) == is_drawn
+        assert ("Most frequent confusions" in page.text) != is_drawn
+
+
+class TestTables:
+    @pytest.fixture
+    def runs(self, cache, tmp_path):
+        """One evaluated at its last and best checkpoint, and one whose cache is gone."""
+        odd = write_run(tmp_path / "a|b_50%&[x]\\", cache=cache)
+        (odd / "checkpoints").mkdir()
+        (odd / "checkpoints" / "last.json").write_text(json.dumps({"best": VAL[4:], "last": LAST}))
+        for checkpoint, right in ((VAL[4:], 8), (LAST, 7)):
+            scored(odd, right, checkpoint=checkpoint)
+        return [odd, write_run(tmp_path / "*plain", model="vit_tiny")]
+
+    def test_csv_has_shares_and_their_intervals(self, run, cache, runs):
+        ran = run("report", *runs, "--table", "csv")
+        assert ran.code == 0, ran.err
+        first, second = csv.DictReader(io.StringIO(ran.out))
+        wanted = {
+            "run": "a|b_50%&[x]\\", "model": "vitds_tiny", "epochs": "3", "dtype": "int8",
+            "codec": "zstd", "last_top1": "0.7", "last_top1_low": "0.0", "best_top1": "0.8",
+            "best_top1_high": "1.0", "bytes_per_view": str(describe(cache).bytes_per_view),
+            "parameters": "",
+        }  # fmt: skip
+        assert {name: first[name] for name in wanted} == wanted
+        assert (second["run"], second["codec"], second["best_top1_low"]) == ("*plain", "", "")
+        assert float(second["last_top1"]) == pytest.approx(0.8, abs=0.03)
+
+    def test_markdown_and_latex_escape_what_is_special_there(self, run, runs):
+        ran = run("report", *runs, "--table", "markdown")
+        head, rule, first, second = ran.out.splitlines()
+        assert first.startswith(r"| a\|b\_50%\&\[x\]\\ | vitds\_tiny | - | - | 3 | int8 | zstd |")
+        assert "| 70.0 [0.0, 100.0] | 80.0 [0.0, 100.0] |" in first
+        assert second.startswith(r"| \*plain | vit\_tiny |")
+        pipes = [re.sub(r"\\.", "", line).count("|") for line in (head, rule, first, second)]
+        assert pipes == [11] * 4
+        ran = run("report", *runs, "--table", "latex")
+        begin, _, _, _, first, second, _, end = ran.out.splitlines()
+        assert (begin, end) == (r"\begin{tabular}{llrrrllrrr}", r"\end{tabular}")
+        assert first.startswith(r"a\textbar{}b\_50\%\&{[}x]\textbackslash{} & vitds\_tiny & ")
+        assert second.startswith("{*}plain & ")
+        assert second.endswith(r" \\")
+        assert len(re.findall(r"(?<!\\)&", first)) == 9
+
+    def test_a_file_is_written_where_an_earlier_table_may_be(self, run, runs, tmp_path):
+        out = tmp_path / "t.tex"
+        for _ in range(2):
+            ran = run("report", *runs, "--table", "latex", "--out", out)
+            assert (ran.code, ran.out) == (0, f"written: {out}\n")
+        assert out.read_text() == run("report", *runs, "--table", "latex").out
+        out.write_text("my thesis")
+        ran = run("report", *runs, "--table", "latex", "--out", out)
+        assert (ran.code, out.read_text()) == (4, "my thesis")
+        for words in (("--out", tmp_path / "t.csv"), ("--json",)):
+            assert run("report", *runs, "--table", "markdown", *words).code == 2
+
+    def test_a_table_of_no_run_is_refused(self, run, cache, tmp_path):
+        assert "no run folder is given" in run("report", cache.path, "--table", "csv").err
+        begun = without_epochs(tmp_path / "begun", has_summary=True)
+        ran = run("report", write_run(tmp_path / "a"), begun, "--table", "csv")
+        assert (ran.code, ran.out) == (3, "")
+
+
 class TestSeveralRuns:
     def test_runs_are_compared_image_by_image_with_the_settings_that_differ(self, cache, tmp_path):
         runs = [
@@ -348,6 +512,7 @@ class TestSeveralRuns:
         assert summary.bytes < MAX_BYTES
         text = Page(tmp_path / "r.html").text
         assert "The 15 worst and the 15 best of 1,000 classes" in text
+        assert "Most frequent confusions" in text
         assert "Only the first 12 of 13 runs have a section of their own" in text
 
 

@@ -159,6 +159,7 @@ class _Text(html.parser.HTMLParser):
 
 
 _CLOCK = re.compile(r"[\d,.]+ (s|min|h)( \d\d (s|min))?")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC")
 _CLOCK_LABELS = ("images/s", "waiting for data")
 
 
@@ -172,7 +173,7 @@ def note_page(bench: Bench, name: str) -> None:
         # The share of waiting stands beside a time in tables, behind its label elsewhere.
         is_clock = _CLOCK.fullmatch(part) or before in _CLOCK_LABELS
         is_share = before == "(clock)" and part.endswith("%")
-        parts.append("(clock)" if is_clock or is_share else part)
+        parts.append("(clock)" if is_clock or is_share else _DATE.sub("(clock)", part))
     bench.note(name, parts)
 
 
