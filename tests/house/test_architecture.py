@@ -58,7 +58,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("training", "outputs", "runs"),
     },
     "pictures": {
-        *("errors", "outputs", "record", "remote", "specs", "cache", "images", "encoder"),
+        *(
+            "errors",
+            "machine",
+            "outputs",
+            "record",
+            "remote",
+            "specs",
+            "cache",
+            "images",
+            "encoder",
+        ),
     },
     "report": {
         *("errors", "outputs", "parquet", "record", "remote", "specs", "cache", "runs"),
