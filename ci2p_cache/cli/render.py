@@ -34,8 +34,8 @@ _MAX_TEXT = 20_000
 _MAX_CELL = 500
 """Characters shown of one text or table cell; names from a stranger's cache may have megabytes."""
 
-_LOG_SECONDS = 30.0
-"""Pause between progress lines where the output is not a terminal."""
+_FIRST_SECONDS, _LOG_SECONDS = 5.0, 30.0
+"""Between two lines of progress where the output is no terminal: in the first minute, and later."""
 
 _BAR_COLUMNS = 70
 """Width of a terminal from which on a bar fits beside what it stands for."""
@@ -158,7 +158,7 @@ class ProgressLine:
         self._label = label
         self._unit = unit
         self._bar: Progress | None = None
-        self._next = time.monotonic() + _LOG_SECONDS
+        self._started = self._next = time.monotonic()
         if _err().is_terminal:
             from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
@@ -189,6 +189,6 @@ class ProgressLine:
         text = _clean(", ".join(filter(None, [counts, left, detail])))
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, text=text)
-        elif time.monotonic() >= self._next:
-            self._next = time.monotonic() + _LOG_SECONDS
+        elif (now := time.monotonic()) >= self._next:
+            self._next = now + (_FIRST_SECONDS if now < self._started + 60 else _LOG_SECONDS)
             _err().print(f"{_clean(self._label)}: {text}")

@@ -324,6 +324,8 @@ def _evaluate(
             found = evaluate(run, cache=root / "shards", checkpoint=checkpoint, device=device)
         scores = Scores(**{each.name: getattr(found, each.name) for each in fields(Scores)})
         outcome.append(f"top-1 {scores.top1:.2%} of {scores.samples:,} images")
+        if found.top1_low <= 1 / len(found.per_class):
+            outcome.append("these images do not show that it is better than guessing")
     return scores
 
 

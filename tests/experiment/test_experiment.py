@@ -261,7 +261,8 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_numbers(
     with pytest.raises(InterruptedRunError):
         cc.run_experiment(experiment, out, device="cpu", train_observer=Stops())
     assert not (out / "report.html").exists()
-    summary = cc.run_experiment(experiment, out, device="cpu")
+    events: list[StageEvent] = []
+    summary = cc.run_experiment(experiment, out, device="cpu", on_event=events.append)
     assert summary.encoded is not None
     assert summary.encoded.encoded_now == 0
     assert summary.scores is not None
@@ -273,6 +274,9 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_numbers(
     )
     for name in ("checkpoint", "top1", "nll", "ece", "confusion"):
         assert ours[name] == theirs[name]
+    # Few images and two epochs: nothing is learnt, and the run says so.
+    assert ours["top1_low"] <= 1 / len(ours["per_class"])
+    assert any("better than guessing" in event.text for event in events)
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(
