@@ -9,7 +9,6 @@ import warnings
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from ci2p_cache import __version__
 from ci2p_cache.cli import render
@@ -20,42 +19,13 @@ from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.doctor import doctor
 from ci2p_cache.cli.encode import encode
 from ci2p_cache.cli.ending import advice, told_errors
+from ci2p_cache.cli.fields import PanelCommand
 from ci2p_cache.cli.run import run
 from ci2p_cache.cli.runs import evaluate, export, predict, report
 from ci2p_cache.cli.train import train
-from ci2p_cache.errors import command
+from ci2p_cache.errors import command, without_overwrite
 
-__all__ = ["PanelCommand", "app", "command_tree", "run_command"]
-
-
-class PanelCommand(TyperCommand):
-    """Shows options that have a `rich_help_panel` in a section of that name, after all others.
-
-    Typer itself does so only where rich draws the help, which ours does not.
-    """
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Writes arguments and options as typer does, then each panel in order of appearance.
-
-        Args:
-            ctx: click's context; typer brings a click of its own or takes the installed one.
-            formatter: click's formatter.
-        """
-        everything = self.params
-        panels: dict[str, list[Any]] = {}
-        for parameter in everything:
-            panel = getattr(parameter, "rich_help_panel", None)
-            if panel is not None:
-                panels.setdefault(panel, []).append(parameter)
-        self.params = [each for each in everything if not any(each in p for p in panels.values())]
-        try:
-            super().format_options(ctx, formatter)
-        finally:
-            self.params = everything
-        for panel, parameters in panels.items():
-            records = [each.get_help_record(ctx) for each in parameters]
-            with formatter.section(panel):
-                formatter.write_dl([record for record in records if record is not None])
+__all__ = ["app", "command_tree", "run_command"]
 
 
 app = typer.Typer(
@@ -64,7 +34,11 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"auto_envvar_prefix": "CI2P_CACHE", "help_option_names": ["-h", "--help"]},
+    context_settings={
+        "auto_envvar_prefix": "CI2P_CACHE",
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+    },
 )
 
 
@@ -160,7 +134,8 @@ def run_command() -> None:
     root = command_tree()
     words = sys.argv[1:]
     names = _command_names(root)
-    with told_errors(go_on=command(*words), advise=lambda error: advice(error, words, names)):
+    go_on = command(*without_overwrite(words))
+    with told_errors(go_on=go_on, advise=lambda error: advice(error, words, names)):
         root()
 
 

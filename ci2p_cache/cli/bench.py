@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ci2p_cache.cli import choices, render
-from ci2p_cache.cli.fields import takes_options
+from ci2p_cache.cli.fields import PanelCommand, takes_options
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.training.spec import TrainSpec
 
@@ -34,7 +34,7 @@ bench = typer.Typer(
 )
 
 
-@bench.command()
+@bench.command(cls=PanelCommand)
 @takes_options(
     EncodeOptions,
     only=("encoder", "weights", "size", "views", "precision", "batch_size", "workers", "devices"),
@@ -100,7 +100,7 @@ def _print_encoding(report: EncodeReport) -> None:
     )
 
 
-@bench.command()
+@bench.command(cls=PanelCommand)
 def loader(
     cache: choices.CacheArgument,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 128,
@@ -148,7 +148,7 @@ def loader(
         render.line(f"  {report.note}")
 
 
-@bench.command()
+@bench.command(cls=PanelCommand)
 @takes_options(TrainSpec, only=("model", "batch_size", "precision"))
 def train(
     *,

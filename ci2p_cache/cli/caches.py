@@ -280,11 +280,9 @@ def _hint(path: Path, findings: Sequence[Finding]) -> str:
     if kinds == {"unfinished"}:
         from ci2p_cache.cache.manifest import read_manifest
 
-        return (
-            f"ci2p-cache encode {shlex.quote(read_manifest(path).source)} --out "
-            f"{shlex.quote(str(path))}   (with the options that it was started with)"
-        )
-    return f"ci2p-cache verify {shlex.quote(str(path))} --repair"
+        note = "with the options that it was started with"
+        return command("encode", read_manifest(path).source, "--out", path, note=note)
+    return command("verify", path, "--repair")
 
 
 if TYPE_CHECKING:

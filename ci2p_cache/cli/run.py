@@ -84,7 +84,7 @@ def run(
 
 def _list(path: Path, *, json: bool) -> None:
     """Prints the recipes of a file."""
-    from ci2p_cache.experiment.spec import list_recipes
+    from ci2p_cache.experiment.spec import HOW_TO_WRITE, list_recipes, recipe_command
 
     entries = list_recipes(path)
     if json:
@@ -94,10 +94,10 @@ def _list(path: Path, *, json: bool) -> None:
         raise UsageError(
             f"{path} has no recipe: no public function without arguments that is annotated to "
             "return an Experiment",
-            hint="pipelines/README.md says how to write one",
+            hint=HOW_TO_WRITE,
         )
     render.print_table(("recipe", "what it is"), entries.items(), title=str(path))
-    render.line(f"run one: {command('run', f'{path}:{next(iter(entries))}')}")
+    render.line(f"run one: {recipe_command(path, next(iter(entries)))}")
 
 
 def _run(experiment: Experiment, out: Path | None, *, until: Any, device: str, json: bool) -> None:

@@ -213,7 +213,7 @@ if TYPE_CHECKING:
 def export(
     run: choices.RunArgument,
     out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2.", metavar="FILE")],
-    to: Annotated[
+    format: Annotated[
         Literal["onnx", "torch"], typer.Option(help="torch: a .pt2 of torch.export.")
     ] = "onnx",
     what: Annotated[
@@ -237,7 +237,7 @@ def export(
 
     \b
       ci2p-cache export runs/vitds-1a2b3c4d --out flowers.onnx
-      ci2p-cache export runs/vitds-1a2b3c4d --out flowers.pt2 --to torch
+      ci2p-cache export runs/vitds-1a2b3c4d --out flowers.pt2 --format torch
       ci2p-cache export runs/vitds-1a2b3c4d --out head.onnx --what model
       ci2p-cache export runs/vitds-1a2b3c4d --out flowers.onnx --check photos/ --count 100
 
@@ -255,8 +255,8 @@ def export(
         )
     render.status(f"exporting to {out} and running it; a minute or so")
     summary = export_model(
-        run, out, to=to, what=what, checkpoint=checkpoint, cache=cache, images=check, count=count,
-        overwrite=overwrite is not None,
+        run, out, to=format, what=what, checkpoint=checkpoint, cache=cache, images=check,
+        count=count, overwrite=overwrite is not None,
     )  # fmt: skip
     render.print_json(summary.to_dict()) if json else _print_export(summary)
 
@@ -287,7 +287,7 @@ def report(
     source: Annotated[
         Path | None, typer.Option(help="Where the images are now, if they were moved.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Images measured of each cache.")] = 64,
+    count: Annotated[int, typer.Option(help="Samples measured of each cache.")] = 64,
     pictures: Annotated[
         bool, typer.Option(help="Decode latents for reconstructions, bounds and mistakes.")
     ] = True,
@@ -310,7 +310,7 @@ def report(
     from ci2p_cache.pictures.reconstructions import LatentIllustrator
     from ci2p_cache.report.html import write_report
 
-    illustrator = LatentIllustrator(source=source, num_samples=samples) if pictures else None
+    illustrator = LatentIllustrator(source=source, num_samples=count) if pictures else None
     summary = write_report(paths, out, illustrator=illustrator)
     for path in summary.skipped:
         render.notice(f"{path} is left out: no epoch of it has ended yet")

@@ -31,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def training(cache: Path, runs: Path, *, epochs: int = 500) -> list[object]:
     return [
         *("train", cache, "--model", "vit_nano", "--epochs", epochs, "--batch-size", 6),
-        *("--runs", runs, "--name", "run", "--device", "cpu", "--workers", 1),
+        *("--out", runs, "--name", "run", "--device", "cpu", "--workers", 1),
     ]
 
 

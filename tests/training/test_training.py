@@ -192,7 +192,7 @@ def test_model_json_and_the_best_weights_give_the_recorded_accuracy(
 def start(warm: WarmParent, cache_dir: Path, runs: Path) -> Child:
     return warm.start(
         *("train", cache_dir, "--model", "vitds_nano", "--epochs", 3, "--batch-size", 5),
-        *("--runs", runs, "--device", "cpu", "--save-every", 1),
+        *("--out", runs, "--device", "cpu", "--save-every", 1),
     )
 
 
