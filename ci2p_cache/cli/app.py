@@ -57,17 +57,17 @@ def _root(
     """Cache a frozen CompressAI encoder's latents once, then train CI2P ViTs straight from them.
 
     \b
-      ci2p-cache demo                                   try it, on generated pictures
-      ci2p-cache doctor                                 is this machine fit for it?
-      ci2p-cache encode imagenet/ --out shards/         stage one: images -> latents
-      ci2p-cache status shards/                         how far is it, who works on it
-      ci2p-cache verify shards/                         is every byte what was committed?
-      ci2p-cache inspect shards/ --picture look.png     what is in there
-      ci2p-cache train shards/ --model vitds            stage two: latents -> classifier
-      ci2p-cache evaluate runs/vitds-1a2b3c4d           what it is worth
-      ci2p-cache predict runs/vitds-1a2b3c4d a.jpg      what a picture shows
-      ci2p-cache run pipelines/flowers.py               whole recipes, both stages
-      ci2p-cache report runs/mine shards/               all of it on one page
+      ci2p-cache demo                                try it, on drawn pictures
+      ci2p-cache doctor                              is this machine fit for it?
+      ci2p-cache encode imagenet/ --out shards/      stage one: images to latents
+      ci2p-cache status shards/                      how far is it?
+      ci2p-cache verify shards/                      is every byte as committed?
+      ci2p-cache inspect shards/ --picture look.png  what is in there?
+      ci2p-cache train shards/ --model vitds         stage two: a classifier
+      ci2p-cache evaluate runs/vitds-1a2b3c4d        how good is it?
+      ci2p-cache predict runs/vitds-1a2b3c4d a.jpg   what does a picture show?
+      ci2p-cache run pipelines/flowers.py            whole recipes, both stages
+      ci2p-cache report runs/mine shards/            all of it on one page
 
     Each command continues where it stopped when it is run again. Every option can also be set by an
     environment variable: CI2P_CACHE_ENCODE_QUALITY=5 stands for `encode --quality 5`.

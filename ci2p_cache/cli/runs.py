@@ -53,9 +53,9 @@ def evaluate(
     """Evaluate a trained run: accuracy with its interval, calibration, classes, confusions.
 
     \b
-      ci2p-cache evaluate runs/vitds-1a2b3c4d                      best weights, validation split
+      ci2p-cache evaluate runs/vitds-1a2b3c4d                the best weights
       ci2p-cache evaluate runs/vitds-1a2b3c4d --checkpoint last
-      ci2p-cache evaluate runs/vitds-1a2b3c4d --from-images        with the encoder in the loop
+      ci2p-cache evaluate runs/vitds-1a2b3c4d --from-images  encode them again
       ci2p-cache evaluate runs/vitds-1a2b3c4d --cache other/ --split test
 
     Writes SPLIT-CHECKPOINT.json and .parquet (one row per image) into RUN/evaluations, two files
@@ -157,7 +157,7 @@ def predict(
       ci2p-cache predict runs/vitds-1a2b3c4d rose.jpg
       ci2p-cache predict runs/vitds-1a2b3c4d holiday/ 'more/*.png' --top 3
       ci2p-cache predict runs/vitds-1a2b3c4d holiday/ --json > labels.json
-      ci2p-cache predict runs/vitds-1a2b3c4d/checkpoints/epoch-0030-step-000000 rose.jpg
+      ci2p-cache predict runs/vitds-1a2b3c4d rose.jpg --checkpoint last
 
     The encoder, its quantisation and the model are those of the run: an image of the cache gets the
     logits that `evaluate` gives it. Images that cannot be read are named at the end, with exit
@@ -239,7 +239,7 @@ def export(
       ci2p-cache export runs/vitds-1a2b3c4d --out flowers.onnx
       ci2p-cache export runs/vitds-1a2b3c4d --out flowers.pt2 --format torch
       ci2p-cache export runs/vitds-1a2b3c4d --out head.onnx --what model
-      ci2p-cache export runs/vitds-1a2b3c4d --out flowers.onnx --check photos/ --count 100
+      ci2p-cache export runs/vitds-1a2b3c4d --out flowers.onnx --check photos/
 
     The graph takes float32 images (batch, 3, size, size) in [0, 1] and gives logits; classes, size
     and fingerprint are in its metadata. The file is run, in onnxruntime or torch, before it is
@@ -296,10 +296,10 @@ def report(
     """Write one HTML page about runs and caches, to look at, print or send.
 
     \b
-      ci2p-cache report runs/mine                            curves, classes, mistakes
-      ci2p-cache report runs/mine shards/                    and what the cache still shows
-      ci2p-cache report runs/one runs/two --out both.html    the same side by side
-      ci2p-cache report shards/ --no-pictures                in a second, nothing decoded
+      ci2p-cache report runs/mine                           curves, mistakes
+      ci2p-cache report runs/mine shards/                   and the cache
+      ci2p-cache report runs/one runs/two --out both.html   side by side
+      ci2p-cache report shards/ --no-pictures               in a second
 
     The page is one file under 5 MB that loads nothing and runs nothing: it opens without a network.
     Of several runs the first is what the others are held against. `ci2p-cache evaluate` gives a run

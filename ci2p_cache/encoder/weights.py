@@ -255,8 +255,8 @@ def _blocks(url: str, target: Path, timeout_seconds: float) -> Iterator[tuple[by
         else:
             return
     raise WeightsUnavailableError(
-        f"cannot fetch {url}: {reason}. Copy that file to {target} from a machine with a network, "
-        "give --weights FILE, or take --encoder bundled, which ships with this package",
+        f"cannot fetch {url}: {reason}. Copy that file to {target} by other means, or use "
+        "--weights FILE, or --encoder bundled",
         hint="the same command with --encoder bundled, if it need not be the official encoder",
     ) from cause
 

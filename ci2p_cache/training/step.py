@@ -235,9 +235,9 @@ class OptimizerStep:
             if self.bad_in_a_row >= _MAX_IN_A_ROW:
                 rows = ", ".join(map(str, step.rows[:8])) + ", ..." * (len(step.rows) > 8)
                 raise TrainingDivergedError(
-                    f"loss or gradients were not finite in {self.bad_in_a_row} steps in a row, the "
-                    f"last one step {step.step} of epoch {step.epoch} (rows {rows} of train); the "
-                    "weights and the last checkpoint are as before these steps",
+                    f"loss or gradients were not finite in {self.bad_in_a_row} steps in a row, "
+                    f"up to step {step.step} of epoch {step.epoch} (train rows {rows}); the "
+                    "weights and the last checkpoint are unharmed",
                     hint="train with a lower --lr or --precision float32 under another --name",
                 )
         self._pending.clear()

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -306,7 +307,13 @@ class TestBadInput:
     ) -> None:
         again = ("encode", image_folder, "--out", copy, *ENCODE, "--views", "none")
         self.refused(run(*again, "--overwrite", "other"), 2, "shards")
-        assert run(*again, "--overwrite", "shards").code == 0
+        planned = run(*again, "--overwrite", "shards", "--plan-only", "--device", "cpu")
+        # What each machine is to run must not remove what the others have done.
+        shown = next(line for line in planned.out.splitlines() if line.startswith("on each of"))
+        words = shlex.split(shown.partition("ci2p-cache ")[2])
+        assert words == [*map(str, again), "--device", "cpu", "--shard-range", words[-1]]
+        assert run(*words).code == 0
+        assert run(*again, "--overwrite=shards").code == 0
 
 
 def test_in_a_log_there_is_no_bar(warm: WarmParent, image_folder: Path, tmp_path: Path) -> None:

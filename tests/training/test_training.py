@@ -340,7 +340,8 @@ def test_a_finished_run_returns_at_once_and_changes_nothing(
     summary = cc.train(cache_dir, spec=SPEC, runs_dir=finished.parent, device="cpu", observer=notes)
     assert summary.trained_epochs == 0
     assert summary.last.epoch == 3
-    assert "--overwrite" in notes.notices[0]
+    name = finished.name
+    assert f"`train --name {name} --overwrite {name}` trains it again" in notes.notices[0]
     assert files_below(finished) == before
 
 
