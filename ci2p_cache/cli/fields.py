@@ -69,6 +69,9 @@ class PanelCommand(TyperCommand):
             ctx: As for `format_options`.
             args: The words behind the command.
         """
+        if ctx.resilient_parsing:
+            # A shell asks for completions, where a notice would be in the way.
+            return super().parse_args(ctx, args)
         own = {parameter.name for parameter in self.params}
         names = {old: new for old, new in _OLD_NAMES.get(self.name or "", {}).items() if new in own}
         # click asks these after the command line and the new variables.
