@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -71,6 +72,7 @@ __all__ = [
     "command",
     "size",
     "stop_signals",
+    "without_overwrite",
 ]
 
 
@@ -248,6 +250,22 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return tuple(
         number for number in wanted if signal.getsignal(number) not in (signal.SIG_IGN, None)
     )
+
+
+def without_overwrite(words: Sequence[str]) -> list[str]:
+    """Returns a command line that continues another, which may have removed a folder first.
+
+    Args:
+        words: Those behind `ci2p-cache`.
+    """
+    left = iter(words)
+    kept = []
+    for word in left:
+        if word == "--overwrite":
+            next(left, None)
+        elif not word.startswith("--overwrite="):
+            kept.append(word)
+    return kept
 
 
 def command(*words: object, note: str = "") -> str:

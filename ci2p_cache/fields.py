@@ -37,7 +37,9 @@ class Option:
     below: float | None = None
     """Upper bound that is no value itself."""
     panel: str | None = None
-    """Heading in the help of a command; None: with all others."""
+    """Heading in the help of a command; None: among the everyday options, which come first."""
+    flag: str | None = None
+    """Its name on the command line; None: the field's."""
     metavar: str | None = None
     """What the help shows in place of the type."""
     is_flag: bool = True

@@ -46,7 +46,7 @@ def checked_device(device: str | torch.device) -> torch.device:
 
 
 def chosen_devices(devices: str) -> list[torch.device]:
-    """Returns the devices that `--devices` stands for; cpu once per core that is to work.
+    """Returns the devices that `devices` stands for; cpu once per core that is to work.
 
     Args:
         devices: auto (every CUDA device, else cpu), cpu, cpu:2 (two cores), cuda or cuda:0,1.

@@ -9,7 +9,6 @@ import warnings
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from ci2p_cache import __version__
 from ci2p_cache.cli import render
@@ -20,42 +19,13 @@ from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.doctor import doctor
 from ci2p_cache.cli.encode import encode
 from ci2p_cache.cli.ending import advice, told_errors
+from ci2p_cache.cli.fields import PanelCommand
 from ci2p_cache.cli.run import run
 from ci2p_cache.cli.runs import evaluate, export, predict, report
 from ci2p_cache.cli.train import train
-from ci2p_cache.errors import command
+from ci2p_cache.errors import command, without_overwrite
 
-__all__ = ["PanelCommand", "app", "command_tree", "run_command"]
-
-
-class PanelCommand(TyperCommand):
-    """Shows options that have a `rich_help_panel` in a section of that name, after all others.
-
-    Typer itself does so only where rich draws the help, which ours does not.
-    """
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Writes arguments and options as typer does, then each panel in order of appearance.
-
-        Args:
-            ctx: click's context; typer brings a click of its own or takes the installed one.
-            formatter: click's formatter.
-        """
-        everything = self.params
-        panels: dict[str, list[Any]] = {}
-        for parameter in everything:
-            panel = getattr(parameter, "rich_help_panel", None)
-            if panel is not None:
-                panels.setdefault(panel, []).append(parameter)
-        self.params = [each for each in everything if not any(each in p for p in panels.values())]
-        try:
-            super().format_options(ctx, formatter)
-        finally:
-            self.params = everything
-        for panel, parameters in panels.items():
-            records = [each.get_help_record(ctx) for each in parameters]
-            with formatter.section(panel):
-                formatter.write_dl([record for record in records if record is not None])
+__all__ = ["app", "command_tree", "run_command"]
 
 
 app = typer.Typer(
@@ -64,7 +34,11 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"auto_envvar_prefix": "CI2P_CACHE", "help_option_names": ["-h", "--help"]},
+    context_settings={
+        "auto_envvar_prefix": "CI2P_CACHE",
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+    },
 )
 
 
@@ -83,17 +57,17 @@ def _root(
     """Cache a frozen CompressAI encoder's latents once, then train CI2P ViTs straight from them.
 
     \b
-      ci2p-cache demo                                   try it, on generated pictures
-      ci2p-cache doctor                                 is this machine fit for it?
-      ci2p-cache encode imagenet/ --out shards/         stage one: images -> latents
-      ci2p-cache status shards/                         how far is it, who works on it
-      ci2p-cache verify shards/                         is every byte what was committed?
-      ci2p-cache inspect shards/ --picture look.png     what is in there
-      ci2p-cache train shards/ --model vitds            stage two: latents -> classifier
-      ci2p-cache evaluate runs/vitds-1a2b3c4d           what it is worth
-      ci2p-cache predict runs/vitds-1a2b3c4d a.jpg      what a picture shows
-      ci2p-cache run pipelines/flowers.py               whole recipes, both stages
-      ci2p-cache report runs/mine shards/               all of it on one page
+      ci2p-cache demo                                try it, on drawn pictures
+      ci2p-cache doctor                              is this machine fit for it?
+      ci2p-cache encode imagenet/ --out shards/      stage one: images to latents
+      ci2p-cache status shards/                      how far is it?
+      ci2p-cache verify shards/                      is every byte as committed?
+      ci2p-cache inspect shards/ --picture look.png  what is in there?
+      ci2p-cache train shards/ --model vitds         stage two: a classifier
+      ci2p-cache evaluate runs/vitds-1a2b3c4d        how good is it?
+      ci2p-cache predict runs/vitds-1a2b3c4d a.jpg   what does a picture show?
+      ci2p-cache run pipelines/flowers.py            whole recipes, both stages
+      ci2p-cache report runs/mine shards/            all of it on one page
 
     Each command continues where it stopped when it is run again. Every option can also be set by an
     environment variable: CI2P_CACHE_ENCODE_QUALITY=5 stands for `encode --quality 5`.
@@ -160,7 +134,8 @@ def run_command() -> None:
     root = command_tree()
     words = sys.argv[1:]
     names = _command_names(root)
-    with told_errors(go_on=command(*words), advise=lambda error: advice(error, words, names)):
+    go_on = command(*without_overwrite(words))
+    with told_errors(go_on=go_on, advise=lambda error: advice(error, words, names)):
         root()
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ci2p_cache.cli import choices, render
-from ci2p_cache.cli.fields import takes_options
+from ci2p_cache.cli.fields import PanelCommand, takes_options
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.training.spec import TrainSpec
 
@@ -25,16 +25,16 @@ bench = typer.Typer(
     help="""Measure this machine with your own data: encoding, loading and training.
 
     \b
-      ci2p-cache bench encode photos/ --encoder bundled  stage one, g_a alone, decoding alone
-      ci2p-cache bench loader shards/                    batches per second out of the cache
-      ci2p-cache bench train shards/ --model vitds       cached, encoder in the loop, ViT-B/16
+      ci2p-cache bench encode photos/ --encoder bundled   stage one
+      ci2p-cache bench loader shards/                     reading the cache
+      ci2p-cache bench train shards/ --model vitds        stage two, and others
 
     Nothing is kept of what they write.
     """,
 )
 
 
-@bench.command()
+@bench.command(cls=PanelCommand)
 @takes_options(
     EncodeOptions,
     only=("encoder", "weights", "size", "views", "precision", "batch_size", "workers", "devices"),
@@ -53,7 +53,7 @@ def encode(
     \b
       ci2p-cache bench encode imagenet/
       ci2p-cache bench encode photos/ --encoder bundled --precision bf16
-      ci2p-cache bench encode photos/ --encoder bundled --workers 8 --batch-size 16
+      ci2p-cache bench encode photos/ --workers 8 --batch-size 16
 
     A sample of the images is really encoded for some 10 s, into a temporary folder. How long all of
     them take and how much disk, `ci2p-cache encode ... --dry-run` forecasts.
@@ -100,7 +100,7 @@ def _print_encoding(report: EncodeReport) -> None:
     )
 
 
-@bench.command()
+@bench.command(cls=PanelCommand)
 def loader(
     cache: choices.CacheArgument,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 128,
@@ -148,7 +148,7 @@ def loader(
         render.line(f"  {report.note}")
 
 
-@bench.command()
+@bench.command(cls=PanelCommand)
 @takes_options(TrainSpec, only=("model", "batch_size", "precision"))
 def train(
     *,
@@ -170,7 +170,7 @@ def train(
     \b
       ci2p-cache bench train shards/ --model vitds
       ci2p-cache bench train shards/ --model vit --precision bf16 --batch-size 256
-      ci2p-cache bench train shards/ --encode-rate 38      encoding was timed elsewhere
+      ci2p-cache bench train shards/ --encode-rate 38   as timed elsewhere
 
     Runs the real training loop for some time in each way, and encodes a sample to find after how
     many epochs the cache has paid for itself; nothing is kept. The last two ways and the sample

@@ -27,7 +27,7 @@ def status(
     """Say how far encoding is, who works on it now, and which commands do the rest.
 
     \b
-      ci2p-cache status shards/           shards done and missing, hosts at work, retry commands
+      ci2p-cache status shards/           shards, hosts at work, commands to run
       ci2p-cache status shards/ --json    the same for a script
 
     It reads records and file sizes, in seconds, while others write; `verify` reads every byte. The
@@ -151,10 +151,10 @@ def verify(
     """Check that every byte of a cache is what was committed, and put it back where it is not.
 
     \b
-      ci2p-cache verify shards/                 every digest, every chunk, index against arrays
-      ci2p-cache verify shards/ --quick         commit records, sizes, small files; seconds
-      ci2p-cache verify shards/ --repair        encode damaged shards again, restore other files
-      ci2p-cache verify shards/ --reencode 100  encode 100 random images again and compare
+      ci2p-cache verify shards/                 every digest and every chunk
+      ci2p-cache verify shards/ --quick         records and sizes, in seconds
+      ci2p-cache verify shards/ --repair        put back what is damaged
+      ci2p-cache verify shards/ --reencode 100  compare 100 images encoded anew
 
     Prints what is wrong and which rows it costs, and exits with code 5 if anything is, or stays
     so. --repair and --reencode read the source images.
@@ -280,11 +280,9 @@ def _hint(path: Path, findings: Sequence[Finding]) -> str:
     if kinds == {"unfinished"}:
         from ci2p_cache.cache.manifest import read_manifest
 
-        return (
-            f"ci2p-cache encode {shlex.quote(read_manifest(path).source)} --out "
-            f"{shlex.quote(str(path))}   (with the options that it was started with)"
-        )
-    return f"ci2p-cache verify {shlex.quote(str(path))} --repair"
+        note = "with the options that it was started with"
+        return command("encode", read_manifest(path).source, "--out", path, note=note)
+    return command("verify", path, "--repair")
 
 
 if TYPE_CHECKING:
@@ -321,11 +319,11 @@ def inspect(
     """Show what a cache holds: a card, one sample, or a picture of reconstructions.
 
     \b
-      ci2p-cache inspect shards/                                 the card
-      ci2p-cache inspect shards/ --key daisy/1.jpg               one sample
-      ci2p-cache inspect shards/ --split val --row 7             the same, by row
-      ci2p-cache inspect shards/ --picture look.png              what the latents still show
-      ci2p-cache inspect shards/ --tree                          files and sizes
+      ci2p-cache inspect shards/                       the card
+      ci2p-cache inspect shards/ --key daisy/1.jpg     one sample
+      ci2p-cache inspect shards/ --split val --row 7   the same, by row
+      ci2p-cache inspect shards/ --picture look.png    reconstructions
+      ci2p-cache inspect shards/ --tree                files and sizes
 
     Works on a cache that is still being encoded, as far as it goes. --picture replaces an earlier
     picture of its own, and no other file.
@@ -508,10 +506,10 @@ def convert(
     """Write the latents of a cache in another format, without encoding again.
 
     \b
-      ci2p-cache convert shards/ --out tars/ --format webdataset     for webdataset readers
-      ci2p-cache convert shards/ --out fast/ --format zarr --codec none     to read at RAM speed
-      ci2p-cache convert tars/ --out shards/ --format zarr           and back, to the same bytes
-      ci2p-cache convert shards/ --out arrays/ --format npy          SPLIT.npy, SPLIT.parquet
+      ci2p-cache convert shards/ --out tars/ --format webdataset
+      ci2p-cache convert shards/ --out fast/ --format zarr --codec none
+      ci2p-cache convert tars/ --out shards/ --format zarr    the same bytes again
+      ci2p-cache convert shards/ --out arrays/ --format npy   SPLIT.npy, .parquet
 
     Every value is verified on the way; rows, values and fingerprint stay the same. Needs neither
     the images nor the encoder. Run it again to continue after an interruption; npy starts again.

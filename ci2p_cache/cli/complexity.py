@@ -40,11 +40,11 @@ def complexity(
     """Count parameters and MACs of the models, with and without the frozen encoder.
 
     \b
-      ci2p-cache complexity                               all at 256 px, and the paper's Table 2
-      ci2p-cache complexity --size 384                    all at 384 px
-      ci2p-cache complexity --sizes 224,256,384,512       the paper's Table 2
+      ci2p-cache complexity                          at 256 px, and Table 2
+      ci2p-cache complexity --size 384               at 384 px
+      ci2p-cache complexity --sizes 224,256,384,512  the paper's Table 2
       ci2p-cache complexity --model cnn_vit --model timm:deit_small_patch16_224
-      ci2p-cache complexity --latent-channels 320         behind CompressAI quality 6-8
+      ci2p-cache complexity --latent-channels 320    CompressAI quality 6-8
 
     MACs count convolutions, linear layers, GDN and both attention products. "cached" and "without
     encoder" are what is left in the training step once the latents come from a cache. The paper's

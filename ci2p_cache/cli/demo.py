@@ -17,7 +17,7 @@ __all__ = ["demo"]
 
 
 def demo(
-    folder: Annotated[
+    out: Annotated[
         Path | None,
         typer.Option(help="Where to put everything [default: a new temporary folder]."),
     ] = None,
@@ -27,7 +27,7 @@ def demo(
 
     \b
       ci2p-cache demo                      in a temporary folder, which is kept
-      ci2p-cache demo --folder tryout/     in a folder of your choice, new or empty
+      ci2p-cache demo --out tryout/     in a folder of your choice, new or empty
 
     Generates small labelled pictures, encodes them with the bundled encoder, verifies every byte,
     trains vitds_tiny from the latents, evaluates it, and writes a report: one page with learning
@@ -40,7 +40,7 @@ def demo(
     tune_process()
     with render.ProgressLine("demo", unit="") as line:
         result = run_demo(
-            folder,
+            out,
             on_event=show_stage,
             encode_observer=EncodeWatch(line),
             train_observer=TrainWatch(line),

@@ -24,8 +24,8 @@ def doctor(
     """Look whether this machine and environment are fit, and say what to do about what is not.
 
     \b
-      ci2p-cache doctor                     versions, devices, decoder, weights, limits, this disk
-      ci2p-cache doctor /scratch/shards     the same, with the disk that the cache is to be on
+      ci2p-cache doctor                   packages, devices, weights, this disk
+      ci2p-cache doctor /scratch/shards   the same, and the disk of that folder
 
     A note means: it works, slower or with less. A problem means: something will fail. Nothing is
     changed; 64 MiB are written to the disk to time it, and removed. Exit code 6 with a problem.

@@ -12,7 +12,7 @@ import typer
 from ci2p_cache.cli import choices, render
 from ci2p_cache.cli.fields import takes_options
 from ci2p_cache.encoding.options import EncodeOptions
-from ci2p_cache.errors import UsageError, command
+from ci2p_cache.errors import UsageError, command, without_overwrite
 
 __all__ = ["encode", "print_forecast", "print_summary", "print_unfinished"]
 
@@ -124,7 +124,7 @@ _ONCE = ("--plan-only", "--rescan", "--reencode-changed", "--retry-failed")
 def print_unfinished(summary: EncodeSummary) -> None:
     """Prints what a plan or a range ended with, and what comes next."""
     if summary.shard_range is None:
-        words = [word for word in sys.argv[1:] if word not in _ONCE]
+        words = [word for word in without_overwrite(sys.argv[1:]) if word not in _ONCE]
         count = min(summary.shards, _ARRAY_TASKS)
         render.heading(f"{summary.path}: {summary.shards:,} shards planned")
         if summary.images + summary.bad:
@@ -168,26 +168,26 @@ def encode(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Encode a sample, say what all would take; write nothing."),
+        typer.Option("--dry-run", help="Estimate time, disk and bad files from a sample."),
     ] = False,
     json: choices.JsonOption = False,
 ) -> None:
     """Stage one: run the frozen encoder over images and commit their latents.
 
     \b
-      ci2p-cache encode imagenet/ --out shards/                    256 px, int8, image + mirror
-      ci2p-cache encode photos/ --out shards/ --encoder bundled    without a network
-      ci2p-cache encode photos/ --out paper/ --dtype float16       continuous y, as in the paper
-      ci2p-cache encode photos/ --out crops/ --views crops:4       four random-resized crops each
-      ci2p-cache encode imagenet/ --out shards/ --dry-run          time, disk, bad files: a forecast
-      ci2p-cache encode imagenet/ --out shards/ --shard-range 2/4  the second of four machines
+      ci2p-cache encode imagenet/ --out shards/                    256 px, int8
+      ci2p-cache encode photos/ --out shards/ --encoder bundled    no network
+      ci2p-cache encode photos/ --out paper/ --dtype float16       continuous y
+      ci2p-cache encode photos/ --out crops/ --views crops:4       4 random crops
+      ci2p-cache encode imagenet/ --out shards/ --dry-run          a forecast
+      ci2p-cache encode imagenet/ --out shards/ --shard-range 2/4  2nd of 4 parts
 
     SRC is a folder of CLASS/..., of {train,val,test}/CLASS/..., or ImageNet's own; a zip of one;
     WebDataset tars ('train-{000..146}.tar'), tars of CLASS/... or of class tars; Hugging Face
     parquet; or a list with path and label (others: --image-column, --label-column, --root). A
     layout that could mean two things is refused. Run the same command again to continue after any
-    interruption. Settings that change what is stored are bound to the folder: a command with
-    others is refused, with the difference.
+    interruption. A cache keeps the settings that it was made with: a command with others is
+    refused, and the difference is shown.
     """
     from ci2p_cache.cli.watch import EncodeWatch
     from ci2p_cache.encoding.run import encode as run

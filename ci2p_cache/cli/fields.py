@@ -1,25 +1,101 @@
-"""Turns the options that a settings record declares into the options of a command."""
+"""The options of a command: made from a settings record, shown in panels, taken by old names."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from ci2p_cache.cli import choices
+from ci2p_cache.cli import choices, render
 from ci2p_cache.fields import Option, declared_options
 
-__all__ = ["takes_options"]
+__all__ = ["PanelCommand", "takes_options"]
 
 _COMPLETIONS = {
     "arch": choices.archs,
-    "devices": choices.devices,
+    "device": choices.devices,
     "model": choices.models,
     "views": choices.views,
 }
+
+_OLD_NAMES = {
+    "demo": {"folder": "out"},
+    "encode": {"devices": "device"},
+    "export": {"to": "format"},
+    "report": {"samples": "count"},
+    "train": {"online": "from_images", "runs": "out"},
+}
+"""Command -> earlier name of an option -> its name. They work until 0.2."""
+
+
+class PanelCommand(TyperCommand):
+    """A command whose help has a section for each `rich_help_panel`, after the everyday options.
+
+    Typer itself makes sections only where rich draws the help, which ours does not. An option may
+    also be given by its earlier name, on the command line and as an environment variable; a notice
+    on stderr then says the new one.
+    """
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the arguments, the everyday options, then each panel in order of appearance.
+
+        Args:
+            ctx: click's context; typer brings a click of its own or takes the installed one.
+            formatter: click's formatter.
+        """
+        panels: dict[str, list[Any]] = {"Arguments": [], "Everyday": []}
+        for parameter in self.get_params(ctx):
+            panel = getattr(parameter, "rich_help_panel", None) or "Everyday"
+            if parameter.param_type_name == "argument":
+                panel = "Arguments"
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                panels.setdefault(panel, []).append(record)
+        for panel, records in panels.items():
+            if records:
+                is_only = panel == "Everyday" and len(panels) == 2
+                with formatter.section("Options" if is_only else panel):
+                    formatter.write_dl(records)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses the words of a command line, earlier names of options among them.
+
+        Args:
+            ctx: As for `format_options`.
+            args: The words behind the command.
+        """
+        if ctx.resilient_parsing:
+            # A shell asks for completions, where a notice would be in the way.
+            return super().parse_args(ctx, args)
+        own = {parameter.name for parameter in self.params}
+        names = {old: new for old, new in _OLD_NAMES.get(self.name or "", {}).items() if new in own}
+        # click asks these after the command line and the new variables.
+        ctx.default_map = {**(ctx.default_map or {})}
+        for old, new in names.items():
+            before, now = (f"{ctx.auto_envvar_prefix}_{each.upper()}" for each in (old, new))
+            if value := os.environ.get(before):
+                ctx.default_map[new] = value
+                _say_new_name(before, now)
+        words = list(args)
+        for number, word in enumerate(words[: (*words, "--").index("--")]):
+            flag, equals, value = word.partition("=")
+            old = flag.removeprefix("--")
+            if flag != old and old in names:
+                now = f"--{names[old].replace('_', '-')}"
+                words[number] = f"{now}{equals}{value}"
+                _say_new_name(flag, now)
+        return super().parse_args(ctx, words)
+
+
+def _say_new_name(before: str, now: str) -> None:
+    # Of the processes that torchrun starts, one speaks.
+    if os.environ.get("RANK", "0") == "0":
+        render.notice(f"{before} is now {now}; the old name works until 0.2")
 
 
 def takes_options(
@@ -42,14 +118,19 @@ def takes_options(
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            own = {name: values.pop(name) for name in fields}
+            own = {
+                name: values.pop(declared.flag or name) for name, (*_, declared) in fields.items()
+            }
             command(options=record(**own), **values)
 
         signature = inspect.signature(command, eval_str=True)
         parameters: list[inspect.Parameter] = []
         for parameter in signature.parameters.values():
             if parameter.name == "options":
-                parameters += [_parameter(name, *declared) for name, declared in fields.items()]
+                parameters += [
+                    _parameter(name, *declared, in_panel=not only)
+                    for name, declared in fields.items()
+                ]
             else:
                 parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -59,12 +140,15 @@ def takes_options(
     return decorate
 
 
-def _parameter(name: str, kind: Any, default: Any, declared: Option) -> inspect.Parameter:
+def _parameter(
+    field: str, kind: Any, default: Any, declared: Option, *, in_panel: bool
+) -> inspect.Parameter:
+    name = declared.flag or field
     flags = [f"--{name.replace('_', '-')}"] if kind is bool else []
     shown = typer.Option(
         *flags,
         help=declared.help,
-        rich_help_panel=declared.panel,
+        rich_help_panel=declared.panel if in_panel else None,
         metavar=declared.metavar,
         autocompletion=_COMPLETIONS.get(name),
         # Of a path; whoever opens it says what is wrong with it.

@@ -45,12 +45,12 @@ def run(
     """Run a whole recipe: encode, train, evaluate, report; in one folder.
 
     \b
-      ci2p-cache run pipelines/flowers.py                               which recipes are there
-      ci2p-cache run pipelines/smoke.py:smoke                           half a minute, no images
-      ci2p-cache run pipelines/flowers.py:vitds_tiny flowers/           the whole path
-      ci2p-cache run pipelines/flowers.py:vitds_tiny flowers/ --set train.epochs=2 --out try/
-      ci2p-cache run pipelines/imagenet.py:vitds imagenet/ --until encode     then, on 8 GPUs:
-      torchrun --nproc-per-node 8 -m ci2p_cache run pipelines/imagenet.py:vitds imagenet/
+      ci2p-cache run pipelines/flowers.py                       its recipes
+      ci2p-cache run pipelines/smoke.py:smoke                   half a minute
+      ci2p-cache run pipelines/flowers.py:vitds_tiny flowers/   all stages
+      ci2p-cache run pipelines/flowers.py:vit_tiny flowers/ --set train.epochs=2
+      ci2p-cache run imagenet.py:vitds imagenet/ --until encode    then, on GPUs:
+      torchrun --nproc-per-node 8 -m ci2p_cache run imagenet.py:vitds imagenet/
 
     Writes experiments/NAME/ with experiment.json (the recipe as it was resolved), shards/, runs/
     and report.html. The same command continues where it stopped. A recipe file is Python code of
@@ -84,7 +84,7 @@ def run(
 
 def _list(path: Path, *, json: bool) -> None:
     """Prints the recipes of a file."""
-    from ci2p_cache.experiment.spec import list_recipes
+    from ci2p_cache.experiment.spec import HOW_TO_WRITE, list_recipes, recipe_command
 
     entries = list_recipes(path)
     if json:
@@ -94,10 +94,10 @@ def _list(path: Path, *, json: bool) -> None:
         raise UsageError(
             f"{path} has no recipe: no public function without arguments that is annotated to "
             "return an Experiment",
-            hint="pipelines/README.md says how to write one",
+            hint=HOW_TO_WRITE,
         )
     render.print_table(("recipe", "what it is"), entries.items(), title=str(path))
-    render.line(f"run one: {command('run', f'{path}:{next(iter(entries))}')}")
+    render.line(f"run one: {recipe_command(path, next(iter(entries)))}")
 
 
 def _run(experiment: Experiment, out: Path | None, *, until: Any, device: str, json: bool) -> None:

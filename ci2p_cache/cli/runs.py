@@ -54,9 +54,9 @@ def evaluate(
     """Evaluate a trained run: accuracy with its interval, calibration, classes, confusions.
 
     \b
-      ci2p-cache evaluate runs/vitds-1a2b3c4d                      best weights, validation split
+      ci2p-cache evaluate runs/vitds-1a2b3c4d                the best weights
       ci2p-cache evaluate runs/vitds-1a2b3c4d --checkpoint last
-      ci2p-cache evaluate runs/vitds-1a2b3c4d --from-images        with the encoder in the loop
+      ci2p-cache evaluate runs/vitds-1a2b3c4d --from-images  encode them again
       ci2p-cache evaluate runs/vitds-1a2b3c4d --cache other/ --split test
 
     Writes SPLIT-CHECKPOINT.json and .parquet (one row per image) into RUN/evaluations, two files
@@ -158,7 +158,7 @@ def predict(
       ci2p-cache predict runs/vitds-1a2b3c4d rose.jpg
       ci2p-cache predict runs/vitds-1a2b3c4d holiday/ 'more/*.png' --top 3
       ci2p-cache predict runs/vitds-1a2b3c4d holiday/ --json > labels.json
-      ci2p-cache predict runs/vitds-1a2b3c4d/checkpoints/epoch-0030-step-000000 rose.jpg
+      ci2p-cache predict runs/vitds-1a2b3c4d rose.jpg --checkpoint last
 
     The encoder, its quantisation and the model are those of the run: an image of the cache gets the
     logits that `evaluate` gives it. Images that cannot be read are named at the end, with exit
@@ -214,7 +214,7 @@ if TYPE_CHECKING:
 def export(
     run: choices.RunArgument,
     out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2.", metavar="FILE")],
-    to: Annotated[
+    format: Annotated[
         Literal["onnx", "torch"], typer.Option(help="torch: a .pt2 of torch.export.")
     ] = "onnx",
     what: Annotated[
@@ -238,9 +238,9 @@ def export(
 
     \b
       ci2p-cache export runs/vitds-1a2b3c4d --out flowers.onnx
-      ci2p-cache export runs/vitds-1a2b3c4d --out flowers.pt2 --to torch
+      ci2p-cache export runs/vitds-1a2b3c4d --out flowers.pt2 --format torch
       ci2p-cache export runs/vitds-1a2b3c4d --out head.onnx --what model
-      ci2p-cache export runs/vitds-1a2b3c4d --out flowers.onnx --check photos/ --count 100
+      ci2p-cache export runs/vitds-1a2b3c4d --out flowers.onnx --check photos/
 
     The graph takes float32 images (batch, 3, size, size) in [0, 1] and gives logits; classes, size
     and fingerprint are in its metadata. The file is run, in onnxruntime or torch, before it is
@@ -256,8 +256,8 @@ def export(
         )
     render.status(f"exporting to {out} and running it; a minute or so")
     summary = export_model(
-        run, out, to=to, what=what, checkpoint=checkpoint, cache=cache, images=check, count=count,
-        overwrite=overwrite is not None,
+        run, out, to=format, what=what, checkpoint=checkpoint, cache=cache, images=check,
+        count=count, overwrite=overwrite is not None,
     )  # fmt: skip
     render.print_json(summary.to_dict()) if json else _print_export(summary)
 
@@ -295,7 +295,7 @@ def report(
     source: Annotated[
         Path | None, typer.Option(help="Where the images are now, if they were moved.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Images measured of each cache.")] = 64,
+    count: Annotated[int, typer.Option(help="Samples measured of each cache.")] = 64,
     pictures: Annotated[
         bool, typer.Option(help="Decode latents for reconstructions, bounds and mistakes.")
     ] = True,
@@ -304,11 +304,11 @@ def report(
     """Write one HTML page about runs and caches, to look at, print or send.
 
     \b
-      ci2p-cache report runs/mine                            curves, classes, mistakes
-      ci2p-cache report runs/mine shards/                    and what the cache still shows
-      ci2p-cache report runs/one runs/two --out both.html    the same side by side
-      ci2p-cache report shards/ --no-pictures                in a second, nothing decoded
-      ci2p-cache report runs/* --table latex --out runs.tex  a table of the runs
+      ci2p-cache report runs/mine                           curves, mistakes
+      ci2p-cache report runs/mine shards/                   and the cache
+      ci2p-cache report runs/one runs/two --out both.html   side by side
+      ci2p-cache report shards/ --no-pictures               in a second
+      ci2p-cache report runs/* --table latex                a table of the runs
 
     The page is one file under 5 MB that loads nothing and runs nothing: it opens without a network.
     Of several runs the first is what the others are held against. `ci2p-cache evaluate` gives a run
@@ -324,7 +324,7 @@ def report(
     from ci2p_cache.pictures.reconstructions import LatentIllustrator
     from ci2p_cache.report.html import write_report
 
-    illustrator = LatentIllustrator(source=source, num_samples=samples) if pictures else None
+    illustrator = LatentIllustrator(source=source, num_samples=count) if pictures else None
     summary = write_report(paths, out or Path("report.html"), illustrator=illustrator)
     for path in summary.skipped:
         render.notice(f"{path} is left out: no epoch of it has ended yet")

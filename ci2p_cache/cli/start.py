@@ -20,7 +20,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO, cast
 
-from ci2p_cache.errors import ResourceError, command, stop_signals
+from ci2p_cache.errors import ResourceError, command, stop_signals, without_overwrite
 
 __all__ = ["OutputStream", "main", "open_streams"]
 
@@ -174,8 +174,7 @@ def _leave(number: int, _: FrameType | None) -> None:
             os.write(2, _SHOW_CURSOR)
         # Of the processes that torchrun starts, one speaks.
         if os.environ.get("RANK", "0") == "0":
-            text = (
-                f"error: interrupted; what was committed is safe\ntry:   {command(*sys.argv[1:])}\n"
-            )
+            again = command(*without_overwrite(sys.argv[1:]))
+            text = f"error: interrupted; what was committed is safe\ntry:   {again}\n"
             os.write(2, text.encode("utf-8", "backslashreplace"))
     os._exit(128 + number)

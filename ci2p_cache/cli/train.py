@@ -29,46 +29,65 @@ def train(
     *,
     cache: choices.CacheArgument,
     options: TrainSpec,
-    runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     name: Annotated[
         str | None, typer.Option(help="Run folder [default: model and a digest of settings].")
     ] = None,
     device: choices.DeviceOption = "auto",
     workers: Annotated[
-        int | None, typer.Option(help="Threads that read [default: one per core, shared by ranks].")
+        int | None,
+        typer.Option(
+            help="Threads that read [default: one per core, shared by ranks].",
+            rich_help_panel="Machines",
+        ),
     ] = None,
     resident: Annotated[
         Literal["auto", "yes", "no"],
-        typer.Option(help="Keep the train split in memory; auto: on a GPU where it fits."),
+        typer.Option(
+            help="Keep the train split in memory; auto: on a GPU where it fits.",
+            rich_help_panel="Data",
+        ),
     ] = "auto",
     compile_model: Annotated[
-        bool, typer.Option("--compile", help="torch.compile the model; pays in long GPU runs.")
+        bool,
+        typer.Option(
+            "--compile",
+            help="torch.compile the model; pays in long GPU runs.",
+            rich_help_panel="Machines",
+        ),
     ] = False,
     save_every: Annotated[
-        int | None, typer.Option(help="Also save every so many steps.", metavar="STEPS")
+        int | None,
+        typer.Option(
+            help="Also save every so many steps.", metavar="STEPS", rich_help_panel="Machines"
+        ),
     ] = None,
-    online: Annotated[
+    from_images: Annotated[
         bool,
-        typer.Option("--online", help="Encode the source images anew each epoch (the reference)."),
+        typer.Option(
+            "--from-images",
+            help="Encode the images again in each epoch, do not read latents: the reference.",
+            rich_help_panel="Data",
+        ),
     ] = False,
     overwrite: Annotated[
         str | None,
-        typer.Option(help="Remove this run first; NAME must be its name.", metavar="NAME"),
+        typer.Option(help="Remove the run --name first; NAME must be that name.", metavar="NAME"),
     ] = None,
     json: choices.JsonOption = False,
 ) -> None:
     """Stage two: train a Vision Transformer straight from the latents.
 
     \b
-      ci2p-cache train shards/ --model vitds                        the paper's CI2P-ViTds
-      ci2p-cache train shards/ --model vitds_tiny --epochs 30       minutes, on two CPU cores
-      ci2p-cache train shards/ --model vit --precision bf16         on a GPU
-      ci2p-cache train shards/ --model ci2p+timm:deit_small_patch16_224   DeiT on latents
-      ci2p-cache train shards/ --model vit_b16                      a baseline, on the images
-      torchrun --nproc-per-node 4 -m ci2p_cache train shards/ --model vit   on four GPUs
-      ci2p-cache run pipelines/animals10.py:paper_vit IMAGES        all of the paper's settings
+      ci2p-cache train shards/ --model vitds                   the paper's model
+      ci2p-cache train shards/ --model vitds_tiny --epochs 30  minutes, on 2 cores
+      ci2p-cache train shards/ --model vit --precision bf16    on a GPU
+      ci2p-cache train shards/ --model vit_b16                 on the images
+      ci2p-cache train shards/ --model ci2p+timm:deit_small_patch16_224
+      ci2p-cache run pipelines/animals10.py:paper_vit IMAGES   the paper's settings
+      torchrun --nproc-per-node 4 -m ci2p_cache train shards/            4 GPUs
 
-    Writes runs/NAME/ with args.yaml, summary.csv, TensorBoard events, curves.png and checkpoints
+    Writes OUT/NAME/ with args.yaml, summary.csv, TensorBoard events, curves.png and checkpoints
     (best and last). The same command continues where it stopped, in the middle of an epoch if need
     be, and gives the same numbers as if it had never stopped.
     Models on images read the images that the cache was made of, in the same order and views.
@@ -87,12 +106,12 @@ def train(
             line = stack.enter_context(render.ProgressLine("train", unit="steps"))
             observer = TrainWatch(line)
         loader = None
-        if online:
+        if from_images:
             loader = stack.enter_context(_online_loader(cache, options, ranks, device, workers))
         summary = run(
             cache,
             spec=options,
-            runs_dir=runs,
+            runs_dir=out,
             name=name,
             overwrite=overwrite is not None,
             device=device,

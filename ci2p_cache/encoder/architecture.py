@@ -296,4 +296,4 @@ def _looks_like(state: Mapping[str, Any]) -> str:
 
 def _sizes(arch: str, quality: int) -> str:
     sizes = ZOO[arch][quality - 1]
-    return f"(N={sizes[0]}, M={sizes[-1]})"
+    return f"(N={sizes[0]:d}, M={sizes[-1]:d})"

@@ -328,7 +328,7 @@ class FrozenEncoder:
             raise UsageError(
                 f"encoder {self.spec.arch} has no symbols: the means of its latents depend on a "
                 "hyperprior. Such encoders are cached as float16 or float32",
-                hint="--dtype float16",
+                hint="repeat the command with --dtype float16",
             )
         return self._model.entropy_bottleneck
 

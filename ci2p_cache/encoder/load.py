@@ -157,7 +157,7 @@ def _frozen(
         raise WeightsError(
             f"weights file {file.path} is of {_named(*card.choice)}; {_named(*asked)} was asked "
             "for",
-            hint=f"--arch {card.arch} --quality {card.quality}",
+            hint=f"repeat the command with --arch {card.arch} --quality {card.quality}",
         )
     model = build_codec(file, arch, quality)
     digest = tensor_digest(value_tensors(model))

@@ -255,10 +255,9 @@ def _blocks(url: str, target: Path, timeout_seconds: float) -> Iterator[tuple[by
         else:
             return
     raise WeightsUnavailableError(
-        f"cannot fetch {url}: {reason}. Three ways to get an encoder: (1) download that file on a "
-        f"machine with network and copy it to {target}; (2) --weights FILE with weights of your "
-        "own; (3) --encoder bundled, the encoder that ships with this package",
-        hint="the same command with --encoder bundled, where the official weights are not a must",
+        f"cannot fetch {url}: {reason}. Copy that file to {target} by other means, or use "
+        "--weights FILE, or --encoder bundled",
+        hint="the same command with --encoder bundled, if it need not be the official encoder",
     ) from cause
 
 

@@ -44,9 +44,8 @@ from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec
 __all__ = ["Intent", "begin", "committed_shards", "find_intent", "load_chosen", "missing_text"]
 
 _SORTED = (
-    "the images come one class after the other, and rows follow the archives: `train` mixes them "
-    "all the same, but with --order blocks, or through a stock webdataset reader, a batch would "
-    "hold few classes; shuffle the archives for those"
+    "the images come one class after the other, and rows keep their order. `train` mixes them; "
+    "shuffle them first for --order blocks or a stock webdataset reader: batches hold few classes"
 )
 
 

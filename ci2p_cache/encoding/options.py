@@ -25,7 +25,14 @@ from ci2p_cache.specs import (
 if TYPE_CHECKING:
     from ci2p_cache.cache.manifest import Manifest
 
-__all__ = ["EncodeOptions"]
+__all__ = ["BATCH_SIZES", "EncodeOptions"]
+
+BATCH_SIZES = {"cpu": 8, "cuda": 256}
+"""Views per encoder call where `batch_size` is None."""
+
+# Panels of the help; what has none is for every day.
+_IMAGES, _ENCODER, _VIEWS = "Images", "Encoder", "Views"
+_STORAGE, _MACHINES = "Storage", "Machines"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,83 +44,124 @@ class EncodeOptions(Record):
     """
 
     root: Path | None = option(
-        None, "Folder that the paths of a list start from [default: the list's own]."
+        None, "Folder that the paths of a list start from [default: the list's own].", panel=_IMAGES
     )
     image_column: str | None = option(
-        None, "Column of the images, or of their paths in a list; in tars their extension."
+        None,
+        "Column of the images, or of their paths in a list; in tars their extension.",
+        panel=_IMAGES,
     )
     label_column: str | None = option(
-        None, "Column of the labels; in tars an extension, or a field of the .json."
+        None,
+        "Column of the labels; in tars an extension, or a field of the .json.",
+        panel=_IMAGES,
     )
     encoder: Literal["official", "bundled"] = option(
-        "official", "CompressAI's published weights (fetched once), or the ones shipped."
+        "official", "official: CompressAI's weights, fetched once. bundled: those shipped."
     )
     weights: Path | None = option(
-        None, "A weights file instead: CompressAI's .pth.tar, or .safetensors."
+        None,
+        "A weights file instead: CompressAI's .pth.tar, or .safetensors.",
+        panel=_ENCODER,
     )
-    arch: str = option("bmshj2018-factorized", "CompressAI zoo name; the paper's.")
-    quality: int = option(5, "CompressAI quality, 1 to 8; the paper's.", low=1, high=8)
-    metric: Literal["mse", "ms-ssim"] = option("mse", "What the encoder was trained for.")
-    size: int = option(256, "Side of the square in pixels, a multiple of 32; the paper's.")
+    arch: str = option("bmshj2018-factorized", "CompressAI zoo name; the paper's.", panel=_ENCODER)
+    quality: int = option(
+        5, "CompressAI quality, 1 to 8; the paper's.", low=1, high=8, panel=_ENCODER
+    )
+    metric: Literal["mse", "ms-ssim"] = option(
+        "mse", "What the encoder was trained for.", panel=_ENCODER
+    )
+    size: int = option(
+        256, "Side of the square in pixels, a multiple of 32; the paper's.", panel=_VIEWS
+    )
     resize_side: int | None = option(
-        None, "Shorter side before the centre crop, in pixels [default: size]."
+        None, "Shorter side before the centre crop, in pixels [default: size].", panel=_VIEWS
     )
     interpolation: Literal["bilinear", "bicubic"] = option(
-        "bilinear", "Resize filter, antialiased; torchvision's default."
+        "bilinear", "Resize filter, antialiased; torchvision's default.", panel=_VIEWS
     )
     exif: Literal["ignore", "apply"] = option(
-        "ignore", "What to do with EXIF orientation; torchvision's loader ignores it."
+        "ignore",
+        "What to do with EXIF orientation; torchvision's loader ignores it.",
+        panel=_VIEWS,
     )
-    max_pixels: int = option(89_000_000, "Larger images count as bad.")
+    max_pixels: int = option(89_000_000, "Larger images count as bad.", panel=_IMAGES)
     views: str = option(
         "flip", "Views of a training image: none, flip or crops:K; flip is the paper's."
     )
     dtype: DType = option("int8", "int8, int16: the codec's symbols. float16, float32: y itself.")
-    step: float = option(1.0, "Quantisation step of the symbols; the codec's own is 1.")
-    precision: Precision = option("float32", "Arithmetic of the encoder; float32 is the reference.")
+    step: float = option(
+        1.0, "Quantisation step of the symbols; the codec's own is 1.", panel=_ENCODER
+    )
+    precision: Precision = option(
+        "float32", "Arithmetic of the encoder; float32 is the reference.", panel=_ENCODER
+    )
     format: FormatName = option(
-        "zarr", "Container of the latents: zarr shards (smallest), WebDataset tars, or both."
+        "zarr",
+        "Container of the latents: zarr shards (smallest), WebDataset tars, or both.",
+        panel=_STORAGE,
     )
     codec: CodecName = option(
-        "zstd", "Byte compressor of the zarr chunks; none for reading at RAM speed."
+        "zstd", "Byte compressor of the zarr chunks; none for reading at RAM speed.", panel=_STORAGE
     )
-    level: int = option(1, "zstd level, -100 to 22; low ones decode faster.")
+    level: int = option(1, "zstd level, -100 to 22; low ones decode faster.", panel=_STORAGE)
     shard_samples: int = option(
-        1024, "Images per shard; fewer where 128 MiB of raw latents would be exceeded."
+        1024,
+        "Images per shard; fewer where 128 MiB of raw latents would be exceeded.",
+        panel=_STORAGE,
     )
     labels: Labels = option(
-        "auto", "none: encode images without labels; train refuses such a cache."
+        "auto", "none: encode images without labels; train refuses such a cache.", panel=_IMAGES
     )
     val_fraction: float = option(
         0.1, "Validation share of each class where SRC has no split folders; 0 for none."
     )
-    seed: int = option(0, "Seed of row order, drawn split and crops.")
-    limit: int | None = option(None, "Only that many images, spread over the source.")
+    seed: int = option(0, "Seed of row order, drawn split and crops.", panel=_IMAGES)
+    limit: int | None = option(
+        None, "Only that many images, spread over the source.", panel=_IMAGES
+    )
     batch_size: int | None = option(
-        None, "Views per encoder call [default: 8 on CPU (fastest measured), 256 on CUDA].", low=1
+        None,
+        f"Views per encoder call [default: {BATCH_SIZES['cpu']} on CPU (fastest measured), "
+        f"{BATCH_SIZES['cuda']} on CUDA].",
+        low=1,
+        panel=_MACHINES,
     )
     workers: int | None = option(
-        None, "Threads that read and decode [default: one per core].", low=1
+        None, "Threads that read and decode [default: one per core].", low=1, panel=_MACHINES
     )
-    devices: str = option("auto", "auto, cpu, cpu:N (N threads), cuda, cuda:0,1.")
+    devices: str = option(
+        "auto", "auto, cpu, cpu:N (N threads), cuda, or several: cuda:0,1.", flag="device"
+    )
     max_errors: str = option(
-        "0.1%", "Images that may fail: a share (at least one image) or a count."
+        "0.1%",
+        "Images that may fail: a share (at least one image) or a count.",
+        panel=_IMAGES,
     )
-    retry_failed: bool = option(False, "Read images again that failed.")
+    retry_failed: bool = option(False, "Read images again that failed.", panel=_IMAGES)
     rescan: bool = option(
-        False, "List SRC again and append new images; committed rows stay as they are."
+        False,
+        "List SRC again and append new images; committed rows stay as they are.",
+        panel=_IMAGES,
     )
-    reencode_changed: bool = option(False, "With --rescan: encode changed images again.")
-    plan_only: bool = option(False, "List SRC and write the plan; encode nothing.")
+    reencode_changed: bool = option(
+        False, "With --rescan: encode changed images again.", panel=_IMAGES
+    )
+    plan_only: bool = option(False, "List SRC and write the plan; encode nothing.", panel=_MACHINES)
     shard_range: str | None = option(
         None,
         "Encode only part i of n of the shards, from 1/n to n/n; auto: this task's part of a Slurm "
         "array or an indexed Kubernetes job.",
         metavar="i/n",
+        panel=_MACHINES,
     )
-    finalise: bool = option(False, "Complete a folder whose shards are all committed.")
+    finalise: bool = option(
+        False, "Complete a folder whose shards are all committed.", panel=_MACHINES
+    )
     executor: Literal["local", "processes", "ray"] = option(
-        "local", "Who encodes: this process, one per device, or a Ray cluster."
+        "local",
+        "Who encodes: this process, one per device, or a Ray cluster.",
+        panel=_MACHINES,
     )
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ from ci2p_cache.cache.manifest import Manifest, SplitRecord
 from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.zoo import ARCH
-from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.encoding.options import BATCH_SIZES, EncodeOptions
 from ci2p_cache.encoding.plan import ShardPlan
 from ci2p_cache.encoding.rows import Awaited, Carrier, LoadedImage, load_image, read_ahead
 from ci2p_cache.errors import (
@@ -186,7 +186,7 @@ class Replica:
 
 
 def make_replicas(encoder: FrozenEncoder, devices: str) -> list[Replica]:
-    """Builds the replicas for `--devices`, from an encoder on the CPU.
+    """Builds the replicas for `devices`, from an encoder on the CPU.
 
     Raises:
         UsageError: the text is none of these, or such a device is not there.
@@ -302,7 +302,7 @@ class EncodeSettings:
             layout=manifest.layout,
             splits=manifest.splits,
             classes=manifest.classes,
-            batch_size=options.batch_size or (8 if on_cpu else 256),
+            batch_size=options.batch_size or BATCH_SIZES["cpu" if on_cpu else "cuda"],
             decode_threads=options.workers or num_cores(),
         )
 

@@ -234,7 +234,8 @@ def _require_cache(experiment: Experiment, root: Path) -> None:
         raise UsageError(
             f"{root} has no cache to train from yet; several ranks only train",
             hint=command(
-                "run", "FILE.py:NAME", "SOURCE", "--until", "encode", "--out", root,
+                "run", "FILE.py:NAME", *["IMAGES"] * (experiment.generate is None),
+                "--until", "encode", "--out", root,
                 note=f"once, without torchrun, for {experiment.name}",
             ),
         )  # fmt: skip
@@ -246,7 +247,7 @@ def _folder(experiment: Experiment, root: Path) -> Iterator[None]:
     if experiment.source is None and experiment.generate is None:
         raise UsageError(
             f"experiment {experiment.name} does not say where its images are",
-            hint=command("run", "FILE.py:NAME", "SOURCE"),
+            hint=command("run", "FILE.py:NAME", "IMAGES"),
         )
     if root.exists() and not root.is_dir():
         raise RunMismatchError(f"{root} is a file; wanted a folder", hint="choose another --out")

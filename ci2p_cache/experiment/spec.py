@@ -37,10 +37,12 @@ from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
     "EXPERIMENT",
+    "HOW_TO_WRITE",
     "Experiment",
     "list_recipes",
     "load_experiment",
     "read_experiment",
+    "recipe_command",
     "refuse_other",
     "settable_fields",
     "split_location",
@@ -49,6 +51,9 @@ __all__ = [
 
 EXPERIMENT = "experiment.json"
 """Name of the file that holds the resolved experiment."""
+
+HOW_TO_WRITE = "pipelines/README.md says how to write a recipe"
+"""Hint where a file has none."""
 
 _VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -295,14 +300,14 @@ def load_experiment(location: str) -> Experiment:
     if name is None:
         raise UsageError(
             f"{path} has several recipes; which one? It has {', '.join(known) or 'none'}",
-            hint=command("run", f"{path}:{known[0]}" if known else f"{path}:NAME"),
+            hint=recipe_command(path, known[0]) if known else HOW_TO_WRITE,
         )
     function = getattr(module, name, None)
     if not callable(function) or name.startswith("_"):
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         raise UsageError(
             f"{path} has no recipe {name!r}; it has {', '.join(known) or 'none'}",
-            hint=command("run", f"{path}:{close[0]}") if close else None,
+            hint=recipe_command(path, close[0]) if close else None,
         )
     if needed := _needed(function):
         raise UsageError(
@@ -316,6 +321,21 @@ def load_experiment(location: str) -> Experiment:
             f"{path}:{name} returns {type(experiment).__name__}; a recipe returns an Experiment"
         )
     return experiment
+
+
+def recipe_command(path: Path, name: str) -> str:
+    """Returns the command that runs a recipe, with a word for the images if it names none.
+
+    Args:
+        path: The recipe's file.
+        name: The recipe in it.
+    """
+    try:
+        made = load_experiment(f"{path}:{name}")
+    except UsageError:
+        return command("run", f"{path}:{name}")
+    wants_images = made.source is None and made.generate is None
+    return command("run", f"{path}:{name}", *["IMAGES"] * wants_images)
 
 
 def _imported(path: Path) -> ModuleType:

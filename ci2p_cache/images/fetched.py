@@ -180,7 +180,7 @@ class FetchedSource:
             }
         for path in found:
             if {"", ".", ".."} & set(path.split("/")) or "\\" in path or "\0" in path:
-                raise SourceError(f"{where} holds {path!r:.200}, which is no path below it")
+                raise SourceError(f"{where} holds {path!r:.200}, and that is not a path below it")
         if not found.keys() - set(_CLASS_FILES):
             raise SourceError(f"{where} names no file")
         return found

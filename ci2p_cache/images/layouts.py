@@ -39,8 +39,7 @@ from ci2p_cache.images.tree import DiskTree, Tree
 __all__ = ["NONE_HINT", "WANTED", "Layout", "Part", "find_layout"]
 
 WANTED = (
-    "wanted SRC/CLASS/image.jpg, SRC/train/CLASS/image.jpg with val/ and test/ beside train/, or "
-    "ImageNet's ILSVRC/Data/CLS-LOC"
+    "wanted SRC/CLASS/image.jpg, SRC/{train,val,test}/CLASS/image.jpg or ImageNet's Data/CLS-LOC"
 )
 NONE_HINT = "--labels none encodes images without labels"
 _LIST_HINT = "or write a list: a .csv with the columns path, label and split, and name it as SRC"

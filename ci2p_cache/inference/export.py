@@ -164,7 +164,8 @@ def export_model(
     other = next((kind for kind, end in _SUFFIXES.items() if end == out.suffix.lower()), to)
     if other != to:
         raise UsageError(
-            f"{out} is named as an export --to {other}, and --to is {to}", hint=f"--to {other}"
+            f"{out} is named as an export to {other}, and the format is {to}",
+            hint=f"repeat the command with --format {other}, or give the file another suffix",
         )
     check_output(out, what=f"{to} export", suffixes=(_SUFFIXES[to],), overwrite=overwrite)
     classifier = load_classifier(run, checkpoint=checkpoint, cache=cache, device="cpu")
@@ -492,7 +493,8 @@ def check_export(
         raise IntegrityError(
             f"the exported graph gives other logits than eager: they differ by {difference:.3g}, "
             f"{_TOLERANCE:g} of the largest logit {scale:.3g} is allowed; the file was not written",
-            hint="report it, with the versions of torch, onnx and onnxruntime; --to torch may do",
+            hint="report it, with the versions of torch, onnx and onnxruntime; "
+            "--format torch may do",
         )
     return ExportCheck(
         inputs=len(inputs),

@@ -195,7 +195,7 @@ def _chosen(run: Path, checkpoint: str | Path) -> Path:
         if name is None:
             raise InputDataError(
                 f"{run} has no {checkpoint} checkpoint yet: its first epoch has not ended",
-                hint="--checkpoint last",
+                hint="repeat the command with --checkpoint last",
             )
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise CheckpointError(f"{pointer} is damaged: it points to {str(name)[:80]!r}")

@@ -11,6 +11,7 @@ Shape suffixes: B batch, K classes, k the first few of them.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -198,7 +199,7 @@ def _folder(run: RunFolder, out: str | Path | None, name: str) -> Path:
     if folder.suffix in (".json", ".parquet"):
         raise UsageError(
             f"`out` is {folder}; wanted a folder, for a .json and a .parquet file",
-            hint=f"--out {folder.with_suffix('')}",
+            hint=f"repeat the command with --out {shlex.quote(str(folder.with_suffix('')))}",
         )
     for path in (folder / f"{name}.json", folder / f"{name}.parquet"):
         if path.exists() or path.is_symlink():

@@ -415,9 +415,8 @@ def _require_replaceable_stem(name: str, timm_name: str) -> None:
     if isinstance(model, VisionTransformer):
         kind += f" with a {type(model.patch_embed).__name__}"
     raise UsageError(
-        f"{name} is a {kind}, whose stem cannot be replaced by latents: that takes timm's "
-        "VisionTransformer with its plain patch embedding (vit_*, deit_*, deit3_*), no hybrid, "
-        "windowed or convolutional model",
+        f"{name} is a {kind}, whose stem cannot be replaced by latents; wanted timm's "
+        "VisionTransformer with its plain patch embedding (vit_*, deit_*, deit3_*)",
         hint=f"{TIMM_PREFIX}{timm_name} trains it on the images",
     )
 

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -375,9 +376,11 @@ class CheckpointStore:
             self._newest = name
             return checkpoint
         if damaged:
+            name = shlex.quote(self._folder.parent.name)
             raise CheckpointError(
                 f"no checkpoint in {self._folder} is whole: {'; '.join(damaged)}",
-                hint="put one back from a backup, or start again with --overwrite",
+                hint="put one back from a backup, or start again with "
+                f"`train --name {name} --overwrite {name}`",
             )
         return None
 

@@ -309,7 +309,7 @@ def _refuse_foreign(path: Path) -> None:
         if links:
             raise RunMismatchError(
                 f"{path / links[0]} is a link, which may lead anywhere; nothing was changed",
-                hint="choose another --name; to keep runs elsewhere, name that place with --runs",
+                hint="choose another --name; to keep runs elsewhere, name that place with --out",
             )
         names = {child.name for child in path.iterdir()}
         if ARGS in names or not names - _OWN_WORK:

@@ -86,8 +86,8 @@ def loader_name(config: AnyModelConfig, given: BatchLoader | None, resident: Res
     if isinstance(given, PixelLoader) != (config.reads == "images"):
         raise UsageError(
             f"{config.name} reads {config.reads}, which {type(given).__name__} does not hand out",
-            hint="leave the loader (train: --online) out; models on images always read the images "
-            "that the cache was made of",
+            hint="leave the loader (train: --from-images) out; models on images always read the "
+            "images that the cache was made of",
         )
     return type(given).__name__
 

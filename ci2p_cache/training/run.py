@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,9 +300,10 @@ def train(
         checkpoint = share_checkpoint(writer.load() if writer is not None else None, ranks)
         begun = checkpoint.state if checkpoint else TrainState(run=settings.digest, sums={})
         if begun.epoch == spec.epochs:
+            quoted = shlex.quote(path.name)
             observer.notice(
-                f"{path} is a finished run; nothing was trained. Use --overwrite to train it "
-                "again, or another --name."
+                f"{path} is a finished run; nothing was trained. `train --name {quoted} "
+                f"--overwrite {quoted}` trains it again"
             )
             return run.summary(begun, begun)
         loaders = make_loaders(

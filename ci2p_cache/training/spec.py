@@ -15,7 +15,10 @@ __all__ = ["TrainSpec"]
 _VERSION = 2
 
 _WARMUP_SHARE = 0.1
-_PANEL = "Augmentation and averaging"
+_WEIGHT_DECAY = 0.05
+
+# Panels of the help; what has none is for every day.
+_OPTIMISER, _REGULARISATION, _DATA = "Model and optimiser", "Regularisation", "Data"
 
 _SINCE_VERSION_2: dict[str, float | int] = {
     "mixup": 0.0,
@@ -52,19 +55,31 @@ class TrainSpec(Record):
         100, "Passes over the training images; the paper takes 300.", low=1, high=10**6
     )
     batch_size: int = option(64, "Images per step, of all ranks.", low=1, high=2**20)
-    accumulate: int = option(1, "Parts a batch is cut into, to save memory.", low=1)
+    accumulate: int = option(
+        1, "Parts a batch is cut into, to save memory.", low=1, panel=_OPTIMISER
+    )
     optimizer: Literal["adamw", "adam"] = option(
-        "adamw", "Optimiser: adamw as in the authors' code, adam as in the paper's summary."
+        "adamw",
+        "adamw as in the authors' code, or adam as in the paper's summary.",
+        panel=_OPTIMISER,
     )
     lr: float = option(
         1e-3, "Peak learning rate; suits batches of 64, the paper takes 1e-4.", above=0
     )
-    min_lr: float = option(1.25e-6, "Learning rate at the end of the cosine; the paper's.", low=0)
+    min_lr: float = option(
+        1.25e-6, "Learning rate at the end of the cosine; the paper's.", low=0, panel=_OPTIMISER
+    )
     warmup_epochs: float | None = option(
-        None, "Linear warm-up [default: a tenth of the epochs; the paper: 20 of 300].", low=0
+        None,
+        f"Linear warm-up [default: {_WARMUP_SHARE:.0%} of the epochs; the paper: 20 of 300].",
+        low=0,
+        panel=_OPTIMISER,
     )
     weight_decay: float | None = option(
-        None, "Decoupled weight decay [default: 0.05, the authors'; 0 with adam].", low=0
+        None,
+        f"Decoupled weight decay [default: {_WEIGHT_DECAY}, the authors'; 0 with adam].",
+        low=0,
+        panel=_OPTIMISER,
     )
     decay_norm_and_bias: bool = option(
         False,
@@ -77,54 +92,72 @@ class TrainSpec(Record):
         1e-8, "Adam's denominator; Kingma and Ba's, and the authors'.", above=0, is_flag=False
     )
     clip_grad_norm: float = option(
-        1.0, "Limit of the L2 norm of all gradients together; 0: none. 1 is usual.", low=0
+        1.0,
+        "Limit of the L2 norm of all gradients together; 0: none. 1 is usual.",
+        low=0,
+        panel=_OPTIMISER,
     )
     label_smoothing: float = option(
-        0.1, "Share of the target spread over all classes; the authors'.", low=0, below=1
+        0.1,
+        "Share of the target spread over all classes; the authors'.",
+        low=0,
+        below=1,
+        panel=_REGULARISATION,
     )
     drop_path: float = option(
-        0.1, "Stochastic depth of the last block, from 0 at the first; the paper's.", low=0, below=1
+        0.1,
+        "Stochastic depth of the last block, from 0 at the first; the paper's.",
+        low=0,
+        below=1,
+        panel=_REGULARISATION,
     )
-    pos_embed: bool = option(False, "Add a learned positional embedding; the paper has none.")
+    pos_embed: bool = option(
+        False, "Add a learned positional embedding; the paper has none.", panel=_OPTIMISER
+    )
     precision: Literal["float32", "bf16"] = option(
         "float32", "float32: IEEE, without TF32. bf16: autocast with float32 weights, for GPUs."
     )
     order: Literal["random", "blocks"] = option(
-        "random", "blocks: eight shards at a time, mixed; for slow storage."
+        "random", "blocks: eight shards at a time, mixed; for slow storage.", panel=_DATA
     )
     seed: int = option(
-        0, "Seed of weights, order, views, stochastic depth and mixing.", low=0, high=2**63 - 1
+        0,
+        "Seed of weights, order, views, stochastic depth and mixing.",
+        low=0,
+        high=2**63 - 1,
+        panel=_DATA,
     )
     mixup: float = option(
         0.0,
         "Alpha of Mixup of what the model reads, latents or images; 0: off, the authors 0.8.",
         low=0,
-        panel=_PANEL,
+        panel=_REGULARISATION,
     )
     cutmix: float = option(
         0.0, "Alpha of CutMix; 0: off, the authors 1.0. With both, half and half.", low=0,
-        panel=_PANEL,
+        panel=_REGULARISATION,
     )  # fmt: skip
     mix_probability: float = option(
-        1.0, "Share of the batches that are mixed; the authors'.", above=0, high=1, panel=_PANEL
-    )
+        1.0, "Share of the batches that are mixed; the authors'.", above=0, high=1,
+        panel=_REGULARISATION,
+    )  # fmt: skip
     latent_flip: float = option(
-        0.0, "Probability of mirroring latents: wrong, there to be shown wrong.", low=0, high=1,
-        panel=_PANEL,
+        0.0, "Probability of mirroring latents: a known mistake, to measure its cost.", low=0,
+        high=1, panel=_REGULARISATION,
     )  # fmt: skip
     ema: float = option(
         0.0, "Decay of averaged weights, which are then validated; 0: off, usual 0.999.", low=0,
-        below=1, panel=_PANEL,
+        below=1, panel=_REGULARISATION,
     )  # fmt: skip
     layer_decay: float = option(
         1.0, "Factor on the learning rate per layer towards the input; 1: off, BEiT 0.65 to 0.9.",
-        above=0, high=1, panel=_PANEL,
+        above=0, high=1, panel=_OPTIMISER,
     )  # fmt: skip
     folds: int = option(
         0, "Parts of the train split, one of which validates; 0: use val.", low=0, high=2**20,
-        panel=_PANEL,
+        panel=_DATA,
     )  # fmt: skip
-    fold: int = option(0, "The part that validates, from 0.", low=0, panel=_PANEL)
+    fold: int = option(0, "The part that validates, from 0.", low=0, panel=_DATA)
 
     def __post_init__(self) -> None:
         _require(
@@ -203,7 +236,7 @@ class TrainSpec(Record):
     def decay(self) -> float:
         """Decoupled weight decay."""
         if self.weight_decay is None:
-            return 0.05 if self.optimizer == "adamw" else 0.0
+            return _WEIGHT_DECAY if self.optimizer == "adamw" else 0.0
         return self.weight_decay
 
 

@@ -242,10 +242,9 @@ class OptimizerStep:
             if self.bad_in_a_row >= _MAX_IN_A_ROW:
                 rows = ", ".join(map(str, step.rows[:8])) + ", ..." * (len(step.rows) > 8)
                 raise TrainingDivergedError(
-                    f"loss or gradients were not finite in {self.bad_in_a_row} steps in a row, the "
-                    f"last one step {step.step} of epoch {step.epoch} on the rows {rows} of the "
-                    "train split; none of these steps changed the weights, and the last checkpoint "
-                    "is unharmed",
+                    f"loss or gradients were not finite in {self.bad_in_a_row} steps in a row, "
+                    f"up to step {step.step} of epoch {step.epoch} (train rows {rows}); the "
+                    "weights and the last checkpoint are unharmed",
                     hint="train with a lower --lr or --precision float32 under another --name",
                 )
         self._pending.clear()

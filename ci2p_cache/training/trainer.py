@@ -123,7 +123,7 @@ def early_notice(record: EpochRecord, *, steps: int, num_classes: int, num_val: 
         return (
             f"nothing was learned in {steps} steps: the training loss of epoch {record.epoch} is "
             f"{record.train_loss:.3f}, guessing among {num_classes} classes gives {guessing:.3f}. "
-            "A lower learning rate or a longer warm-up may help; so may a look at the labels."
+            "Try a lower `lr` or a longer warm-up; check the labels."
         )
     if record.val_top1 is None or not num_val or not is_warm_now:
         return None

@@ -172,7 +172,7 @@ def test_making_a_cache_again_is_measured_with_its_own_settings(
     "more",
     [
         (),
-        pytest.param(("--executor", "processes", "--devices", "cpu:1"), marks=pytest.mark.slow),
+        pytest.param(("--executor", "processes", "--device", "cpu:1"), marks=pytest.mark.slow),
     ],
 )
 def test_where_bfloat16_is_computed_in_software_is_told(

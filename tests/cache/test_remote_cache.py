@@ -123,7 +123,7 @@ def test_training_from_a_failing_s3_loses_what_training_here_loses(
     with FaultyDoor(server, share=0.08, seed=1, hang_seconds=2.0) as door:
         settle(monkeypatch, door.url, tmp_path)
         for number, where in enumerate((local, "s3://data/shards")):
-            ran = run("train", where, "--runs", tmp_path / f"runs{number}", *more)
+            ran = run("train", where, "--out", tmp_path / f"runs{number}", *more)
             assert ran.code == 0, ran.err
             assert SECRET not in ran.out + ran.err
             assert KEY not in ran.out + ran.err

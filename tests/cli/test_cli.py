@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,7 +61,7 @@ def test_encode_verify_inspect_train_one_after_another(
     assert "bmshj2018-factorized" in run("inspect", out).out
     trained = run(
         "train", out, "--model", "vitds_nano", "--epochs", "2", "--batch-size", "8",
-        "--runs", tmp_path / "runs", "--name", "one",
+        "--out", tmp_path / "runs", "--name", "one",
     )  # fmt: skip
     assert trained.code == 0, trained.err
     assert "epoch 2/2" in trained.err
@@ -146,14 +148,30 @@ def test_the_flags_of_train_are_these(run: Callable[..., Ran]) -> None:
         "model", "epochs", "batch_size", "accumulate", "optimizer", "lr", "min_lr",
         "warmup_epochs", "weight_decay", "clip_grad_norm", "label_smoothing", "drop_path",
         "pos_embed", "precision", "order", "seed", "mixup", "cutmix", "mix_probability",
-        "latent_flip", "ema", "layer_decay", "folds", "fold", "runs", "name", "device", "workers",
-        "resident", "compile_model", "save_every", "online", "overwrite", "json",
+        "latent_flip", "ema", "layer_decay", "folds", "fold", "out", "name", "device", "workers",
+        "resident", "compile_model", "save_every", "from_images", "overwrite", "json",
     ]  # fmt: skip
-    plain, panel = run("train", "--help").out.split("\nAugmentation and averaging:\n")
-    for flag in ("mixup", "cutmix", "latent-flip", "ema", "layer-decay", "folds", "fold"):
-        assert f"  --{flag} " in panel
-        assert f"  --{flag} " not in plain
-    assert "  --online" in plain
+
+
+PANELS = {
+    "encode": ("Everyday", "Images", "Encoder", "Views", "Storage", "Machines"),
+    "train": ("Everyday", "Model and optimiser", "Regularisation", "Data", "Machines"),
+    "bench train": ("Options",),
+    "verify": ("Options",),
+}
+
+
+@pytest.mark.parametrize(("command", "wanted"), PANELS.items())
+def test_help_shows_each_option_in_one_panel_the_everyday_ones_first(
+    run: Callable[..., Ran], command: str, wanted: tuple[str, ...]
+) -> None:
+    text = run(*command.split(), "--help").out
+    panels = dict(zip(*[iter(re.split(r"\n([A-Z][\w ]+):\n", text)[3:])] * 2, strict=True))
+    assert tuple(panels) == wanted
+    flags = re.findall(r"^  (?:-h, )?--([\w-]+)", text, re.M)
+    assert len(flags) == len(set(flags))
+    assert len(re.findall(r"^  -", panels[wanted[0]], re.M)) <= 12
+    assert "-h, --help" in panels[wanted[0]]
 
 
 def test_augmentation_can_be_set_by_environment_variables(
@@ -247,7 +265,7 @@ class TestBadInput:
     def test_an_unknown_model(
         self, run: Callable[..., Ran], cache_dir: Path, tmp_path: Path
     ) -> None:
-        ran = run("train", cache_dir, "--model", "vitsd", "--runs", tmp_path / "runs")
+        ran = run("train", cache_dir, "--model", "vitsd", "--out", tmp_path / "runs")
         self.refused(ran, 2, "vitsd", "vitds")
         assert not (tmp_path / "runs").exists()
 
@@ -258,7 +276,7 @@ class TestBadInput:
         manifest["state"] = "encoding"
         (copy / "cache.json").write_bytes(sealed_bytes(manifest))
         next(copy.glob("commits/*")).unlink()
-        ran = run("train", copy, "--model", "vitds_nano", "--runs", tmp_path / "runs")
+        ran = run("train", copy, "--model", "vitds_nano", "--out", tmp_path / "runs")
         self.refused(ran, 4, "not encoded to its end", "ci2p-cache encode")
 
     def test_a_corrupt_shard_given_to_train(
@@ -269,7 +287,7 @@ class TestBadInput:
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
         ran = run(
-            "train", copy, "--model", "vitds_nano", "--epochs", "1", "--runs", tmp_path / "runs"
+            "train", copy, "--model", "vitds_nano", "--epochs", "1", "--out", tmp_path / "runs"
         )
         self.refused(ran, 5, "shard", "rows", f"ci2p-cache verify {copy}")
         self.refused(run("verify", copy), 5, "findings", f"verify {copy} --repair")
@@ -294,7 +312,13 @@ class TestBadInput:
     ) -> None:
         again = ("encode", image_folder, "--out", copy, *ENCODE, "--views", "none")
         self.refused(run(*again, "--overwrite", "other"), 2, "shards")
-        assert run(*again, "--overwrite", "shards").code == 0
+        planned = run(*again, "--overwrite", "shards", "--plan-only", "--device", "cpu")
+        # What each machine is to run must not remove what the others have done.
+        shown = next(line for line in planned.out.splitlines() if line.startswith("on each of"))
+        words = shlex.split(shown.partition("ci2p-cache ")[2])
+        assert words == [*map(str, again), "--device", "cpu", "--shard-range", words[-1]]
+        assert run(*words).code == 0
+        assert run(*again, "--overwrite=shards").code == 0
 
 
 def test_in_a_log_there_is_no_bar(warm: WarmParent, image_folder: Path, tmp_path: Path) -> None:
@@ -334,7 +358,7 @@ for command in COMMANDS:
         ["inspect", cache],
         ["inspect", cache, "--row", "0"],
         ["verify", cache],
-        ["train", cache, "--model", "vitds_tiny", "--epochs", "1", "--runs", runs],
+        ["train", cache, "--model", "vitds_tiny", "--epochs", "1", "--out", runs],
     ]
     text = code.replace("COMMANDS", repr(commands))
     subprocess.run([sys.executable, "-c", text], check=True, capture_output=True)
@@ -346,10 +370,10 @@ for command in COMMANDS:
     [
         ("convert", "{cache}", "--format", "npy", "--out", "s3://bucket/arrays"),
         ("convert", "{cache}", "--format", "webdataset", "--out", "s3://bucket/tars"),
-        ("train", "{cache}", "--model", "vitds_nano", "--runs", "gs://bucket/runs"),
+        ("train", "{cache}", "--model", "vitds_nano", "--out", "gs://bucket/runs"),
         ("report", "{cache}", "--no-pictures", "--out", "https://host/report.html"),
         ("inspect", "{cache}", "--picture", "s3://bucket/look.png"),
-        ("demo", "--folder", "s3://bucket/demo"),
+        ("demo", "--out", "s3://bucket/demo"),
     ],
     ids=lambda words: "-".join(words[:1]),
 )

@@ -35,7 +35,7 @@ LINES = {
     "ci2p-cache encode --dtype ": ["int8", "int16", "float16", "float32"],
     "ci2p-cache encode --arch mbt": ["mbt2018-mean", "mbt2018"],
     "ci2p-cache encode --views ": ["none", "flip", "crops:"],
-    "ci2p-cache encode --devices c": ["cpu", "cuda"],
+    "ci2p-cache encode --device c": ["cpu", "cuda"],
     "ci2p-cache train shards/ --model vitds": ["vitds", "vitds_small", "vitds_tiny"],
     "ci2p-cache complexity --model ci2p": ["ci2p+timm:"],
     "ci2p-cache bench train shards/ --model vit_b": ["vit_b16"],

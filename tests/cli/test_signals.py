@@ -31,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def training(cache: Path, runs: Path, *, epochs: int = 500) -> list[object]:
     return [
         *("train", cache, "--model", "vit_nano", "--epochs", epochs, "--batch-size", 6),
-        *("--runs", runs, "--name", "run", "--device", "cpu", "--workers", 1),
+        *("--out", runs, "--name", "run", "--device", "cpu", "--workers", 1),
     ]
 
 
@@ -65,10 +65,12 @@ def assert_saved(child: Child, runs: Path, number: int) -> None:
 def test_train_saves_at_the_end_of_its_terminal_at_sigterm_and_at_ctrl_c(
     warm: WarmParent, cache: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    child = warm.start(*training(cache, tmp_path))
+    child = warm.start(*training(cache, tmp_path), "--overwrite", "run")
     until(lambda: epochs_done(tmp_path) > 0, child)
     child.send_signal(number)
     assert_saved(child, tmp_path, number)
+    # That would remove what was saved.
+    assert "--overwrite" not in child.wait()
 
 
 @pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])

@@ -28,7 +28,7 @@ from tests.support.warm import LOST_READER, Child, WarmParent
 pytestmark = pytest.mark.usefixtures("nano")
 
 FULL = "/dev/full"
-ENCODE = ("--encoder", "bundled", "--size", 32, "--shard-samples", 4, "--devices", "cpu:1")
+ENCODE = ("--encoder", "bundled", "--size", 32, "--shard-samples", 4, "--device", "cpu:1")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def training(cache: Path, runs: Path, *, epochs: int = 2) -> list[object]:
     return [
         *("train", cache, "--model", "vit_nano", "--epochs", epochs, "--batch-size", 6),
-        *("--runs", runs, "--name", "run", "--device", "cpu", "--workers", 1),
+        *("--out", runs, "--name", "run", "--device", "cpu", "--workers", 1),
     ]
 
 

@@ -393,7 +393,7 @@ def test_a_saved_encoder_can_be_given_as_weights_file(bundled, tmp_path):
     assert load_encoder(weights=tmp_path / "encoder.safetensors").spec == bundled.spec
     with pytest.raises(WeightsError, match="is of bmshj2018-factorized quality 5 mse") as caught:
         load_encoder(weights=tmp_path / "encoder.safetensors", quality=3)
-    assert caught.value.hint == "--arch bmshj2018-factorized --quality 5"
+    assert caught.value.hint == "repeat the command with --arch bmshj2018-factorized --quality 5"
 
 
 @pytest.mark.parametrize("where", [0.00001, 0.001, 0.3, 0.7, 0.999])

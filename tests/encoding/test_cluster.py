@@ -34,7 +34,7 @@ def test_there_are_three() -> None:
 @pytest.mark.slow
 def test_the_tasks_of_a_slurm_array_make_one_whole_cache(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "a b", {"ant": 9, "bee": 6})
-    options = ("--encoder", "bundled", "--size", "32", "--shard-samples", "4", "--devices", "cpu:1")
+    options = ("--encoder", "bundled", "--size", "32", "--shard-samples", "4", "--device", "cpu:1")
     cc.encode(source, tmp_path / "one", cc.EncodeOptions(
         encoder="bundled", size=32, shard_samples=4, devices="cpu:1"))  # fmt: skip
     # The command as the script finds it on its PATH, whatever is installed here.

@@ -243,7 +243,7 @@ def test_killed_at_any_time_and_run_again_gives_the_same_bytes(
     out = tmp_path / "killed"
     command = [
         *("encode", source, "--out", out, "--encoder", "bundled", "--size", 32),
-        *("--shard-samples", 4, "--val-fraction", 0.25, "--devices", "cpu:1"),
+        *("--shard-samples", 4, "--val-fraction", 0.25, "--device", "cpu:1"),
     ]
     kills = 0
     for shards in (0, 1, 4, 9, 15):

@@ -123,7 +123,7 @@ def test_when_the_driver_ends_all_processes_end(
     driver = warm.start(
         *("encode", pictures, "--out", out, "--encoder", "bundled", "--size", "32"),
         *("--shard-samples", "8", "--workers", "1", "--val-fraction", "0"),
-        *("--executor", "processes", "--devices", "cpu:2"),
+        *("--executor", "processes", "--device", "cpu:2"),
     )
     until(lambda: len(workers_of(driver.pid)) == 2 and len(list(out.glob("commits/*"))) >= 2)
     alive = workers_of(driver.pid)

@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
     "devices": "cpu:1", "workers": 1,
 }  # fmt: skip
 WORDS = ("--encoder", "bundled", "--size", 32, "--shard-samples", 8, "--val-fraction", 0,
-         "--views", "none", "--devices", "cpu:1", "--workers", 1)  # fmt: skip
+         "--views", "none", "--device", "cpu:1", "--workers", 1)  # fmt: skip
 
 
 def encode(source: Path, out: Path, **changes: Any) -> tuple[cc.EncodeSummary, str]:

@@ -24,7 +24,7 @@ from tests.support.warm import WarmParent
 
 SMALL = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4, devices="cpu:1", workers=1)
 FLAGS = (*("--encoder", "bundled", "--size", "32", "--shard-samples", "4"),
-         *("--devices", "cpu:1", "--workers", "1"))  # fmt: skip
+         *("--device", "cpu:1", "--workers", "1"))  # fmt: skip
 
 
 SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")

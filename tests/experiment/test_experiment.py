@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -114,7 +115,7 @@ def test_a_near_miss_gets_the_command(recipes: Path) -> None:
     with pytest.raises(UsageError) as refused:
         cc.load_experiment(f"{recipes}:god")
     assert refused.value.hint is not None
-    assert refused.value.hint.endswith("my recipes.py:good'")
+    assert refused.value.hint.endswith("my recipes.py:good' IMAGES")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,23 @@ def test_a_file_alone_lists_and_an_empty_one_says_so(
     refused = run("run", tmp_path / "empty.py")
     assert refused.code == 2
     assert "has no recipe" in refused.err
+
+
+@pytest.mark.parametrize("asked", ["", ":bad_name", ":goo"])
+@pytest.mark.parametrize(("images", "wanted"), [("", ["IMAGES"]), (", generate=4", [])])
+def test_the_command_that_runs_a_recipe_names_images_where_it_has_none(
+    run: Callable[..., Ran], tmp_path: Path, images: str, wanted: list[str], asked: str
+) -> None:
+    path = tmp_path / "own recipes.py"
+    path.write_text(
+        "import ci2p_cache as cc\n\n\ndef good_name() -> cc.Experiment:\n"
+        f"    return cc.Experiment(name='mine'{images})\n"
+    )
+    shown = run("run", f"{path}{asked}")
+    line = (shown.out + shown.err).rpartition("ci2p-cache ")[2]
+    words = shlex.split(line)
+    assert words == ["run", f"{path}:good_name", *wanted]
+    assert run(*words, "--dry-run").code == 0
 
 
 def test_changes_are_read_as_the_type_of_their_field() -> None:

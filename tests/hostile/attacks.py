@@ -98,7 +98,7 @@ def commands(place: Path, name: str) -> tuple[Any, ...]:
         "sample": ("inspect", shards, "--row", "0", "--split", "train"),
         "picture": ("inspect", shards, "--picture", place / "look.png"),
         "verify": ("verify", shards),
-        "train": ("train", shards, *TRAIN, "--runs", place / "new"),
+        "train": ("train", shards, *TRAIN, "--out", place / "new"),
     }[name]
 
 

@@ -88,7 +88,7 @@ def test_a_hostile_run_folder_is_refused(warm: WarmParent, place: Path, case: st
     attack, named = RUNS[case]
     before = snapshot(place.parent / "outside")
     attack(place / "runs" / "run")
-    argv = ("train", place / "shards", *TRAIN, "--runs", place / "runs", "--name", "run")
+    argv = ("train", place / "shards", *TRAIN, "--out", place / "runs", "--name", "run")
     refused(attacked(warm, *argv), {4, 5}, named)
     assert snapshot(place.parent / "outside") == before
     assert not (place / "canary").exists()
@@ -112,7 +112,7 @@ def test_what_a_run_folder_only_tells_others_is_not_believed(
 ) -> None:
     before = snapshot(place.parent / "outside")
     (place / "runs/run" / path).write_text(text)
-    argv = ("train", place / "shards", *TRAIN, "--runs", place / "runs", "--name", "run")
+    argv = ("train", place / "shards", *TRAIN, "--out", place / "runs", "--name", "run")
     ran = attacked(warm, *argv)
     assert ran.code == 0, ran.err[-2000:]
     assert "Traceback" not in ran.err

@@ -472,6 +472,6 @@ def test_a_cold_training_loads_no_compressai(image_folder: Path, tmp_path: Path)
     words = ["train", str(out), "--model", "vitds_tiny", "--epochs", "1"]
     runs = tmp_path / "runs"
     # torchvision is there: timm imports it.
-    told = loaded_by([[*words, "--runs", str(runs)]], {"compressai", "scipy"})
+    told = loaded_by([[*words, "--out", str(runs)]], {"compressai", "scipy"})
     assert told == {"train": []}
     assert list(runs.iterdir())

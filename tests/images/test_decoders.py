@@ -28,7 +28,7 @@ from tests.support.warm import WarmParent
 
 SETTINGS = (
     *("--encoder", "bundled", "--size", "32", "--views", "flip", "--val-fraction", "0"),
-    *("--shard-samples", "8", "--devices", "cpu:1", "--max-errors", "100%"),
+    *("--shard-samples", "8", "--device", "cpu:1", "--max-errors", "100%"),
 )
 
 

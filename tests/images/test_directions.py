@@ -515,7 +515,7 @@ def test_a_cache_of_a_list_with_a_root_is_read_again_without_options(
     out = tmp_path / "out"
     command = ["encode", path, "--out", out, "--encoder", "bundled", "--size", "32", "--root", root,
                "--image-column", "file", "--label-column", "kind", "--executor", executor,
-               "--devices", "cpu:1"]  # fmt: skip
+               "--device", "cpu:1"]  # fmt: skip
     ran = run(*command)
     assert ran.code == 0, ran.err
     assert cc.open_cache(out).classes == ("ant", "bee")

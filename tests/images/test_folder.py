@@ -179,7 +179,7 @@ def test_images_beside_class_folders_are_counted_and_not_used(tmp_path: Path) ->
 
 
 def test_what_is_no_folder_of_images_is_refused_with_the_layouts(tmp_path: Path) -> None:
-    layouts = "wanted SRC/CLASS/image.jpg, SRC/train/CLASS/image.jpg"
+    layouts = r"wanted SRC/CLASS/image\.jpg, SRC/\{train,val,test\}/CLASS/image\.jpg"
     with pytest.raises(SourceError, match=f"nothing does not exist; {layouts}"):
         open_source(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()

@@ -79,7 +79,7 @@ def test_images_without_labels_are_encoded_and_train_refuses_them(
     for command in ("inspect", "status", "verify"):
         ran = run(command, out)
         assert ran.code == 0, ran.err
-    trained = run("train", out, "--model", "vitds_tiny", "--runs", tmp_path / "runs")
+    trained = run("train", out, "--model", "vitds_tiny", "--out", tmp_path / "runs")
     assert trained.code == 3
     assert "was encoded without labels (--labels none)" in trained.err
     assert "try:" in trained.err

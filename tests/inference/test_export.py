@@ -195,8 +195,8 @@ class TestWhereItIsWritten:
     @pytest.mark.parametrize(
         ("name", "to", "told"),
         [
-            ("a.pt2", "onnx", "is named as an export --to torch, and --to is onnx"),
-            ("a.onnx", "torch", "is named as an export --to onnx, and --to is torch"),
+            ("a.pt2", "onnx", "is named as an export to torch, and the format is onnx"),
+            ("a.onnx", "torch", "is named as an export to onnx, and the format is torch"),
             ("a.bin", "onnx", "does not end in .onnx"),
             ("a.pt", "torch", "does not end in .pt2"),
             ("a", "onnx", "does not end in .onnx"),
@@ -206,7 +206,7 @@ class TestWhereItIsWritten:
     def test_another_suffix_is_refused(
         self, run: Callable[..., Ran], tmp_path: Path, name: str, to: str, told: str
     ) -> None:
-        ran = run("export", tmp_path / "nowhere", "--to", to, "--out", tmp_path / name)
+        ran = run("export", tmp_path / "nowhere", "--format", to, "--out", tmp_path / name)
         assert ran.code == 2
         assert told in " ".join(ran.err.split())
         assert not list(tmp_path.iterdir())
@@ -216,7 +216,16 @@ class TestWhereItIsWritten:
     ) -> None:
         out = tmp_path / "a.pt2"
         out.write_bytes(b"precious")
-        words = ("export", made / "runs" / "run", "--to", "torch", "--what", "model", "--out", out)
+        words = (
+            "export",
+            made / "runs" / "run",
+            "--format",
+            "torch",
+            "--what",
+            "model",
+            "--out",
+            out,
+        )
         refused = run(*words)
         assert refused.code == 4
         assert "a.pt2 is there already; nothing was changed" in " ".join(refused.err.split())
@@ -244,7 +253,7 @@ class TestWhereItIsWritten:
         self, run: Callable[..., Ran], tmp_path: Path
     ) -> None:
         out = tmp_path / "new" / "er" / "a.pt2"
-        assert run("export", tmp_path / "nowhere", "--to", "torch", "--out", out).code == 3
+        assert run("export", tmp_path / "nowhere", "--format", "torch", "--out", out).code == 3
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.slow
@@ -252,7 +261,7 @@ class TestWhereItIsWritten:
         self, run: Callable[..., Ran], made: Path, tmp_path: Path
     ) -> None:
         out = tmp_path / "new" / "er" / "a.pt2"
-        options = ("--to", "torch", "--what", "model", "--count", "1", "--out", out)
+        options = ("--format", "torch", "--what", "model", "--count", "1", "--out", out)
         assert run("export", made / "runs" / "run", *options).code == 0
         assert out.is_file()
 

@@ -513,10 +513,10 @@ class TestTraining:
     def test_the_encoder_in_the_loop_is_refused_for_models_on_images(
         self, cache_dir: Path, tmp_path: Path, run: Callable[..., Ran]
     ) -> None:
-        ran = run("train", cache_dir, "--model", "vit_ti16", "--online", "--runs", tmp_path)
+        ran = run("train", cache_dir, "--model", "vit_ti16", "--from-images", "--out", tmp_path)
         assert ran.code == 2
         assert "vit_ti16 reads images, which OnlineLoader does not hand out" in ran.err
-        assert "--online" in ran.err
+        assert "--from-images" in ran.err
         assert not list(tmp_path.iterdir())
 
     def test_a_loader_of_images_is_refused_for_models_on_latents(

@@ -67,7 +67,7 @@ class EncodeBench:
         self._options = [
             *("--encoder", "bundled", "--size", str(size), "--views", "none"),
             *("--shard-samples", str(shard_samples), "--val-fraction", "0"),
-            *("--devices", "cpu:1", "--workers", "1", "--format", format),
+            *("--device", "cpu:1", "--workers", "1", "--format", format),
         ]
         self.num_shards = -(-2 * images // shard_samples)
         self.whole: dict[str, str] = {}

@@ -142,7 +142,7 @@ def test_a_run_trains_one_fold_and_its_folder_is_bound_to_it(
     # The encoder in the loop, by flag, takes the same rows: the same losses, to the last bit.
     trained = run(
         "train", folder / "webdataset", "--model", "vitds_nano", "--epochs", "1",
-        "--batch-size", "6", "--folds", "5", "--fold", "2", "--online", "--runs", tmp_path,
+        "--batch-size", "6", "--folds", "5", "--fold", "2", "--from-images", "--out", tmp_path,
         "--name", "online", "--device", "cpu", "--workers", "1",
     )  # fmt: skip
     assert trained.code == 0, trained.err

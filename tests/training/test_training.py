@@ -197,7 +197,7 @@ def test_model_json_and_the_best_weights_give_the_recorded_accuracy(
 def start(warm: WarmParent, cache_dir: Path, runs: Path) -> Child:
     return warm.start(
         *("train", cache_dir, "--model", "vitds_nano", "--epochs", 3, "--batch-size", 5),
-        *("--runs", runs, "--device", "cpu", "--save-every", 1),
+        *("--out", runs, "--device", "cpu", "--save-every", 1),
     )
 
 
@@ -345,7 +345,8 @@ def test_a_finished_run_returns_at_once_and_changes_nothing(
     summary = cc.train(cache_dir, spec=SPEC, runs_dir=finished.parent, device="cpu", observer=notes)
     assert summary.trained_epochs == 0
     assert summary.last.epoch == 3
-    assert "--overwrite" in notes.notices[0]
+    name = finished.name
+    assert f"`train --name {name} --overwrite {name}` trains it again" in notes.notices[0]
     assert files_below(finished) == before
 
 
