@@ -84,7 +84,7 @@ def train(
       ci2p-cache train shards/ --model vit --precision bf16    on a GPU
       ci2p-cache train shards/ --model vit_b16                 on the images
       ci2p-cache train shards/ --model ci2p+timm:deit_small_patch16_224
-      ci2p-cache run pipelines/animals10.py:paper_vit IMAGES   the paper's settings
+      ci2p-cache run pipelines/animals10.py:paper_vit IMAGES     the paper
       torchrun --nproc-per-node 4 -m ci2p_cache train shards/            4 GPUs
 
     Writes OUT/NAME/ with args.yaml, summary.csv, TensorBoard events, curves.png and checkpoints
