@@ -127,6 +127,9 @@ class BatchLoader(ABC):
     ) -> None:
         """Makes a loader at the start of epoch 0.
 
+        A loop over it yields `Batch`es: `latents` float32 (B, M, h, w), in `PixelLoader` images
+        (B, 3, H, W) in [0, 1]; `labels` int64 (B,), -1 where there is none; `rows` int64 (B,).
+
         Args:
             split: The split to read.
             batch_size: Samples per batch, of all ranks together; the last of an epoch may be

@@ -142,8 +142,8 @@ class TrainSpec(Record):
         panel=_REGULARISATION,
     )  # fmt: skip
     latent_flip: float = option(
-        0.0, "Probability of mirroring latents: a known mistake, to measure its cost.", low=0,
-        high=1, panel=_REGULARISATION,
+        0.0, "Probability of mirroring latents. The encoder gives no such latents: see the study.",
+        low=0, high=1, panel=_REGULARISATION,
     )  # fmt: skip
     ema: float = option(
         0.0, "Decay of averaged weights, which are then validated; 0: off, usual 0.999.", low=0,
