@@ -148,7 +148,7 @@ def check_choice(arch: str, quality: int, metric: str) -> None:
 
 
 def value_tensors(model: Codec) -> dict[str, Tensor]:
-    """Gives the parameters and buffers that change a value, by their name in the state dict."""
+    """Returns the parameters and buffers that change a value, by their name in the state dict."""
     state = model.state_dict()
     return {name: tensor for name, tensor in state.items() if not _is_derived(name)}
 

@@ -141,7 +141,7 @@ class CodecStore:
         self._folder = folder
 
     def load(self) -> tuple[CodecPlace, Mapping[str, Tensor]] | None:
-        """Gives the saved state; None where there is none.
+        """Returns the saved state; None where there is none.
 
         Raises:
             CheckpointError: it is damaged, incomplete or of an unknown version.

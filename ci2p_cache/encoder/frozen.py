@@ -45,7 +45,7 @@ __all__ = [
 
 
 def quantize(y_BMhw: Tensor, medians_M: Tensor, step: float = 1.0) -> Tensor:
-    """Gives the symbols round((y - median) / step), int32, halves to even.
+    """Returns the symbols round((y - median) / step), int32, halves to even.
 
     At step 1 they equal CompressAI's `EntropyBottleneck.quantize(y, "symbols", medians)` bit for
     bit (Balle et al. 2018, arXiv 1802.01436), because dividing by 1.0 changes no float.
@@ -59,7 +59,7 @@ def quantize(y_BMhw: Tensor, medians_M: Tensor, step: float = 1.0) -> Tensor:
 
 
 def dequantize(symbols_BMhw: Tensor, medians_M: Tensor, step: float = 1.0) -> Tensor:
-    """Gives y_hat = symbols * step + median, float32; the reverse of `quantize`.
+    """Returns y_hat = symbols * step + median, float32; the reverse of `quantize`.
 
     At step 1 it equals CompressAI's `EntropyBottleneck.dequantize` bit for bit, as long as the
     absolute value of a symbol is below 2**24.
@@ -179,7 +179,7 @@ class FrozenEncoder:
         )
 
     def to(self, device: str | torch.device) -> FrozenEncoder:
-        """Gives the same encoder on another device; this one stays as it is.
+        """Returns the same encoder on another device; this one stays as it is.
 
         Raises:
             UsageError: there is no such device.
@@ -227,7 +227,7 @@ class FrozenEncoder:
         return medians
 
     def quantize(self, y_BMhw: Tensor, *, step: float = 1.0) -> Tensor:
-        """Gives the codec's symbols round((y - median) / step), int32, of the shape of y.
+        """Returns the codec's symbols round((y - median) / step), int32, of the shape of y.
 
         At step 1 they equal CompressAI's `entropy_bottleneck.quantize(y, "symbols", medians)`.
 
@@ -241,7 +241,7 @@ class FrozenEncoder:
         return quantize(y_BMhw.to(self.device), self.medians, step)
 
     def dequantize(self, symbols_BMhw: Tensor, *, step: float = 1.0) -> Tensor:
-        """Gives y_hat = symbols * step + median, float32, of the shape of the symbols.
+        """Returns y_hat = symbols * step + median, float32, of the shape of the symbols.
 
         Args:
             symbols_BMhw: Whole numbers of any dtype, on any device; taken to the encoder's.
@@ -286,7 +286,7 @@ class FrozenEncoder:
         return _ordinary(x_hat)
 
     def bits(self, y_hat_BMhw: Tensor, *, step: float = 1.0) -> Tensor:
-        """Gives what coding each sample would cost by the entropy model.
+        """Returns what coding each sample would cost by the entropy model.
 
         The likelihood of a symbol is the mass of its bin, y_hat - step/2 to y_hat + step/2, under
         the model's cumulative, with CompressAI's lower bound of 1e-9; at step 1 it is CompressAI's
@@ -313,7 +313,7 @@ class FrozenEncoder:
         return bits.clone()
 
     def to_bytes(self) -> bytes:
-        """Gives the encoder as a float32 safetensors file; same weights, same bytes.
+        """Returns the encoder as a float32 safetensors file; same weights, same bytes.
 
         `load_saved_encoder` needs nothing else. The precision is not part of it.
         """

@@ -63,7 +63,7 @@ class TrainingImages:
 
 
 def _batch(data: TrainingImages, spec: CodecSpec, step: int) -> Tensor:
-    """Gives the batch of a step, random crops in [0, 1]: float32 (B, 3, crop_px, crop_px)."""
+    """Returns the batch of a step, random crops in [0, 1]: float32 (B, 3, crop_px, crop_px)."""
     cumulative = np.cumsum(np.asarray(data.draws, dtype=np.float64))
     rng = np.random.default_rng([spec.seed, step])
     crops = []
@@ -152,7 +152,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gives a matrix of the same singular vectors and singular values near 1, float32."""
+    """Returns a matrix of the same singular vectors and singular values near 1, float32."""
     a, b, c = _COEFFICIENTS
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = (wide / (wide.norm() + 1e-12)).to(dtype)
@@ -187,7 +187,7 @@ def _optimizers(parameters: Mapping[str, nn.Parameter], spec: CodecSpec) -> list
 
 
 def _moments(optimizers: Sequence[Optimizer], parameter: Tensor) -> dict[str, Tensor]:
-    """Gives an optimiser's state of a parameter, made as its first step would if missing."""
+    """Returns an optimiser's state of a parameter, made as its first step would if missing."""
     for optimizer in optimizers:
         if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
             moments: dict[str, Tensor] = optimizer.state[parameter]
@@ -361,7 +361,7 @@ class _Run:
         return CodecStep(self.step, bpp, mse, out["loss"].item(), spec.lr * share)
 
     def state(self, images: str) -> tuple[CodecPlace, Mapping[str, Tensor]]:
-        """Gives all that `load` needs, as it is now."""
+        """Returns all that `load` needs, as it is now."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             tensors[f"model/{name}"] = parameter
@@ -390,7 +390,7 @@ class _Run:
         self.step = place.step
 
     def encoder(self) -> FrozenEncoder:
-        """Gives the averaged weights as an encoder of their own."""
+        """Returns the averaged weights as an encoder of their own."""
         model = own_model(self.spec.quality, self._mean)
         spec = EncoderSpec(
             arch=ARCH,
@@ -403,7 +403,7 @@ class _Run:
 
 
 def _schedule(step: int, spec: CodecSpec) -> float:
-    """Gives the share of the peak learning rate: linear warm-up, then a cosine that ends at 0.
+    """Returns the share of the peak learning rate: linear warm-up, then a cosine that ends at 0.
 
     Loshchilov and Hutter 2017, arXiv 1608.03983.
     """

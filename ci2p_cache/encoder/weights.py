@@ -90,7 +90,7 @@ class _DownloadRecord(Record):
 
 
 def official_url(arch: str, quality: int, metric: str) -> str:
-    """Gives the published URL of an official checkpoint.
+    """Returns the published URL of an official checkpoint.
 
     The environment variable CI2P_CACHE_WEIGHTS_URL names a mirror: it replaces everything before
     the published file name, and the file is held to the same digest.
@@ -105,7 +105,7 @@ def official_url(arch: str, quality: int, metric: str) -> str:
 
 
 def weights_folder() -> Path:
-    """Gives the user's folder for downloaded weights: $XDG_CACHE_HOME or ~/.cache, ci2p-cache.
+    """Returns the user's folder for downloaded weights: $XDG_CACHE_HOME or ~/.cache, ci2p-cache.
 
     Raises:
         WeightsUnavailableError: the user has no home folder.
@@ -126,7 +126,7 @@ def weights_folder() -> Path:
 def fetch_weights(
     url: str, folder: Path, progress: Progress | None = None, *, timeout_seconds: float = 30.0
 ) -> Path:
-    """Gives the file of `url` from `folder`, downloading it there on first use.
+    """Returns the file of `url` from `folder`, downloading it there on first use.
 
     The published name (`name-1a2b3c4d.pth.tar`) carries the first 8 hex digits of the file's
     sha256. They are checked, the whole digest is written beside the file as NAME.json, and from
@@ -263,7 +263,7 @@ def _blocks(url: str, target: Path, timeout_seconds: float) -> Iterator[tuple[by
 
 @contextlib.contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """Gives a file beside `target` that is renamed to it at the end, or removed on any error."""
+    """Returns a file beside `target` that is renamed to it at the end, or removed on any error."""
     with _disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(
@@ -340,7 +340,7 @@ class WeightsFile:
 
 
 def bundled_weights() -> WeightsFile:
-    """Gives the weights that ship with this package; card in encoder/bundled/README.md."""
+    """Returns the weights that ship with this package; card in encoder/bundled/README.md."""
     name = "{}-{}-{}.safetensors".format(*BUNDLED)
     folder = importlib.resources.files("ci2p_cache.encoder")
     with importlib.resources.as_file(folder.joinpath("bundled", name)) as path:
@@ -432,7 +432,7 @@ def _refuse_allocation(path: Path) -> None:
 
 
 def weights_bytes(tensors: Mapping[str, Tensor], card: WeightsCard) -> bytes:
-    """Gives a safetensors file with `card` as metadata; same input, same bytes."""
+    """Returns a safetensors file with `card` as metadata; same input, same bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One JSON string: safetensors keeps no order between metadata entries.
     metadata = {_CARD_KEY: json.dumps(card.to_dict(), sort_keys=True)}

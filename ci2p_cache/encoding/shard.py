@@ -171,7 +171,7 @@ class Replica:
         return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def upload(self, views: list[torch.Tensor]) -> torch.Tensor:
-        """Gives views as one tensor on the device, uint8 (B, 3, size, size).
+        """Returns views as one tensor on the device, uint8 (B, 3, size, size).
 
         On CUDA by way of pinned memory, which holds them until the stream has come that far: a
         replica waits for its results before it takes other views.

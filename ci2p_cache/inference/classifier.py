@@ -143,7 +143,7 @@ class Classifier:
         )
 
     def __call__(self, images_B3HW: Tensor) -> Tensor:
-        """Gives logits, float32 (B, K) on `device`.
+        """Returns logits, float32 (B, K) on `device`.
 
         Args:
             images_B3HW: RGB, uint8 0-255 or floating point in [0, 1], (B, 3, size, size) with the
@@ -156,7 +156,7 @@ class Classifier:
         return self.logits(self.inputs(images_B3HW))
 
     def inputs(self, images_B3HW: Tensor) -> Tensor:
-        """Gives what the model reads of images: latents, or the images themselves in [0, 1].
+        """Returns what the model reads of images: latents, or the images themselves in [0, 1].
 
         The symbols are the cache's to the last one, see `latents`.
 
@@ -176,7 +176,7 @@ class Classifier:
         return self.dequantise(self.stored(self.latents(images)))
 
     def checked(self, images_B3HW: Tensor) -> Tensor:
-        """Gives images as float32 in [0, 1] on `device`.
+        """Returns images as float32 in [0, 1] on `device`.
 
         Raises:
             UsageError: they have another shape or dtype than a call takes.
@@ -217,7 +217,7 @@ class Classifier:
             torch.set_num_threads(threads)
 
     def stored(self, y_BMhw: Tensor) -> Tensor:
-        """Gives what the cache would store of y, of its dtype: saturated symbols, or y itself.
+        """Returns what the cache would store of y, of its dtype: saturated symbols, or y itself.
 
         Args:
             y_BMhw: float32 (B, M, h, w) on `device`.
@@ -228,7 +228,7 @@ class Classifier:
         return self.encoder.stored(y_BMhw, self.fingerprint.latent)[0]
 
     def dequantise(self, stored_BMhw: Tensor) -> Tensor:
-        """Gives stored values as the loaders do: symbols * step + median, or y itself.
+        """Returns stored values as the loaders do: symbols * step + median, or y itself.
 
         Args:
             stored_BMhw: (B, M, h, w) of any dtype, on any device; not changed.

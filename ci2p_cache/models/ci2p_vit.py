@@ -68,7 +68,7 @@ def check_fields(record: Any, **integers: tuple[int, int]) -> None:
 def _inverted_residual(
     in_channels: int, out_channels: int, expansion: int, *, kernel_size: int, stride: int
 ) -> nn.Module:
-    """Gives one MobileNetV3 block; its residual exists where the map keeps its shape.
+    """Returns one MobileNetV3 block; its residual exists where the map keeps its shape.
 
     The depthwise convolution, with an odd kernel padded by half of it, has `expansion` times
     `in_channels`; timm rounds that to a multiple of 8, which changes nothing for `in_channels`
@@ -225,7 +225,7 @@ def num_heads(width: int) -> int:
 
 
 def transformer_blocks(width: int, drop_path_rates: tuple[float, ...]) -> nn.Sequential:
-    """Gives pre-norm ViT blocks (B, N, D) -> (B, N, D), one per entry of `drop_path_rates`.
+    """Returns pre-norm ViT blocks (B, N, D) -> (B, N, D), one per entry of `drop_path_rates`.
 
     MLP four times as wide, biases everywhere, exact GELU, LayerNorm eps 1e-6, no layer scale, no
     dropout. Attention weights are drawn from a truncated normal of deviation 0.02 with bias 0,
