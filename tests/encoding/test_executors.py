@@ -17,6 +17,7 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
+from ci2p_cache.encoding.ray_actors import Actors
 from ci2p_cache.encoding.worker import Event, Job, ShardId, serve
 from tests.support.encode_bench import tree
 from tests.support.pictures import write_image_folder
@@ -272,27 +273,40 @@ class TestRay:
     @pytest.mark.timeout(900)
     # Ray's own sockets and files are closed by its exit handlers.
     @pytest.mark.filterwarnings("ignore")
-    def test_a_node_killed_in_mid_run_costs_no_shard(
-        self, cluster: object, pictures: Path, whole: Path, tmp_path: Path
+    def test_a_killed_node_costs_no_shard(
+        self,
+        cluster: object,
+        pictures: Path,
+        whole: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         import ray
 
         size = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
         nodes = [cluster.add_node(**size) for _ in range(2)]  # type: ignore[attr-defined]
         ray.init(address=cluster.address, log_to_driver=False)  # type: ignore[attr-defined]
-        out, killed = tmp_path / "out", []
+        asked: list[tuple[int, ShardId | None]] = []
 
-        def kill_a_node() -> None:
-            # All three nodes are at work: each actor stages under its own name.
-            until(lambda: len(list(out.glob(".staging/all-*"))) == 3)
-            cluster.remove_node(nodes[0], allow_graceful=False)  # type: ignore[attr-defined]
-            killed.append(len(list(out.glob("commits/*"))))
+        class Held(Actors):
+            """Hands out nothing until all three have asked; then a node is gone."""
 
-        observer = Meanwhile(kill_a_node)
+            def give(self, number: int, shard: ShardId | None) -> None:
+                asked.append((number, shard))
+                workers = {number for number, _ in asked}
+                if len(workers) == 3 and nodes:
+                    cluster.remove_node(nodes.pop(), allow_graceful=False)  # type: ignore[attr-defined]
+                    nodes.clear()
+                    for answer in asked:
+                        super().give(*answer)
+                elif not nodes:
+                    super().give(number, shard)
+
+        monkeypatch.setattr("ci2p_cache.encoding.ray_actors.Actors", Held)
+        observer, out = Notices(), tmp_path / "out"
         summary = cc.encode(
             pictures, out, with_options(executor="ray", devices="auto"), observer=observer
         )
-        assert killed[0] < 20
         assert any("actor was lost" in text for text in observer.texts)
         assert summary.complete
         assert summary.encoded_now == 160

@@ -121,7 +121,7 @@ def test_a_model_that_learns_nothing_fails_the_demo(tmp_path):
         DEMO,
         generate=30,
         encode=dataclasses.replace(DEMO.encode, size=32),
-        train=dataclasses.replace(DEMO.train, epochs=1, batch_size=100, lr=1e-30, min_lr=0.0),
+        train=TrainSpec(model="vitds_tiny", epochs=1, batch_size=100, lr=1e-30, min_lr=0.0),
     )
     with pytest.raises(CacheError, match="the model did not learn") as caught:
         run_demo(tmp_path / "demo", experiment=experiment)
