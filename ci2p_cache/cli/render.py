@@ -158,7 +158,9 @@ class ProgressLine:
         self._label = label
         self._unit = unit
         self._bar: Progress | None = None
-        self._started = self._next = time.monotonic()
+        self._started = time.monotonic()
+        # What takes a second or less, a refusal for one, shows no progress.
+        self._next = self._started + 1
         if _err().is_terminal:
             from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
