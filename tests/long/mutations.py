@@ -188,8 +188,8 @@ MUTATIONS = (
         name="html-not-escaped",
         says="Names from a stranger's cache are markup in the report.",
         file="ci2p_cache/report/elements.py",
-        old="return html.escape(text, quote=True)",
-        new="return text",
+        old="return html.escape(visible(text, longest=longest), quote=True)",
+        new="return visible(text, longest=longest)",
         where=("report/test_report.py::test_hostile_names_are_shown_and_never_obeyed",),
     ),
     Mutation(
