@@ -226,7 +226,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def _staged(self, target: Path) -> Iterator[Path]:
-        """Returns a path to write to; renames it to `target` if the block raises nothing."""
+        """Yields a path to write to; renames it to `target` if the block raises nothing."""
         staged = self.path.parent / ".staging" / uuid4().hex
         with disk_errors(target):
             for folder in (staged.parent, target.parent):

@@ -101,7 +101,7 @@ def _say_new_name(before: str, now: str) -> None:
 def takes_options(
     record: type, *, only: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a command an option for each field that `record` declares, in their order.
+    """Adds an option to a command for each field that `record` declares, in their order.
 
     They take the place of the command's own parameter `options`, which then receives the record.
 

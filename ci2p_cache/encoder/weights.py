@@ -263,7 +263,7 @@ def _blocks(url: str, target: Path, timeout_seconds: float) -> Iterator[tuple[by
 
 @contextlib.contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """Returns a file beside `target` that is renamed to it at the end, or removed on any error."""
+    """Yields a file beside `target` that is renamed to it at the end, or removed on any error."""
     with _disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(

@@ -76,7 +76,7 @@ class Hold:
         return [part for part, _ in live_ranges(self.root) if part != self.part]
 
     def release(self) -> None:
-        """Returns a range up; called within `gate`, the next one there sees that it has ended."""
+        """Releases a range; called within `gate`, the next one there sees that it has ended."""
         if self.part is not None:
             self._locks.close()
 

@@ -199,7 +199,7 @@ class FetchedSource:
 
     @contextlib.contextmanager
     def _writing(self, target: Path) -> Iterator[Path]:
-        """Returns a path to write to, which becomes `target` when that went well."""
+        """Yields a path to write to, which becomes `target` when that went well."""
         staged = mirrors_folder() / ".staging" / uuid4().hex
         try:
             for folder in (target.parent, staged.parent):

@@ -161,7 +161,7 @@ def _train_command(path: Path, args: Mapping[str, Any]) -> str:
     folder = path if path.name == name else path.resolve()
     words: list[object] = ["--name", name]
     if folder.parent != Path("runs"):
-        words += ["--runs", folder.parent]
+        words += ["--out", folder.parent]
     flags, unsaid = declared_options(TrainSpec), []
     for field in fields(TrainSpec):
         if field.name not in settings["spec"]:
@@ -175,7 +175,7 @@ def _train_command(path: Path, args: Mapping[str, Any]) -> str:
         else:
             unsaid.append(f"{field.name} {_written(value)}")
     if settings.get("loader") == "OnlineLoader":
-        words.append("--online")
+        words.append("--from-images")
     note = f"no option sets {', '.join(unsaid)}" if unsaid else ""
     return command("train", args.get("cache", ""), *words, note=note)
 

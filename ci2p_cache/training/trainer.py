@@ -81,7 +81,7 @@ class Learner:
         load_optimizer_tensors(self.model, self.optimizer, checkpoint.optimizer)
 
     def share(self, ranks: Ranks) -> None:
-        """Returns all ranks the weights and averages of rank 0."""
+        """Sends the weights and averages of rank 0 to all ranks."""
         for module in self.modules:
             ranks.share_tensors(list(module.state_dict().values()))
 

@@ -305,7 +305,7 @@ class TestWhatMadeARun:
         with nano_models():
             made = run(
                 "train", cache.path, "--model", "vitds_nano", "--epochs", 1, "--batch-size", 8,
-                "--pos-embed", "--ema", 0.5, "--runs", tmp_path / "my runs", "--device", "cpu",
+                "--pos-embed", "--ema", 0.5, "--out", tmp_path / "my runs", "--device", "cpu",
             )  # fmt: skip
             assert made.code == 0, made.err
             (folder,) = (tmp_path / "my runs").iterdir()
@@ -320,20 +320,21 @@ class TestWhatMadeARun:
             again = run(*shlex.split(html.unescape(shown[1]))[1:], "--device", "cpu")
         # The same settings: they continue the run, which has ended.
         assert again.code == 0, again.err
+        assert "old name" not in again.err
         assert summary.read_bytes() == before
         assert "last written 1970-01-02 00:00 UTC" in page.text
         trained = sum(each.numel() for each in model.parameters())
         frozen = complexity("vitds_tiny", size=64).encoder_parameters
         assert f"parameters {(trained + frozen) / 1e6:.2f} M {trained:,} trained" in page.text
 
-    def test_what_no_option_sets_is_said_and_online_is_an_option(self, tmp_path):
+    def test_what_no_option_sets_is_said_and_the_encoder_in_the_loop_is_an_option(self, tmp_path):
         mine = write_run(tmp_path / "mine", betas=[0.5, 0.9], decay_norm_and_bias=True)
         args = yaml.safe_load((mine / "args.yaml").read_text())
         args["settings"]["loader"] = "OnlineLoader"
         (mine / "args.yaml").write_text(yaml.safe_dump(args))
         write_report([mine], tmp_path / "r.html")
-        told = "--online (no option sets decay_norm_and_bias yes, betas 0.5, 0.9)"
-        assert told in Page(tmp_path / "r.html").text
+        shown = "--from-images (no option sets decay_norm_and_bias yes, betas 0.5, 0.9)"
+        assert shown in Page(tmp_path / "r.html").text
         assert "The number of parameters is not known" in Page(tmp_path / "r.html").text
 
     @pytest.mark.parametrize(
