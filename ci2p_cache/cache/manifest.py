@@ -238,10 +238,12 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
-    """Adds the fields that older caches lack: the order of the classes, and `names_split`."""
-    names, splits = data.get("classes"), data.get("splits")
+    """Adds the fields that older caches lack: the classes' order, `names_split`, layout `split`."""
+    names, splits, layout = (data.get(name) for name in ("classes", "splits", "layout"))
     if isinstance(names, list):
         data = {"class_order": class_order(list(map(str, names))), **data}
+    if isinstance(layout, dict):
+        data = {**data, "layout": {"split": "hashed", **layout}}
     if isinstance(splits, dict):
         old = {"names_split": False}
         splits = {k: old | v if isinstance(v, dict) else v for k, v in splits.items()}

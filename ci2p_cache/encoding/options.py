@@ -13,12 +13,14 @@ from ci2p_cache.fields import check_options, option
 from ci2p_cache.images.source import Labels, SourceOptions
 from ci2p_cache.record import Record
 from ci2p_cache.specs import (
+    AugmentSpec,
     CodecName,
     DType,
     FormatName,
     ImageSpec,
     LayoutSpec,
     Precision,
+    SplitMethod,
     ViewSpec,
 )
 
@@ -89,6 +91,12 @@ class EncodeOptions(Record):
     views: str = option(
         "flip", "Views of a training image: none, flip or crops:K; flip is the paper's."
     )
+    augment: str | None = option(
+        None,
+        "What happens to each crop: authors, rand, trivial, or a YAML file (docs/encoders.md).",
+        metavar="NAME|FILE",
+        panel=_VIEWS,
+    )
     dtype: DType = option("int8", "int8, int16: the codec's symbols. float16, float32: y itself.")
     step: float = option(
         1.0, "Quantisation step of the symbols; the codec's own is 1.", panel=_ENCODER
@@ -115,6 +123,12 @@ class EncodeOptions(Record):
     )
     val_fraction: float = option(
         0.1, "Validation share of each class where SRC has no split folders; 0 for none."
+    )
+    split: SplitMethod | None = option(
+        None,
+        "How val is drawn: stratified, an exact share of each class; or hashed, each image for "
+        "itself [default: stratified; a cache keeps its own].",
+        panel=_IMAGES,
     )
     seed: int = option(0, "Seed of row order, drawn split and crops.", panel=_IMAGES)
     limit: int | None = option(
@@ -147,6 +161,11 @@ class EncodeOptions(Record):
     reencode_changed: bool = option(
         False, "With --rescan: encode changed images again.", panel=_IMAGES
     )
+    add_views: bool = option(
+        False,
+        "With --views crops:K: encode the crops that a cache of fewer lacks, and keep the others.",
+        panel=_VIEWS,
+    )
     plan_only: bool = option(False, "List SRC and write the plan; encode nothing.", panel=_MACHINES)
     shard_range: str | None = option(
         None,
@@ -166,6 +185,9 @@ class EncodeOptions(Record):
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.augment is not None:
+            # A file may change, or not be on another machine.
+            object.__setattr__(self, "augment", str(AugmentSpec.parse(self.augment)))
         self.image_spec("unknown")
         self.view_spec()
         self.layout_spec()
@@ -175,7 +197,7 @@ class EncodeOptions(Record):
         if self.shard_range is not None:
             if self.shard_range != "auto":
                 self.part()
-            for name in ("rescan", "retry_failed"):
+            for name in ("rescan", "retry_failed", "add_views"):
                 if getattr(self, name):
                     flag = name.replace("_", "-")
                     raise UsageError(
@@ -198,6 +220,8 @@ class EncodeOptions(Record):
         if made.image.resize_side == made.image.size:
             values["resize_side"] = None
         labels: Labels = "auto" if manifest.classes else "none"
+        if made.views.augment is not None:
+            values["augment"] = str(made.views.augment)
         return cls(**values, views=str(made.views), labels=labels)
 
     def to_dict(self) -> dict[str, Any]:
@@ -227,11 +251,12 @@ class EncodeOptions(Record):
 
     def view_spec(self) -> ViewSpec:
         """Returns the part of the fingerprint that speaks of views."""
-        return ViewSpec.parse(self.views, seed=self.seed)
+        augment = None if self.augment is None else AugmentSpec.parse(self.augment)
+        return ViewSpec.parse(self.views, seed=self.seed, augment=augment)
 
     def layout_spec(self) -> LayoutSpec:
         """Returns the fields that decide which sample is where."""
-        return LayoutSpec(**self._shared(LayoutSpec))
+        return LayoutSpec(**self._shared(LayoutSpec) | {"split": self.split or "stratified"})
 
     def _shared(self, spec: type[ImageSpec | LayoutSpec | SourceOptions]) -> dict[str, Any]:
         """Returns the options that a spec has a field of the same name for."""

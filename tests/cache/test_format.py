@@ -34,9 +34,13 @@ OPTIONS = cc.EncodeOptions(
 ENCODED: dict[str, dict[str, Any]] = {
     "int8": {},
     # Of one row each, so that a shard holds nothing but a hole; a step that float32 has to round.
-    "int16": {"dtype": "int16", "step": 0.3, "views": "none", "codec": "none", "shard_samples": 1},
+    "int16": {
+        "dtype": "int16", "step": 0.3, "views": "none", "codec": "none", "shard_samples": 1,
+        "split": "hashed",
+    },
     "float16": {"dtype": "float16", "views": "crops:2", "format": "both", "val_fraction": 0.0},
-}
+    "augmented": {"views": "crops:2", "augment": "authors"},
+}  # fmt: skip
 CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 raw": ("int8", {"format": "zarr", "codec": "none"}),
     "int8 tars": ("int8", {"format": "webdataset"}),

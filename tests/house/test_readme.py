@@ -74,10 +74,7 @@ EXCUSED = {
 }
 
 
-SLOW = (
-    "import torch", "ci2p-cache bench encode", "ci2p-cache evaluate", "ci2p-cache run",
-    "python pipelines/stratify",
-)  # fmt: skip
+SLOW = ("import torch", "ci2p-cache bench encode", "ci2p-cache evaluate", "ci2p-cache run")
 """How blocks begin that take many seconds: those of the slow tier, beside those of docs/."""
 
 

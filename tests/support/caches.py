@@ -11,6 +11,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import pyarrow.parquet
 
 import ci2p_cache as cc
 from ci2p_cache.cache.codecs import CODECS
@@ -44,7 +45,16 @@ from ci2p_cache.specs import (
 )
 from tests.support.seals import digest, reseal, write_json
 
-__all__ = ["SMALL", "data_digests", "flip", "make_cache", "make_old", "swap", "with_options"]
+__all__ = [
+    "SMALL",
+    "data_digests",
+    "flip",
+    "keys_of",
+    "make_cache",
+    "make_old",
+    "swap",
+    "with_options",
+]
 
 SMALL = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4, val_fraction=0.25)
 
@@ -60,6 +70,15 @@ def data_digests(root: Path) -> dict[str, str]:
         for path in sorted(root.rglob("*"))
         if path.is_file()
     }
+
+
+def keys_of(root: Path) -> dict[str, list[str]]:
+    """The keys of each split, in the order of their rows."""
+    table = pyarrow.parquet.read_table(root / PLAN)
+    found: dict[str, list[str]] = {}
+    for split, key in zip(table["split"].to_pylist(), table["key"].to_pylist(), strict=True):
+        found.setdefault(split, []).append(key)
+    return found
 
 
 def flip(path: Path, place: float = 0.5) -> None:
@@ -137,6 +156,8 @@ def make_cache(
         format=format,  # type: ignore[arg-type]  # one of the formats
         codec=codec,
         shard_samples=shard_samples,
+        # Nothing is drawn where the splits are given; `make_old` can make an old one of it.
+        split="hashed",
     )
     fingerprint = Fingerprint(
         image=ImageSpec(decoder=decoder_name(), size=16 * side, resize_side=16 * side),
@@ -228,7 +249,7 @@ def _put_shard(
 
 
 def make_old(root: Path) -> Path:
-    """Turns a complete cache into the one that was written before the index had `split`."""
+    """Turns a complete cache, drawn by hash, into one from before the index had `split`."""
     manifest = json.loads((root / "cache.json").read_text())
     for part in sorted((root / "index").iterdir()):
         name, _, number = part.stem.rpartition("-")
@@ -237,6 +258,7 @@ def make_old(root: Path) -> Path:
     for split in manifest["splits"].values():
         del split["names_split"]
         split["bytes"] = 0
+    assert manifest["layout"].pop("split") == "hashed"
     write_json(root / "cache.json", manifest)
     reseal(root)
     for path in (root / "commits").iterdir():

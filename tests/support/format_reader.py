@@ -34,7 +34,8 @@ FINGERPRINT_FIELDS = {
     "encoder": "arch quality metric weights_sha256 precision",
     "latent": "dtype step channels height width",
 }
-LAYOUT_FIELDS = "val_fraction seed shard_samples limit format codec level"
+AUGMENT_FIELDS = "min_area rand_augment magnitude trivial_augment grey blur solarize erasing"
+LAYOUT_FIELDS = "val_fraction split seed shard_samples limit format codec level"
 SPLIT_FIELDS = "rows views shard_rows valid_rows bytes source_bytes clipped exif_turned names_split"
 FILE_FIELDS = "path bytes sha256"
 COMMIT_FIELDS = (
@@ -135,8 +136,10 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     fingerprint = manifest["fingerprint"]
     _require_fields(fingerprint, " ".join(["format_version", *FINGERPRINT_FIELDS]), path)
     for part, fields in FINGERPRINT_FIELDS.items():
-        _require_fields(fingerprint[part], fields, path)
-    _require_fields(manifest["layout"], LAYOUT_FIELDS, path)
+        _require_fields(fingerprint[part], fields, path, "augment" if part == "views" else "")
+    if "augment" in fingerprint["views"]:
+        _require_fields(fingerprint["views"]["augment"], AUGMENT_FIELDS, path)
+    _require_fields({"split": "hashed", **manifest["layout"]}, LAYOUT_FIELDS, path)
     for split in manifest["splits"].values():
         _require_fields({"names_split": False, **split}, SPLIT_FIELDS, path)
     for entry in (manifest["plan"], manifest["encoder"]):
