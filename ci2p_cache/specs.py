@@ -132,20 +132,25 @@ class AugmentSpec(Record):
         Raises:
             UsageError: it is none of these, or a field is unknown or out of range.
         """
+        known, names = cls().to_dict(), ", ".join(_AUGMENTS)
         try:
-            if text in _AUGMENTS:
-                given = _AUGMENTS[text]
-            elif text.startswith("{"):
-                given = json.loads(text)
-            else:
-                given = read_yaml(Path(text), max_bytes=2**16)
-            return cls.from_dict(cls().to_dict() | given)
+            given = _AUGMENTS.get(text) or (
+                json.loads(text) if text.startswith("{") else read_yaml(Path(text), max_bytes=2**16)
+            )
         except (OSError, ValueError, ManifestError) as error:
-            names = ", ".join(_AUGMENTS)
             raise UsageError(
-                f"`augment` is {text!r}, which is none of {names}, and no YAML file of fields: "
-                f"{error}"
+                f"`augment` is {text!r}, none of {names}, and not to be read as YAML: {error}"
             ) from error
+        unknown = sorted(map(repr, given.keys() - known.keys()))
+        _require(
+            not unknown,
+            f"`augment` has the unknown field {', '.join(unknown)}; wanted some of "
+            f"{', '.join(known)}",
+        )
+        try:
+            return cls.from_dict(known | given)
+        except ManifestError as error:
+            raise UsageError(f"`augment`: {error}") from error
 
     def __str__(self) -> str:
         default = type(self)().to_dict()

@@ -107,10 +107,10 @@ class TestDeclarations:
         ("text", "said"),
         [
             ("nosuch", "none of authors, rand, trivial"),
-            ('{"sharpen": 1}', "unknown fields"),
+            ('{"sharpen": 1}', "unknown field 'sharpen'"),
             ('{"grey": 2}', "`grey` is 2"),
             ('{"grey": "often"}', "wants"),
-            ("{grey", "none of"),
+            ("{grey", "not to be read"),
         ],
     )
     def test_what_is_no_declaration_is_refused(self, text: str, said: str) -> None:
