@@ -33,7 +33,6 @@ __all__ = [
     "LatentSpec",
     "LayoutSpec",
     "Precision",
-    "SplitMethod",
     "ViewSpec",
 ]
 
@@ -53,7 +52,6 @@ DType = Literal["int8", "int16", "float16", "float32"]
 Precision = Literal["float32", "tf32", "bf16"]
 CodecName = Literal["zstd", "none"]
 FormatName = Literal["zarr", "webdataset", "both"]
-SplitMethod = Literal["stratified", "hashed"]
 
 _ITEM_BYTES = {"int8": 1, "int16": 2, "float16": 2, "float32": 4}
 _SYMBOL_LIMIT: dict[str, int] = {"int8": 127, "int16": 32767}
@@ -351,7 +349,7 @@ class LayoutSpec(Record):
 
     val_fraction: float = 0.1
     """Share of each class that becomes `val` where the source has no split folders."""
-    split: SplitMethod = "stratified"
+    split: Literal["stratified", "hashed"] = "stratified"
     """How it is drawn. stratified: of the n images of a class, round(n * val_fraction). hashed:
     each image for itself, with that chance."""
     seed: int = 0

@@ -181,7 +181,7 @@ def find_intent(
             hint=f"choose another --out folder, or repeat the command with --labels {labels}",
         )
     made = manifest.layout
-    if options.split is None:
+    if options.split == "auto":
         layout = replace(layout, split=made.split)
     is_larger = made.limit is not None and (layout.limit or math.inf) > made.limit
     if (

@@ -20,7 +20,6 @@ from ci2p_cache.specs import (
     ImageSpec,
     LayoutSpec,
     Precision,
-    SplitMethod,
     ViewSpec,
 )
 
@@ -124,10 +123,10 @@ class EncodeOptions(Record):
     val_fraction: float = option(
         0.1, "Validation share of each class where SRC has no split folders; 0 for none."
     )
-    split: SplitMethod | None = option(
-        None,
+    split: Literal["auto", "stratified", "hashed"] = option(
+        "auto",
         "How val is drawn: stratified, an exact share of each class; or hashed, each image for "
-        "itself [default: stratified; a cache keeps its own].",
+        "itself; auto: a cache keeps its own, a new one is stratified.",
         panel=_IMAGES,
     )
     seed: int = option(0, "Seed of row order, drawn split and crops.", panel=_IMAGES)
@@ -256,7 +255,8 @@ class EncodeOptions(Record):
 
     def layout_spec(self) -> LayoutSpec:
         """Returns the fields that decide which sample is where."""
-        return LayoutSpec(**self._shared(LayoutSpec) | {"split": self.split or "stratified"})
+        split = "stratified" if self.split == "auto" else self.split
+        return LayoutSpec(**self._shared(LayoutSpec) | {"split": split})
 
     def _shared(self, spec: type[ImageSpec | LayoutSpec | SourceOptions]) -> dict[str, Any]:
         """Returns the options that a spec has a field of the same name for."""

