@@ -78,10 +78,10 @@ def encode(
     is_planned = (root / MANIFEST).exists() and not (options.rescan or overwrite)
     images = open_source(source, options.source_options(), is_listed=is_planned)
     with interruptible(f"interrupted; every committed shard in {root} is safe"), _made(root):
-        # Who loses the race for the folder hears it at once: torch, which takes seconds to import,
-        # is imported only afterwards; and by the decoders' server at the same time.
-        start_decoder_server()
         with held(root, part) as hold:
+            # Who loses the race for the folder hears it at once: torch, which takes seconds to
+            # import, comes only afterwards; and all that starts threads, after the decoders' server.
+            start_decoder_server()
             if overwrite:
                 _clear(root)
             from ci2p_cache.encoding.resume import resume
