@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import resource
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["put_off_compiler", "tune_process"]
+__all__ = ["give_back_large_blocks", "put_off_compiler", "tune_process"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
@@ -39,15 +40,24 @@ def tune_process(devices: str = "auto") -> None:
     # Known before torch is imported, for which a decoder need not wait.
     if devices.startswith("cuda") or (devices == "auto" and Path("/dev/nvidiactl").exists()):
         return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        # It is not glibc.
-        return
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     # A thread's own arena cannot hold blocks over 64 MB; the main arena can.
-    mallopt(_M_ARENA_MAX, 1)
+    _set_allocator({_M_MMAP_THRESHOLD: 2**30, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1})
+
+
+def give_back_large_blocks() -> None:
+    """Has freed memory returned to the system, in a fork of a process that keeps it.
+
+    The bounds are those that glibc itself comes to after a large block.
+    """
+    _set_allocator({_M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26})
+
+
+def _set_allocator(settings: dict[int, int]) -> None:
+    # Another C library than glibc may have none.
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for setting, value in settings.items():
+            mallopt(setting, value)
 
 
 class _PutOff(ModuleType):

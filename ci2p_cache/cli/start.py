@@ -119,7 +119,7 @@ def main() -> None:
     The exit code is about the work. A closed stream or a reader that has enough does not change it.
     Results that a full disk has lost end a command that succeeded with exit code 6.
     """
-    # Imports make objects that stay: looking for garbage among them takes a fifth of torch's import.
+    # Imports make objects that stay: to look for garbage among them takes a fifth of their time.
     gc.set_threshold(_NEW_OBJECTS)
     out = open_streams()
     for number in stop_signals():

@@ -9,8 +9,9 @@
 
 A fork of its owner, or run as `python -m ci2p_cache.images.decoder_process`, with the control
 socket as standard input. The server has one thread and computes nothing, so a fork of it is whole
-and costs milliseconds. Messages are JSON, one per packet; nothing is pickled. Ctrl-C reaches the whole
-process group and is blocked here: workers and server end when the other end of their socket does.
+and costs milliseconds. Messages are JSON, one per packet; nothing is pickled. Ctrl-C reaches the
+whole process group and is blocked here: workers and server end when the other end of their socket
+does.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ import traceback
 from dataclasses import asdict
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ci2p_cache.images.decode import decode_image
 from ci2p_cache.images.decoders import MAX_MESSAGE_BYTES, RAISED
 from ci2p_cache.images.views import image_views
-from ci2p_cache.process import put_off_compiler
+from ci2p_cache.process import give_back_large_blocks, put_off_compiler
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
 __all__ = ["serve"]
@@ -206,8 +207,11 @@ def _bound_time() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 
 
-def serve() -> None:
+def serve() -> NoReturn:
     """Imports what decodes and resizes, and serves the socket on standard input; never returns."""
+    # A fork has read the variables that say so before they were set.
+    torch.set_num_threads(1)
+    give_back_large_blocks()
     put_off_compiler()
     for name in ("torchvision.io", "torchvision.transforms.v2.functional"):
         # Before any fork, for all workers.

@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from ci2p_cache.errors import (
     CacheError,
@@ -371,27 +371,33 @@ def _forks_well() -> bool:
 
     It has one thread, and nothing yet that decodes, so no setting of anybody's is inherited.
     """
-    return not {"PIL", "torch"} & sys.modules.keys() and len(os.listdir("/proc/self/task")) == 1
+    threads = list(Path("/proc/self/task").iterdir())
+    return len(threads) == 1 and not {"PIL", "torch"} & sys.modules.keys()
 
 
 def _fork(control: int) -> None:
-    """Makes the server of a copy of this process, of which it keeps the imports alone."""
-    import torch
+    """Makes the server of a copy of this process, of which it keeps the imports alone.
 
-    # Files that this process still has to close must not be closed there, where their descriptors
-    # are other files'; and what no collection touches stays shared.
-    gc.freeze()
+    Raises:
+        ResourceError: there is no room for another process.
+    """
+    import torch  # noqa: F401
+
     # Handlers of this process must not run in the server, not even for a moment.
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    # What no collection touches stays shared. Nor may one there close this process's files: their
+    # descriptors are other files' by then.
+    gc.freeze()
     try:
-        server: int | OSError = os.fork()
+        if os.fork() == 0:
+            _become_server(control)
     except OSError as error:
-        server = error
-    if server:
+        raise _no_process(error) from error
+    finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
-        if isinstance(server, OSError):
-            raise _no_process(server)
-        return
+
+
+def _become_server(control: int) -> NoReturn:
     try:
         for number in signal.valid_signals():
             if callable(signal.getsignal(number)):
@@ -401,7 +407,6 @@ def _fork(control: int) -> None:
             os.dup2(descriptor, place)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         os.environ.update(_environment())
-        torch.set_num_threads(1)
         warnings.simplefilter("ignore")
         signal.pthread_sigmask(signal.SIG_SETMASK, _HELD_BACK)
         from ci2p_cache.images.decoder_process import serve
