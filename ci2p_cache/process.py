@@ -87,8 +87,10 @@ def put_off_compiler() -> None:
     if "torch._dynamo" in sys.modules:
         return
     dynamo, utils = (_PutOff(name) for name in _COMPILER)
-    utils.is_compile_supported = lambda *_: False
-    dynamo.utils = utils
-    dynamo.disable = lambda function, *_, **__: function
-    dynamo.graph_break = lambda *_, **__: None
+    vars(utils).update(is_compile_supported=lambda *_: False)
+    vars(dynamo).update(
+        utils=utils,
+        disable=lambda function, *_, **__: function,
+        graph_break=lambda *_, **__: None,
+    )
     sys.modules.update(zip(_COMPILER, (dynamo, utils), strict=True))

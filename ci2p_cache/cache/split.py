@@ -32,7 +32,7 @@ from ci2p_cache.specs import LatentSpec, LayoutSpec
 if TYPE_CHECKING:
     import zarr
     from torch import Tensor
-    from torch.utils.data import Dataset
+    from torch.utils.data import ConcatDataset, Dataset
 
     _Samples = Dataset[tuple[Tensor, int]]
 else:
@@ -192,7 +192,7 @@ class Split(_Samples):
         y, labels = self._samples(np.array([rows % self.num_rows]))
         return y[0], int(labels[0])
 
-    def __add__(self, other: Dataset[Any]) -> Dataset[Any]:
+    def __add__(self, other: Dataset[Any]) -> ConcatDataset[Any]:
         """Returns both one after the other, as torch's `ConcatDataset`."""
         from torch.utils.data import ConcatDataset
 

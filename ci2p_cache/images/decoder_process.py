@@ -209,6 +209,8 @@ def _bound_time() -> None:
 
 def serve() -> NoReturn:
     """Imports what decodes and resizes, and serves the socket on standard input; never returns."""
+    # A fork has its owner's command line; `ps -o comm` and `top` show this.
+    Path("/proc/self/comm").write_text("ci2p-decoder")
     # A fork has read the variables that say so before they were set.
     torch.set_num_threads(1)
     give_back_large_blocks()

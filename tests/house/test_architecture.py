@@ -463,6 +463,8 @@ def test_a_cold_encode_loads_only_what_it_uses(image_folder: Path, tmp_path: Pat
     told = loaded_by([words, ["verify", out], ["inspect", out]], ABSENT)
     assert Path(out, "cache.json").is_file()
     assert told == {"encode": [], "verify": [], "inspect": []}
+    looks: list[list[str]] = [["status", out], ["inspect", out], ["verify", out]]
+    assert loaded_by(looks, {"torch"}) == {"status": [], "inspect": [], "verify": []}
 
 
 @pytest.mark.slow

@@ -163,7 +163,14 @@ def _wait_for(holds: Callable[[], object], *, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_the_decoders_of_a_cold_command_are_its_forks_and_end_with_it(
     number: signal.Signals, tmp_path: Path
 ) -> None:
@@ -268,7 +275,7 @@ def test_a_source_of_ones_own_is_decoded_apart_too(
     assert found == [f"ant/bad.jpg: {CRASHED}"]
 
 
-@pytest.mark.parametrize("first", ["import torch", "pass"])
+@pytest.mark.parametrize("first", ["pass", pytest.param("import torch", marks=pytest.mark.slow)])
 def test_the_compiler_stays_out_until_something_compiles(first: str) -> None:
     code = (
         f"{first}\n"
