@@ -39,7 +39,7 @@ from ci2p_cache.images.views import image_views
 from ci2p_cache.process import give_back_large_blocks, put_off_compiler
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
-__all__ = ["serve"]
+__all__ = ["serve_decoders"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -207,7 +207,7 @@ def _bound_time() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 
 
-def serve() -> NoReturn:
+def serve_decoders() -> NoReturn:
     """Imports what decodes and resizes, and serves the socket on standard input; never returns."""
     # A fork has its owner's command line; `ps -o comm` and `top` show this.
     Path("/proc/self/comm").write_text("ci2p-decoder")
@@ -223,4 +223,4 @@ def serve() -> NoReturn:
 
 
 if __name__ == "__main__":
-    serve()
+    serve_decoders()

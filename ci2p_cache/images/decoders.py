@@ -409,9 +409,9 @@ def _become_server(control: int) -> NoReturn:
         os.environ.update(_environment())
         warnings.simplefilter("ignore")
         signal.pthread_sigmask(signal.SIG_SETMASK, _HELD_BACK)
-        from ci2p_cache.images.decoder_process import serve
+        from ci2p_cache.images.decoder_process import serve_decoders
 
-        serve()
+        serve_decoders()
     finally:
         os._exit(1)
 

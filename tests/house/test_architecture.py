@@ -261,7 +261,10 @@ def test_functions_are_short(package: list[Source], pipelines: list[Source]) -> 
 
 
 def test_only_commands_and_workers_change_the_whole_process(package: list[Source]) -> None:
-    mains = {"ci2p_cache/encoding/worker.py", "ci2p_cache/encoding/ray_actors.py"}
+    mains = {
+        *("ci2p_cache/encoding/worker.py", "ci2p_cache/encoding/ray_actors.py"),
+        "ci2p_cache/images/decoder_process.py",
+    }
     callers = {each.name for each in package if "ci2p_cache.process" in each.imports}
     assert {name for name in callers if not name.startswith("ci2p_cache/cli/")} == {
         *mains, "ci2p_cache/__init__.py",
