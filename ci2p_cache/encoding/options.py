@@ -218,6 +218,9 @@ class EncodeOptions(Record):
             values |= {name: value for name, value in record.to_dict().items() if name in known}
         if made.image.resize_side == made.image.size:
             values["resize_side"] = None
+        if values["split"] == "stratified":
+            # What a new cache has, and this one keeps; so no command has to say it.
+            values["split"] = "auto"
         labels: Labels = "auto" if manifest.classes else "none"
         if made.views.augment is not None:
             values["augment"] = str(made.views.augment)
