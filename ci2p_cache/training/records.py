@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ci2p_cache.errors import UsageError
 from ci2p_cache.record import Record, differing_fields
 from ci2p_cache.runs.files import EpochRecord, best_epoch
 from ci2p_cache.specs import Fingerprint
-from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from ci2p_cache.training.ranks import Ranks
 
 __all__ = [
     "EpochRecord",
