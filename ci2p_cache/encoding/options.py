@@ -13,6 +13,7 @@ from ci2p_cache.fields import check_options, option
 from ci2p_cache.images.source import Labels, SourceOptions
 from ci2p_cache.record import Record
 from ci2p_cache.specs import (
+    FORMAT_VERSION,
     CodecName,
     DType,
     FormatName,
@@ -20,6 +21,7 @@ from ci2p_cache.specs import (
     LayoutSpec,
     Precision,
     ViewSpec,
+    default_level,
 )
 
 if TYPE_CHECKING:
@@ -102,9 +104,20 @@ class EncodeOptions(Record):
         panel=_STORAGE,
     )
     codec: CodecName = option(
-        "zstd", "Byte compressor of the zarr chunks; none for reading at RAM speed.", panel=_STORAGE
+        "zstd",
+        "Byte compressor of the zarr chunks; lz4 and none are larger and read faster.",
+        panel=_STORAGE,
     )
-    level: int = option(1, "zstd level, -100 to 22; low ones decode faster.", panel=_STORAGE)
+    level: int | None = option(
+        None,
+        "Compression level, 1 to 9 [default: zstd 2, or 1 with --fold; lz4 3].",
+        panel=_STORAGE,
+    )
+    fold: bool = option(
+        False,
+        "Store symbols as 0, 1, 2, ... for 0, -1, 1, ...: the smallest cache.",
+        panel=_STORAGE,
+    )
     shard_samples: int = option(
         1024,
         "Images per shard; fewer where 128 MiB of raw latents would be exceeded.",
@@ -197,6 +210,9 @@ class EncodeOptions(Record):
             values |= {name: value for name, value in record.to_dict().items() if name in known}
         if made.image.resize_side == made.image.size:
             values["resize_side"] = None
+        layout, version = manifest.layout, manifest.format_version
+        if layout.level == default_level(version, layout.codec, fold=layout.fold):
+            values["level"] = None
         labels: Labels = "auto" if manifest.classes else "none"
         return cls(**values, views=str(made.views), labels=labels)
 
@@ -229,9 +245,12 @@ class EncodeOptions(Record):
         """Returns the part of the fingerprint that speaks of views."""
         return ViewSpec.parse(self.views, seed=self.seed)
 
-    def layout_spec(self) -> LayoutSpec:
-        """Returns the fields that decide which sample is where."""
-        return LayoutSpec(**self._shared(LayoutSpec))
+    def layout_spec(self, format_version: int = FORMAT_VERSION) -> LayoutSpec:
+        """Returns the fields that decide which sample is where, for a cache of that format."""
+        level = self.level
+        if level is None:
+            level = default_level(format_version, self.codec, fold=self.fold)
+        return LayoutSpec(**self._shared(LayoutSpec) | {"level": level})
 
     def _shared(self, spec: type[ImageSpec | LayoutSpec | SourceOptions]) -> dict[str, Any]:
         """Returns the options that a spec has a field of the same name for."""
