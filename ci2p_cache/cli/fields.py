@@ -28,7 +28,8 @@ _OLD_NAMES = {
     "encode": {"devices": "device"},
     "export": {"to": "format"},
     "report": {"samples": "count"},
-    "train": {"online": "from_images", "runs": "out"},
+    "run": {"changes": "set"},
+    "train": {"compile_model": "compile", "online": "from_images", "runs": "out"},
 }
 """Command -> earlier name of an option -> its name. They work until 0.2."""
 
@@ -72,14 +73,15 @@ class PanelCommand(TyperCommand):
         if ctx.resilient_parsing:
             # A shell asks for completions, where a notice would be in the way.
             return super().parse_args(ctx, args)
-        own = {parameter.name for parameter in self.params}
+        own = {parameter.name: parameter for parameter in self.params}
         names = {old: new for old, new in _OLD_NAMES.get(self.name or "", {}).items() if new in own}
         # click asks these after the command line and the new variables.
         ctx.default_map = {**(ctx.default_map or {})}
         for old, new in names.items():
             before, now = (f"{ctx.auto_envvar_prefix}_{each.upper()}" for each in (old, new))
             if value := os.environ.get(before):
-                ctx.default_map[new] = value
+                is_list = getattr(own[new], "multiple", False)
+                ctx.default_map[new] = value.split() if is_list else value
                 _say_new_name(before, now)
         words = list(args)
         for number, word in enumerate(words[: (*words, "--").index("--")]):

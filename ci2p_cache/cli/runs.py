@@ -25,7 +25,7 @@ _SHOWN_CONFUSIONS = 10
 
 def evaluate(
     run: choices.RunArgument,
-    checkpoint: choices.CheckpointOption = "best",
+    checkpoint: choices.CheckpointOption = "last",
     cache: Annotated[
         str | None, typer.Option(help="Cache folder or URL [default: the run's].", metavar="DIR")
     ] = None,
@@ -143,7 +143,7 @@ def predict(
         list[str], typer.Argument(help="Files, folders, patterns.", metavar="IMAGES...")
     ],
     top: Annotated[int, typer.Option(help="Classes shown for each image.")] = 5,
-    checkpoint: choices.CheckpointOption = "best",
+    checkpoint: choices.CheckpointOption = "last",
     cache: choices.EncoderCacheOption = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     workers: Annotated[
@@ -221,7 +221,7 @@ def export(
         Literal["full", "model"],
         typer.Option(help="full: images to logits. model: latents to logits."),
     ] = "full",
-    checkpoint: choices.CheckpointOption = "best",
+    checkpoint: choices.CheckpointOption = "last",
     cache: choices.EncoderCacheOption = None,
     check: Annotated[
         list[str] | None,

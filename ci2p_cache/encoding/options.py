@@ -131,7 +131,10 @@ class EncodeOptions(Record):
         None, "Threads that read and decode [default: one per core].", low=1, panel=_MACHINES
     )
     devices: str = option(
-        "auto", "auto, cpu, cpu:N (N threads), cuda, or several: cuda:0,1.", flag="device"
+        "auto",
+        "auto, cpu, cpu:N (N threads), cuda, or several: cuda:0,1.",
+        flag="device",
+        pattern=r"auto|cpu(:[1-9]\d*)?|cuda(:\d+(,\d+)*)?",
     )
     max_errors: str = option(
         "0.1%",
@@ -182,6 +185,11 @@ class EncodeOptions(Record):
                         f"`{name}` changes the plan, which the ranges of a folder share",
                         hint=f"once: --plan-only --{flag}; then each range without --{flag}",
                     )
+        if self.executor == "ray" and ":" in self.devices:
+            raise UsageError(
+                f"`device` is {self.devices!r}; with ray it is auto, cpu or cuda: the cluster says "
+                "how many there are"
+            )
         if self.reencode_changed and not self.rescan:
             raise UsageError(
                 "`reencode_changed` compares the originals with the cache, which `rescan` does",

@@ -37,6 +37,7 @@ from ci2p_cache.encoding.shard import refuse_more_bad
 from ci2p_cache.encoding.worker import Work
 from ci2p_cache.errors import IncompleteCacheError, ShardError, UsageError, command
 from ci2p_cache.images.source import ImageSource
+from ci2p_cache.machine import chosen_devices
 
 __all__ = ["resume"]
 
@@ -62,6 +63,9 @@ def resume(
     Raises:
         CacheError: as `encode` has them.
     """
+    if not (root / MANIFEST).exists() and not options.plan_only and options.executor != "ray":
+        # A device that is not here is refused before the folder is begun.
+        chosen_devices(options.devices)
     encoder, part = load_chosen(options, observer), hold.part
     if part is not None and not (root / MANIFEST).exists():
         with hold.gate():

@@ -144,6 +144,7 @@ def run_experiment(
     experiment: Experiment,
     out: str | Path | None = None,
     *,
+    source: str | Path | None = None,
     device: str = "auto",
     until: Stage = "report",
     on_event: Callable[[StageEvent], None] | None = None,
@@ -158,8 +159,9 @@ def run_experiment(
     a cache that has to be complete by then; rank 0 alone evaluates and reports.
 
     Args:
-        experiment: What to run, with its `source` or `generate` filled in.
+        experiment: What to run.
         out: Its folder; None: experiments/NAME.
+        source: The images, as `encode` takes them; None: those that the experiment names or draws.
         device: auto, cpu, cuda or cuda:1, of all stages; auto leaves stage one to
             `experiment.encode.devices`.
         until: The last stage to run.
@@ -169,14 +171,16 @@ def run_experiment(
         ranks: The ranks to train with, joined; None: as the environment says.
 
     Raises:
-        UsageError: no images are named, `out` is a URL, `until` is no stage, or several ranks find
-            no cache.
+        UsageError: no images are named, or two sources; `out` is a URL, `until` is no stage, or
+            several ranks find no cache.
         RunMismatchError: the folder holds another experiment, or something else.
         ManifestError: the folder's record is damaged.
         LockedError: another process runs an experiment there.
         InterruptedRunError: a signal stopped it; run it again to continue.
         CacheError: whatever `encode`, `train` and the evaluation raise.
     """
+    if source is not None:
+        experiment = dataclasses.replace(experiment, source=str(source))
     if until not in _STAGES:
         raise UsageError(f"`until` is {until!r}; wanted one of {', '.join(_STAGES)}")
     root = Path("experiments", experiment.name) if out is None else Path(out)

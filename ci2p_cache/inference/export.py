@@ -123,7 +123,7 @@ def export_model(
     *,
     to: Literal["onnx", "torch"] = "onnx",
     what: Literal["full", "model"] = "full",
-    checkpoint: str | Path = "best",
+    checkpoint: str | Path = "last",
     cache: str | Path | None = None,
     images: Iterable[str | os.PathLike[str]] | None = None,
     count: int = 16,
@@ -140,7 +140,7 @@ def export_model(
         to: onnx, or torch for a `.pt2` of `torch.export.save`.
         what: full: images float32 (B, 3, size, size) in [0, 1] to logits. model: dequantised
             latents (B, M, h, w) to logits; of models that read images both are the same.
-        checkpoint: best, last, or a checkpoint folder or its name.
+        checkpoint: last, best, or a checkpoint folder or its name.
         cache: Where to take the encoder from instead of the run folder.
         images: Pictures to check with, as `predict` takes them; None: random inputs.
         count: Number of inputs to check with; of pictures the first ones.

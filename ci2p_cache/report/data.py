@@ -120,7 +120,7 @@ def read_run(path: Path) -> RunData:
     found, damages = _read_evaluations(path, evaluate)
     remarks += damages
     evaluation = predictions = None
-    chosen = _chosen(found, path)
+    chosen = _chosen(found)
     if chosen is not None:
         evaluation, file = found[chosen], predictions_path(chosen)
         try:
@@ -261,21 +261,17 @@ def _read_evaluations(run: Path, evaluate: str) -> tuple[dict[Path, Evaluation],
     return found, remarks
 
 
-def _chosen(found: Mapping[Path, Evaluation], run: Path) -> Path | None:
+def _chosen(found: Mapping[Path, Evaluation]) -> Path | None:
     """Returns the evaluation that says most about a run; None of none.
 
     Its own validation images come first, then images that training has not seen, then its training
-    images; of equal ones the best checkpoint, then the latest.
+    images; of equal ones the latest checkpoint.
     """
-    try:
-        best = str(read_json(run / "checkpoints" / "last.json").get("best", ""))
-    except (OSError, ManifestError):
-        best = ""
 
-    def worth(path: Path) -> tuple[int, bool, bool, str]:
+    def worth(path: Path) -> tuple[int, bool, str]:
         one = found[path]
         own = {"val": 2, "train": 0}.get(one.split, 1) if one.is_own_data else 1
-        return own, not is_encoded_again(path), one.checkpoint == best, one.checkpoint
+        return own, not is_encoded_again(path), one.checkpoint
 
     return max(found, key=worth, default=None)
 
