@@ -34,9 +34,9 @@ class Option:
     high: float | None = None
     """Largest value."""
     above: float | None = None
-    """Lower bound that is no value itself."""
+    """Exclusive lower bound."""
     below: float | None = None
-    """Upper bound that is no value itself."""
+    """Exclusive upper bound."""
     panel: str | None = None
     """Heading in the help of a command; None: among the everyday options, which come first."""
     flag: str | None = None

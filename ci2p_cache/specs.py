@@ -2,7 +2,7 @@
 
 `Fingerprint` lists every field that changes a stored value; `LayoutSpec` every field that changes
 which row is where and in which bytes. Both bind a cache folder: a difference is refused, field by
-field. Batch size, workers, devices, host and paths stand in neither.
+field. Neither holds batch size, workers, devices, host or paths.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
     Args:
         path: The folder that `ci2p-cache encode --out` made, or the URL of a finished one that was
             copied: `s3://`, `gs://`, `http(s)://`. Of such a cache each file is fetched when it is
-            first read, checked, and kept in a local folder (`mirror.Mirror`).
+            first read, checked, and stored in a local folder (`mirror.Mirror`).
         partial: Also open one whose encoding has not finished; its committed shards can be read.
             One behind a URL is always finished.
 

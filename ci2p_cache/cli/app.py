@@ -105,8 +105,7 @@ def _hide_variables(part: Any) -> None:
     They are named once in the root's text; on every option they would drown the rest.
 
     Args:
-        part: A command or group of click's; typer brings a click of its own or takes the
-            installed one.
+        part: A command or group of click's; typer brings its own click or takes the installed one.
     """
     for option in part.params:
         option.show_envvar = False

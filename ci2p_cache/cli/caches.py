@@ -80,7 +80,7 @@ def _print_status(found: CacheStatus, manifest: Manifest) -> None:
 
 
 def _print_next(found: CacheStatus, manifest: Manifest) -> None:
-    """Prints what is to be done by whom."""
+    """Prints which ranges are missing, and who works on which."""
     encode = ("encode", found.source, "--out", found.path, *_encode_words(manifest))
     if found.complete and not found.missing:
         training = ("train", found.path, "--model", "vitds")

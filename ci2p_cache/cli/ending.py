@@ -29,7 +29,7 @@ def advice(error: CacheError, words: Sequence[str], commands: Iterable[str]) -> 
     """Returns a command to paste.
 
     Args:
-        error: An error without a hint of its own.
+        error: An error without a hint.
         words: The command line behind `ci2p-cache`.
         commands: The names of all commands; those of a group as "bench encode".
     """

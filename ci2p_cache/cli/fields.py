@@ -46,7 +46,7 @@ class PanelCommand(TyperCommand):
         """Writes the arguments, the everyday options, then each panel in order of appearance.
 
         Args:
-            ctx: click's context; typer brings a click of its own or takes the installed one.
+            ctx: click's context; typer brings its own click or takes the installed one.
             formatter: click's formatter.
         """
         panels: dict[str, list[Any]] = {"Arguments": [], "Everyday": []}
@@ -153,7 +153,7 @@ def _parameter(
         rich_help_panel=declared.panel if in_panel else None,
         metavar=declared.metavar,
         autocompletion=_COMPLETIONS.get(name),
-        # Of a path; whoever opens it says what is wrong with it.
+        # Of a path; the code that opens it reports what is wrong.
         readable=False,
     )
     return inspect.Parameter(

@@ -70,11 +70,11 @@ def duration(seconds: float | None) -> str:
 def _clean(text: str, *, longest: int = _MAX_TEXT, keep: str = "") -> str:
     """Returns text that a terminal only shows: names in a cache may come from a stranger.
 
-    Control and direction characters, and bytes that are no text, become escapes; rich's markup is
+    Control and direction characters, and bytes that are not text, become escapes; rich's markup is
     taken literally.
 
     Args:
-        text: What is to be shown.
+        text: What to show.
         longest: Characters shown at most.
         keep: Characters that stay although they do not print.
     """

@@ -14,7 +14,7 @@ class _Watch:
     """What both have: notices are printed.
 
     Args:
-        line: Where progress goes.
+        line: Shows the progress.
     """
 
     def __init__(self, line: render.ProgressLine) -> None:
@@ -51,7 +51,7 @@ class TrainWatch(_Watch, TrainObserver):
     """Shows stage two: its plan, a progress line within an epoch, and a printed line per epoch."""
 
     def planned(self, plan: TrainPlan) -> None:
-        """Prints what is trained, from what, and where it goes."""
+        """Prints model, data, steps and run folder."""
         views = f", {plan.views} views each" if plan.views > 1 else ""
         parts = f" (in {plan.accumulate} parts)" if plan.accumulate > 1 else ""
         render.status(

@@ -94,7 +94,7 @@ _Piece = tuple[str, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DryRunReport(Record):
-    """What a run with the same arguments would do, as far as a sample can tell."""
+    """What a run with the same arguments would do, estimated from a sample."""
 
     path: str
     """The cache folder."""
@@ -519,7 +519,7 @@ def _draw(
 
 
 def _cut(plan: Plan, pieces: Sequence[_Piece], sizes: dict[str, int]) -> list[ShardPlan]:
-    """Returns pieces as shards of their own, in the order of rows, those of all splits mixed."""
+    """Returns pieces as separate shards, in the order of rows, those of all splits mixed."""
     shards = []
     for at, (split, number, first) in enumerate(pieces):
         samples = plan.shard(split, number).samples[first : first + sizes[split]]
@@ -542,7 +542,7 @@ def _scratch(root: Path) -> Iterator[Path]:
     """Makes an empty folder on the disk of `root`, and removes it with all that is in it."""
     above = _existing(root.absolute().parent)
     if root.is_dir() and not os.access(above, os.W_OK):
-        # A disk of its own is mounted there; only the files' size counts, not where they are.
+        # A separate disk is mounted there; only the files' size counts, not where they are.
         above = Path(tempfile.gettempdir())
     with disk_errors(root):
         folder = Path(tempfile.mkdtemp(prefix=".ci2p-cache-dry-run-", dir=above))

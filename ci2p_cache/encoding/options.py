@@ -198,7 +198,7 @@ class EncodeOptions(Record):
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
-        """Returns the options that bind a cache; whence its encoder came is not recorded."""
+        """Returns the options that bind a cache; where its encoder came from is not recorded."""
         made, known = manifest.fingerprint, {field.name for field in fields(cls)}
         values: dict[str, Any] = {}
         for record in (made.image, made.encoder, made.latent, manifest.layout):

@@ -124,10 +124,10 @@ def resume(
 
 
 def _with_growth(root: Path, intent: Intent, observer: EncodeObserver) -> Intent:
-    """Makes the folder of a growth, or drops one that is no longer asked for."""
+    """Makes the folder of a growth, or removes one that was not asked for again."""
     was_begun = growth_of(root) is not None
     if intent.folder == root:
-        # What was begun of another growth: now there is nothing new.
+        # An earlier growth was begun, and now there is nothing new.
         drop_growth(root)
     if intent.growth is not None and begin_growth(
         root, intent.growth, intent.plan, intent.manifest.plan.sha256

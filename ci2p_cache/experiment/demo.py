@@ -135,7 +135,7 @@ def run_demo(
         learnt = run_experiment(
             experiment,
             root,
-            # It finds the cache complete: there is nothing to show.
+            # The cache is complete by now, so this stage shows nothing.
             on_event=lambda each: on_event(each) if on_event and each.stage != "encode" else None,
             train_observer=train_observer,
         )

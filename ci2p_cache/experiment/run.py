@@ -9,7 +9,7 @@
         report.html       both, to look at
         .lock             only while somebody runs it
 
-Each stage continues where it stopped, so this keeps no state of its own: what is finished says so.
+Each stage continues where it stopped, so the experiment itself stores no state.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class StageClock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores(Record):
-    """What an evaluation comes to; `evaluations` in the run folder has all of it."""
+    """The main numbers of an evaluation; `evaluations` in the run folder has all of them."""
 
     checkpoint: str
     """Name of the checkpoint folder whose weights were evaluated."""
@@ -247,7 +247,7 @@ def _require_cache(experiment: Experiment, root: Path) -> None:
 
 @contextmanager
 def _folder(experiment: Experiment, root: Path) -> Iterator[None]:
-    """Makes or takes up the experiment's folder, and holds its lock while the block runs."""
+    """Makes the experiment's folder or continues one; holds its lock while the block runs."""
     if experiment.source is None and experiment.generate is None:
         raise UsageError(
             f"experiment {experiment.name} does not say where its images are",

@@ -70,7 +70,7 @@ class _Server:
         signal.set_wakeup_fd(writing)
 
     def serve(self) -> None:
-        """Serves until no one holds the other end of `control`."""
+        """Serves until the other end of `control` is closed."""
         while True:
             poll = select.poll()
             poll.register(self._control, select.POLLIN)

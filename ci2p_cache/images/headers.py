@@ -135,7 +135,7 @@ def jpeg_frame(data: bytes) -> JpegFrame | None:
 def canvas_size(data: bytes, name: ImageFormat) -> tuple[int, int] | None:
     """Returns (width, height) that the decoder of a GIF or WebP will allocate while it opens it.
 
-    None for headers too damaged to tell, and for the other formats: these allocate nothing before
+    None for headers too damaged to say, and for the other formats: these allocate nothing before
     they are asked for pixels.
     """
     try:

@@ -98,7 +98,7 @@ def read_at(path: bytes, start: int, stop: int) -> bytes:
 class _Plain:
     """A `TarStream` over a regular file, which must stay the file that it was.
 
-    It is opened anew for each read; what is skipped is not read.
+    It is opened again for each read. Skipped parts are not read.
     """
 
     def __init__(self, path: bytes) -> None:
@@ -216,7 +216,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One regular file of a tar, or something else that is to be skipped."""
+    """One regular file of a tar, or something else, which is skipped."""
 
     name: bytes
     """Its path: relative, with "/" between its parts, none of them empty, "." or ".."."""

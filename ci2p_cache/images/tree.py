@@ -110,7 +110,7 @@ class Tree(ABC):
     def _told_apart(
         self, folder: bytes, folders: list[bytes], files: list[bytes]
     ) -> tuple[list[bytes], list[bytes]]:
-        """Refuses two names in one folder that keys could not tell apart."""
+        """Refuses two names in one folder that would give the same key."""
         if len({as_key(name) for name in folders + files}) < len(folders) + len(files):
             raise SourceError(
                 f"{for_display(join(self.root, folder))} has two names that are the same, or the "

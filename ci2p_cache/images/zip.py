@@ -131,7 +131,7 @@ class _Members:
         """Paths: relative, parts joined by "/", none empty, "." or ".."; folders end in "/"."""
         self._extents = array("Q")
         self.tally = Tally()
-        """Members that are no regular files."""
+        """Members that are not regular files."""
 
     def add(self, name: bytes, extent: _Extent) -> None:
         self.names.append(name)

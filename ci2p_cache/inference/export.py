@@ -175,7 +175,7 @@ def export_model(
     try:
         with disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            # A .pt2 keeps it: no picture of the user's goes out with the model.
+            # A .pt2 stores it, and no picture of the user may leave with the model.
             example = torch.zeros((2, *inputs.shape[1:]))
             write_exported(graph, example, staged, to, _metadata(classifier, what))
             check = check_export(open_exported(staged, to), classifier, inputs, is_full=is_full)
@@ -331,7 +331,7 @@ def write_exported(
     if to == "onnx":
         _require_onnx()
     batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
-    # torch's exporters warn of what no one here can act on.
+    # torch's exporters give warnings that our users cannot act on.
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: batch},))
         if to == "torch":

@@ -92,7 +92,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a checkpoint, and writes the result and a row per image into its run.
 
-    Each split and checkpoint has files of its own, see `runs.evaluations`; the same one
+    Each split and checkpoint has its own files, see `runs.evaluations`; the same one
     evaluated again replaces them.
 
     On the split that the run validated on, with its batch size and number of threads on CPU, top-1,

@@ -1,4 +1,4 @@
-"""Models on images that CI2P is held against: `PixelViT`, `CnnViT`, and their records.
+"""Models on images that CI2P is compared with: `PixelViT`, `CnnViT`, and their records.
 
 Images are float32 in [0, 1], as `PixelLoader` gives them; what normalises them is in the model.
 
@@ -115,7 +115,7 @@ class PixelViT(nn.Module):
     Dosovitskiy et al. 2021, arXiv 2010.11929, with a learned positional embedding (truncated normal
     of deviation 0.02), without class token, with mean pooling. Blocks, final LayerNorm and head are
     those of CI2P-ViT. The patch embedding is drawn from Xavier's uniform as the linear layer that
-    it is, with bias 0 (ours: no one specified it).
+    it is, with bias 0 (our choice: not specified anywhere).
     """
 
     def __init__(self, config: PixelViTConfig) -> None:

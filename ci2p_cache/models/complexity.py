@@ -79,7 +79,7 @@ _PRODUCTS = ("bmm", "baddbmm", "scaled_dot_product")
 """Batched matrix products: what attention is computed with. Linear layers are plain ones."""
 
 _NORM_MACS = {"LayerNorm": 5, "BatchNorm2d": 2, "SqueezeExcite": 1}
-"""What mmengine's counter, after fvcore's, adds per value that goes into a layer of this kind; for
+"""What mmengine's counter, after fvcore's, adds per input value of a layer of this kind; for
 squeeze-and-excitation that is its pooling."""
 
 

@@ -77,7 +77,7 @@ class CI2PPatchEmbed(nn.Module):
         dtype: Of the weights; None: float32.
 
     Raises:
-        UsageError: a size is no multiple of 32, padding is asked for, or `in_chans` is 3.
+        UsageError: a size is not a multiple of 32, padding is asked for, or `in_chans` is 3.
     """
 
     def __init__(
@@ -350,7 +350,7 @@ def check_builds(config: TimmConfig | CI2PTimmConfig) -> None:
     it, a least size) shows only when it runs.
 
     Raises:
-        UsageError: one of these, with what timm said.
+        UsageError: one of these, with timm's message.
     """
     if isinstance(config, TimmConfig):
         shape = (1, 3, config.image_size, config.image_size)

@@ -138,7 +138,7 @@ def _blobs(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
 
 
 def _two_colours(hue: float, rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """Returns a colour of that hue and a paler one of any hue, easy to tell from it."""
+    """Returns a colour of that hue and a paler one of any hue, easy to distinguish from it."""
     while True:
         colour = _rgb(hue, rng.uniform(0.45, 0.95), rng.uniform(0.5, 0.95))
         ground = _rgb(rng.random(), rng.uniform(0, 0.4), rng.uniform(0.15, 0.95))

@@ -45,7 +45,7 @@ _GROUPS = {"worst": "Worst by PSNR", "median": "In the middle", "random": "Drawn
 def cache_section(
     cache: Cache, *, anchor: str, illustrator: LatentIllustrator | None, num_shown: int
 ) -> Html:
-    """Returns the section of a cache; one whose encoding has not finished, as far as it goes.
+    """Returns the section of a cache; an unfinished one is shown as far as it is encoded.
 
     Raises:
         ManifestError, ShardError: small arrays, a commit record or an index part are damaged.
@@ -288,7 +288,7 @@ def _errors(cache: Cache, card: CacheCard) -> Html:
 
 
 def _table(cache: Cache, path: str) -> pa.Table | None:
-    """Reads a table that finalising wrote, held against its digest; None before that.
+    """Reads a table that finalising wrote, checked against its digest; None before that.
 
     Raises:
         ManifestError: it is not what was committed.

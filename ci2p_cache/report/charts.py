@@ -116,7 +116,7 @@ def line_chart(
     """Draws lines.
 
     Args:
-        alt: What is to be seen, for those who cannot; also keeps charts of a page apart.
+        alt: Describes the chart for screen readers; also distinguishes the charts of a page.
         lines: At least one with a point.
         x_label: Below the axis; "epoch" gives whole numbers.
         y_label: Beside the axis.
@@ -241,7 +241,7 @@ def confusion_chart(alt: str, names: Sequence[str], shares: npt.NDArray[np.float
     The colour's strength is the root of the share, so that rare confusions are seen too.
 
     Args:
-        alt: What is to be seen, for those who cannot.
+        alt: Describes the chart for screen readers.
         names: Of the K classes.
         shares: (K, K), a row per true class, a column per predicted one; 0 to 1.
     """
@@ -365,7 +365,7 @@ def draw_curves(run_dir: str | Path, path: str | Path | None = None) -> Path:
 
     Args:
         run_dir: A run folder with a `summary.csv`.
-        path: Where the picture goes; None: `curves.png` in the run folder. Replaced whole.
+        path: Where the picture is written; None: `curves.png` in the run folder.
 
     Returns:
         Where the picture is.

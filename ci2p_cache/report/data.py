@@ -156,7 +156,7 @@ def read_run(path: Path) -> RunData:
 
 
 def _train_command(path: Path, args: Mapping[str, Any]) -> str:
-    """Returns the command that trains with a run's settings: those that are no default."""
+    """Returns the command that trains with a run's settings; it leaves out defaults."""
     name, settings = path.resolve().name, args["settings"]
     folder = path if path.name == name else path.resolve()
     words: list[object] = ["--name", name]
@@ -277,7 +277,7 @@ def _chosen(found: Mapping[Path, Evaluation]) -> Path | None:
 
 
 def _damage_of(name: str, error: Exception) -> str:
-    """Returns a sentence about a file; errors of ours name it already, and say what is wrong."""
+    """Returns a sentence about a file; our own errors name it already, and say what is wrong."""
     return f"{error}." if name in str(error) else f"{name} is damaged: {error}."
 
 

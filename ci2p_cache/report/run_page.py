@@ -337,7 +337,7 @@ def _pictures(
 
 
 def comparison_section(runs: Sequence[RunData], *, anchor: str) -> Html:
-    """Returns the section that compares runs; the first is what the others are held against."""
+    """Returns the section that compares runs with the first one."""
     base = runs[0].predictions
     differences = [
         None if run.predictions is None or base is None else _difference(run.predictions, base)

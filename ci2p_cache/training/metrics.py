@@ -2,8 +2,8 @@
 
 While it trains, BatchNorm follows mean and variance by a running average over some ten steps. In a
 short run that average still holds its start, mean 0 and variance 1, and lags behind the weights.
-So before weights are used or saved, means and variances are taken anew from some training samples
-(Wu and Johnson 2021, arXiv 2105.07576, who call it PreciseBN), as
+So before weights are used or saved, means and variances are computed again from some training
+samples (Wu and Johnson 2021, arXiv 2105.07576, who call it PreciseBN), as
 `torch.optim.swa_utils.update_bn` does, but
 
 - with dropout and stochastic depth off, as in validation, so that nothing random is drawn;
@@ -74,7 +74,7 @@ class TrainTotals:
     ) -> None:
         """Adds a step: its mean loss, number of hits and L2 norm of all gradients, all scalars.
 
-        Where `is_finite` is False the step counts as skipped and as nothing else.
+        Where `is_finite` is False the step counts only as skipped.
         """
         count = self._sums.new_full((), images)
         step = torch.stack([loss.double() * images, correct.double(), grad_norm.double(), count])
@@ -233,7 +233,7 @@ class BatchNormStatistics:
 
     @contextlib.contextmanager
     def _only_norms_training(self, norms: list[_BatchNorm]) -> Iterator[None]:
-        """Has each forward pass give the statistics of its batch alone, and change nothing else."""
+        """Makes each forward pass give the statistics of its batch alone."""
         modes = [model.training for model in self._models]
         momenta = [norm.momentum for norm in norms]
         hooks = [norm.register_forward_hook(self._called) for norm in norms]
@@ -241,7 +241,7 @@ class BatchNormStatistics:
             for model in self._models:
                 model.eval()
             for norm in norms:
-                # Not train(): what timm puts into a BatchNorm of its own may drop something.
+                # Not train(): timm's own BatchNorm may hold a layer that drops values.
                 norm.training, norm.momentum = True, 1.0
             yield
         finally:
@@ -256,7 +256,7 @@ class BatchNormStatistics:
         """Passes a batch on to the last BatchNorm; the first time to the end, to learn which."""
         self._calls = 0
         with contextlib.suppress(_LastNormCalledError), autocast(inputs.device, self._precision):
-            # Not model(): where that is compiled, this pass is not worth a graph of its own.
+            # Not model(): where that is compiled, this pass is not worth a separate graph.
             model.forward(inputs)
             self._last_call = self._calls
 

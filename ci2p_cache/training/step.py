@@ -139,7 +139,7 @@ def mixed(x_BCHW: Tensor, labels_B: Tensor, mix: Mix | None) -> tuple[Tensor, Ta
     never the sample itself while there are two.
 
     Returns:
-        What the model reads instead, in memory of its own where `mix` is not None, and the targets.
+        What the model reads instead, in its own memory where `mix` is not None, and the targets.
     """
     if mix is None or not len(labels_B):
         return x_BCHW, Targets(labels_B)
