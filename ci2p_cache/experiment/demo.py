@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from ci2p_cache.cache.verify import verify
 from ci2p_cache.encoding.options import EncodeOptions
@@ -131,14 +128,13 @@ def run_demo(
             text = f"the new cache in {made.cache} is damaged: {finding.path}: {finding.problem}"
             raise IntegrityError(text, hint="check the disk that it is on")
         outcome.append("intact")
-    with _one_thread():
-        learnt = run_experiment(
-            experiment,
-            root,
-            # The cache is complete by now, so this stage shows nothing.
-            on_event=lambda each: on_event(each) if on_event and each.stage != "encode" else None,
-            train_observer=train_observer,
-        )
+    learnt = run_experiment(
+        experiment,
+        root,
+        # The cache is complete by now, so this stage shows nothing.
+        on_event=lambda each: on_event(each) if on_event and each.stage != "encode" else None,
+        train_observer=train_observer,
+    )
     encoded, trained = made.encoded, learnt.trained
     assert encoded is not None
     assert trained is not None
@@ -191,18 +187,3 @@ def _empty_folder(folder: str | Path | None) -> Path:
             hint="give it a new folder, or none: it then makes a temporary one",
         )
     return root
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keeps torch to one thread on CPU.
-
-    A second one makes so small a model 1.5 times as fast on two idle cores, and 20 times as slow on
-    busy ones, where the threads wait for each other (measured). One gives the same numbers on both.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -171,8 +171,8 @@ def _reconstructions(sample: CacheSample) -> Html:
         if shown:
             parts.append(markup('<h4>{}</h4><div class="pairs">{}</div>', title, shown))
     intro = Html(
-        "<p>The view that was encoded, then what is decoded from the cache: no one can take these "
-        "latents for anonymised.</p>"
+        "<p>Left: the view that was encoded. Right: the picture decoded from the cache. Latents are "
+        "not anonymised.</p>"
     )
     return section("Reconstructions", intro, *parts, level=3)
 
@@ -221,9 +221,9 @@ def _channels(cache: Cache, card: CacheCard) -> Html:
     if dead.any():
         numbers = ", ".join(map(str, np.flatnonzero(dead)[:40]))
         more = " ..." if dead.sum() > 40 else ""
-        text += f"{int(dead.sum())} never change and are dead: {numbers}{more}."
+        text += f"{int(dead.sum())} are constant: {numbers}{more}."
     else:
-        text += "None is dead, that is, holds one value only."
+        text += "No channel is constant."
     chart = energy_chart(f"Energy of the {num} channels of {cache.path.name}", energy, dead)
     return figure(chart, text)
 

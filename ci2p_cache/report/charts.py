@@ -228,7 +228,7 @@ def calibration_chart(
         axes.plot(confidence, accuracy, color=_SERIES[0], linewidth=1.0)
         areas = 12 + 220 * np.asarray(share, np.float64)
         axes.scatter(confidence, accuracy, areas.tolist(), color=_SERIES[0], linewidths=0)
-        axes.set(xlabel="confidence", ylabel="share that is right")
+        axes.set(xlabel="confidence", ylabel="accuracy")
         axes.set(xlim=(0, 1.02), ylim=(0, 1.05))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(_percent))
