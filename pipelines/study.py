@@ -49,7 +49,7 @@ import torch
 
 import ci2p_cache as cc
 from ci2p_cache.cli import render
-from ci2p_cache.cli.ending import told_errors
+from ci2p_cache.cli.ending import reported_errors
 from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
 from ci2p_cache.errors import InterruptedRunError, ManifestError, RunMismatchError, UsageError
 from ci2p_cache.inference.run_folder import load_model, open_run
@@ -518,7 +518,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = _asked(parser, given)
     # Two threads that wait for each other lose tenfold when another job takes a core.
     torch.set_num_threads(1)
-    with told_errors(go_on="run the same command again to continue"):
+    with reported_errors(go_on="run the same command again to continue"):
         record = asked.results.with_suffix(".json")
         study = read_study(record, asked.settings)
         if given.fold is not None:

@@ -18,7 +18,7 @@ from ci2p_cache.cli.complexity import complexity
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.doctor import doctor
 from ci2p_cache.cli.encode import encode
-from ci2p_cache.cli.ending import advice, told_errors
+from ci2p_cache.cli.ending import advice, reported_errors
 from ci2p_cache.cli.fields import PanelCommand
 from ci2p_cache.cli.run import run
 from ci2p_cache.cli.runs import evaluate, export, predict, report
@@ -134,7 +134,7 @@ def run_command() -> None:
     words = sys.argv[1:]
     names = _command_names(root)
     go_on = command(*without_overwrite(words))
-    with told_errors(go_on=go_on, advise=lambda error: advice(error, words, names)):
+    with reported_errors(go_on=go_on, advise=lambda error: advice(error, words, names)):
         root()
 
 

@@ -171,8 +171,8 @@ def _reconstructions(sample: CacheSample) -> Html:
         if shown:
             parts.append(markup('<h4>{}</h4><div class="pairs">{}</div>', title, shown))
     intro = Html(
-        "<p>Left: the view that was encoded. Right: the picture decoded from the cache. Latents are "
-        "not anonymised.</p>"
+        "<p>Left: the view that was encoded. Right: the picture decoded from the cache. Latents "
+        "are not anonymised.</p>"
     )
     return section("Reconstructions", intro, *parts, level=3)
 

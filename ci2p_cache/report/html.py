@@ -152,9 +152,9 @@ def _page(title: str, contents: Sequence[Html], sections: Sequence[Html]) -> str
     style = package_files("ci2p_cache.report").joinpath("style.css").read_text("utf-8")
     body = markup(
         '<body><header><h1>{}</h1><nav aria-label="Contents"><ul>{}</ul></nav></header>'
-        f"<main>{{}}</main><footer>Written by ci2p-cache {__version__} from run folders and caches. "
-        "The same input gives the same page. The page loads nothing from the network.</footer>"
-        "</body>",
+        f"<main>{{}}</main><footer>Written by ci2p-cache {__version__} from run folders and "
+        "caches. The same input gives the same page. The page loads nothing from the network."
+        "</footer></body>",
         title, contents, sections,
     )  # fmt: skip
     return (
