@@ -66,7 +66,7 @@ class Option:
             return self.help.rstrip(".")
         if kind not in (int, float):
             return None
-        # Of a float: neither inf nor nan, nor a whole number that no float holds.
+        # A float must be finite, and a whole number must fit into a float.
         fits = type(value) in (int, kind) and (kind is int or abs(value) <= sys.float_info.max)
         if fits and self._holds(value):
             return None

@@ -28,7 +28,7 @@ _WAITS_SECONDS = (0.2, 1.0, 4.0)
 """Between four tries: servers that are busy say so for a second or two."""
 _CONNECT_SECONDS, _READ_SECONDS = 10, 30
 _PART_BYTES = 8 * 2**20
-"""Of one request; what fails is asked for again, not the whole file."""
+"""Size of one request; a failed one is repeated, not the whole file."""
 
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _SECRETS = re.compile(

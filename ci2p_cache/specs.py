@@ -43,7 +43,7 @@ SIZE_MULTIPLE_PX = 32
 """PatchReshape halves the latents once more (arXiv 2502.10120), so sides are multiples of 32."""
 
 MAX_LATENT_BYTES = 128 * 2**20
-"""Of one latent, and of the raw latents of one shard: a shard is built in memory."""
+"""Limit for one latent, and for the raw latents of one shard: a shard is built in memory."""
 
 DType = Literal["int8", "int16", "float16", "float32"]
 Precision = Literal["float32", "tf32", "bf16"]

@@ -154,7 +154,7 @@ class Configuration(Record):
     samples: int
     """Images validated, each once."""
     correct: int
-    """Those classified right."""
+    """Images classified right."""
     seconds_per_epoch: float
     """Median wall time of training one epoch of one fold, validation not included."""
     bytes_per_view: float | None

@@ -33,7 +33,7 @@ _OPEN_SHARE = 4
 """One split keeps a quarter of the files that the process may open: 256 of the common 1,024."""
 
 _MAX_INDEX_BYTES = 256 * 2**20
-"""Of the indexes that one split remembers: 8 million rows with two views."""
+"""Limit for the indexes that one split remembers: 8 million rows with two views."""
 
 _INDEX_ENTRY_BYTES = 16
 # Linux's numbers; Python does not name them.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Split"]
 
 _MAX_METADATA_BYTES = 2**20
-"""Of one zarr.json; ours have a few thousand, most of it the offsets."""
+"""Largest zarr.json; ours have a few thousand bytes, mostly offsets."""
 
 
 class Split(Dataset[tuple[Tensor, int]]):

@@ -96,7 +96,7 @@ class Cache(CacheFolder, Mapping[str, "Split"]):
         return len(self._splits)
 
     def __hash__(self) -> int:
-        # Of a mapping Python makes none. Two are equal if they hold the very same splits.
+        # A mapping has no hash by default. Two are equal if they hold the very same splits.
         return hash(frozenset(self._splits.values()))
 
     def __reduce__(self) -> tuple[Any, ...]:

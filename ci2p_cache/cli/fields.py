@@ -95,7 +95,7 @@ class PanelCommand(TyperCommand):
 
 
 def _say_new_name(before: str, now: str) -> None:
-    # Of the processes that torchrun starts, one speaks.
+    # Of torchrun's processes, only rank 0 prints.
     if os.environ.get("RANK", "0") == "0":
         render.notice(f"{before} is now {now}; the old name works until 0.2")
 
@@ -153,7 +153,7 @@ def _parameter(
         rich_help_panel=declared.panel if in_panel else None,
         metavar=declared.metavar,
         autocompletion=_COMPLETIONS.get(name),
-        # Of a path; the code that opens it reports what is wrong.
+        # typer would check paths itself; the code that opens one says more.
         readable=False,
     )
     return inspect.Parameter(

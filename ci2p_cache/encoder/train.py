@@ -221,7 +221,7 @@ class CodecSummary:
     """How a call of `train_codec` ended."""
 
     steps_done: int
-    """Of the whole run; `spec.steps` unless it was stopped."""
+    """Steps of the whole run; `spec.steps` unless it was stopped."""
     resumed_at: int
     """Steps that had been done before this call."""
     encoder: FrozenEncoder

@@ -86,7 +86,7 @@ class _DownloadRecord(Record):
     url: str
     bytes: int
     sha256: str
-    """Of the whole file, held from then on."""
+    """Digest of the whole file, checked from then on."""
 
 
 def official_url(arch: str, quality: int, metric: str) -> str:

@@ -79,7 +79,7 @@ _BAD_SHOWN = 10
 _WAITING = 0.1
 """From that share of the time on in which g_a waits, images do not come fast enough."""
 _Z = 1.645
-"""Of a normal distribution, 95 % are below so many standard deviations."""
+"""Standard deviations below which 95 % of a normal distribution are."""
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 _FOLDER_BYTES = 16_000
@@ -132,7 +132,7 @@ class DryRunReport(Record):
     disk_bytes: int
     """Expected size of all files that would be written."""
     latent_bytes: int
-    """Of these, the shards with their index parts: what a run's summary calls the cache's size."""
+    """The shards with their index parts among these: the cache's size in a run's summary."""
     bytes_per_image: float
     """`latent_bytes` per image, all its views together."""
     free_bytes: int
@@ -140,7 +140,7 @@ class DryRunReport(Record):
     checked: int
     """Images that were read and decoded."""
     bad_found: int
-    """Those of them that cannot be decoded."""
+    """Images among them that cannot be decoded."""
     bad_files: tuple[str, ...]
     """The first ten of these, as `path: reason`."""
     bad_expected: float
@@ -268,11 +268,11 @@ class _Trial:
     images: int = 0
     """Images encoded, warm-up and bad ones included."""
     timed_images: int = 0
-    """Of these, those handed to g_a while the pipeline was full; of a whole source all."""
+    """Images among these that g_a got while the pipeline was full; all, for a whole source."""
     timed_seconds: float = 0.0
     """How long these took."""
     busy_seconds: float = 0.0
-    """Of that time, how long g_a ran, averaged over the replicas."""
+    """How long g_a ran in that time, averaged over the replicas."""
     views: int = 0
     """Views of all images, bad ones included."""
     latent_bytes: int = 0

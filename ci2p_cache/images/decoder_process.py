@@ -201,7 +201,7 @@ def _bound_memory(spec: ImageSpec) -> int:
 
 
 def _bound_time() -> None:
-    """Lets the kernel end a decoder that computes for ever; waiting for a processor is not it."""
+    """Lets the kernel end a decoder that computes for ever; only processor time counts."""
     limit = int(time.process_time()) + 1 + _CPU_SECONDS
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if hard == resource.RLIM_INFINITY or limit < hard:

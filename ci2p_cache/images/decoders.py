@@ -105,7 +105,7 @@ class Decoders:
         start_decoder_server()
 
     def end_with(self, owner: object) -> Self:
-        """Has the workers end when `owner` is no longer used, if nothing closed them before."""
+        """Ends the workers when `owner` is no longer used, if nothing closed them before."""
         weakref.finalize(owner, self.close)
         return self
 

@@ -253,7 +253,7 @@ class _Directory:
         self.pointer = self.order + ("Q" if is_big else "L")
         self.count = self.order + ("Q" if is_big else "H")
         self.inline_bytes = 8 if is_big else 4
-        """Of a value in its entry; this is also where the pointer to the directory is."""
+        """Size of a value in its entry; the pointer to the directory is there too."""
         self.record = struct.Struct(f"{self.order}HH{self.pointer[1]}{self.inline_bytes}s")
         self.entries: dict[int, tuple[int, int, bytes]] = {}
         """tag -> (type, count, the value or its offset)."""

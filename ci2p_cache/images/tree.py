@@ -304,5 +304,5 @@ class ArchiveTree(Tree):
         return at < len(self._names) and self._names[at].startswith(path + b"/")
 
     def _below(self, path: bytes) -> bytes:
-        """Takes the archive off an absolute path; one outside of it names nothing here."""
+        """Removes the archive from an absolute path; another path stays, and matches no member."""
         return path.removeprefix(self.root + b"/")

@@ -32,7 +32,7 @@ from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 __all__ = ["CnnViT", "CnnViTConfig", "Normalise", "PixelViT", "PixelViTConfig", "check_images"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Of ImageNet's channels in [0, 1]; what torchvision's and most of timm's models take."""
+"""Means of ImageNet's channels in [0, 1], as torchvision's and most of timm's models use them."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _PATCH_PX = 16

@@ -38,7 +38,7 @@ _LISTED_CLASSES = 30
 """Up to this many all classes are listed; of more the largest and smallest."""
 _LISTED_ERRORS = 30
 _MAX_TABLE_BYTES = 2**26
-"""Of errors.parquet and channels.parquet; ours have kilobytes."""
+"""Limit for errors.parquet and channels.parquet; ours have kilobytes."""
 _GROUPS = {"worst": "Worst by PSNR", "median": "In the middle", "random": "Drawn at random"}
 
 

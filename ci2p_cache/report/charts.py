@@ -49,7 +49,7 @@ _BOX, _LEGEND_SHARE = (0.15, 0.19, 0.81, 0.77), 0.07
 """Where the axes are, and what a legend above takes of their height: neighbours line up."""
 
 _MAX_POINTS = 400
-"""Of one line; a chart has fewer pixels."""
+"""Points of one line; a chart has fewer pixels."""
 _MARKED_POINTS = 12
 """Up to this many points every one gets a dot."""
 
@@ -66,14 +66,14 @@ _CELL_PX = ((12, 36), (25, 20), (1000, 13))
 """Up to so many classes, how wide a cell of a confusion matrix is; in the widest there is room for
 its figure."""
 _LABEL_CHARS = 18
-"""Of a class beside a confusion matrix."""
+"""Characters of a class name beside a confusion matrix."""
 _LEVELS, _LEGEND_SHARES = 20, (0.01, 0.05, 0.25, 0.5, 1.0)
 """Shades of a confusion matrix, and shares whose shades are explained."""
 
 _DASHES = ("-", "--", ":", "-.")
 
 _TRAIN, _VAL, _TOP5, _WAIT = "#8a8a8a", "#1f5fa8", "#7fb2e5", "#b5651d"
-"""Of `draw_curves`: grey for what is trained on, blue for what is measured, brown for waiting."""
+"""Colours of `draw_curves`: grey for training, blue for validation, brown for waiting."""
 
 _MARKED_EPOCHS = 40
 """Up to this many epochs every one gets a dot; more would run together."""

@@ -76,11 +76,11 @@ class RunData:
     evaluation: Evaluation | None
     """The one of them that is shown in full; None where there is none."""
     predictions: Predictions | None
-    """Those of `evaluation`; None where there are none."""
+    """Predictions of `evaluation`; None if there are none."""
     parameters: int | None
-    """Those of the model and of the frozen g_a before it; None where they are not known."""
+    """Parameters of the model and of the frozen g_a; None if unknown."""
     trained: int | None
-    """Those of them that were trained; None where they are not known."""
+    """Trained parameters among them; None if unknown."""
     command: str
     """A `train` command of the recorded settings: what was typed is not recorded."""
     written: str

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_BYTES", "ReportSummary", "write_report"]
 
 MAX_BYTES = 5_000_000
-"""Of a report: people mail it and open it on a phone."""
+"""Largest report: people mail it and open it on a phone."""
 
 _DETAILED_RUNS = 12
 """So many runs have their own sections; the others are in the comparison only."""

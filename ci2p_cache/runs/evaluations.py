@@ -49,7 +49,7 @@ EVALUATIONS = "evaluations"
 """Folder of a run in which they are."""
 
 OLD_EVALUATION = "evaluation.json"
-"""Of runs that were evaluated before each split and checkpoint had its own files."""
+"""File of runs evaluated before each split and checkpoint had its own files."""
 
 _SCHEMA = pa.schema(
     [
@@ -68,7 +68,7 @@ _READ = ("row", "key", "label", "predicted", "confidence", "correct")
 """Columns of `Predictions`."""
 
 _Z = 1.959963984540054
-"""Of a normal distribution 95 % are within so many standard deviations."""
+"""Standard deviations within which 95 % of a normal distribution are."""
 
 
 def evaluation_name(
@@ -112,7 +112,7 @@ class ClassScore(Record):
     samples: int
     """Images of it."""
     correct: int
-    """Those of them that were classified right."""
+    """Images among them that were classified right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

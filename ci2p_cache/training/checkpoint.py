@@ -153,7 +153,7 @@ CHECKPOINTS = "checkpoints"
 """Folder of a run in which its checkpoints are."""
 
 VERSION: Final = 1
-"""Of `state.json` and `digests.json`."""
+"""Version of `state.json` and `digests.json`."""
 
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE, DIGESTS = "state.json", "digests.json"
@@ -161,7 +161,7 @@ STATE, DIGESTS = "state.json", "digests.json"
 NAME = re.compile(r"epoch-(\d{4,})-step-(\d{6,})")
 
 _MAX_STATE_BYTES = 16 * 2**20
-"""Of state.json: some 40,000 epochs."""
+"""Largest state.json: some 40,000 epochs."""
 
 _DAMAGES = (CheckpointError, ManifestError, OSError, TypeError, ValueError, RecursionError)
 """What reading a damaged folder raises."""

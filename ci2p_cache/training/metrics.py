@@ -155,7 +155,7 @@ _BATCH_SIZE = 64
 """Largest batch; a spec with a smaller one trains with such statistics, and has memory for such."""
 _LEAST_SAMPLES, _MOST_SAMPLES = 128, 1024
 _SHARES = {"latents": 1 / 8, "images": 1 / 40}
-"""Of the train split, for the samples between the least and the most.
+"""Share of the train split that is sampled, between the least and the most.
 
 Forward and backward of an epoch cost three forward passes, and CI2P-ViTds has its last BatchNorm in
 the middle, CI2P-ViT at the start: an eighth costs 2 % of the epoch, a fortieth of the images 2.5 %
@@ -290,7 +290,7 @@ def opened_statistics(
         device: Where the models are.
         reads: Latents of the cache, or the images that it was made of.
         threads: Threads that read; None: one per core, shared by a machine's ranks.
-        ranks: Those that train together.
+        ranks: The ranks that train together.
 
     Yields:
         What estimates them; None where the models have no BatchNorm.

@@ -67,7 +67,7 @@ class Session:
     device: torch.device
     """Where this rank trains."""
     ranks: Ranks
-    """Those that train together."""
+    """The ranks that train together."""
     stop: StopSignal
     """Notes the signals that come to this rank."""
     observer: TrainObserver
