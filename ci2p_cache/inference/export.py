@@ -92,7 +92,7 @@ class ExportCheck(Record):
     stored_values: int
     """Symbols, or float16 values, that were compared; 0 where nothing is rounded on the way."""
     differing_values: int
-    """Symbols among them that fell on the other side of a tie."""
+    """Values among them that fell on the other side of a tie."""
     differing_inputs: int
     """Inputs in which that happened."""
 
