@@ -58,10 +58,10 @@ def _root(
 
     \b
       ci2p-cache demo                                try it, on drawn pictures
-      ci2p-cache doctor                              is this machine fit for it?
+      ci2p-cache doctor                              is this machine ready?
       ci2p-cache encode imagenet/ --out shards/      stage one: images to latents
-      ci2p-cache status shards/                      how far is it?
-      ci2p-cache verify shards/                      is every byte as committed?
+      ci2p-cache status shards/                      how far is encoding?
+      ci2p-cache verify shards/                      is every byte intact?
       ci2p-cache inspect shards/ --picture look.png  what is in there?
       ci2p-cache train shards/ --model vitds         stage two: a classifier
       ci2p-cache evaluate runs/vitds-1a2b3c4d        how good is it?
@@ -73,8 +73,8 @@ def _root(
     environment variable: CI2P_CACHE_ENCODE_QUALITY=5 stands for `encode --quality 5`.
 
     Exit codes: 0 ok, 1 bug, 2 usage, 3 input data, 4 refused, 5 integrity, 6 resources,
-    129, 130 and 143 interrupted and resumable. They are about the work: a closed stream or
-    `| head -1` changes none. Results lost to a full disk are 6, after the work is done.
+    129, 130 and 143 interrupted and resumable. They describe the work: a closed stream or
+    `| head -1` does not change them. Results lost to a full disk give 6, after the work is done.
     """
 
 
@@ -93,7 +93,7 @@ for each, summary in (
     (run, "A whole recipe: encode, train, evaluate, report."),
     (complexity, "Count parameters and MACs of the models."),
     (demo, "Try both stages on generated pictures."),
-    (doctor, "Look whether this machine is fit for it."),
+    (doctor, "Check whether this machine is ready."),
 ):
     app.command(cls=PanelCommand, short_help=summary)(each)
 app.add_typer(bench)

@@ -27,7 +27,7 @@ def complexity(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Count this model, of ours or of timm (repeat it), and ViT-B/16.",
+            help="Count this model, ours or one of timm (repeat it), and ViT-B/16.",
             autocompletion=choices.models,
         ),
     ] = None,

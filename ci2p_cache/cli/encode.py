@@ -157,7 +157,7 @@ def encode(
             help="Images: a folder, a zip, tars, parquet, a list.", metavar="SRC", readable=False
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Cache folder; made if it is not there.")],
+    out: Annotated[Path, typer.Option(help="Cache folder; created if missing.")],
     options: EncodeOptions,
     overwrite: Annotated[
         str | None,
@@ -186,8 +186,8 @@ def encode(
     WebDataset tars ('train-{000..146}.tar'), tars of CLASS/... or of class tars; Hugging Face
     parquet; or a list with path and label (others: --image-column, --label-column, --root). A
     layout that could mean two things is refused. Run the same command again to continue after any
-    interruption. A cache keeps the settings that it was made with: a command with others is
-    refused, and the difference is shown.
+    interruption. A command whose settings differ from the cache's is refused, and the difference
+    is shown.
     """
     from ci2p_cache.cli.watch import EncodeWatch
     from ci2p_cache.encoding.run import encode as run

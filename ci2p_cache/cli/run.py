@@ -53,8 +53,8 @@ def run(
       torchrun --nproc-per-node 8 -m ci2p_cache run imagenet.py:vitds imagenet/
 
     Writes experiments/NAME/ with experiment.json (the recipe as it was resolved), shards/, runs/
-    and report.html. The same command continues where it stopped. A recipe file is Python code of
-    yours and is imported; --set changes single fields of what it returns.
+    and report.html. The same command continues where it stopped. A recipe file is your own
+    Python code and is imported; --set changes single fields of what it returns.
     """
     from ci2p_cache.experiment.spec import load_experiment, split_location, with_changes
 

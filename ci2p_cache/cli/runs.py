@@ -54,8 +54,8 @@ def evaluate(
     """Evaluate a trained run: accuracy with its interval, calibration, classes, confusions.
 
     \b
-      ci2p-cache evaluate runs/vitds-1a2b3c4d                the best weights
-      ci2p-cache evaluate runs/vitds-1a2b3c4d --checkpoint last
+      ci2p-cache evaluate runs/vitds-1a2b3c4d                the last weights
+      ci2p-cache evaluate runs/vitds-1a2b3c4d --checkpoint best
       ci2p-cache evaluate runs/vitds-1a2b3c4d --from-images  encode them again
       ci2p-cache evaluate runs/vitds-1a2b3c4d --cache other/ --split test
 
@@ -310,11 +310,11 @@ def report(
       ci2p-cache report shards/ --no-pictures               in a second
       ci2p-cache report runs/* --table latex                a table of the runs
 
-    The page is one file under 5 MB that loads nothing and runs nothing: it opens without a network.
-    Of several runs the first is what the others are held against. `ci2p-cache evaluate` gives a run
-    what classes, confusions, calibration, intervals and mistakes are made of: those of the best
-    checkpoint on the run's own validation split, or what comes next to it. The page shows pictures
-    from the cache: think before it is sent on. An earlier report is replaced, no other file.
+    The page is one file under 5 MB, without scripts; it opens without a network. Several runs are
+    compared with the first. Run `ci2p-cache evaluate` before: classes, confusions, calibration,
+    intervals and mistakes come from the evaluation of the latest checkpoint, on the run's own
+    validation split if there is one. The page shows pictures from the cache: think before you send
+    it on. The command replaces only an earlier report.
     """
     if table is not None:
         if json or source is not None or not pictures:
