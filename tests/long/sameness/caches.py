@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.long.sameness.bench import Bench, Unit
 from tests.support.pictures import picture
 
-__all__ = ["COMBINATIONS", "ENCODE", "units"]
+__all__ = ["BEST", "COMBINATIONS", "ENCODE", "units"]
 
 BEST = ("--checkpoint", "best")
 """Once the default: earlier versions know it too."""
