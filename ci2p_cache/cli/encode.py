@@ -43,8 +43,9 @@ def print_forecast(report: DryRunReport) -> None:
         (
             "disk",
             render.size(report.disk_bytes),
-            f"{fits}: {render.size(report.free_bytes)} free; "
-            f"{render.size(report.bytes_per_image)} per image, all its views",
+            f"{fits}: {render.size(report.free_bytes)} free; the encoder and records "
+            f"{render.size(report.disk_bytes - report.latent_bytes)}, each image "
+            f"{render.size(report.bytes_per_image)}",
         )
     )
     bad = f"{report.bad_found:,} of {report.checked:,} looked at; {report.bad_allowed:,} allowed"
@@ -104,7 +105,7 @@ def print_summary(summary: EncodeSummary) -> None:
         render.line("  encoded now   nothing: everything was committed already")
     bad = f"{summary.bad:,}" + (" (see errors.parquet)" if summary.bad else "")
     render.line(f"  bad images    {bad}")
-    words = [render.size(summary.cache_bytes), *summary.stored.size_words]
+    words = [f"{render.size(summary.cache_bytes)} of latents", *summary.stored.size_words]
     render.line(f"  size          {', '.join(words)}")
     render.line(f"  saturated     {summary.clipped or 0:,} symbols")
     if summary.exif_turned:

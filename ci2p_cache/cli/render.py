@@ -45,7 +45,8 @@ _BAR_COLUMNS = 70
 def _out() -> Console:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 120
+    # A file or another program has no right margin.
+    width = None if sys.stdout.isatty() else 1000
     return Console(highlight=False, emoji=False, soft_wrap=True, width=width)
 
 

@@ -94,9 +94,10 @@ def evaluate(
 
 def _print_evaluation(result: Evaluation, predictions: Path) -> None:
     fold = f", fold {result.fold} of {result.folds}" if result.folds else ""
+    top5 = f", top-5 {result.top5:.2%}" if len(result.per_class) > 5 else ""
     render.heading(
         f"{result.run}, {result.checkpoint}: top-1 {result.top1:.2%} "
-        f"(95 %: {result.top1_low:.2%} to {result.top1_high:.2%}), top-5 {result.top5:.2%} "
+        f"(95 %: {result.top1_low:.2%} to {result.top1_high:.2%}){top5} "
         f"of {result.samples:,} images of {result.split}{fold}"
     )
     render.line(f"  negative log-likelihood     {result.nll:.4f}")
@@ -269,14 +270,14 @@ def _print_export(summary: ExportSummary) -> None:
     render.line(f"  input       float32 (batch, {shape})")
     render.line(f"  checkpoint  {summary.checkpoint}")
     render.line(
-        f"  checked     {check.inputs:,} inputs: logits differ by {check.max_difference:.2g} at "
-        f"most, of {check.scale:.3g}"
+        f"  checked     {check.inputs:,} inputs: logits differ by at most "
+        f"{check.max_difference:.2g}; the largest is {check.scale:.3g}"
     )
-    if check.stored_values:
+    if check.differing_values:
         render.line(
-            f"  rounding    {check.differing_values:,} of {check.stored_values:,} values fell to "
-            f"the other side of a tie, in {check.differing_inputs:,} inputs; with them logits "
-            f"differ by {check.end_to_end_difference:.2g}"
+            f"  rounding    {check.differing_values:,} of {check.stored_values:,} values round to "
+            f"the other side of a tie, in {check.differing_inputs:,} inputs; there logits differ "
+            f"by up to {check.end_to_end_difference:.2g}"
         )
 
 

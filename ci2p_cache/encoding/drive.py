@@ -64,7 +64,7 @@ def encode_shards(work: Work, missing: Sequence[ShardId]) -> dict[ShardId, Commi
             f"disk of {work.root}; when it is full the run stops, and continues after space is made"
         )
     work.observer.notice(
-        f"up to {work.bad_allowed:,} of {total:,} images may fail before the run stops "
+        f"the run stops if more than {work.bad_allowed:,} of {total:,} images cannot be decoded "
         f"(--max-errors {options.max_errors})"
     )
     # Ray's devices are other machines', and unknown here.

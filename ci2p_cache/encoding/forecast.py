@@ -464,6 +464,8 @@ class _Trial:
             disk += _FOLDER_BYTES + len(plan.splits) * _SPLIT_BYTES
             disk += 0 if intent.is_begun else manifest.plan.bytes + manifest.encoder.bytes
         checked, bad = self.images + self.decoded, len(self.bad)
+        # g_a also waits while another program has the core.
+        is_slow_to_decode = share < 1 - _WAITING and self.decode_rate < 2 * rate
         return DryRunReport(
             path=str(root),
             source=self.source.location().encode("utf-8", "backslashreplace").decode(),
@@ -479,7 +481,7 @@ class _Trial:
             images_per_second=rate,
             encoder_share=share,
             decode_images_per_second=self.decode_rate,
-            bottleneck=("decoding" if share < 1 - _WAITING else "g_a") if self.images else "",
+            bottleneck=("decoding" if is_slow_to_decode else "g_a") if self.images else "",
             # The sample has the start and the end of a run in it; the rest comes at its rate.
             seconds=self.seconds + (left - self.images) / max(rate, 1e-9),
             disk_bytes=round(disk),

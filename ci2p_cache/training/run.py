@@ -302,8 +302,8 @@ def train(
         if begun.epoch == spec.epochs:
             quoted = shlex.quote(path.name)
             observer.notice(
-                f"{path} is a finished run; nothing was trained. `train --name {quoted} "
-                f"--overwrite {quoted}` trains it again"
+                f"{path} is finished; nothing was trained. To train it again, add "
+                f"--name {quoted} --overwrite {quoted}"
             )
             return run.summary(begun, begun)
         loaders = make_loaders(
