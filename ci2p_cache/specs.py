@@ -2,7 +2,7 @@
 
 `Fingerprint` lists every field that changes a stored value; `LayoutSpec` every field that changes
 which row is where and in which bytes. Both bind a cache folder: a difference is refused, field by
-field. Batch size, workers, devices, host and paths stand in neither.
+field. Neither holds batch size, workers, devices, host or paths.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SIZE_MULTIPLE_PX = 32
 """PatchReshape halves the latents once more (arXiv 2502.10120), so sides are multiples of 32."""
 
 MAX_LATENT_BYTES = 128 * 2**20
-"""Of one latent, and of the raw latents of one shard: a shard is built in memory."""
+"""Limit for one latent, and for the raw latents of one shard: a shard is built in memory."""
 
 DType = Literal["int8", "int16", "float16", "float32"]
 Precision = Literal["float32", "tf32", "bf16"]

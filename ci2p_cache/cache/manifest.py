@@ -39,16 +39,16 @@ MAX_SHARD_BYTES = MAX_LATENT_BYTES
 """Raw latents of one shard at most: it is built in memory, and lost whole when a run is killed."""
 
 _MAX_ROWS = 2**24
-"""Of one split. ImageNet-21k has 14 million; labels and valid then take 84 MB in memory."""
+"""Most rows of one split. ImageNet-21k has 14 million: labels and valid take 84 MB in memory."""
 
 _MAX_SHARDS = 2**20
-"""Of one split: as many files are in one folder. ImageNet-21k in shards of 14 rows."""
+"""Most shards of one split: one folder has as many files. ImageNet-21k in shards of 14 rows."""
 
 _MAX_SPLITS = 8
 """There are train, val and test."""
 
 _MAX_NAMES_BYTES = MAX_JSON_BYTES - 2**20
-"""Of all class names and titles: what is left of `cache.json` has some 100 kB."""
+"""Limit for all class names and titles; the rest of `cache.json` has some 100 kB."""
 
 _LOST = (
     f"put {MANIFEST} back from a backup, then run the same command; without one, encode again: "

@@ -42,7 +42,7 @@ else:
 __all__ = ["Split"]
 
 _MAX_METADATA_BYTES = 2**20
-"""Of one zarr.json; ours have a few thousand, most of it the offsets."""
+"""Largest zarr.json; ours have a few thousand bytes, mostly offsets."""
 
 
 class Split(_Samples):
@@ -321,7 +321,7 @@ class Split(_Samples):
         return read_index(self.cache.path, self.name, shard, columns)
 
     def open_shard(self, shard: int) -> ShardReader:
-        """Opens the file that a shard is read from anew, checked against its commit record.
+        """Opens a shard's file again, checked against its commit record.
 
         Raises:
             ShardError: it is missing, damaged or not committed.
@@ -329,7 +329,7 @@ class Split(_Samples):
         return self._open_zarr(shard) if self.layout.has_zarr else self.open_tar(shard)
 
     def open_tar(self, shard: int) -> ShardReader:
-        """Opens a shard's tar anew, checked against its commit record and index part.
+        """Opens a shard's tar again, checked against its commit record and index part.
 
         Raises:
             ShardError: it is missing, damaged or not committed.
@@ -370,7 +370,7 @@ class Split(_Samples):
     def _require_own_chunks(self, file: ShardReader, shard: int) -> None:
         """Distinguishes shards of raw chunks, whose own indexes are all alike.
 
-        The first and the last chunk that are stored are held against the index part.
+        The first and the last stored chunk are checked against the index part.
         """
         stored = np.flatnonzero(file.stored)
         wanted = self.read_index(shard, ["latent_crc32c"])["latent_crc32c"].to_pylist()
@@ -414,7 +414,7 @@ class Split(_Samples):
     def latents(self) -> zarr.Array[Any]:
         """The zarr array itself, (N, V, M, h, w), as plain zarr opens it.
 
-        Its metadata is checked; what is then read through zarr is not held against commits. With
+        Its metadata is checked; what is then read through zarr is not checked against commits. With
         `layout.fold` it holds codes, which `cache.codecs.unfolded` turns into symbols.
 
         Raises:

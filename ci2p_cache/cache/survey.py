@@ -83,7 +83,7 @@ class CacheStatus(Record):
     working: tuple[Working, ...]
     """Who works on the folder now."""
     retry: tuple[str, ...]
-    """Values of `--shard-range` that ask for what is missing and no one works on; the first few."""
+    """The first few values of `--shard-range` for missing shards that no process works on."""
     num_retry: int
     """How many such ranges there are."""
 

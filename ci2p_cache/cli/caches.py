@@ -24,14 +24,14 @@ def status(
     path: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR")],
     json: choices.JsonOption = False,
 ) -> None:
-    """Say how far encoding is, who works on it now, and which commands do the rest.
+    """Show how far encoding is, which processes work on it, and which commands do the rest.
 
     \b
       ci2p-cache status shards/           shards, hosts at work, commands to run
       ci2p-cache status shards/ --json    the same for a script
 
-    It reads records and file sizes, in seconds, while others write; `verify` reads every byte. The
-    exit code is 0 whatever it finds in a cache folder whose cache.json can be read.
+    It reads records and file sizes, in seconds, even while others write; `verify` reads every byte.
+    The exit code is 0 if cache.json can be read.
     """
     from ci2p_cache.cache.growth import growth_of
     from ci2p_cache.cache.manifest import read_manifest
@@ -80,7 +80,7 @@ def _print_status(found: CacheStatus, manifest: Manifest) -> None:
 
 
 def _print_next(found: CacheStatus, manifest: Manifest) -> None:
-    """Prints what is to be done by whom."""
+    """Prints which ranges are missing, and who works on which."""
     encode = ("encode", found.source, "--out", found.path, *_encode_words(manifest))
     if found.complete and not found.missing:
         training = ("train", found.path, "--model", "vitds")
@@ -95,9 +95,9 @@ def _print_next(found: CacheStatus, manifest: Manifest) -> None:
             render.line(f"next: {command(*encode, '--finalise')}")
         return
     if not found.retry:
-        render.line("next: nothing; whoever ends last completes the cache")
+        render.line("next: nothing; the last run to end completes the cache")
         return
-    render.line("no one works on these; give each to a machine, or leave out --shard-range:")
+    render.line("not in work; give each to a machine, or leave out --shard-range:")
     for part in found.retry:
         render.line(f"  {command(*encode, '--shard-range', part)}")
     if found.num_retry > len(found.retry):
@@ -149,16 +149,16 @@ def verify(
     ] = None,
     json: choices.JsonOption = False,
 ) -> None:
-    """Check that every byte of a cache is what was committed, and put it back where it is not.
+    """Check that every byte of a cache is as committed, and repair what is not.
 
     \b
       ci2p-cache verify shards/                 every digest and every chunk
       ci2p-cache verify shards/ --quick         records and sizes, in seconds
       ci2p-cache verify shards/ --repair        put back what is damaged
-      ci2p-cache verify shards/ --reencode 100  compare 100 images encoded anew
+      ci2p-cache verify shards/ --reencode 100  compare 100 images encoded again
 
-    Prints what is wrong and which rows it costs, and exits with code 5 if anything is, or stays
-    so. --repair and --reencode read the source images.
+    Prints what is damaged and which rows are lost. Exit code 5: there is damage, or some is left
+    after --repair. --repair and --reencode read the source images.
     """
     if quick and repair:
         raise UsageError("--repair checks every byte", hint="leave out --quick")
@@ -326,8 +326,7 @@ def inspect(
       ci2p-cache inspect shards/ --picture look.png    reconstructions
       ci2p-cache inspect shards/ --tree                files and sizes
 
-    Works on a cache that is still being encoded, as far as it goes. --picture replaces an earlier
-    picture of its own, and no other file.
+    Works on an unfinished cache too. --picture replaces only an earlier picture of this command.
     """
     from ci2p_cache.cache.store import open_cache
     from ci2p_cache.cache.summary import describe, describe_sample, folder_tree

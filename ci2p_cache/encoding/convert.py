@@ -79,7 +79,7 @@ class ConvertSummary(Record):
     shards: int
     """Shards over all splits."""
     converted_now: int
-    """Of them, those that this call converted; the others were there already."""
+    """Shards among them that this call converted; the others existed."""
     source_bytes: int
     """Bytes of the shards and index parts that were read from."""
     bytes: int

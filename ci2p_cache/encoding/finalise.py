@@ -235,7 +235,7 @@ def _readme(manifest: Manifest) -> bytes:
     head, zarr_part, tar_part, rest = re.split(r"@(?:IF zarr|IF tar|END)@\n", template)
     if layout.format == "both":
         # Each part ends in the paragraph on the index; once is enough.
-        zarr_part = zarr_part[: zarr_part.rindex("What each row")].rstrip() + "\n\n"
+        zarr_part = zarr_part[: zarr_part.rindex("`index/` lists")].rstrip() + "\n\n"
     parts = zarr_part * layout.has_zarr + tar_part * layout.has_tar
     text = (
         (head + parts + rest)

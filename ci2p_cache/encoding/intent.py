@@ -4,7 +4,7 @@
 
     an empty folder --> the source is listed and planned
     a cache         --> its manifest and plan are read; another fingerprint or layout is refused
-    one that grows  --> the source is listed anew, behind the rows that the cache has
+    one that grows  --> the source is listed again; new rows follow those of the cache
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def find_intent(
 ) -> Intent:
     """Reads the manifest and plan of a begun cache, or lists the source; writes nothing.
 
-    A cache that is to grow is listed anew; nothing of it is read but what its records say.
+    A cache that grows is listed again; only its records are read.
 
     Args:
         root: The cache folder; it need not be there.
@@ -234,7 +234,7 @@ def _manifest(
     classes: tuple[tuple[str, ...], tuple[str, ...]],
     format_version: int,
 ) -> Manifest:
-    """Returns the manifest of a cache that is to be begun; `classes` are names and titles."""
+    """Returns the manifest of a new cache; `classes` are names and titles."""
     names, titles = classes
     medians = encoder.medians.tolist() if fingerprint.latent.is_symbols else None
     return Manifest(
@@ -271,7 +271,7 @@ def _grown(
     fingerprint: Fingerprint,
     layout: LayoutSpec,
 ) -> Intent:
-    """Lists the source anew; the committed rows of the cache stay as they are."""
+    """Lists the source again; the committed rows of the cache stay as they are."""
     manifest = read_manifest(root)
     made = manifest.layout
     if made.limit is None or (layout.limit or math.inf) >= made.limit:

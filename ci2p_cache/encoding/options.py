@@ -144,7 +144,10 @@ class EncodeOptions(Record):
         None, "Threads that read and decode [default: one per core].", low=1, panel=_MACHINES
     )
     devices: str = option(
-        "auto", "auto, cpu, cpu:N (N threads), cuda, or several: cuda:0,1.", flag="device"
+        "auto",
+        "auto, cpu, cpu:N (N threads), cuda, or several: cuda:0,1.",
+        flag="device",
+        pattern=r"auto|cpu(:[1-9]\d*)?|cuda(:\d+(,\d+)*)?",
     )
     max_errors: str = option(
         "0.1%",
@@ -195,6 +198,11 @@ class EncodeOptions(Record):
                         f"`{name}` changes the plan, which the ranges of a folder share",
                         hint=f"once: --plan-only --{flag}; then each range without --{flag}",
                     )
+        if self.executor == "ray" and ":" in self.devices:
+            raise UsageError(
+                f"`device` is {self.devices!r}; with ray it is auto, cpu or cuda: the cluster says "
+                "how many there are"
+            )
         if self.reencode_changed and not self.rescan:
             raise UsageError(
                 "`reencode_changed` compares the originals with the cache, which `rescan` does",
@@ -203,7 +211,7 @@ class EncodeOptions(Record):
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
-        """Returns the options that bind a cache; whence its encoder came is not recorded."""
+        """Returns the options that bind a cache; where its encoder came from is not recorded."""
         made, known = manifest.fingerprint, {field.name for field in fields(cls)}
         values: dict[str, Any] = {}
         for record in (made.image, made.encoder, made.latent, manifest.layout):

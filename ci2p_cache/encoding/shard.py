@@ -112,7 +112,7 @@ class ErrorBudget:
     allowed: int
     """Bad images that the whole cache may hold."""
     already_bad: int = 0
-    """Those in shards committed earlier."""
+    """Bad images in shards committed earlier."""
     _seen: int = 0
     _bad: int = 0
 

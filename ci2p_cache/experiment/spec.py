@@ -85,7 +85,7 @@ class Experiment(Record):
     claim: str = ""
     """What it is to show, one sentence; printed beside what came out."""
     source: str | None = None
-    """The images, as `encode` takes them; None: whoever runs it says where they are."""
+    """The images, as `encode` takes them; None: the caller says where they are."""
     generate: int | None = None
     """Draw so many of the demo's pictures per class instead of taking a source; None: do not."""
     encode: EncodeOptions = field(default_factory=EncodeOptions)

@@ -256,10 +256,10 @@ def experiment(image_folder: Path) -> cc.Experiment:
 
 
 @pytest.fixture(scope="module")
-def finished(experiment: cc.Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted experiment; read only."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    cc.run_experiment(experiment, out, device="cpu")
+    cc.run_experiment(EXPERIMENT, out, source=image_folder, device="cpu")
     return out
 
 

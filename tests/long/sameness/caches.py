@@ -10,7 +10,10 @@ from pathlib import Path
 from tests.long.sameness.bench import Bench, Unit
 from tests.support.pictures import picture
 
-__all__ = ["COMBINATIONS", "ENCODE", "units"]
+__all__ = ["BEST", "COMBINATIONS", "ENCODE", "units"]
+
+BEST = ("--checkpoint", "best")
+"""Once the default: earlier versions know it too."""
 
 ENCODE = ("--encoder", "bundled", "--size", 64)
 """Options of every encode here: no network, small."""
@@ -244,8 +247,8 @@ def _run_taken_over(bench: Bench) -> None:
     for name in ("last_checkpoint", "best_checkpoint"):
         for part in ("model.safetensors", "optimizer.safetensors"):
             bench.file(f"{name} {part}", Path(ended[name], part))
-    bench.document("evaluate", "evaluate", "runs/run")
-    bench.document("predict", "predict", "runs/run", bench.inputs["few"])
+    bench.document("evaluate", "evaluate", "runs/run", *BEST)
+    bench.document("predict", "predict", "runs/run", *BEST, bench.inputs["few"])
 
 
 _TAKEN_OVER: dict[str, Callable[[Bench], None]] = {
