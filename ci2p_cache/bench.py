@@ -29,7 +29,7 @@ from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.encoding.forecast import DryRunReport, dry_run
 from ci2p_cache.encoding.intent import load_chosen
-from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.encoding.options import BATCH_SIZES, EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver
 from ci2p_cache.encoding.shard import Replica, make_replicas, refuse_other_decoder, single_threaded
 from ci2p_cache.errors import CacheError, UsageError
@@ -122,7 +122,8 @@ def bench_encoding(
     whole = _sample(source, options, observer)
     views = options.view_spec().num_views("train")
     replicas = make_replicas(load_chosen(options, observer), options.devices)
-    batch_size = options.batch_size or (8 if replicas[0].device.type == "cpu" else 256)
+    kind = replicas[0].device.type
+    batch_size = options.batch_size or BATCH_SIZES[kind]
     rates = {
         "whole": whole.images_per_second,
         "g_a": _g_a_alone(replicas, batch_size, options.size, seconds) / views,
@@ -130,7 +131,7 @@ def bench_encoding(
     }
     return EncodeReport(
         source=whole.source,
-        device=f"{replicas[0].device.type}, {len(replicas)} replicas",
+        device=f"{kind}, {len(replicas)} replicas",
         precision=options.precision,
         views_per_image=views,
         batch_size=batch_size,
@@ -249,38 +250,37 @@ def bench_loading(
     most = threads or num_cores()
     stays, note = choose_resident(split, used, "auto")
     stored, floats = f"{split.latent.dtype}, as stored", "float32, dequantised"
-    ways: dict[tuple[str, int], type[BatchLoader]] = {
-        (stored, 1): LatentLoader,
-        (stored, most): LatentLoader,
-        (floats, most): LatentLoader,
-    }
-    if stays:
-        ways[f"{stored}, resident", most] = ResidentLoader
-    rates: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
+    ways: list[tuple[str, int, type[BatchLoader]]] = [
+        (stored, 1, LatentLoader), (stored, most, LatentLoader), (floats, most, LatentLoader)
+    ]  # fmt: skip
+    ways += [(f"{stored}, resident", most, ResidentLoader)] if stays else []
     with ExitStack() as stack:
-        loaders = {
-            (text, count): stack.enter_context(
+        loaders = [
+            stack.enter_context(
                 kind(split, batch_size=batch_size, device=used, threads=count, recycle=True)
             )
-            for (text, count), kind in ways.items()
-        }
-        for repeat in range(_REPEATS + 1):
-            for way, loader in loaders.items():
-                rate = _loader_rate(loader, floats=way[0] == floats, seconds=seconds)
-                rates[way] += [rate] if repeat else []
+            for _, count, kind in ways
+        ]
+        rounds = [
+            [
+                _loader_rate(loader, floats=name == floats, seconds=seconds)
+                for loader, (name, _, _) in zip(loaders, ways, strict=True)
+            ]
+            for _ in range(_REPEATS + 1)
+        ]
     return LoaderReport(
         device=str(used),
         batch_size=batch_size,
         bytes_per_image=split.latent.num_bytes,
         rows=tuple(
             LoaderRow(
-                name=text,
+                name=name,
                 threads=count,
                 images_per_second=median(found),
                 slowest=min(found),
                 fastest=max(found),
             )
-            for (text, count), found in rates.items()
+            for (name, count, _), *found in zip(ways, *rounds[1:], strict=True)
         ),
         note=note,
     )
@@ -391,15 +391,30 @@ def bench_training(
         raise UsageError(
             f"{spec.model} reads images; what is measured here is a model on latents against others"
         )
-    baseline = model_config(
+    configs = dict.fromkeys(ways, config)
+    configs[BASELINE] = model_config(
         BASELINE,
         num_classes=config.num_classes,
         latent_size=cache.fingerprint.latent.height,
         drop_path_rate=spec.drop_path,
     )
+    cost = complexity(
+        spec.model,
+        size=cache.fingerprint.image.size,
+        latent_channels=train.latent.channels,
+        num_classes=len(cache.classes),
+    )
+    stays, _ = choose_resident(train, used, "auto")
+    # Each way's loader, and what a step computes per image: forward, and backward twice as much;
+    # the frozen encoder is run forward only.
+    loaders: dict[str, tuple[type[BatchLoader], int]] = {
+        "cached": (ResidentLoader if stays else LatentLoader, 6 * cost.model_macs),
+        "compute alone": (_OneBatchLoader, 6 * cost.model_macs),
+        "in the loop": (OnlineLoader, 6 * cost.model_macs + 2 * cost.encoder_macs),
+        BASELINE: (PixelLoader, 6 * cost.baseline_macs),
+    }
     notify("matrix products")
     peak = matmul_flops(used, spec.precision)
-    loaders = _ways(cache, train, spec.model, used)
     batch_size = min(spec.batch_size, len(train.valid_rows))
     rows, missing = [], []
     for name in ways:
@@ -415,16 +430,15 @@ def bench_training(
             continue
         with loader:
             torch.manual_seed(spec.seed)
-            model = build_model(baseline if name == BASELINE else config)
-            timer = _Timer(model.to(used), loader, spec, seconds)
+            rate, wait_share, steps = _timed(build_model(configs[name]), loader, spec, seconds)
         rows.append(
             TrainRow(
                 name=name,
-                images_per_second=timer.rate,
-                wait_share=timer.wait_share,
-                utilisation=timer.rate * flops / peak,
-                epoch_seconds=len(train.valid_rows) / timer.rate,
-                steps=timer.steps,
+                images_per_second=rate,
+                wait_share=wait_share,
+                utilisation=rate * flops / peak,
+                epoch_seconds=len(train.valid_rows) / rate,
+                steps=steps,
             )
         )
     return TrainReport(
@@ -439,28 +453,6 @@ def bench_training(
     )
 
 
-def _ways(
-    cache: Cache, split: Split, model: str, device: torch.device
-) -> dict[str, tuple[type[BatchLoader], int]]:
-    """Returns each way's loader, and what a training step computes per image.
-
-    That is forward, and backward twice as much; the frozen encoder is run forward only.
-    """
-    stays, _ = choose_resident(split, device, "auto")
-    cost = complexity(
-        model,
-        size=cache.fingerprint.image.size,
-        latent_channels=split.latent.channels,
-        num_classes=len(cache.classes),
-    )
-    return {
-        "cached": (ResidentLoader if stays else LatentLoader, 6 * cost.model_macs),
-        "compute alone": (_OneBatchLoader, 6 * cost.model_macs),
-        "in the loop": (OnlineLoader, 6 * cost.model_macs + 2 * cost.encoder_macs),
-        BASELINE: (PixelLoader, 6 * cost.baseline_macs),
-    }
-
-
 class _OneBatchLoader(BatchLoader):
     """Hands out the same stored values for ever: what training is like that waits for nothing."""
 
@@ -472,47 +464,39 @@ class _OneBatchLoader(BatchLoader):
         return lambda: self._batch[: len(rows)]
 
 
-class _Timer:
-    """Runs the real loop for some time, and times it from the end of the warm-up on."""
+def _timed(
+    model: nn.Module, loader: BatchLoader, spec: TrainSpec, seconds: float
+) -> tuple[float, float, int]:
+    """Runs the real loop for some time; returns images/s, share of waiting, steps after warm-up."""
+    marks: list[tuple[int, float, float]] = []
 
-    def __init__(
-        self, model: nn.Module, loader: BatchLoader, spec: TrainSpec, seconds: float
-    ) -> None:
-        self.rate = self.wait_share = 0.0
-        self.steps = 0
-        self._loader = loader
-        self._seconds = seconds
-        self._begun: tuple[float, float, int] | None = None
-        Trainer(
-            spec=spec,
-            model=model,
-            optimizer=make_optimizer(model, spec),
-            train_loader=loader,
-            val_loader=None,
-            save=lambda _: None,
-            log=lambda _: None,
-            should_stop=self._is_over,
-            ranks=Ranks(),
-            observer=TrainObserver(),
-        ).run(TrainState(run="bench", sums={}))
-
-    def _is_over(self) -> bool:
-        loader = self._loader
+    def is_over() -> bool:
         done = loader.epoch * len(loader) + loader.step
-        if self._begun is None:
-            if done >= _WARMUP_STEPS:
-                synchronise(loader.device)
-                self._begun = time.perf_counter(), loader.waited_seconds, done
+        if done < _WARMUP_STEPS:
             return False
-        started, waited, first = self._begun
-        self.steps = done - first
-        if self.steps < _LEAST_STEPS or time.perf_counter() - started < self._seconds:
+        if marks and (
+            done < marks[0][0] + _LEAST_STEPS or time.perf_counter() - marks[0][1] < seconds
+        ):
             return False
         synchronise(loader.device)
-        took = time.perf_counter() - started
-        self.rate = self.steps * loader.batch_size / took
-        self.wait_share = (loader.waited_seconds - waited) / took
-        return True
+        marks.append((done, time.perf_counter(), loader.waited_seconds))
+        return len(marks) > 1
+
+    model = model.to(loader.device)
+    Trainer(
+        spec=spec,
+        model=model,
+        optimizer=make_optimizer(model, spec),
+        train_loader=loader,
+        val_loader=None,
+        save=lambda _: None,
+        log=lambda _: None,
+        should_stop=is_over,
+        ranks=Ranks(),
+        observer=TrainObserver(),
+    ).run(TrainState(run="bench", sums={}))
+    steps, took, waited = (after - before for before, after in zip(*marks, strict=True))
+    return steps * loader.batch_size / took, waited / took, int(steps)
 
 
 def synchronise(device: torch.device) -> None:
