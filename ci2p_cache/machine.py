@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,9 @@ __all__ = [
     "free_memory_bytes",
     "has_bf16",
     "ieee_float32",
+    "matmul_flops",
     "num_cores",
+    "synchronise",
 ]
 
 
@@ -119,6 +122,34 @@ def free_memory_bytes(device: torch.device) -> int:
     except OSError:
         return free
     return free if limit == "max" else min(free, int(limit) - used)
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until a CUDA device has done all it was given; a CPU has, always."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_flops(device: torch.device, precision: str) -> float:
+    """Measures the best rate of a large square matrix product, in FLOP per second.
+
+    With as many threads as torch uses here; it takes about a second.
+
+    Args:
+        device: Where.
+        precision: float32 (IEEE, no TF32) or bf16.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(side, side, dtype=dtype, device=device)
+    best, started = 0.0, time.perf_counter()
+    while (now := time.perf_counter()) - started < 1.0:
+        for _ in range(4):
+            torch.mm(a, b, out=out)
+        synchronise(device)
+        best = max(best, 4 * 2 * side**3 / (time.perf_counter() - now))
+    return best
 
 
 @contextlib.contextmanager

@@ -26,7 +26,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.benchmarks.encode_work import CONTESTANTS, Job, pixel_difference, serve
+from tests.benchmarks.encode_work import (
+    CONTESTANTS,
+    Job,
+    pixel_difference,
+    serve,
+    symbol_difference,
+)
 from tests.benchmarks.measure import Rates, Report, Table, machine, num_cores, take_turns
 from tests.benchmarks.pictures import SUFFIXES
 
@@ -54,6 +60,7 @@ class Settings:
     """Side of a view in pixels."""
     repeats: int = 3
     profile: bool = False
+    symbols: bool = False
     only: tuple[str, ...] = tuple(CONTESTANTS)
     other: Path | None = None
     """Another clone, with its `.venv`, whose whole stage is measured too."""
@@ -134,6 +141,10 @@ def measure_encode(settings: Settings, folder: Path) -> Report:
     if settings.profile:
         tables.append(_profile_table(turns))
     tables.append(_pixel_table(images, settings))
+    if settings.symbols:
+        head = ("of", "against", "symbols that differ", "by at most")
+        rows = symbol_difference(images, settings.size)
+        tables.append(Table("Symbols at step 1 by how g_a computes", head, rows))
     text = (
         f"{len(list(images.rglob('*.*'))):,} pictures, {settings.count} views of "
         f"{settings.size} px per turn, bundled encoder (bmshj2018-factorized, quality 5), "
@@ -237,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=Settings.repeats)
     parser.add_argument("--only", default=",".join(CONTESTANTS), help="some contestants, by name")
     parser.add_argument("--profile", action="store_true", help="where stage one's time goes")
+    parser.add_argument("--symbols", action="store_true", help="what bf16 and compiling change")
     parser.add_argument("--other", type=Path, help="another clone, with its `.venv`")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", type=Path, default=None)
@@ -253,7 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown contestants {sorted(unknown)}; there are {list(CONTESTANTS)}")
     settings = Settings(
         images=asked.images, count=asked.count, size=asked.size, repeats=asked.repeats,
-        profile=asked.profile, only=only, other=asked.other and asked.other.absolute(),
+        profile=asked.profile, symbols=asked.symbols, only=only,
+        other=asked.other and asked.other.absolute(),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         report = measure_encode(settings, Path(folder))

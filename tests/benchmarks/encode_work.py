@@ -6,6 +6,8 @@ Shapes: B views of a batch, H and W pixels.
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import json
 import os
 import shutil
@@ -37,7 +39,7 @@ from ci2p_cache.specs import ImageSpec, ViewSpec
 from tests.benchmarks.measure import num_cores
 from tests.support.encoders import reference_of
 
-__all__ = ["CONTESTANTS", "Job", "pixel_difference", "serve"]
+__all__ = ["CONTESTANTS", "Job", "pixel_difference", "serve", "symbol_difference"]
 
 CONTESTANTS = {
     "whole float32 none": "cc.encode: read, decode, g_a, round, zstd, commit; one view an image",
@@ -116,11 +118,8 @@ def whole(job: Job, precision: str, views: str) -> Callable[[int], dict[str, flo
 
 def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
     """g_a on random pictures: nothing is read, rounded or written."""
-    encoder = load_encoder("bundled", precision="bf16" if how.startswith("bf16") else "float32")
     # The network itself: FrozenEncoder's call would also copy y to NCHW float32.
-    g_a, dtype = encoder._g_a, encoder._dtype
-    if how.endswith("compiled"):
-        g_a = torch.compile(encoder._model.g_a.to(dtype), dynamic=False)
+    g_a, dtype = network(how)
     replicas = 1 if how == "untuned" else num_cores()
     if how != "untuned":
         tune_process()
@@ -147,6 +146,40 @@ def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
         }
 
     return turn
+
+
+def network(how: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.dtype]:
+    """g_a in the arithmetic that `how` begins with, compiled where it says so."""
+    encoder = load_encoder("bundled", precision="bf16" if how.startswith("bf16") else "float32")
+    if not how.endswith("compiled"):
+        return encoder._g_a, encoder._dtype
+    plain = copy.deepcopy(encoder._model.g_a).to(encoder._dtype)
+    return torch.compile(plain, dynamic=False), encoder._dtype
+
+
+def symbol_difference(images: Path, size: int, limit: int = 128) -> list[list[str]]:
+    """How many symbols of pictures bf16 and compiling change, and by how much at most."""
+    single_threaded()
+    encoder = load_encoder("bundled")
+    pictures = [
+        transforms.pil_to_tensor(by_pillow(path, size))
+        for path in sorted(images.rglob("*.*"))[:limit]
+    ]
+    kinds = ("float32", "float32 compiled", "bf16", "bf16 compiled")
+    found: dict[str, list[torch.Tensor]] = {kind: [] for kind in kinds}
+    for kind in kinds:
+        g_a, dtype = network(kind)
+        for start in range(0, len(pictures) // BATCH * BATCH, BATCH):
+            x_BCHW = torch.stack(pictures[start : start + BATCH]).to(torch.float32).div(255)
+            with torch.inference_mode():
+                y = g_a(x_BCHW.to(dtype, memory_format=torch.channels_last))
+            found[kind].append(encoder.quantize(y))
+    rows = []
+    for first, second in itertools.combinations(kinds, 2):
+        gap = (torch.cat(found[first]) - torch.cat(found[second])).abs()
+        share = float((gap > 0).double().mean())
+        rows.append([first, second, f"{share:.4%}", str(int(gap.max()))])
+    return rows
 
 
 def loop(job: Job) -> Callable[[int], dict[str, float]]:

@@ -203,6 +203,20 @@ def test_bf16_is_near_float32_and_keeps_the_digest(bundled):
     assert torch.equal(rough.decode(exact), bundled.decode(exact))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_g_a_in_place_and_in_parts_gives_the_bits_of_its_layers(precision):
+    encoder = load_encoder("bundled", precision=precision)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    plain = copy.deepcopy(encoder._model.g_a).to(dtype)
+    for count, size in ((1, 32), (5, 48), (16, 64)):
+        x = torch.rand((count, 3, size, size + 16), generator=torch.Generator().manual_seed(size))
+        with torch.inference_mode():
+            wanted = plain(x.to(dtype).contiguous(memory_format=torch.channels_last)).float()
+        # The first time a shape is met, convolutions of two libraries are compared.
+        for _ in range(2):
+            assert torch.equal(encoder(x), wanted)
+
+
 def test_tf32_on_cpu_says_that_it_changes_nothing(bundled, caplog):
     with caplog.at_level(logging.WARNING, logger="ci2p_cache"):
         encoder = load_encoder("bundled", precision="tf32")
