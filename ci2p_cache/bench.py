@@ -2,11 +2,10 @@
 
 ::
 
-    bench_encoding   a sample really encoded; g_a alone on batches that never change; reading and
-                     decoding alone, with g_a at rest
+    bench_encoding   a sample really encoded; g_a alone on one batch; reading and decoding alone
     bench_loading    batches out of a cache, in the random order of training
-    bench_training   the real loop from the cache; over one batch that never changes; with the
-                     encoder in the loop; and that of the ViT-B/16 it replaces, on the images
+    bench_training   the real loop from the cache; over one batch; with the encoder in the loop; and
+                     that of the ViT-B/16 it replaces, on the images
 
 All run in one process, one after another, with the same settings, device and threads.
 """
@@ -55,9 +54,8 @@ __all__ = [
     "encode_rate",
 ]  # fmt: skip
 
-_REPEATS = 5
-"""Of each way of loading."""
-_WARMUP_STEPS, _LEAST_STEPS = 2, 3
+_REPEATS, _WARMUP_STEPS, _LEAST_STEPS = 5, 2, 3
+"""Of each way of loading; of each way of training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,12 +406,9 @@ def _timed(
     marks: list[tuple[int, float, float]] = []
 
     def is_over() -> bool:
-        done = loader.epoch * len(loader) + loader.step
-        if done < _WARMUP_STEPS:
-            return False
-        if marks and (
-            done < marks[0][0] + _LEAST_STEPS or time.perf_counter() - marks[0][1] < seconds
-        ):
+        done, now = loader.epoch * len(loader) + loader.step, time.perf_counter()
+        first, since, _ = marks[0] if marks else (_WARMUP_STEPS - _LEAST_STEPS, float("-inf"), 0)
+        if done < first + _LEAST_STEPS or now - since < seconds:
             return False
         synchronise(loader.device)
         marks.append((done, time.perf_counter(), loader.waited_seconds))
