@@ -46,9 +46,9 @@ CONTESTANTS = {
     "whole float32 flip": "cc.encode with the image and its mirror",
     "whole bf16 none": "cc.encode --precision bf16",
     "whole bf16 flip": "cc.encode --precision bf16 with the mirror",
-    "g_a float32": "g_a alone: a one-thread replica per core, batch 8 in memory, tuned allocator",
+    "g_a float32": "g_a alone as stage one runs it: a one-thread replica per core, tuned allocator",
     "g_a bf16": "the same in bf16",
-    "g_a bf16 compiled": "torch.compile of the same layers, in bf16",
+    "g_a bf16 compiled": "torch.compile of the same layers, on batches of 8",
     "g_a untuned": "g_a alone: torch's default threads on batches of 8, allocator as it comes",
     "naive": "a loop: Pillow, batch 1, model.g_a, torch's default threads, np.save per image",
     "compressai forward": "the same loop with model(x), as compressai.utils.eval_model times it: "
@@ -119,12 +119,12 @@ def whole(job: Job, precision: str, views: str) -> Callable[[int], dict[str, flo
 def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
     """g_a on random pictures: nothing is read, rounded or written."""
     # The network itself: FrozenEncoder's call would also copy y to NCHW float32.
-    g_a, dtype = network(how)
+    g_a, dtype, batch = network(how)
     replicas = 1 if how == "untuned" else num_cores()
     if how != "untuned":
         tune_process()
     generator = torch.Generator().manual_seed(0)
-    shape = (BATCH, 3, job.size, job.size)
+    shape = (batch, 3, job.size, job.size)
     x_B3HW = torch.rand(shape, generator=generator).to(dtype, memory_format=torch.channels_last)
 
     def work(batches: int) -> None:
@@ -135,12 +135,12 @@ def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
     pool = ThreadPoolExecutor(replicas, initializer=single_threaded if how != "untuned" else None)
 
     def turn(count: int) -> dict[str, float]:
-        batches = max(1, round(count / BATCH / replicas))
+        batches = max(1, round(count / batch / replicas))
         started, spent = time.perf_counter(), time.process_time()
         for future in [pool.submit(work, batches) for _ in range(replicas)]:
             future.result()
         return {
-            "views": batches * BATCH * replicas,
+            "views": batches * batch * replicas,
             "seconds": time.perf_counter() - started,
             "processor": time.process_time() - spent,
         }
@@ -148,13 +148,14 @@ def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
     return turn
 
 
-def network(how: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.dtype]:
-    """g_a in the arithmetic that `how` begins with, compiled where it says so."""
+def network(how: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.dtype, int]:
+    """g_a in the arithmetic that `how` begins with, its dtype, and images of a call."""
     encoder = load_encoder("bundled", precision="bf16" if how.startswith("bf16") else "float32")
-    if not how.endswith("compiled"):
-        return encoder._g_a, encoder._dtype
-    plain = copy.deepcopy(encoder._model.g_a).to(encoder._dtype)
-    return torch.compile(plain, dynamic=False), encoder._dtype
+    dtype = encoder._dtype
+    if how.endswith("compiled"):
+        plain = copy.deepcopy(encoder._model.g_a).to(dtype)
+        return torch.compile(plain, dynamic=False), dtype, BATCH
+    return encoder._g_a, dtype, BATCH if how == "untuned" else encoder._at_once or BATCH
 
 
 def symbol_difference(images: Path, size: int, limit: int = 128) -> list[list[str]]:
@@ -168,7 +169,7 @@ def symbol_difference(images: Path, size: int, limit: int = 128) -> list[list[st
     kinds = ("float32", "float32 compiled", "bf16", "bf16 compiled")
     found: dict[str, list[torch.Tensor]] = {kind: [] for kind in kinds}
     for kind in kinds:
-        g_a, dtype = network(kind)
+        g_a, dtype, _ = network(kind)
         for start in range(0, len(pictures) // BATCH * BATCH, BATCH):
             x_BCHW = torch.stack(pictures[start : start + BATCH]).to(torch.float32).div(255)
             with torch.inference_mode():
