@@ -200,6 +200,15 @@ def test_a_decoder_that_crashes_is_one_image_that_cannot_be_compared(
     assert done(crashing, "reencode", marked_cache / "shards") == [f"ant/bad.jpg ({CRASHED})"]
 
 
+def test_a_decoder_that_crashes_is_a_missing_original_in_a_preview(
+    crashing: WarmParent, marked_cache: Path, tmp_path: Path
+) -> None:
+    states = done(crashing, "preview", marked_cache / "shards", tmp_path / "look.png")
+    assert states.pop("ant/bad.jpg") == "missing"
+    assert set(states.values()) == {"unchanged"}
+    assert (tmp_path / "look.png").stat().st_size > 0
+
+
 def test_decoders_that_crash_or_spin_are_bad_pictures_where_a_codec_is_trained(
     crashing: WarmParent, tmp_path: Path
 ) -> None:
