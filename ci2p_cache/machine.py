@@ -85,7 +85,7 @@ def chosen_devices(devices: str) -> list[torch.device]:
 def has_bf16(device: torch.device) -> bool | None:
     """Returns whether a device has instructions for bfloat16; None for a CPU that does not say."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:
         cpu = Path("/proc/cpuinfo").read_text()
     except OSError:

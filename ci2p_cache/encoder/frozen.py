@@ -223,7 +223,7 @@ class FrozenEncoder:
             torch.inference_mode(),
             fixed_arithmetic(self.device, tf32=self.spec.precision == "tf32"),
         ):
-            parts = x.to(self._dtype).split(self._at_once or max(len(x), 1))
+            parts = torch.split(x.to(self._dtype), self._at_once or max(len(x), 1))
             y = torch.cat(
                 [self._g_a(part.contiguous(memory_format=torch.channels_last)) for part in parts]
             )

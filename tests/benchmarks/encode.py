@@ -189,12 +189,14 @@ def _ratio_table(rates: dict[str, Rates]) -> Table:
                                                     "bar", "aim", "held"))  # fmt: skip
     for key, rate in rates.items():
         for start, other, bar, aim in BARS:
+            if not key.startswith(start):
+                continue
             if other == "g_a":
                 # The same arithmetic: whole float32 none -> g_a float32.
                 other = f"g_a {key.split()[1]}"
             elif other == "other":
                 other = f"other {key}"
-            if not key.startswith(start) or other not in rates:
+            if other not in rates:
                 continue
             ratio = rate.over(rates[other])
             held = "yes" if ratio.median >= bar else "NO"
