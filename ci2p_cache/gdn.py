@@ -156,7 +156,7 @@ class FrozenGDN(nn.Module):
         if wide and self._same_bits.get(shape):
             return self._by_onednn(squares_BCHW)
         norm_BCHW = conv2d(squares_BCHW, self.gamma, self.beta)
-        if wide and shape not in self._same_bits and torch._C.has_mkldnn:
+        if wide and shape not in self._same_bits and torch._C._has_mkldnn:
             self._same_bits[shape] = torch.equal(norm_BCHW, self._by_onednn(squares_BCHW))
         return norm_BCHW
 
