@@ -107,11 +107,9 @@ def bench_encoding(
     replicas = make_replicas(load_chosen(options, observer), options.devices)
     kind = replicas[0].device.type
     batch_size = options.batch_size or BATCH_SIZES[kind]
-    rates = {
-        "whole": whole.images_per_second,
-        "g_a": _g_a_alone(replicas, batch_size, options.size, seconds) / views,
-        "decoding": whole.decode_images_per_second,
-    }
+    g_a = _g_a_alone(replicas, batch_size, options.size, seconds) / views
+    rates = {"whole": whole.images_per_second, "g_a": g_a}
+    rates["decoding"] = whole.decode_images_per_second
     return EncodeReport(
         source=whole.source, device=f"{kind}, {len(replicas)} replicas",
         precision=options.precision, views_per_image=views, batch_size=batch_size,
@@ -142,8 +140,7 @@ def _sample(source: str | Path, options: EncodeOptions, observer: EncodeObserver
 def _g_a_alone(replicas: list[Replica], batch_size: int, size: int, seconds: float) -> float:
     """Returns views per second of all replicas together, each on a batch in its device's memory."""
     threads = torch.get_num_threads()
-    shape, generator = (batch_size, 3, size, size), torch.Generator().manual_seed(0)
-    views_B3HW = torch.rand(shape, generator=generator)
+    views_B3HW = torch.full((batch_size, 3, size, size), 0.5)
 
     def rate(replica: Replica) -> float:
         batch, done = views_B3HW.to(replica.device, memory_format=torch.channels_last), 0
@@ -175,12 +172,11 @@ class LoaderRow(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderReport(Record):
-    """What `bench_loading` found; `note`: whether the split would be kept in memory, and why."""
+    """What `bench_loading` found; `note` says whether the split would be kept in memory, and why."""
 
     device: str
     batch_size: int
     bytes_per_image: int
-    """Of one stored latent, uncompressed."""
     rows: tuple[LoaderRow, ...]
     note: str
 
@@ -288,13 +284,9 @@ class TrainReport(Record):
         return next((row for row in self.rows if row.name == name), None)
 
     def paid_after(self, encode_rate: float) -> dict[str, float | None]:
-        """Returns after how many epochs encoding the train split has paid for itself.
+        """Returns after how many epochs encoding has paid, at that many images per second.
 
-        Args:
-            encode_rate: Images per second of stage one.
-
-        Returns:
-            Epochs, for each way that does without the cache; None where it is no slower.
+        For each way that does without the cache; None where it is no slower.
         """
         cached, *others = self.rows
         seconds = cached.epoch_seconds * cached.images_per_second / encode_rate
@@ -371,10 +363,7 @@ def bench_training(
 def _loaders(
     split: Split, model: str, device: torch.device
 ) -> dict[str, tuple[type[BatchLoader], int]]:
-    """Returns each way's loader, and the FLOPs of a step per image.
-
-    These are forward, and backward twice as much; the frozen encoder is run forward only.
-    """
+    """Returns each way's loader, and the FLOPs of a step per image: the encoder's forward only."""
     stays, _ = choose_resident(split, device, "auto")
     cost = complexity(
         model, size=split.cache.fingerprint.image.size, latent_channels=split.latent.channels,

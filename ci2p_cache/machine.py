@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-BF16_GAIN = "--precision bf16 encodes about twice as fast and changes 0.3 % of the symbols, by one"
+BF16_GAIN = "--precision bf16 encodes about twice as fast and changes 0.4 % of the symbols, by one"
 """For CPUs that have it: from 1.8 (AVX-512) to 3.5 times (AMX); measured with the bundled encoder,
 tests/benchmarks/results/bf16_2-core-epyc-avx512_202611.md."""
 
