@@ -54,8 +54,7 @@ __all__ = [
     "encode_rate",
 ]  # fmt: skip
 
-_REPEATS, _WARMUP_STEPS, _LEAST_STEPS = 5, 2, 3
-"""Of each way of loading; of each way of training."""
+_REPEATS, _WARMUP_STEPS, _LEAST_STEPS = 5, 2, 3  # of loading; of training
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +68,7 @@ class EncodeRow(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeReport(Record):
-    """What `bench_encoding` found; decoding has no row where there were too few images.
-
-    `waiting_share` is that of the time in which g_a waited for images; bytes are those written.
-    """
+    """What `bench_encoding` found; `waiting_share` is g_a's, of the time; bytes are written ones."""
 
     source: str
     device: str
@@ -126,8 +122,8 @@ def encode_rate(cache: Cache, *, device: str = "auto") -> float:
         CacheError: as `dry_run` has them; the images have to be where they were.
     """
     refuse_other_decoder(cache.fingerprint)
-    options = EncodeOptions.of(cache.manifest)
-    options = replace(options, weights=cache.encoder_path, devices=device, max_errors="100%")
+    made = EncodeOptions.of(cache.manifest)
+    options = replace(made, weights=cache.encoder_path, devices=device, max_errors="100%")
     return _sample(cache.manifest.source, options, EncodeObserver()).images_per_second
 
 
@@ -172,7 +168,7 @@ class LoaderRow(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderReport(Record):
-    """What `bench_loading` found; `note` says whether the split would be kept in memory, and why."""
+    """What `bench_loading` found; `note` says whether the split would stay in memory, and why."""
 
     device: str
     batch_size: int
