@@ -46,7 +46,7 @@ def run(
 
     \b
       ci2p-cache run pipelines/flowers.py                       its recipes
-      ci2p-cache run pipelines/smoke.py:smoke                   half a minute
+      ci2p-cache run pipelines/smoke.py:smoke                   15 seconds
       ci2p-cache run pipelines/flowers.py:vitds_tiny flowers/   all stages
       ci2p-cache run pipelines/flowers.py:vit_tiny flowers/ --set train.epochs=2
       ci2p-cache run imagenet.py:vitds imagenet/ --until encode    then, on GPUs:
