@@ -48,8 +48,8 @@ from ci2p_cache.runs.evaluations import (
     Evaluation,
     evaluation_name,
     prediction_bytes,
-    wilson_interval,
 )
+from ci2p_cache.runs.statistics import wilson_interval
 from ci2p_cache.training.inputs import data_digest, train_and_val
 from ci2p_cache.training.metrics import Validation, validate
 from ci2p_cache.training.ranks import Ranks

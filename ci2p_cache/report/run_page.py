@@ -1,10 +1,4 @@
-"""The sections of runs: how one went and where it is wrong; several against the first.
-
-How far the difference of two accuracies may be off is an interval over the images: B. Efron,
-"Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1), 1979. Of two runs,
-drawing n images with replacement and counting is drawing the counts of their pairs, multinomially.
-So no image has to be drawn, and a million cost nothing.
-"""
+"""The sections of runs: how one went and where it is wrong; several against the first."""
 
 from __future__ import annotations
 
@@ -42,16 +36,14 @@ from ci2p_cache.report.elements import (
     tiles,
     typed,
 )
-from ci2p_cache.runs.evaluations import Evaluation, Predictions, wilson_interval
+from ci2p_cache.runs.evaluations import Evaluation, Predictions
 from ci2p_cache.runs.files import best_epoch_of, mean_wait_share, training_seconds
+from ci2p_cache.runs.statistics import paired_difference, wilson_interval
 
 if TYPE_CHECKING:
     from ci2p_cache.pictures.reconstructions import LatentIllustrator
 
 __all__ = ["comparison_section", "run_section"]
-
-_DRAWS, _SEED = 10_000, 0
-_QUANTILES = (0.025, 0.975)
 
 _LISTED_CLASSES = 30
 """Up to this many all classes are listed; of more the best and worst."""
@@ -416,12 +408,8 @@ def _difference(ours: Predictions, base: Predictions) -> tuple[float, float, flo
         and [ours.key[i] for i in left] == [base.key[i] for i in right]
     ):
         return None
-    change = ours.correct[left].astype(np.int8) - base.correct[right].astype(np.int8)
-    count = len(change)
-    shares = [float((change == value).mean()) for value in (-1, 0, 1)]
-    drawn = np.random.default_rng(_SEED).multinomial(count, shares, _DRAWS)
-    low, high = np.quantile((drawn[:, 2] - drawn[:, 0]) / count, _QUANTILES).tolist()
-    return 100 * float(change.mean()), 100 * low, 100 * high
+    change, low, high = paired_difference(ours.correct[left], base.correct[right])
+    return 100 * change, 100 * low, 100 * high
 
 
 def _listed(names: Sequence[str]) -> str:
