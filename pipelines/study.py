@@ -52,7 +52,7 @@ from ci2p_cache.cli import render
 from ci2p_cache.cli.ending import told_errors
 from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
 from ci2p_cache.errors import InterruptedRunError, ManifestError, RunMismatchError, UsageError
-from ci2p_cache.inference.run_folder import load_model, open_run
+from ci2p_cache.inference.run_folder import load_model
 from ci2p_cache.inference.scoring import keys_of
 from ci2p_cache.machine import checked_device
 from ci2p_cache.outputs import write_whole
@@ -61,6 +61,7 @@ from ci2p_cache.runs.evaluations import EVALUATIONS, read_predictions
 from ci2p_cache.runs.files import read_summary, training_seconds
 from ci2p_cache.runs.statistics import paired_difference
 from ci2p_cache.training.inputs import train_and_val
+from ci2p_cache.training.opened import open_run
 from ci2p_cache.training.ranks import Ranks
 
 REFERENCE = "a-int8"

@@ -1,4 +1,6 @@
-"""Models on images that CI2P is held against: `PixelViT`, `CnnViT`, and their records.
+"""Models on images: `PixelViT` and `CnnViT`, which CI2P is held against, and `EncoderViT`.
+
+The last is CI2P with its encoder unfrozen. Beside the models are their records.
 
 Images are float32 in [0, 1], as `PixelLoader` gives them; what normalises them is in the model.
 
@@ -29,7 +31,17 @@ from ci2p_cache.models.ci2p_vit import (
 from ci2p_cache.record import Record
 from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 
-__all__ = ["CnnViT", "CnnViTConfig", "Normalise", "PixelViT", "PixelViTConfig", "check_images"]
+__all__ = [
+    "CnnViT",
+    "CnnViTConfig",
+    "EncoderViT",
+    "EncoderViTConfig",
+    "Normalise",
+    "PixelViT",
+    "PixelViTConfig",
+    "check_images",
+    "encoder_shapes",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Of ImageNet's channels in [0, 1]; what torchvision's and most of timm's models take."""
@@ -90,6 +102,51 @@ class CnnViTConfig(Record):
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("embed_dim", "depth", "encoder_width", "latent_channels"), (1, 1))
         check_fields(self, **sizes, image_size=(SIZE_MULTIPLE_PX, SIZE_MULTIPLE_PX))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderViTConfig(Record):
+    """Everything that fixes the tensors of an `EncoderViT`."""
+
+    kind: Literal["encoder_vit"] = "encoder_vit"
+    """How `config_from_dict` distinguishes records."""
+    version: int = 1
+    latent: ModelConfig
+    """The model behind the encoder."""
+    encoder_width: int = 128
+    """N of g_a; that of CompressAI quality 1-5, the paper's."""
+    step: float = 1.0
+    """Width of a symbol."""
+    symbol_limit: int = 0
+    """Largest absolute symbol; 0: latents are y itself, nothing is rounded."""
+
+    reads: ClassVar[Literal["images"]] = "images"
+    """What the model takes: images in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, encoder_width=(1, 1), symbol_limit=(0, 1))
+        if not 0 < self.step < float("inf"):
+            raise UsageError(f"`step` is {self.step!r}; wanted 0 < step")
+
+    @property
+    def name(self) -> str:
+        """Name of the model behind the encoder."""
+        return self.latent.name
+
+    @property
+    def num_classes(self) -> int:
+        """Its number of classes."""
+        return self.latent.num_classes
+
+    @property
+    def drop_path_rate(self) -> float:
+        """Its stochastic depth."""
+        return self.latent.drop_path_rate
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Its blocks."""
+        return self.latent.depths
 
 
 class Normalise(nn.Module):
@@ -185,6 +242,55 @@ class CnnViT(nn.Module):
         """
         check_images(images_B3HW, name=self.config.name)
         return self.vit(self.g_a(images_B3HW))  # type: ignore[no-any-return]  # modules' calls are untyped
+
+
+class EncoderViT(nn.Module):
+    """A cache's encoder and the model on its latents, trained together.
+
+    ::
+
+        images in [0, 1] -> g_a -> y -> rounded as the cache did -> CI2PViT -> logits
+
+    Where the cache stores symbols, y is rounded to them here too, so with the encoder's weights and
+    those of a run on the cache the logits are that run's. Rounding has no gradient; y's is taken in
+    its place (straight-through: Bengio, Leonard and Courville 2013, arXiv 1308.3432).
+    """
+
+    offset: Tensor
+
+    def __init__(self, config: EncoderViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent.latent_channels
+        self.g_a = AnalysisTransform(config.encoder_width, channels)
+        self.vit = CI2PViT(config.latent)
+        # The codec's medians: they come with the encoder, and no one trains them.
+        self.register_buffer("offset", torch.zeros(channels))
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Returns logits (B, K), or pooled features (B, D) where K is 0.
+
+        Raises:
+            UsageError: there are not four dimensions and three channels, H or W is no multiple of
+                32, or the positional embedding was made for another size.
+        """
+        config = self.config
+        check_images(images_B3HW, name=config.name)
+        y_BMHW = self.g_a(images_B3HW)
+        if config.symbol_limit:
+            offset = self.offset[:, None, None]
+            symbols_BMHW = torch.round((y_BMHW - offset) / config.step)
+            symbols_BMHW = symbols_BMHW.clamp(-config.symbol_limit, config.symbol_limit)
+            stored_BMHW = symbols_BMHW * config.step + offset
+            y_BMHW = y_BMHW + (stored_BMHW - y_BMHW).detach() if self.training else stored_BMHW
+        return self.vit(y_BMHW)  # type: ignore[no-any-return]  # modules' calls are untyped
+
+
+def encoder_shapes(width: int, latent_channels: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of an `EncoderViT`'s encoder, N being `width` and M `latent_channels`."""
+    with torch.device("meta"):
+        tensors = AnalysisTransform(width, latent_channels).state_dict()
+    return {f"g_a.{name}": tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_images(images: Tensor, *, name: str, size: int | None = None) -> None:
