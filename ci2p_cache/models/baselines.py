@@ -40,7 +40,6 @@ __all__ = [
     "PixelViT",
     "PixelViTConfig",
     "check_images",
-    "encoder_shapes",
 ]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -284,13 +283,6 @@ class EncoderViT(nn.Module):
             stored_BMHW = symbols_BMHW * config.step + offset
             y_BMHW = y_BMHW + (stored_BMHW - y_BMHW).detach() if self.training else stored_BMHW
         return self.vit(y_BMHW)  # type: ignore[no-any-return]  # modules' calls are untyped
-
-
-def encoder_shapes(width: int, latent_channels: int) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of an `EncoderViT`'s encoder, N being `width` and M `latent_channels`."""
-    with torch.device("meta"):
-        tensors = AnalysisTransform(width, latent_channels).state_dict()
-    return {f"g_a.{name}": tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_images(images: Tensor, *, name: str, size: int | None = None) -> None:

@@ -19,6 +19,7 @@ from ci2p_cache.report.charts import (
     line_chart,
     stacked_chart,
 )
+from ci2p_cache.report.compared import difference, seed_groups
 from ci2p_cache.report.data import RunData, is_encoded_again
 from ci2p_cache.report.elements import (
     Cell,
@@ -38,7 +39,7 @@ from ci2p_cache.report.elements import (
 )
 from ci2p_cache.runs.evaluations import Evaluation, Predictions
 from ci2p_cache.runs.files import best_epoch_of, mean_wait_share, training_seconds
-from ci2p_cache.runs.statistics import paired_difference, wilson_interval
+from ci2p_cache.runs.statistics import wilson_interval
 
 if TYPE_CHECKING:
     from ci2p_cache.pictures.reconstructions import LatentIllustrator
@@ -331,10 +332,7 @@ def _pictures(
 def comparison_section(runs: Sequence[RunData], *, anchor: str) -> Html:
     """Returns the section that compares runs; the first is what the others are held against."""
     base = runs[0].predictions
-    differences = [
-        None if run.predictions is None or base is None else _difference(run.predictions, base)
-        for run in runs[1:]
-    ]
+    differences = [difference([run], runs[:1]) for run in runs[1:]]
     parts = [
         _result_table(runs, differences),
         Html(
@@ -342,6 +340,7 @@ def comparison_section(runs: Sequence[RunData], *, anchor: str) -> Html:
             "far. Differences are paired, image by image; one whose interval holds 0 is none that "
             "these images show. What another seed would change is not in them.</p>"
         ),
+        _seed_table(runs),
     ]
     missing = [run.name for run in runs if run.predictions is None]
     if missing:
@@ -387,29 +386,43 @@ def _result_table(
     return table("Results", head, rows)
 
 
+def _seed_table(runs: Sequence[RunData]) -> Html:
+    """Returns the configurations of the runs over their seeds; nothing where none has several."""
+    groups = seed_groups(runs)
+    if not groups:
+        return Html("")
+    rows: list[list[Cell]] = []
+    for group in groups:
+        points, spread = group.over_first, group.deviation
+        rows.append(
+            [
+                _listed([run.name for run in group.runs]),
+                ", ".join(group.seeds),
+                percent(group.mean),
+                "-" if spread is None else f"{100 * spread:.1f}",
+                ", ".join(percent(each) for each in group.top1),
+                "-" if points is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points),
+            ]
+        )
+    head = [
+        "runs", "seeds", "mean top-1", "standard deviation, points", "each",
+        "points over the first [95 %]",
+    ]  # fmt: skip
+    text = (
+        "Runs that differ in their seed alone are one configuration. The standard deviation is "
+        "over the seeds; the interval is over the images, each of which counts by the share of "
+        "seeds that classify it right."
+    )
+    shown = table("Over seeds", head, rows)
+    return section("Over seeds", shown, markup("<p>{}</p>", text), level=3)
+
+
 def _evaluated(run: RunData) -> str:
     if run.evaluation is None or run.predictions is None:
         return "-" if run.evaluation is None else percent(run.evaluation.top1)
     right, count = int(run.predictions.correct.sum()), len(run.predictions.correct)
     low, high = wilson_interval(right, count)
     return f"{percent(right / count)} [{percent(low)}, {percent(high)}]"
-
-
-def _difference(ours: Predictions, base: Predictions) -> tuple[float, float, float] | None:
-    """Returns by how many points a run is better than another, and the 95 % interval of that.
-
-    None where they did not predict the same images with the same labels, because then the images
-    differ as well as the runs.
-    """
-    left, right = np.argsort(ours.row, kind="stable"), np.argsort(base.row, kind="stable")
-    if not (
-        np.array_equal(ours.row[left], base.row[right])
-        and np.array_equal(ours.label[left], base.label[right])
-        and [ours.key[i] for i in left] == [base.key[i] for i in right]
-    ):
-        return None
-    change, low, high = paired_difference(ours.correct[left], base.correct[right])
-    return 100 * change, 100 * low, 100 * high
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import InputDataError, ManifestError, UsageError
-from ci2p_cache.models.registry import AnyModelConfig, build_model
+from ci2p_cache.models.complexity import tensor_shapes
+from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.record import read_regular
 from ci2p_cache.runs.files import EXPORT_FACTS
 from ci2p_cache.training.checkpoint import weights_and_digest
@@ -81,8 +82,8 @@ def initial_weights(
         return None, tensors
     path = Path(spec.init_from)
     source = _exported(path) if path.suffix in (".pt2", ".onnx") else _of_run(path)
-    wanted = _shapes(config)
-    other = _shapes(model_config_for(cache, spec, num_classes=len(cache.classes) + 1))
+    wanted = tensor_shapes(config)
+    other = tensor_shapes(model_config_for(cache, spec, num_classes=len(cache.classes) + 1))
     head = {name for name, shape in wanted.items() if other[name] != shape}
     found = source.tensors
     if spec.train_encoder and not found.keys() & tensors.keys():
@@ -102,13 +103,6 @@ def initial_weights(
     tensors |= found
     taken = InitialWeights(sha256=source.sha256, taken=len(found), new=tuple(sorted(head)))
     return taken, tensors
-
-
-def _shapes(config: AnyModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each tensor of a model by its name; draws and holds nothing."""
-    with torch.device("meta"):
-        state = build_model(config).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _require_fit(

@@ -21,8 +21,9 @@ from ci2p_cache.errors import (
     ManifestError,
     UsageError,
 )
-from ci2p_cache.models.baselines import EncoderViTConfig, encoder_shapes
+from ci2p_cache.models.baselines import EncoderViTConfig
 from ci2p_cache.models.ci2p_vit import ModelConfig
+from ci2p_cache.models.complexity import tensor_shapes
 from ci2p_cache.models.registry import AnyModelConfig, build_model, model_config
 from ci2p_cache.training.checkpoint import read_tensors
 from ci2p_cache.training.loaders import require_labels, splits_of
@@ -101,9 +102,10 @@ def encoder_tensors(cache: Cache) -> dict[str, Tensor]:
         for name, tensor in found.items()
         if name.startswith("g_a.") and not name.endswith(("bound", "pedestal"))
     }
-    first = tensors.get("g_a.0.weight")
-    wanted = {} if first is None else encoder_shapes(len(first), cache.fingerprint.latent.channels)
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
+    first, channels = tensors.get("g_a.0.weight"), cache.fingerprint.latent.channels
+    wanted = {} if first is None else tensor_shapes((len(first), channels))
+    shapes = {name.removeprefix("g_a."): tuple(each.shape) for name, each in tensors.items()}
+    if not shapes or shapes != wanted:
         raise UsageError(
             "`train_encoder` (--train-encoder) takes encoders with the layers of "
             f"bmshj2018-factorized; that of {cache.path} is {cache.fingerprint.encoder.arch}"

@@ -222,9 +222,9 @@ class TrainSpec(Record):
             ManifestError: a field is unknown, missing, of another type or out of range.
         """
         if isinstance(data, Mapping) and type(made := data.get("version")) is int:
-            later = {
-                k: v for version, own in _SINCE.items() if version > made for k, v in own.items()
-            }
+            news = (own for version, own in _SINCE.items() if version > made)
+            news = (own for version, own in _SINCE.items() if version > made)
+            later = {name: value for own in news for name, value in own.items()}
             if made >= 1 and later and not later.keys() & data.keys():
                 data = {**data, **later, "version": _VERSION}
         # By name: with slots a dataclass is another class than the one that `super()` knows.

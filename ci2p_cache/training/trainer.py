@@ -62,7 +62,8 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(spec.seed)
             model = build_model(config)
-        model.load_state_dict({**model.state_dict(), **weights})
+        if weights:
+            model.load_state_dict({**model.state_dict(), **weights})
         model.to(device)
         freeze_layers(model, spec.freeze)
         average = WeightAverage(model, spec.ema) if spec.ema else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from ci2p_cache.inference.export import export_model
 from ci2p_cache.training.inputs import encoder_tensors
 from ci2p_cache.training.records import TrainObserver, TrainPlan
 from tests.support.caches import make_cache
+from tests.support.commands import Ran
 from tests.support.rank_jobs import do, job, numbers
 from tests.support.trained import folder_of, make_run
-from tests.training.test_training import copy_run, rows_of
+from tests.training.test_training import assert_same_run, copy_run, replace_file, rows_of
 
 SPEC = cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=5)
 
@@ -255,3 +258,45 @@ def test_where_the_schedule_ends_with_the_run_the_flag_that_trains_on_is_named(
     assert refused.value.hint is not None
     assert refused.value.hint.startswith("--init-from ")
     assert rows_of(folder / "runs" / "old") == before
+
+
+def test_a_config_file_gives_every_setting_and_options_change_single_ones(
+    folder: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    spec = changed(epochs=1, betas=(0.8, 0.95), ema=0.9, warmup_epochs=0.5, pos_embed=True)
+    made = cc.train(folder / "cache", spec=spec, runs_dir=tmp_path / "one", device="cpu")
+    copied = tmp_path / "my settings.yaml"
+    copied.write_bytes((Path(made.path) / "args.yaml").read_bytes())
+    # Neither a cache nor a name is given: the same settings and data give the same folder name.
+    taken = run("train", "--config", copied, "--out", tmp_path / "two", "--device", "cpu")
+    assert taken.code == 0, taken.err
+    assert_same_run(tmp_path / "two" / Path(made.path).name, Path(made.path))
+    other = run(
+        "train", "--config", copied, "--seed", 3, "--out", tmp_path, "--name", "x", "--json"
+    )
+    assert other.code == 0, other.err
+    recorded = yaml.safe_load((tmp_path / "x" / "args.yaml").read_text())["settings"]["spec"]
+    assert cc.TrainSpec.from_dict(recorded) == dataclasses.replace(spec, seed=3)
+    missing = run("train", "--config", tmp_path / "none.yaml")
+    assert (missing.code, "there is no file" in missing.err) == (3, True)
+    copied.write_text("version: 1\n")
+    assert "is damaged or of another version" in run("train", "--config", copied).err
+
+
+def test_settings_of_before_have_their_digest_and_are_read(folder: Path, tmp_path: Path) -> None:
+    made = copy_run(folder / "runs" / "old", tmp_path / "old")
+    args = yaml.safe_load((made / "args.yaml").read_text())
+    spec = args["settings"]["spec"]
+    for name in ("init_from", "freeze", "train_encoder"):
+        del spec[name]
+    spec["version"] = 2
+    replace_file(made / "args.yaml", yaml.safe_dump(args, sort_keys=False).encode())
+    found = cc.train(folder / "cache", spec=SPEC, runs_dir=tmp_path, name="old", device="cpu")
+    assert found.trained_epochs == 0
+    # What the first version named such a run after.
+    later = {"mixup", "cutmix", "mix_probability", "latent_flip", "ema", "layer_decay", "folds"}
+    old = {name: value for name, value in spec.items() if name not in {*later, "fold"}}
+    bound = args["settings"] | {"spec": old | {"version": 1}}
+    text = json.dumps(bound, sort_keys=True, separators=(",", ":"))
+    named = cc.train(folder / "cache", spec=SPEC, runs_dir=tmp_path, device="cpu")
+    assert Path(named.path).name == f"vitds_nano-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
