@@ -102,6 +102,20 @@ class CnnViTConfig(Record):
         sizes = dict.fromkeys(("embed_dim", "depth", "encoder_width", "latent_channels"), (1, 1))
         check_fields(self, **sizes, image_size=(SIZE_MULTIPLE_PX, SIZE_MULTIPLE_PX))
 
+    @property
+    def latent(self) -> ModelConfig:
+        """The model behind the encoder."""
+        return ModelConfig(
+            name=self.name,
+            embed_dims=(self.embed_dim,),
+            depths=(self.depth,),
+            num_classes=self.num_classes,
+            latent_channels=self.latent_channels,
+            pos_embed=self.pos_embed,
+            latent_size=self.image_size // DOWNSAMPLING,
+            drop_path_rate=self.drop_path_rate,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderViTConfig(Record):
@@ -114,18 +128,12 @@ class EncoderViTConfig(Record):
     """The model behind the encoder."""
     encoder_width: int = 128
     """N of g_a; that of CompressAI quality 1-5, the paper's."""
-    step: float = 1.0
-    """Width of a symbol."""
-    symbol_limit: int = 0
-    """Largest absolute symbol; 0: latents are y itself, nothing is rounded."""
 
     reads: ClassVar[Literal["images"]] = "images"
     """What the model takes: images in [0, 1]."""
 
     def __post_init__(self) -> None:
-        check_fields(self, encoder_width=(1, 1), symbol_limit=(0, 1))
-        if not 0 < self.step < float("inf"):
-            raise UsageError(f"`step` is {self.step!r}; wanted 0 < step")
+        check_fields(self, encoder_width=(1, 1))
 
     @property
     def name(self) -> str:
@@ -202,35 +210,23 @@ class PixelViT(nn.Module):
         return self.head(self.norm(self.blocks(tokens_BND)).mean(dim=1))  # type: ignore[no-any-return]  # modules' calls are untyped
 
 
-class CnnViT(nn.Module):
-    """The paper's control CNN-ViT, as we read it: a trainable g_a, then CI2P-ViT.
+class EncoderViT(nn.Module):
+    """An encoder and the model on its latents, trained together.
 
     ::
 
-        images in [0, 1] -> AnalysisTransform /16 -> CI2PViT: PatchReshape /2 -> blocks -> ...
+        images in [0, 1] -> AnalysisTransform /16 -> y -> CI2PViT -> logits
 
-    The summary of arXiv 2502.10120 names it and its published code lacks it. Ours: the topology of
-    the frozen encoder, drawn at random and trained with the rest. Like the encoder it takes images
-    without mean and deviation. H and W are multiples of 32 and otherwise free, unless there is a
-    positional embedding.
+    y is not rounded, which would have no gradient. Like the frozen encoder it takes images without
+    mean and deviation. H and W are multiples of 32 and otherwise free, unless there is a positional
+    embedding.
     """
 
-    def __init__(self, config: CnnViTConfig) -> None:
+    def __init__(self, config: EncoderViTConfig | CnnViTConfig) -> None:
         super().__init__()
         self.config = config
-        self.g_a = AnalysisTransform(config.encoder_width, config.latent_channels)
-        self.vit = CI2PViT(
-            ModelConfig(
-                name=config.name,
-                embed_dims=(config.embed_dim,),
-                depths=(config.depth,),
-                num_classes=config.num_classes,
-                latent_channels=config.latent_channels,
-                pos_embed=config.pos_embed,
-                latent_size=config.image_size // DOWNSAMPLING,
-                drop_path_rate=config.drop_path_rate,
-            )
-        )
+        self.g_a = AnalysisTransform(config.encoder_width, config.latent.latent_channels)
+        self.vit = CI2PViT(config.latent)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Returns logits (B, K), or pooled features (B, D) where K is 0.
@@ -243,46 +239,12 @@ class CnnViT(nn.Module):
         return self.vit(self.g_a(images_B3HW))  # type: ignore[no-any-return]  # modules' calls are untyped
 
 
-class EncoderViT(nn.Module):
-    """A cache's encoder and the model on its latents, trained together.
+class CnnViT(EncoderViT):
+    """The paper's control CNN-ViT, as we read it: a trainable g_a, then CI2P-ViT.
 
-    ::
-
-        images in [0, 1] -> g_a -> y -> rounded as the cache did -> CI2PViT -> logits
-
-    Where the cache stores symbols, y is rounded to them here too, so with the encoder's weights and
-    those of a run on the cache the logits are that run's. Rounding has no gradient; y's is taken in
-    its place (straight-through: Bengio, Leonard and Courville 2013, arXiv 1308.3432).
+    The summary of arXiv 2502.10120 names it and its published code lacks it. Ours: the topology of
+    the frozen encoder, drawn at random and trained with the rest.
     """
-
-    offset: Tensor
-
-    def __init__(self, config: EncoderViTConfig) -> None:
-        super().__init__()
-        self.config = config
-        channels = config.latent.latent_channels
-        self.g_a = AnalysisTransform(config.encoder_width, channels)
-        self.vit = CI2PViT(config.latent)
-        # The codec's medians: they come with the encoder, and no one trains them.
-        self.register_buffer("offset", torch.zeros(channels))
-
-    def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Returns logits (B, K), or pooled features (B, D) where K is 0.
-
-        Raises:
-            UsageError: there are not four dimensions and three channels, H or W is no multiple of
-                32, or the positional embedding was made for another size.
-        """
-        config = self.config
-        check_images(images_B3HW, name=config.name)
-        y_BMHW = self.g_a(images_B3HW)
-        if config.symbol_limit:
-            offset = self.offset[:, None, None]
-            symbols_BMHW = torch.round((y_BMHW - offset) / config.step)
-            symbols_BMHW = symbols_BMHW.clamp(-config.symbol_limit, config.symbol_limit)
-            stored_BMHW = symbols_BMHW * config.step + offset
-            y_BMHW = y_BMHW + (stored_BMHW - y_BMHW).detach() if self.training else stored_BMHW
-        return self.vit(y_BMHW)  # type: ignore[no-any-return]  # modules' calls are untyped
 
 
 def check_images(images: Tensor, *, name: str, size: int | None = None) -> None:

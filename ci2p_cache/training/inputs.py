@@ -77,15 +77,12 @@ def model_config_for(
             f"{spec.model}"
         )
     return EncoderViTConfig(
-        latent=config,
-        encoder_width=len(encoder_tensors(cache)["g_a.0.weight"]),
-        step=latent.step if latent.is_symbols else 1.0,
-        symbol_limit=latent.symbol_limit if latent.is_symbols else 0,
+        latent=config, encoder_width=len(encoder_tensors(cache)["g_a.0.weight"])
     )
 
 
 def encoder_tensors(cache: Cache) -> dict[str, Tensor]:
-    """Returns what an `EncoderViT` takes over from a cache: its encoder and its medians, on CPU.
+    """Returns what an `EncoderViT` takes over from a cache: its encoder's g_a, on CPU.
 
     Raises:
         UsageError: the encoder has other layers than that of bmshj2018-factorized.
@@ -110,7 +107,7 @@ def encoder_tensors(cache: Cache) -> dict[str, Tensor]:
             "`train_encoder` (--train-encoder) takes encoders with the layers of "
             f"bmshj2018-factorized; that of {cache.path} is {cache.fingerprint.encoder.arch}"
         )
-    return tensors | {"offset": torch.tensor(cache.manifest.offset)}
+    return tensors
 
 
 def require_layers(config: AnyModelConfig, spec: TrainSpec) -> None:
