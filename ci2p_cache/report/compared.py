@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ci2p_cache.report.data import RunData
+from ci2p_cache.report.elements import Cell, Html, markup, percent, section, table
 from ci2p_cache.runs.evaluations import Predictions
 from ci2p_cache.runs.statistics import mean_and_deviation, paired_difference
 
-__all__ = ["SeedGroup", "difference", "seed_groups"]
+__all__ = ["SeedGroup", "difference", "listed", "seed_groups", "seed_table"]
 
 _SEED = "seed"
 _NOT_BINDING = ("init_from",)
@@ -108,3 +109,40 @@ def _right(one: Predictions, other: Predictions) -> npt.NDArray[np.bool_] | None
     ):
         return None
     return one.correct[left]
+
+
+def seed_table(runs: Sequence[RunData]) -> Html:
+    """Returns the configurations of the runs over their seeds; nothing where none has several."""
+    groups = seed_groups(runs)
+    if not groups:
+        return Html("")
+    rows: list[list[Cell]] = []
+    for group in groups:
+        points, spread = group.over_first, group.deviation
+        rows.append(
+            [
+                listed([run.name for run in group.runs]),
+                ", ".join(group.seeds),
+                percent(group.mean),
+                "-" if spread is None else f"{100 * spread:.1f}",
+                ", ".join(percent(each) for each in group.top1),
+                "-" if points is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points),
+            ]
+        )
+    head = [
+        "runs", "seeds", "mean top-1", "standard deviation, points", "each",
+        "points over the first [95 %]",
+    ]  # fmt: skip
+    text = (
+        "Runs that differ in their seed alone are one configuration. The standard deviation is "
+        "over the seeds; the interval is over the images, each of which counts by the share of "
+        "seeds that classify it right."
+    )
+    shown = table("Over seeds", head, rows)
+    return section("Over seeds", shown, markup("<p>{}</p>", text), level=3)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns names with commas between them, of many the first eight."""
+    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + rest

@@ -19,7 +19,7 @@ from ci2p_cache.report.charts import (
     line_chart,
     stacked_chart,
 )
-from ci2p_cache.report.compared import difference, seed_groups
+from ci2p_cache.report.compared import difference, listed, seed_table
 from ci2p_cache.report.data import RunData, is_encoded_again
 from ci2p_cache.report.elements import (
     Cell,
@@ -340,11 +340,11 @@ def comparison_section(runs: Sequence[RunData], *, anchor: str) -> Html:
             "far. Differences are paired, image by image; one whose interval holds 0 is none that "
             "these images show. What another seed would change is not in them.</p>"
         ),
-        _seed_table(runs),
+        seed_table(runs),
     ]
     missing = [run.name for run in runs if run.predictions is None]
     if missing:
-        parts.append(notice(f"Not evaluated, or without predictions: {_listed(missing)}."))
+        parts.append(notice(f"Not evaluated, or without predictions: {listed(missing)}."))
     other = [
         run.name
         for run, difference in zip(runs[1:], differences, strict=True)
@@ -352,7 +352,7 @@ def comparison_section(runs: Sequence[RunData], *, anchor: str) -> Html:
     ]
     if other:
         text = f"Evaluated on other images than {runs[0].name}, so not compared image by image: "
-        parts.append(notice(f"{text}{_listed(other)}."))
+        parts.append(notice(f"{text}{listed(other)}."))
     title = f"{len(runs)} runs compared"
     return section(title, *parts, _compared_curves(runs), _differing_settings(runs), anchor=anchor)
 
@@ -386,48 +386,12 @@ def _result_table(
     return table("Results", head, rows)
 
 
-def _seed_table(runs: Sequence[RunData]) -> Html:
-    """Returns the configurations of the runs over their seeds; nothing where none has several."""
-    groups = seed_groups(runs)
-    if not groups:
-        return Html("")
-    rows: list[list[Cell]] = []
-    for group in groups:
-        points, spread = group.over_first, group.deviation
-        rows.append(
-            [
-                _listed([run.name for run in group.runs]),
-                ", ".join(group.seeds),
-                percent(group.mean),
-                "-" if spread is None else f"{100 * spread:.1f}",
-                ", ".join(percent(each) for each in group.top1),
-                "-" if points is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points),
-            ]
-        )
-    head = [
-        "runs", "seeds", "mean top-1", "standard deviation, points", "each",
-        "points over the first [95 %]",
-    ]  # fmt: skip
-    text = (
-        "Runs that differ in their seed alone are one configuration. The standard deviation is "
-        "over the seeds; the interval is over the images, each of which counts by the share of "
-        "seeds that classify it right."
-    )
-    shown = table("Over seeds", head, rows)
-    return section("Over seeds", shown, markup("<p>{}</p>", text), level=3)
-
-
 def _evaluated(run: RunData) -> str:
     if run.evaluation is None or run.predictions is None:
         return "-" if run.evaluation is None else percent(run.evaluation.top1)
     right, count = int(run.predictions.correct.sum()), len(run.predictions.correct)
     low, high = wilson_interval(right, count)
     return f"{percent(right / count)} [{percent(low)}, {percent(high)}]"
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + rest
 
 
 def _compared_curves(runs: Sequence[RunData]) -> Html:
