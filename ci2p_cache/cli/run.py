@@ -61,7 +61,7 @@ def run(
       ci2p-cache run pipelines/smoke.py:smoke                   half a minute
       ci2p-cache run pipelines/flowers.py:vitds_tiny flowers/   all stages
       ci2p-cache run pipelines/flowers.py:vit_tiny flowers/ --set train.epochs=2
-      ci2p-cache run pipelines/flowers.py:vit_tiny flowers/ --seeds 0,1,2 --cache caches/
+      ci2p-cache run flowers.py:vit_tiny flowers/ --seeds 0,1,2 --cache caches/
       ci2p-cache run imagenet.py:vitds imagenet/ --until encode    then, on GPUs:
       torchrun --nproc-per-node 8 -m ci2p_cache run imagenet.py:vitds imagenet/
 

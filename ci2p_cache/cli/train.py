@@ -26,7 +26,7 @@ __all__ = ["joined_ranks", "train"]
 
 def _read_config(context: typer.Context, file: Path | None) -> Any:
     """Makes the settings of an `args.yaml` the defaults of the command; returns them."""
-    if file is None:
+    if file is None or context.resilient_parsing:
         return None
     from ci2p_cache.training.folder import read_args_file
 
@@ -110,7 +110,6 @@ def train(
       ci2p-cache train shards/ --model vit_b16                 on the images
       ci2p-cache train shards/ --model ci2p+timm:deit_small_patch16_224
       ci2p-cache train new/ --init-from runs/first --epochs 20      fine-tune
-      ci2p-cache train --config runs/first/args.yaml --seed 1       the same, another seed
       ci2p-cache run pipelines/animals10.py:paper_vit IMAGES     the paper
       torchrun --nproc-per-node 4 -m ci2p_cache train shards/            4 GPUs
 

@@ -18,7 +18,7 @@ from ci2p_cache.report.elements import Cell, Html, markup, percent, section, tab
 from ci2p_cache.runs.evaluations import Predictions
 from ci2p_cache.runs.statistics import mean_and_deviation, paired_difference
 
-__all__ = ["SeedGroup", "difference", "listed", "seed_groups", "seed_table"]
+__all__ = ["SeedGroup", "difference", "few_names", "seed_groups", "seed_table"]
 
 _SEED = "seed"
 _NOT_BINDING = ("init_from",)
@@ -121,7 +121,7 @@ def seed_table(runs: Sequence[RunData]) -> Html:
         points, spread = group.over_first, group.deviation
         rows.append(
             [
-                listed([run.name for run in group.runs]),
+                few_names([run.name for run in group.runs]),
                 ", ".join(group.seeds),
                 percent(group.mean),
                 "-" if spread is None else f"{100 * spread:.1f}",
@@ -142,7 +142,7 @@ def seed_table(runs: Sequence[RunData]) -> Html:
     return section("Over seeds", shown, markup("<p>{}</p>", text), level=3)
 
 
-def listed(names: Sequence[str]) -> str:
+def few_names(names: Sequence[str]) -> str:
     """Returns names with commas between them, of many the first eight."""
     rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + rest

@@ -19,7 +19,7 @@ from ci2p_cache.report.charts import (
     line_chart,
     stacked_chart,
 )
-from ci2p_cache.report.compared import difference, listed, seed_table
+from ci2p_cache.report.compared import difference, few_names, seed_table
 from ci2p_cache.report.data import RunData, is_encoded_again
 from ci2p_cache.report.elements import (
     Cell,
@@ -344,7 +344,7 @@ def comparison_section(runs: Sequence[RunData], *, anchor: str) -> Html:
     ]
     missing = [run.name for run in runs if run.predictions is None]
     if missing:
-        parts.append(notice(f"Not evaluated, or without predictions: {listed(missing)}."))
+        parts.append(notice(f"Not evaluated, or without predictions: {few_names(missing)}."))
     other = [
         run.name
         for run, difference in zip(runs[1:], differences, strict=True)
@@ -352,7 +352,7 @@ def comparison_section(runs: Sequence[RunData], *, anchor: str) -> Html:
     ]
     if other:
         text = f"Evaluated on other images than {runs[0].name}, so not compared image by image: "
-        parts.append(notice(f"{text}{listed(other)}."))
+        parts.append(notice(f"{text}{few_names(other)}."))
     title = f"{len(runs)} runs compared"
     return section(title, *parts, _compared_curves(runs), _differing_settings(runs), anchor=anchor)
 

@@ -164,7 +164,7 @@ def _exported(path: Path) -> _Source:
             classes = tuple(map(str, json.loads(facts["classes"])))
     except _DAMAGES as error:
         raise InputDataError(
-            f"{where}, which is no file of `export --format torch`, or damaged: {error!r}"
+            f"{where}; that is not a whole file of `export --format torch`: {error!r}"
         ) from error
     digest = hashlib.sha256(content).hexdigest()
     return _Source(tensors=tensors, sha256=digest, classes=classes, encoder_sha256=None)

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "cache", {"train": {"ant": 5, "bee": 4, "cat": 5}, "val": {"ant": 2, "bee": 4}}
     )
     make_cache(root / "other", {"train": {"dog": 6, "elk": 6}, "val": {"dog": 3, "elk": 3}})
-    do(job("old", SPEC), root)
+    cc.train(root / "cache", spec=SPEC, runs_dir=root / "runs", name="old", device="cpu")
     return root
 
 
@@ -199,7 +199,9 @@ def test_an_export_gives_its_weights_and_a_damaged_one_is_refused(
             new.writestr(name, data)
     for damaged in (content[: len(content) // 2], pickled.getvalue()):
         (tmp_path / "bad.pt2").write_bytes(damaged)
-        with pytest.raises(errors.InputDataError, match="no file of `export --format torch`"):
+        with pytest.raises(
+            errors.InputDataError, match="not a whole file of `export --format torch`"
+        ):
             begun(images / "shards", tmp_path / "x", changed(init_from=str(tmp_path / "bad.pt2")))
 
 
