@@ -123,9 +123,9 @@ def takes_options(
             own = {
                 name: values.pop(declared.flag or name) for name, (*_, declared) in fields.items()
             }
-            made = values.get("config")
-            is_made = isinstance(made, record)
-            command(options=replace(made, **own) if is_made else record(**own), **values)
+            made: Any = values.get("config")
+            options = replace(made, **own) if isinstance(made, record) else record(**own)
+            command(options=options, **values)
 
         signature = inspect.signature(command, eval_str=True)
         parameters: list[inspect.Parameter] = []

@@ -14,6 +14,8 @@ from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import InterruptedRunError, UsageError, command
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ci2p_cache.experiment.run import ExperimentSummary, StageEvent
     from ci2p_cache.experiment.seeds import SeedsSummary
     from ci2p_cache.experiment.spec import Experiment
@@ -134,11 +136,13 @@ def _run(
     from ci2p_cache.cli.train import joined_ranks
     from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
     from ci2p_cache.experiment.run import run_experiment
-    from ci2p_cache.experiment.seeds import run_seeds
+    from ci2p_cache.experiment.seeds import SeedsSummary, run_seeds
     from ci2p_cache.process import tune_process
 
     tune_process(how["device"])
-    run = run_experiment if seeds is None else functools.partial(run_seeds, seeds=seeds)
+    run: Callable[..., ExperimentSummary | SeedsSummary] = run_experiment
+    if seeds is not None:
+        run = functools.partial(run_seeds, seeds=seeds)
     with joined_ranks(how["device"]) as ranks, render.ProgressLine("run", unit="") as line:
         try:
             summary = run(
@@ -158,10 +162,10 @@ def _run(
             return
     if json:
         render.print_json(summary.to_dict())
-    elif seeds is None:
-        _print_summary(summary)
-    else:
+    elif isinstance(summary, SeedsSummary):
         _print_seeds(summary)
+    else:
+        _print_summary(summary)
 
 
 def show_stage(event: StageEvent) -> None:
