@@ -11,9 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from ci2p_cache.cache.codecs import CODECS, CRC_BYTES, codec_of
 from ci2p_cache.cache.commit import CommitRecord, listed_commits, read_commit
@@ -34,6 +31,13 @@ from ci2p_cache.specs import LatentSpec, LayoutSpec
 
 if TYPE_CHECKING:
     import zarr
+    from torch import Tensor
+    from torch.utils.data import ConcatDataset, Dataset
+
+    _Samples = Dataset[tuple[Tensor, int]]
+else:
+    # torch takes seconds to import, and looking at a cache needs none of it.
+    _Samples = object
 
 __all__ = ["Split"]
 
@@ -41,7 +45,7 @@ _MAX_METADATA_BYTES = 2**20
 """Of one zarr.json; ours have a few thousand, most of it the offsets."""
 
 
-class Split(Dataset[tuple[Tensor, int]]):
+class Split(_Samples):
     """One split of a cache; reading is safe from many threads, and from forked processes.
 
     ::
@@ -188,6 +192,12 @@ class Split(Dataset[tuple[Tensor, int]]):
         y, labels = self._samples(np.array([rows % self.num_rows]))
         return y[0], int(labels[0])
 
+    def __add__(self, other: Dataset[Any]) -> ConcatDataset[Any]:
+        """Returns both one after the other, as torch's `ConcatDataset`."""
+        from torch.utils.data import ConcatDataset
+
+        return ConcatDataset([self, other])
+
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, int]]:
         """Returns what `split[row]` gives for each row, read in one call; DataLoader asks for it.
 
@@ -214,7 +224,8 @@ class Split(Dataset[tuple[Tensor, int]]):
 
     def _numbers(self, rows: Any) -> npt.NDArray[np.int64]:
         """Returns the rows that a list, array, tensor or mask names, (n,), 0 <= row < N."""
-        found = rows.numpy(force=True) if isinstance(rows, Tensor) else np.asarray(rows)
+        # Only a tensor's `numpy` takes it from its device and out of autograd.
+        found = np.asarray(rows.numpy(force=True) if hasattr(rows, "numpy") else rows)
         if found.ndim and found.dtype == np.bool_:
             if found.shape != (self.num_rows,):
                 raise IndexError(
@@ -257,6 +268,8 @@ class Split(Dataset[tuple[Tensor, int]]):
             views = np.tile(np.arange(self.num_views), len(rows))
             flat = stored.reshape(-1, *self.latent.shape)
             self.read_batch_into(np.repeat(rows, self.num_views), views, flat)
+        import torch
+
         y = torch.from_numpy(stored.astype(np.float32, copy=False))
         if self.latent.is_symbols:
             y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])

@@ -216,9 +216,9 @@ def _print_seeds(summary: SeedsSummary) -> None:
     if summary.mean is None:
         render.heading(f"{summary.name}: {len(summary.seeds)} seeds")
     else:
-        spread = (
-            "" if summary.deviation is None else f" (standard deviation {summary.deviation:.2%})"
-        )
+        spread = ""
+        if summary.deviation is not None:
+            spread = f" (standard deviation {100 * summary.deviation:.2f} points)"
         each = ", ".join(f"{top1:.2%}" for top1 in summary.top1)
         render.heading(
             f"{summary.name}: top-1 {summary.mean:.2%}{spread} of {len(summary.top1)} seeds: {each}"

@@ -6,14 +6,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ci2p_cache.errors import UsageError
 from ci2p_cache.record import Record, differing_fields
 from ci2p_cache.runs.files import EpochRecord, best_epoch
 from ci2p_cache.specs import Fingerprint
-from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from ci2p_cache.training.ranks import Ranks
 
 __all__ = [
     "EpochRecord",
