@@ -22,7 +22,7 @@ def tune_process(devices: str = "auto") -> None:
     Commands do this. Library functions leave the caller's process alone; a program of your own can
     call it before its first tensor.
 
-    On a CPU it keeps glibc from mapping and faulting every large tensor anew. Batches above one
+    On a CPU it keeps glibc from mapping and faulting every large tensor again. Batches above one
     allocate 67 MB activations, which glibc by default maps on each call: a third or more of the
     time goes into page faults (g_a on one core: 22 images/s without, 35 with). With these settings
     freed blocks stay in the heap and are used again.

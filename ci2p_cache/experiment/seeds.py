@@ -72,6 +72,7 @@ def run_seeds(
     seeds: Sequence[int],
     out: str | Path | None = None,
     *,
+    source: str | Path | None = None,
     device: str = "auto",
     until: Stage = "report",
     cache_dir: str | Path | None = None,
@@ -89,6 +90,7 @@ def run_seeds(
         experiment: What to run; its `train.seed` is replaced.
         seeds: The seeds of training, no two alike.
         out: Folder of all; None: experiments/NAME.
+        source: As for `run_experiment`.
         device: As for `run_experiment`, as all that follow.
         until: The last stage to run.
         cache_dir: Folder of caches that experiments share; None: `caches` in `out`.
@@ -118,6 +120,7 @@ def run_seeds(
                 run_experiment(
                     dataclasses.replace(experiment, name=name, train=spec),
                     root / f"seed-{spec.seed}",
+                    source=source,
                     device=device,
                     until="evaluate" if until == "report" else until,
                     cache_dir=root / "caches" if cache_dir is None else cache_dir,

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import InputDataError, ManifestError, UsageError
-from ci2p_cache.models.complexity import tensor_shapes
 from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.record import read_regular
 from ci2p_cache.runs.files import EXPORT_FACTS
@@ -80,6 +79,9 @@ def initial_weights(
     tensors = encoder_tensors(cache) if spec.train_encoder else {}
     if spec.init_from is None:
         return None, tensors
+    # Only here, as in `encoder_tensors`.
+    from ci2p_cache.models.complexity import tensor_shapes
+
     path = Path(spec.init_from)
     source = _exported(path) if path.suffix in (".pt2", ".onnx") else _of_run(path)
     wanted = tensor_shapes(config)

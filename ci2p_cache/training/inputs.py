@@ -23,7 +23,6 @@ from ci2p_cache.errors import (
 )
 from ci2p_cache.models.baselines import EncoderViTConfig
 from ci2p_cache.models.ci2p_vit import ModelConfig
-from ci2p_cache.models.complexity import tensor_shapes
 from ci2p_cache.models.registry import AnyModelConfig, build_model, model_config
 from ci2p_cache.training.checkpoint import read_tensors
 from ci2p_cache.training.loaders import require_labels, splits_of
@@ -88,6 +87,9 @@ def encoder_tensors(cache: Cache) -> dict[str, Tensor]:
         UsageError: the encoder has other layers than that of bmshj2018-factorized.
         DigestError: the cache's encoder is missing or damaged.
     """
+    # Only here: it counts operations too, which takes parts of torch that training does without.
+    from ci2p_cache.models.complexity import tensor_shapes
+
     path = cache.encoder_path
     try:
         found = read_tensors(path, cache.manifest.encoder)

@@ -144,7 +144,7 @@ def require_same_settings(settings: RunSettings, ranks: Ranks) -> None:
 
     Args:
         settings: This rank's.
-        ranks: Those that train together.
+        ranks: The ranks that train together.
 
     Raises:
         UsageError: this rank's differ from those of rank 0; the message lists them.
@@ -218,7 +218,7 @@ class TrainProgress:
     train_top1: float | None
     """Share of the epoch's images classified right so far, 0 to 1, as old as the loss."""
     images_per_second: float
-    """Of this epoch so far."""
+    """Speed in this epoch so far."""
     wait_share: float
     """Share of the time spent waiting for data, 0 to 1."""
     eta_seconds: float | None

@@ -85,7 +85,7 @@ def test_a_run_begins_with_the_weights_of_another_and_a_head_for_its_own_classes
 ) -> None:
     old = folder / "runs" / "old"
     run, seen = begun(folder / "other", tmp_path, changed(init_from=str(old)))
-    before, after = weights(old, "best"), weights(run)
+    before, after = weights(old), weights(run)
     assert seen.plan is not None
     assert seen.plan.initial is not None
     assert seen.plan.initial.new == ("head.bias", "head.weight")
@@ -146,7 +146,7 @@ def test_frozen_layers_keep_their_weights_and_a_stopped_run_continues_to_the_sam
         assert "error" in do(job("stopped", spec, events={place: "stop"}), folder)
     do(job("stopped", spec), folder)
     assert numbers(folder / "runs" / "stopped") == numbers(whole)
-    before, after = weights(old, "best"), weights(whole)
+    before, after = weights(old), weights(whole)
     same = {name for name in before if torch.equal(before[name], after[name])}
     kept = {n for n in before if n.startswith(("patch_reshape.", "blocks.")) and "running" not in n}
     assert kept - {n for n in before if "tracked" in n} <= same
@@ -185,7 +185,7 @@ def test_an_export_gives_its_weights_and_a_damaged_one_is_refused(
     assert seen.plan is not None
     assert seen.plan.initial is not None
     assert not seen.plan.initial.new
-    before, after = weights(run, "best"), weights(made)
+    before, after = weights(run), weights(made)
     assert all(
         torch.equal(before[n], after[n]) for n in before if n.startswith(("blocks.", "head."))
     )
