@@ -53,14 +53,14 @@ class Diagnosis(Record):
     found: str
     """What was found."""
     advice: str
-    """What to do about it; empty where nothing is to be done."""
+    """What to do about it; empty where nothing is needed."""
 
 
 def diagnose(folder: str | Path = ".") -> tuple[Diagnosis, ...]:
     """Examines this machine and environment.
 
     Args:
-        folder: Where caches are to be written; it, or its nearest parent that is there, is timed.
+        folder: Where caches will be written; it, or its nearest existing parent, is timed.
 
     Returns:
         What was found, in the order of the walk: interpreter, packages, devices, decoder, weights,
@@ -155,14 +155,15 @@ def _devices() -> Iterator[Diagnosis]:
     try:
         import torch
 
-        from ci2p_cache.machine import bf16_notice, num_cores
+        from ci2p_cache.machine import BF16_GAIN, has_bf16, num_cores
     except Exception:  # reported by _imports
         return
     cores = num_cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield _ok("processor", f"{cores} cores, {memory / 2**30:.0f} GiB of memory")
-    slow = bf16_notice(torch.device("cpu"))
-    if slow is not None:
+    if has_bf16(torch.device("cpu")):
+        yield _ok("bfloat16", f"computed by this processor: {BF16_GAIN}")
+    else:
         yield _note("bfloat16", "emulated on this processor", "use --precision float32 on the CPU")
     if not torch.cuda.is_available():
         yield _note("cuda", "no device", "encoding and training run on the CPU")
@@ -184,7 +185,7 @@ def _devices() -> Iterator[Diagnosis]:
 
 
 def _decoder() -> Iterator[Diagnosis]:
-    """Decodes a picture of its own."""
+    """Decodes a picture that it makes."""
     try:
         from PIL import Image
 

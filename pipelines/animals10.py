@@ -21,7 +21,7 @@ warm-up of 20 epochs and a cosine down to 1.25e-6, no gradient clipping, no labe
 
 authors_* is the authors' code as far as a cache can carry it. What differs, because it comes before
 an encoder that is not linear and so before the cache: their random-resized crops, with RandAugment,
-grey, blur, solarize and erasing, are drawn anew in each epoch, here K = 8 are stored and one is
+grey, blur, solarize and erasing, are drawn again in each epoch, here K = 8 are stored and one is
 drawn; Mixup and CutMix on pixels are left out, for mixing latents is another method. How strong
 their RandAugment is could not be read: here it is torchvision's default (--augment authors). Their
 learning rate begins at a third of its peak, here at zero. Their 500 epochs let the cosine

@@ -32,7 +32,7 @@ _OPEN_SHARE = 4
 """One split keeps a quarter of the files that the process may open: 256 of the common 1,024."""
 
 _MAX_INDEX_BYTES = 256 * 2**20
-"""Of the indexes that one split remembers: 8 million rows with two views."""
+"""Limit for the indexes that one split remembers: 8 million rows with two views."""
 
 _INDEX_ENTRY_BYTES = 16
 # Linux's numbers; Python does not name them.
@@ -183,7 +183,7 @@ class OpenShards:
 
     Random order meets another shard with nearly every sample. ImageNet has 1,252 of them and a
     process may often have no more than 1,024 files open, so shards are closed again. The index of a
-    closed one is remembered: where commit record and index were checked anew, a read took five
+    closed one is remembered: where commit record and index were checked again, a read took five
     times as long (932 against 183 us, 1,252 shards, a busy core).
 
     Args:
@@ -236,7 +236,7 @@ class OpenShards:
 
 def _max_open() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # The kernel's own ceiling stands in for "no limit".
+    # The kernel's own ceiling replaces "no limit".
     return max(1, min(2**20, soft if soft >= 0 else 2**20) // _OPEN_SHARE)
 
 
@@ -283,7 +283,7 @@ class RawShards:
         size = num_shards * self._stride
         try:
             self._is_mapped = np.zeros(num_shards, np.bool_)
-            # Pages of zeros that no one writes to take no memory. Offset 0 means "nothing there".
+            # Pages of zeros that are never written take no memory. Offset 0 means "nothing there".
             self._ends = np.zeros(num_shards * shard_chunks, np.int64)
             self._is_checked = np.zeros(num_shards * shard_chunks, np.bool_)
             self._base = _map(0, size, _PROT_NONE, _RESERVED, -1)

@@ -36,7 +36,7 @@ class EncodeProgress:
     bad: int
     """Images that could not be decoded, earlier runs included."""
     images_per_second: float
-    """Of this run so far."""
+    """Speed of this run so far."""
     eta_seconds: float | None
     """Expected rest, by the rate since the warm-up; None until then."""
     waiting_share: float

@@ -164,7 +164,7 @@ class ShardValues(NamedTuple):
 
 
 def read_values(split: Split, shard: int, pool: ThreadPoolExecutor) -> ShardValues:
-    """Reads a whole shard; every latent is held against its crc32c in the index part.
+    """Reads a whole shard; every latent is checked against its crc32c in the index part.
 
     Raises:
         ShardError: the shard is missing, damaged or not committed.
@@ -254,7 +254,7 @@ class Carrier:
         return 0 if self.adds_views(split) else num_good, num_failed
 
     def load(self, split: str, shard: int) -> dict[int, LoadedImage]:
-        """Reads what is carried over of a shard; each latent is held against its crc32c.
+        """Reads what is carried over of a shard; each latent is checked against its crc32c.
 
         Raises:
             ShardError: the shard of the cache is damaged.

@@ -69,7 +69,7 @@ class _Server:
         signal.set_wakeup_fd(writing)
 
     def serve(self) -> None:
-        """Serves until no one holds the other end of `control`."""
+        """Serves until the other end of `control` is closed."""
         while True:
             poll = select.poll()
             poll.register(self._control, select.POLLIN)
@@ -200,7 +200,7 @@ def _bound_memory(spec: ImageSpec) -> int:
 
 
 def _bound_time() -> None:
-    """Lets the kernel end a decoder that computes for ever; waiting for a processor is not it."""
+    """Lets the kernel end a decoder that computes for ever; only processor time counts."""
     limit = int(time.process_time()) + 1 + _CPU_SECONDS
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if hard == resource.RLIM_INFINITY or limit < hard:

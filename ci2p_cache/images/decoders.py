@@ -1,4 +1,4 @@
-"""Decoding in processes of its own: a decoder that crashes costs one image, not the run.
+"""Decoding in separate processes: a decoder that crashes costs one image, not the run.
 
 Image decoders are C code that reads what strangers wrote. One that dies, loops or allocates without
 end takes a worker process with it; the file it held is known, is tried once more in a fresh worker,
@@ -52,7 +52,7 @@ MOST_AT_ONCE = 4
 RAISED: dict[str, type[CacheError]] = {
     error.__name__: error for error in (ImageDecodeError, MissingDependencyError, UsageError)
 }
-"""Errors of ours that an answer may name; any other is a bug and comes as its traceback."""
+"""Our own errors that an answer may name; any other is a bug and comes as its traceback."""
 
 _SERVER_WORDS = [sys.executable, "-P", "-W", "ignore", "-m", "ci2p_cache.images.decoder_process"]
 """What starts the server."""
@@ -93,7 +93,7 @@ class ViewedImage:
 class Decoders:
     """Turns the bytes of image files into views, in worker processes.
 
-    `decode` may be called from any number of threads; each call uses a worker of its own, started
+    `decode` may be called from any number of threads; each call uses a separate worker, started
     when none is idle.
 
     Args:
@@ -114,7 +114,7 @@ class Decoders:
         start_decoder_server()
 
     def end_with(self, owner: object) -> Self:
-        """Has the workers end when `owner` is no longer used, if nothing closed them before."""
+        """Ends the workers when `owner` is no longer used, if nothing closed them before."""
         weakref.finalize(owner, self.close)
         return self
 
@@ -274,7 +274,7 @@ class _Worker:
         return answer
 
     def _send(self, message: dict[str, Any]) -> None:
-        # Where no one listens any more, the last words are still to be received.
+        # When the worker has stopped listening, its last words can still be received.
         with contextlib.suppress(OSError):
             self._channel.send(json.dumps(message).encode())
 
@@ -288,7 +288,7 @@ class _Worker:
         return {}
 
     def hang_up(self) -> None:
-        """Wakes whoever waits for an answer; the worker ends when it next looks."""
+        """Wakes the thread that waits for an answer; the worker ends when it next looks."""
         self._channel.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet
 
 import ci2p_cache as cc
-from ci2p_cache.cache.codecs import CODECS
+from ci2p_cache.cache.codecs import codec_of
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.containers import put_shard
 from ci2p_cache.cache.index import (
@@ -34,6 +34,7 @@ from ci2p_cache.encoding.plan import ShardPlan, build_plan
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.source import ImageRef
 from ci2p_cache.specs import (
+    FORMAT_VERSION,
     CodecName,
     DType,
     EncoderSpec,
@@ -42,6 +43,7 @@ from ci2p_cache.specs import (
     LatentSpec,
     LayoutSpec,
     ViewSpec,
+    default_level,
 )
 from tests.support.seals import digest, reseal, write_json
 
@@ -131,6 +133,8 @@ def make_cache(
     views: ViewSpec | None = None,
     format: str = "zarr",
     codec: CodecName = "zstd",
+    fold: bool = False,
+    format_version: int = FORMAT_VERSION,
     shard_samples: int = 8,
     bad: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Path:
@@ -148,6 +152,8 @@ def make_cache(
         views: The views of a training sample; None for the image and its mirror.
         format: Container of the latents.
         codec: Byte codec of the chunks.
+        fold: Whether they hold folded symbols.
+        format_version: Version of the cache.
         shard_samples: Images per shard.
         bad: Rows of each split that could not be decoded.
     """
@@ -155,8 +161,10 @@ def make_cache(
     layout = LayoutSpec(
         format=format,  # type: ignore[arg-type]  # one of the formats
         codec=codec,
+        level=default_level(format_version, codec, fold=fold),
+        fold=fold,
         shard_samples=shard_samples,
-        # Nothing is drawn where the splits are given; `make_old` can make an old one of it.
+        # What format 1 has; nothing is drawn where the splits are given.
         split="hashed",
     )
     fingerprint = Fingerprint(
@@ -169,6 +177,7 @@ def make_cache(
     root.mkdir(parents=True)
     with locked(root / ".lock", what="test"), StagingArea(root) as staging:
         manifest = Manifest(
+            format_version=format_version,
             software="ci2p-cache tests",
             state="encoding",
             fingerprint=fingerprint,
@@ -197,7 +206,7 @@ def _put_shard(
     """Draws and commits one shard; every latent is a pure function of its split, row and view."""
     latent, layout = manifest.fingerprint.latent, manifest.layout
     shape: SplitRecord = manifest.splits[shard.split]
-    codec = CODECS[layout.codec](level=layout.level, chunk_bytes=latent.num_bytes)
+    codec = codec_of(manifest.format_version, layout, latent)
     rows: list[IndexRow] = []
     chunks: list[bytes | None] = [None] * (shape.shard_rows * shape.views)
     raw: dict[tuple[int, int], bytes] = {}
@@ -233,6 +242,7 @@ def _put_shard(
 
     def record(**fields: Any) -> CommitRecord:
         return CommitRecord(
+            format_version=manifest.format_version,
             first_row=shard.first_row,
             rows=len(shard.samples),
             valid_rows=sum(row.status == "ok" for row in rows),
@@ -249,7 +259,7 @@ def _put_shard(
 
 
 def make_old(root: Path) -> Path:
-    """Turns a complete cache, drawn by hash, into one from before the index had `split`."""
+    """Turns a complete cache into the one that was written before the index had `split`."""
     manifest = json.loads((root / "cache.json").read_text())
     for part in sorted((root / "index").iterdir()):
         name, _, number = part.stem.rpartition("-")
@@ -258,7 +268,6 @@ def make_old(root: Path) -> Path:
     for split in manifest["splits"].values():
         del split["names_split"]
         split["bytes"] = 0
-    assert manifest["layout"].pop("split") == "hashed"
     write_json(root / "cache.json", manifest)
     reseal(root)
     for path in (root / "commits").iterdir():
