@@ -13,8 +13,8 @@ from ci2p_cache.fields import check_options, option
 from ci2p_cache.images.source import Labels, SourceOptions
 from ci2p_cache.record import Record
 from ci2p_cache.specs import (
-    AugmentSpec,
     FORMAT_VERSION,
+    AugmentSpec,
     CodecName,
     DType,
     FormatName,
