@@ -19,9 +19,10 @@ from ci2p_cache.errors import (
     ManifestError,
     UsageError,
 )
+from ci2p_cache.models.own_models import with_own_code
 from ci2p_cache.models.registry import AnyModelConfig, build_model
 from ci2p_cache.record import differing_fields, read_json
-from ci2p_cache.runs.files import ARGS, MODEL_FILE, ModelFile, read_model_file
+from ci2p_cache.runs.files import ARGS, CODE, MODEL_FILE, ModelFile, read_model_file
 from ci2p_cache.training.checkpoint import (
     CHECKPOINTS,
     MODEL,
@@ -58,16 +59,22 @@ class RunFolder:
     """Where training stood there."""
 
 
-def open_run(path: str | Path, *, checkpoint: str | Path = "best") -> RunFolder:
+def open_run(
+    path: str | Path, *, checkpoint: str | Path = "best", model: str | Path | None = None
+) -> RunFolder:
     """Opens a run folder, or a checkpoint folder inside one.
 
     Args:
         path: `runs/NAME`, or `runs/NAME/checkpoints/epoch-...`, which chooses the checkpoint.
         checkpoint: best (highest validation top-1), last, or a checkpoint folder or its name. Not
             looked at where `path` is a checkpoint folder.
+        model: The file of the run's own model, `FILE.py`, of the run's sha256; its code runs.
 
     Raises:
         InputDataError: there is no run, or it has no checkpoint yet.
+        RefusedError: the run has a model of its own, and no file is named.
+        RunMismatchError: the file has changed since the run was started.
+        UsageError: the run's model needs no file.
         ManifestError: `args.yaml` or `model.json` is damaged; names the file.
         CheckpointError: the checkpoint is missing, damaged or of another run; names it.
     """
@@ -78,6 +85,7 @@ def open_run(path: str | Path, *, checkpoint: str | Path = "best") -> RunFolder:
     if args is None:
         raise InputDataError(f"{path} is no run folder: it has no {ARGS}", hint=_hint(path))
     file, config = read_model_file(path)
+    config = with_own_code(config, model, run=path, copy=path / CODE)
     folder = _chosen(path, checkpoint)
     try:
         state = read_state(folder)

@@ -89,6 +89,7 @@ def evaluate(
     source: str | None = None,
     out: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    model: str | Path | None = None,
 ) -> Evaluation:
     """Evaluates a checkpoint, and writes the result and a row per image into its run.
 
@@ -114,6 +115,7 @@ def evaluate(
         out: Folder for the two files instead of `evaluations` in the run, which is then only read.
             Files of the same name there are not replaced.
         on_progress: Called with how many of how many images are done.
+        model: The file of the run's own model, `FILE.py`, if it has one; its code runs.
 
     Returns:
         What the JSON file holds.
@@ -126,11 +128,13 @@ def evaluate(
         SourceError: the images are not there any more.
         ShardError: the cache is damaged.
         UsageError: there is no such split or device, or `out` is in a cache.
-        RefusedError: `out` holds a file of that name already.
+        RefusedError: `out` holds a file of that name already, or the run has a model of its own
+            and no file is named.
+        RunMismatchError: that file has changed since the run was started.
         LockedError: another process evaluates this run.
         ResourceError: the results cannot be written.
     """
-    opened = open_run(run, checkpoint=checkpoint)
+    opened = open_run(run, checkpoint=checkpoint, model=model)
     spec = opened.args.settings.spec
     data, content = _open_data(opened, cache)
     is_own = content is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ci2p_cache.errors import InterruptedRunError, UsageError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.resident import Resident
 from ci2p_cache.machine import bf16_notice
-from ci2p_cache.models.registry import AnyModelConfig
+from ci2p_cache.models.registry import AnyModelConfig, bound_name
 from ci2p_cache.outputs import refuse_url
 from ci2p_cache.runs.files import EpochRecord, best_epoch
 from ci2p_cache.training.checkpoint import Checkpoint, TrainState, checkpoint_path, share_checkpoint
@@ -338,7 +338,8 @@ def _checked(
     require_layers(config, spec)
     splits = train_and_val(cache, spec, ranks)
     settings = RunSettings(
-        spec=spec,
+        # Never a path, which binds nothing; of a model of the user's own also the file's digest.
+        spec=replace(spec, model=bound_name(config)),
         fingerprint=cache.fingerprint,
         data_sha256=data_digest(cache),
         loader=loader_name(config, loader, resident),
