@@ -26,7 +26,7 @@ __all__ = [
     "naming_errors",
     "needed_arguments",
     "pinned_location",
-    "read_file",
+    "read_python",
     "split_location",
 ]
 
@@ -52,7 +52,7 @@ def pinned_location(name: str) -> tuple[Path, str, str | None] | None:
     return (Path(found[1]), found[2], found[3]) if found else None
 
 
-def read_file(path: Path, *, hint: str | None = None) -> bytes:
+def read_python(path: Path, *, hint: str | None = None) -> bytes:
     """Returns the content of a Python file; `hint` says where such files are, for the error.
 
     Raises:

@@ -135,7 +135,7 @@ class _TokenTransformer(nn.Module):
 
     def __init__(self, width: int, out: int = 64) -> None:
         super().__init__()
-        from timm.layers import Mlp
+        from timm.layers.mlp import Mlp
 
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(out)
         self.qkv, self.proj = nn.Linear(width, 3 * out, bias=False), nn.Linear(out, out)
@@ -167,15 +167,18 @@ class _TokensToToken(nn.Module):
 def _overlapping(tokens_BND: Tensor) -> Tensor:
     """Returns each other token with its eight neighbours, (B, N / 4, 9 D)."""
     side = isqrt(tokens_BND.shape[1])
-    return unfold(tokens_BND.mT.unflatten(2, (side, side)), 3, stride=2, padding=1).mT
+    maps_BDHW = tokens_BND.mT.reshape(len(tokens_BND), -1, side, side)
+    return unfold(maps_BDHW, 3, stride=2, padding=1).mT
 
 
 class _T2TViT(nn.Module):
     """T2T-ViT (Yuan et al. 2021): token transformers, then a deep and narrow ViT."""
 
+    pos_embed: Tensor
+
     def __init__(self, num_classes: int, image_size: int, drop_path_rate: float) -> None:
         super().__init__()
-        from timm.layers import calculate_drop_path_rates
+        from timm.layers.drop import calculate_drop_path_rates
         from timm.models.vision_transformer import Block
 
         width, depth = 512, 24
@@ -185,7 +188,9 @@ class _T2TViT(nn.Module):
         positions = _sinusoid((image_size // 16) ** 2 + 1, width)
         self.register_buffer("pos_embed", positions, persistent=False)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.Sequential(*[Block(width, 8, 3.0, drop_path=rate) for rate in rates])
+        self.blocks = nn.Sequential(
+            *[Block(width, 8, 3.0, drop_path=float(rate)) for rate in rates]
+        )
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
@@ -228,7 +233,7 @@ class _LocalMlp(nn.Module):
     def forward(self, tokens_BND: Tensor) -> Tensor:
         first, patches = tokens_BND[:, :1], tokens_BND[:, 1:]
         side = isqrt(patches.shape[1])
-        seen = self.layers(patches.mT.unflatten(2, (side, side)))
+        seen = self.layers(patches.mT.reshape(len(patches), -1, side, side))
         return torch.cat([first, seen.flatten(2).mT], dim=1)
 
 
@@ -240,7 +245,8 @@ class _CeiT(nn.Module):
 
     def __init__(self, num_classes: int, image_size: int, drop_path_rate: float) -> None:
         super().__init__()
-        from timm.layers import Mlp, calculate_drop_path_rates
+        from timm.layers.drop import calculate_drop_path_rates
+        from timm.layers.mlp import Mlp
         from timm.models.cait import ClassAttn
         from timm.models.vision_transformer import Block
 
@@ -257,7 +263,7 @@ class _CeiT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
-            Block(width, heads, qkv_bias=True, drop_path=rate, mlp_layer=_LocalMlp)  # type: ignore[arg-type]  # any module
+            Block(width, heads, qkv_bias=True, drop_path=float(rate), mlp_layer=_LocalMlp)  # type: ignore[arg-type]  # any module
             for rate in rates
         )
         self.norm1, self.norm2, self.norm = (nn.LayerNorm(width) for _ in range(3))
@@ -269,7 +275,7 @@ class _CeiT(nn.Module):
         patches = self.stem(images_B3HW).flatten(2).mT
         first = self.cls_token.expand(len(patches), -1, -1)
         tokens = torch.cat([first, patches], dim=1) + self.pos_embed
-        firsts = []
+        firsts: list[Tensor] = []
         for block in self.blocks:
             tokens = block(tokens)
             firsts.insert(0, tokens[:, :1])

@@ -32,7 +32,7 @@ from ci2p_cache.imported import (
     naming_errors,
     needed_arguments,
     pinned_location,
-    read_file,
+    read_python,
     split_location,
 )
 from ci2p_cache.record import Record, differing_fields, read_json
@@ -342,7 +342,7 @@ def recipe_command(path: Path, name: str) -> str:
 
 
 def _imported(path: Path) -> ModuleType:
-    return import_file(path, read_file(path, hint=_WHERE))
+    return import_file(path, read_python(path, hint=_WHERE))
 
 
 def _recipes(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:

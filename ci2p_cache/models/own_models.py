@@ -32,7 +32,7 @@ from ci2p_cache.imported import (
     naming_errors,
     needed_arguments,
     pinned_location,
-    read_file,
+    read_python,
     split_location,
 )
 from ci2p_cache.models.baselines import check_images
@@ -126,7 +126,7 @@ def _read(path: Path, name: str, sha256: str | None) -> tuple[OwnCode, str]:
         UsageError: there is no such file or name, or importing it raises.
         RunMismatchError: the file has another digest.
     """
-    content = read_file(path)
+    content = read_python(path)
     found = hashlib.sha256(content).hexdigest()
     if sha256 not in (None, found):
         raise RunMismatchError(
@@ -139,13 +139,19 @@ def _read(path: Path, name: str, sha256: str | None) -> tuple[OwnCode, str]:
     return OwnCode(path, content, make), found
 
 
-def own_config(name: str, **settings: Any) -> OwnConfig:
+def own_config(
+    name: str,
+    *,
+    num_classes: int,
+    latent_channels: int,
+    latent_size: int,
+    pos_embed: bool,
+    drop_path_rate: float,
+) -> OwnConfig:
     """Returns the record of a model of one's own, built once and run on one batch.
 
-    Args:
-        name: `FILE.py:NAME`, or with `#` and the sha256 that the file must have.
-        settings: Fields of the record: num_classes, latent_channels, latent_size, pos_embed,
-            drop_path_rate.
+    `name` is `FILE.py:NAME`, or with `#` and the sha256 that the file must have; all else is as for
+    `registry.model_config`.
 
     Raises:
         UsageError: the file cannot be used, the model takes other arguments or takes no notice of a
@@ -157,7 +163,16 @@ def own_config(name: str, **settings: Any) -> OwnConfig:
     code, sha256 = _read(*location)
     label = f"{location[0].name}:{location[1]}"
     base = OwnConfig(
-        name=label, sha256=sha256, reads="latents", parameters=0, code=code, **settings
+        name=label,
+        sha256=sha256,
+        reads="latents",
+        parameters=0,
+        num_classes=num_classes,
+        latent_channels=latent_channels,
+        latent_size=latent_size,
+        pos_embed=pos_embed,
+        drop_path_rate=drop_path_rate,
+        code=code,
     )
     with torch.random.fork_rng(devices=[]):
         module = _made(base)
@@ -221,7 +236,7 @@ def _check_weights(name: str, module: nn.Module) -> None:
     places: dict[int, str] = {}
     for key, value in module.state_dict().items():
         if not isinstance(value, Tensor):
-            raise UsageError(f"{name} has {key} in its state_dict, which is no tensor")
+            raise UsageError(f"{name} has {key} in its state_dict; only tensors can be saved")
         other = places.setdefault(value.data_ptr(), key) if value.numel() else key
         if other != key:
             raise UsageError(f"{name} has {key} and {other} in one memory; checkpoints keep each")

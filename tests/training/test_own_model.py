@@ -20,6 +20,7 @@ from ci2p_cache import errors
 from ci2p_cache.inference.run_folder import open_run
 from ci2p_cache.models.registry import model_config
 from ci2p_cache.runs.files import EpochRecord, num_parameters
+from ci2p_cache.training.records import TrainObserver
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
 from tests.support.trained import folder_of, rewrite_json
@@ -55,7 +56,7 @@ pixels.reads = "images"
 """
 
 
-class Stops(cc.TrainObserver):
+class Stops(TrainObserver):
     """Stops a run after its first epoch."""
 
     def epoch(self, record: EpochRecord) -> None:
