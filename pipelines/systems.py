@@ -8,11 +8,12 @@ Paper:    Zhao and Sun, arXiv 2502.10120, and those named in `SYSTEMS`.
 Command:  python pipelines/systems.py flowers/ --out systems/
           python pipelines/systems.py                        only count
 Needs:    pip install 'ci2p-cache[systems]'
-Hours:    see pipelines/README.md, where the table is.
+Hours:    13 minutes on one of two AVX2 cores (AMD EPYC, 2026-11); README.md has the table.
+Disk:     22 GB of checkpoints.
 
 One cache, one order, one recipe for all: the same images in the same batches at the same rates. By
 default that is far too little for accuracy (64 px, 250 images, 3 epochs: sized for two CPU cores);
-it shows that each is trained, saved and evaluated. Parameters and MACs are of the published size.
+it shows that each is trained, validated and saved. Parameters and MACs are of the published size.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ def cvt_21(num_classes: int, drop_path_rate: float) -> nn.Module:
     return _normalised(_Logits(CvtForImageClassification(config)))
 
 
+def _rates(last: float, depth: int) -> list[float]:
+    """Returns the stochastic depth of each block, from 0 at the first."""
+    return [last * block / (depth - 1) for block in range(depth)]
+
+
 class _PositionGenerator(nn.Module):
     """CPVT's positional encoding: a depthwise convolution over the patches, class token apart."""
 
@@ -178,7 +184,6 @@ class _T2TViT(nn.Module):
 
     def __init__(self, num_classes: int, image_size: int, drop_path_rate: float) -> None:
         super().__init__()
-        from timm.layers.drop import calculate_drop_path_rates
         from timm.models.vision_transformer import Block
 
         width, depth = 512, 24
@@ -187,10 +192,8 @@ class _T2TViT(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         positions = _sinusoid((image_size // 16) ** 2 + 1, width)
         self.register_buffer("pos_embed", positions, persistent=False)
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.Sequential(
-            *[Block(width, 8, 3.0, drop_path=float(rate)) for rate in rates]
-        )
+        rates = _rates(drop_path_rate, depth)
+        self.blocks = nn.Sequential(*[Block(width, 8, 3.0, drop_path=rate) for rate in rates])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
@@ -245,7 +248,6 @@ class _CeiT(nn.Module):
 
     def __init__(self, num_classes: int, image_size: int, drop_path_rate: float) -> None:
         super().__init__()
-        from timm.layers.drop import calculate_drop_path_rates
         from timm.layers.mlp import Mlp
         from timm.models.cait import ClassAttn
         from timm.models.vision_transformer import Block
@@ -261,9 +263,9 @@ class _CeiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // 16) ** 2 + 1, width))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = _rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
-            Block(width, heads, qkv_bias=True, drop_path=float(rate), mlp_layer=_LocalMlp)  # type: ignore[arg-type]  # any module
+            Block(width, heads, qkv_bias=True, drop_path=rate, mlp_layer=_LocalMlp)  # type: ignore[arg-type]  # any module
             for rate in rates
         )
         self.norm1, self.norm2, self.norm = (nn.LayerNorm(width) for _ in range(3))
