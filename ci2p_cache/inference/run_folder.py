@@ -60,13 +60,13 @@ class RunFolder:
 
 
 def open_run(
-    path: str | Path, *, checkpoint: str | Path = "best", model: str | Path | None = None
+    path: str | Path, *, checkpoint: str | Path = "last", model: str | Path | None = None
 ) -> RunFolder:
     """Opens a run folder, or a checkpoint folder inside one.
 
     Args:
         path: `runs/NAME`, or `runs/NAME/checkpoints/epoch-...`, which chooses the checkpoint.
-        checkpoint: best (highest validation top-1), last, or a checkpoint folder or its name. Not
+        checkpoint: last, best (highest validation top-1), or a checkpoint folder or its name. Not
             looked at where `path` is a checkpoint folder.
         model: The file of the run's own model, `FILE.py`, of the run's sha256; its code runs.
 
