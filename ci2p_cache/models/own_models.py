@@ -95,6 +95,11 @@ class OwnConfig(Record):
             )
 
     @property
+    def bound_name(self) -> str:
+        """What binds a run folder: the name with the file's digest, and never a path."""
+        return f"{self.name}#{self.sha256}"
+
+    @property
     def input_shape(self) -> tuple[int, int, int]:
         """Shape of one input."""
         if self.reads == "latents":

@@ -31,7 +31,14 @@ from torch import nn
 
 from ci2p_cache.errors import ManifestError, UnknownModelError, UsageError
 from ci2p_cache.imported import pinned_location
-from ci2p_cache.models.baselines import CnnViT, CnnViTConfig, PixelViT, PixelViTConfig
+from ci2p_cache.models.baselines import (
+    CnnViT,
+    CnnViTConfig,
+    EncoderViT,
+    EncoderViTConfig,
+    PixelViT,
+    PixelViTConfig,
+)
 from ci2p_cache.models.ci2p_vit import CI2PViT, ModelConfig
 from ci2p_cache.models.own_models import OwnConfig, OwnModel, own_config
 from ci2p_cache.models.timm_models import (
@@ -48,7 +55,6 @@ from ci2p_cache.specs import DOWNSAMPLING
 
 __all__ = [
     "AnyModelConfig",
-    "bound_name",
     "build_model",
     "config_from_dict",
     "create_model",
@@ -57,7 +63,13 @@ __all__ = [
 ]
 
 AnyModelConfig = (
-    ModelConfig | PixelViTConfig | CnnViTConfig | TimmConfig | CI2PTimmConfig | OwnConfig
+    ModelConfig
+    | PixelViTConfig
+    | CnnViTConfig
+    | EncoderViTConfig
+    | TimmConfig
+    | CI2PTimmConfig
+    | OwnConfig
 )
 """The record of any model; each has `name`, `num_classes` and `reads`."""
 
@@ -80,6 +92,8 @@ _KINDS: dict[str, tuple[type[AnyModelConfig], Callable[[Any], nn.Module]]] = {
     "": (ModelConfig, CI2PViT),
     "pixel_vit": (PixelViTConfig, PixelViT),
     "cnn_vit": (CnnViTConfig, CnnViT),
+    # Of no name: `train --train-encoder` puts the cache's encoder in front of `vit` and `vitds`.
+    "encoder_vit": (EncoderViTConfig, EncoderViT),
     "timm": (TimmConfig, TimmClassifier),
     "ci2p_timm": (CI2PTimmConfig, build_ci2p_timm),
     "own": (OwnConfig, OwnModel),
@@ -177,11 +191,6 @@ def config_from_dict(data: Any) -> AnyModelConfig:
             f"{', '.join(filter(None, _KINDS))}"
         )
     return _KINDS[kind][0].from_dict(data)
-
-
-def bound_name(config: AnyModelConfig) -> str:
-    """Returns the name that a run folder is bound to: of a model of one's own with its digest."""
-    return f"{config.name}#{config.sha256}" if isinstance(config, OwnConfig) else config.name
 
 
 def build_model(config: AnyModelConfig) -> nn.Module:

@@ -17,7 +17,6 @@ import yaml
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.inference.run_folder import open_run
 from ci2p_cache.models.registry import model_config
 from ci2p_cache.runs.files import EpochRecord, num_parameters
 from ci2p_cache.training.records import TrainObserver
@@ -164,7 +163,12 @@ def test_no_command_runs_the_code_of_a_run_folder_by_itself(
     for field, value in (("code", str(folder / "model.py")), ("name", f"{folder}/model.py:Small")):
         rewrite_json(folder / "model.json", model=data["model"] | {field: value})
         with pytest.raises(errors.ManifestError):
-            open_run(folder, model=made / "mine.py")
+            cc.evaluate(folder, model=made / "mine.py")
+    args = (folder / "args.yaml").read_text()
+    (folder / "args.yaml").write_text(args.replace("mine.py:Small", f"{folder}/model.py:Small"))
+    ran = run("train", "--config", folder / "args.yaml", "--out", tmp_path / "runs")
+    assert ran.code == 4
+    assert "--config names the model model.py:Small; its code runs only" in ran.err
     assert not (folder / "ran").exists()
 
 
@@ -173,7 +177,15 @@ def test_a_file_is_not_named_for_a_run_that_needs_none(made: Path, tmp_path: Pat
     config = model_config("vit_tiny", num_classes=2, latent_size=2)
     rewrite_json(folder / "model.json", model=config.to_dict())
     with pytest.raises(errors.UsageError, match="has the model vit_tiny; it needs no file"):
-        open_run(folder, model=made / "mine.py")
+        cc.load_classifier(folder, model=made / "mine.py")
+
+
+def test_its_weights_begin_another_run_without_its_code(made: Path, tmp_path: Path) -> None:
+    begun = dataclasses.replace(spec(made / "mine.py"), init_from=str(made / "runs" / "run"))
+    cc.train(made / "shards", spec=begun, runs_dir=tmp_path, name="more", device="cpu")
+    settings = yaml.safe_load((tmp_path / "more" / "args.yaml").read_text())["settings"]
+    assert settings["initial"]["taken"] == 9
+    assert settings["initial"]["new"] == []
 
 
 def test_a_recipe_names_one_on_images_and_continues_where_it_was_moved(
