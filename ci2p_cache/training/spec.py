@@ -53,7 +53,7 @@ class TrainSpec(Record):
     model: str = option(
         "vitds",
         "On latents: vit, vitds, these with _small or _tiny, ci2p+timm:NAME. On the images: "
-        "vit_b16, vit_s16, vit_ti16, cnn_vit (_small, _tiny), timm:NAME.",
+        "vit_b16, vit_s16, vit_ti16, cnn_vit (_small, _tiny), timm:NAME. Either: FILE.py:NAME.",
     )
     epochs: int = option(
         100, "Passes over the training images; the paper takes 300.", low=1, high=10**6
