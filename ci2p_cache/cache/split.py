@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ from ci2p_cache.specs import LatentSpec, LayoutSpec
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["Split"]
+__all__ = ["Split", "SplitDataset"]
 
 _MAX_METADATA_BYTES = 2**20
 """Of one zarr.json; ours have a few thousand, most of it the offsets."""
@@ -150,6 +150,24 @@ class Split(Dataset[tuple[Tensor, int]]):
         subset._is_subset = True
         return subset
 
+    def as_dataset(
+        self,
+        view: int | Literal["random"] = 0,
+        *,
+        transform: Callable[[Tensor], Any] | None = None,
+    ) -> SplitDataset:
+        """Returns the valid rows as a map-style dataset of (latent, label), one view of each.
+
+        Args:
+            view: 0 <= view < V; or random: each access draws one with torch's generator, which
+                DataLoader seeds anew in each worker and epoch.
+            transform: Applied to each latent, float32 (M, h, w).
+
+        Raises:
+            UsageError: there is no such view.
+        """
+        return SplitDataset(self, view, transform)
+
     @overload
     def __getitem__(
         self, rows: slice | Sequence[int] | npt.NDArray[Any] | Tensor
@@ -248,19 +266,35 @@ class Split(Dataset[tuple[Tensor, int]]):
                 f"subset{'' if self.cache.is_complete else ', or is not encoded yet'}",
                 hint="`split.valid_rows` lists the rows that hold one",
             )
-        stored = np.empty((len(rows), self.num_views, *self.latent.shape), self.latent.dtype)
-        if len(rows) == 1:
+        views = np.tile(np.arange(self.num_views), len(rows))
+        flat = self.read_views(np.repeat(rows, self.num_views), views)
+        y = flat.reshape(len(rows), *self.shape[1:])
+        return y, torch.from_numpy(self.labels[rows].astype(np.int64))
+
+    def read_views(self, rows: npt.NDArray[np.int64], views: npt.NDArray[np.int64]) -> Tensor:
+        """Reads one view of each row, dequantised.
+
+        Args:
+            rows: (n,), each 0 <= row < N and valid, with repetitions.
+            views: (n,), each 0 <= view < V.
+
+        Returns:
+            float32 (n, M, h, w), new memory on the CPU.
+
+        Raises:
+            ShardError: a shard is missing, damaged or not committed, or a row holds nothing.
+        """
+        stored = np.empty((len(rows), *self.latent.shape), self.latent.dtype)
+        if len(set(rows.tolist())) == 1:
             # Read by position: for a single row no file is mapped.
-            for view, out in enumerate(stored[0]):
-                self.read_into(int(rows[0]), view, out)
+            for row, view, out in zip(rows.tolist(), views.tolist(), stored, strict=True):
+                self.read_into(row, view, out)
         else:
-            views = np.tile(np.arange(self.num_views), len(rows))
-            flat = stored.reshape(-1, *self.latent.shape)
-            self.read_batch_into(np.repeat(rows, self.num_views), views, flat)
+            self.read_batch_into(rows, views, stored)
         y = torch.from_numpy(stored.astype(np.float32, copy=False))
         if self.latent.is_symbols:
             y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
-        return y, torch.from_numpy(self.labels[rows].astype(np.int64))
+        return y
 
     @property
     def num_views(self) -> int:
@@ -535,6 +569,79 @@ class Split(Dataset[tuple[Tensor, int]]):
             values = table["label"] if name == "labels" else pc.equal(table["status"], "ok")
             found[rows.start : rows.stop] = values.to_numpy()
         return found
+
+
+class SplitDataset(Dataset[tuple[Any, int]]):
+    """The valid rows of a split, numbered 0 to n - 1, for the loops of other libraries.
+
+    `dataset[i]` is a latent, float32 (M, h, w) on the CPU, and its label, an int;
+    `Split.as_dataset` makes it. Reading is safe from threads and forked processes; a pickle opens
+    the cache again, as a split's does, and needs a `transform` that can be pickled.
+
+    Args:
+        split: The split, or a subset of one.
+        view: As for `Split.as_dataset`.
+        transform: As for `Split.as_dataset`.
+
+    Raises:
+        UsageError: there is no such view.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        view: int | Literal["random"] = 0,
+        transform: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        numbers = range(split.num_views)
+        if view != "random" and (isinstance(view, bool) or view not in numbers):
+            raise UsageError(
+                f"`view` is {view!r}; split {split.name!r} has views 0 to {numbers[-1]}, or 'random'"
+            )
+        self.split = split
+        self.view = view
+        self.transform = transform
+
+    def __repr__(self) -> str:
+        return f"SplitDataset({self.split!r}, view={self.view!r}, transform={self.transform!r})"
+
+    def __len__(self) -> int:
+        return len(self.split.valid_rows)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+        return self.split.classes
+
+    @cached_property
+    def targets(self) -> list[int]:
+        """The label of each item, the name that torchvision's datasets have for it."""
+        labels: list[int] = self.split.labels[self.split.valid_rows].tolist()
+        return labels
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Returns a latent and its label.
+
+        Raises:
+            IndexError: there is no such item.
+            ShardError: a shard is missing or damaged.
+        """
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        """Returns what `dataset[i]` gives for each, read in one call; DataLoader asks for it.
+
+        Raises:
+            IndexError, ShardError: as for `dataset[i]`.
+        """
+        rows = self.split.valid_rows[np.asarray(indices, np.int64)]
+        if self.view == "random":
+            views = torch.randint(self.split.num_views, (len(rows),)).numpy()
+        else:
+            views = np.full(len(rows), self.view, np.int64)
+        latents = self.split.read_views(rows, views)
+        shown = latents if self.transform is None else map(self.transform, latents)
+        return list(zip(shown, self.split.labels[rows].tolist(), strict=True))
 
 
 def _valid_rows(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
