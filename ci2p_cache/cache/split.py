@@ -596,7 +596,8 @@ class SplitDataset(Dataset[tuple[Any, int]]):
         numbers = range(split.num_views)
         if view != "random" and (isinstance(view, bool) or view not in numbers):
             raise UsageError(
-                f"`view` is {view!r}; split {split.name!r} has views 0 to {numbers[-1]}, or 'random'"
+                f"`view` is {view!r}; split {split.name!r} has views 0 to {numbers[-1]}, "
+                "or 'random'"
             )
         self.split = split
         self.view = view
