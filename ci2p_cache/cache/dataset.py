@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,6 +67,10 @@ class SplitDataset(Dataset[tuple[Any, int]]):
         """The label of each item, the name that torchvision's datasets have for it."""
         labels: list[int] = self.split.labels[self.split.valid_rows].tolist()
         return labels
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        """Yields every item, in order."""
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Returns a latent and its label.
