@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ci2p_cache.process import tune_process
     from ci2p_cache.runs.evaluations import Evaluation
     from ci2p_cache.specs import (
+        AugmentSpec,
         EncoderSpec,
         Fingerprint,
         ImageSpec,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
+    "AugmentSpec",
     "Batch",
     "CI2PPatchEmbed",
     "Cache",
@@ -114,6 +116,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AugmentSpec": "specs",
     "Batch": "loader.batches",
     "CI2PPatchEmbed": "models.timm_models",
     "Cache": "cache.store",

@@ -67,7 +67,7 @@ def test_encode_verify_inspect_train_one_after_another(
     assert "epoch 2/2" in trained.err
     assert trained.err.startswith(
         "plan: vitds_nano, 1,084,043 trainable parameters, float32 on cpu\n"
-        "  18 training images, 2 views each, 3 validation images, 3 classes\n"
+        "  19 training images, 2 views each, 2 validation images, 3 classes\n"
         f"  2 epochs of 3 steps of 8 images, into {tmp_path}/runs/one\n"
     )
     assert (tmp_path / "runs" / "one" / "curves.png").read_bytes().startswith(b"\x89PNG")
