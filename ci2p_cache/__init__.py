@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ci2p_cache.cache.dataset import SplitDataset
     from ci2p_cache.cache.split import Split
     from ci2p_cache.cache.store import Cache, open_cache
     from ci2p_cache.cache.survey import CacheStatus, status
@@ -85,6 +86,7 @@ __all__ = [
     "ResidentLoader",
     "SeedsSummary",
     "Split",
+    "SplitDataset",
     "TrainSpec",
     "TrainSummary",
     "ViewSpec",
@@ -146,6 +148,7 @@ _HOMES = {
     "ResidentLoader": "loader.resident",
     "SeedsSummary": "experiment.seeds",
     "Split": "cache.split",
+    "SplitDataset": "cache.dataset",
     "TrainSpec": "training.spec",
     "TrainSummary": "training.run",
     "ViewSpec": "specs",

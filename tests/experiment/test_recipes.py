@@ -9,6 +9,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -209,3 +210,19 @@ def test_bits_of_a_study_survive_and_pairs_are_compared_image_by_image(tmp_path:
         )
     with pytest.raises(UsageError, match="images"):
         made.paired_difference(ours, theirs[:-1])
+
+
+@pytest.mark.slow
+def test_the_other_systems_have_the_parameters_and_macs_of_their_papers() -> None:
+    systems = script("systems")
+    for system in systems.SYSTEMS:
+        if system.title == "CvT-21" and not find_spec("transformers"):
+            continue
+        found = cc.complexity(system.model, size=system.size, num_classes=system.num_classes)
+        # Published to the whole million; or within 1 %.
+        error = abs(found.parameters / 1e6 - system.millions)
+        assert error <= max(0.5 * float(system.millions).is_integer(), system.millions / 100)
+        if system.gmacs is not None:
+            # Papers count attention's products or leave them out; CeiT's figure is between.
+            counts = (found.macs, found.macs - found.attention_macs)
+            assert min(abs(each / 1e9 - system.gmacs) for each in counts) < 0.03 * system.gmacs
