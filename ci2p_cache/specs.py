@@ -233,6 +233,11 @@ class ViewSpec(Record):
             return 1
         return {"none": 1, "flip": 2, "crops": self.num_crops}[self.kind]
 
+    @property
+    def words(self) -> str:
+        """The views and what happens to them, for example `crops:4, augmented: authors`."""
+        return str(self) if self.augment is None else f"{self}, augmented: {self.augment}"
+
     def __str__(self) -> str:
         return f"crops:{self.num_crops}" if self.kind == "crops" else self.kind
 

@@ -150,6 +150,7 @@ def test_batch_workers_and_order_change_no_byte_and_verify_repeats_every_view(
     stored, plain = (cc.open_cache(tmp_path / n)["train"].latents[:] for n in ("one", "plain"))
     assert stored.shape == plain.shape
     assert (stored != plain).any(axis=(2, 3, 4)).mean() > 0.9
+    assert cc.open_cache(tmp_path / "one").fingerprint.views.words == "crops:3, augmented: authors"
     found = cc.reencode(tmp_path / "one", 13)
     assert (found.compared, found.differing_values, found.findings) == (13, 0, ())
     with pytest.raises(errors.FingerprintMismatchError, match="augment"):
