@@ -291,7 +291,7 @@ class TestDamaged:
     def test_pointers_that_lead_nowhere(self, copy: Path) -> None:
         pointer = copy / "checkpoints" / "last.json"
         name = folder_of(copy).name
-        pointer.write_text('{"best": "../../elsewhere"}')
+        pointer.write_text('{"last": "../../elsewhere"}')
         with pytest.raises(errors.CheckpointError, match=r"last\.json is damaged"):
             cc.evaluate(copy)
         pointer.write_text("[")
