@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ci2p_cache.cache.dataset import SplitDataset
     from ci2p_cache.cache.split import Split
     from ci2p_cache.cache.store import Cache, open_cache
     from ci2p_cache.cache.survey import CacheStatus, status
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ci2p_cache.encoding.run import encode
     from ci2p_cache.errors import CacheError
     from ci2p_cache.experiment.run import ExperimentSummary, run_experiment
+    from ci2p_cache.experiment.seeds import SeedsSummary, run_seeds
     from ci2p_cache.experiment.spec import Experiment, load_experiment
     from ci2p_cache.inference.classifier import Classifier, load_classifier
     from ci2p_cache.inference.export import export_model
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from ci2p_cache.process import tune_process
     from ci2p_cache.runs.evaluations import Evaluation
     from ci2p_cache.specs import (
+        AugmentSpec,
         EncoderSpec,
         Fingerprint,
         ImageSpec,
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
+    "AugmentSpec",
     "Batch",
     "CI2PPatchEmbed",
     "Cache",
@@ -80,7 +84,9 @@ __all__ = [
     "ReencodeSummary",
     "RepairSummary",
     "ResidentLoader",
+    "SeedsSummary",
     "Split",
+    "SplitDataset",
     "TrainSpec",
     "TrainSummary",
     "ViewSpec",
@@ -100,6 +106,7 @@ __all__ = [
     "reencode",
     "repair",
     "run_experiment",
+    "run_seeds",
     "status",
     "train",
     "tune_process",
@@ -109,6 +116,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AugmentSpec": "specs",
     "Batch": "loader.batches",
     "CI2PPatchEmbed": "models.timm_models",
     "Cache": "cache.store",
@@ -138,7 +146,9 @@ _HOMES = {
     "ReencodeSummary": "encoding.reencode",
     "RepairSummary": "encoding.repair",
     "ResidentLoader": "loader.resident",
+    "SeedsSummary": "experiment.seeds",
     "Split": "cache.split",
+    "SplitDataset": "cache.dataset",
     "TrainSpec": "training.spec",
     "TrainSummary": "training.run",
     "ViewSpec": "specs",
@@ -157,6 +167,7 @@ _HOMES = {
     "reencode": "encoding.reencode",
     "repair": "encoding.repair",
     "run_experiment": "experiment.run",
+    "run_seeds": "experiment.seeds",
     "status": "cache.survey",
     "train": "training.run",
     "tune_process": "process",

@@ -52,14 +52,16 @@ from ci2p_cache.cli import render
 from ci2p_cache.cli.ending import reported_errors
 from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
 from ci2p_cache.errors import InterruptedRunError, ManifestError, RunMismatchError, UsageError
-from ci2p_cache.inference.run_folder import load_model, open_run
+from ci2p_cache.inference.run_folder import load_model
 from ci2p_cache.inference.scoring import keys_of
 from ci2p_cache.machine import checked_device
 from ci2p_cache.outputs import write_whole
 from ci2p_cache.record import Record, differing_fields, json_bytes, read_json
 from ci2p_cache.runs.evaluations import EVALUATIONS, read_predictions
 from ci2p_cache.runs.files import read_summary, training_seconds
+from ci2p_cache.runs.statistics import paired_difference
 from ci2p_cache.training.inputs import train_and_val
+from ci2p_cache.training.opened import open_run
 from ci2p_cache.training.ranks import Ranks
 
 REFERENCE = "a-int8"
@@ -69,12 +71,6 @@ COLUMNS = (
     "configuration", "what", "accuracy", f"against {REFERENCE}", "s/epoch", "bytes/view", "GMAC",
     "command",
 )  # fmt: skip
-
-_DRAWS = 10_000
-"""Draws of the bootstrap: the ends of a 95 % interval then stay within a few hundredths of it."""
-
-_AT_ONCE = 500
-"""Draws that are in memory together; 4 MB for a thousand images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +93,9 @@ BASE = Plan(
     train={"model": "vitds_tiny"},
 )
 
+AUGMENT = {"augment": "authors"}
+"""What the b-bank rows do to each crop."""
+
 PLANS: dict[str, Plan] = {
     "a-seed1": Plan(what="the reference from another seed: what chance does", train={"seed": 1}),
     "a-float32": Plan(what="float32 y", encode={"dtype": "float32"}),
@@ -111,6 +110,9 @@ PLANS: dict[str, Plan] = {
         train={"latent_flip": 0.5},
     ),
     "b-crops4": Plan(what="four random-resized crops", encode={"views": "crops:4"}),
+    "b-bank4": Plan(what="four augmented crops", encode={"views": "crops:4", **AUGMENT}),
+    "b-bank8": Plan(what="eight augmented crops", encode={"views": "crops:8", **AUGMENT}),
+    "b-bank16": Plan(what="sixteen augmented crops", encode={"views": "crops:16", **AUGMENT}),
     "c-online": Plan(what="the encoder in the loop", is_online=True),
     "d-vit_tiny": Plan(what="CI2P-ViT, tiny", train={"model": "vit_tiny"}),
     "d-vit_ti16": Plan(what="ViT-Ti/16 on images", train={"model": "vit_ti16"}),
@@ -235,6 +237,8 @@ class Asked:
     def cache_dir(self, options: cc.EncodeOptions) -> Path:
         """Returns where a cache is; configurations that only train otherwise share one."""
         name = f"{options.dtype}-step{options.step:g}-{options.views.replace(':', '')}"
+        if options.augment is not None:
+            name += f"-{options.augment}"
         return self.out / "caches" / f"{name}-{options.size}"
 
     def run_dir(self, name: str, fold: int) -> Path:
@@ -249,8 +253,8 @@ def encode(asked: Asked, plan: Plan) -> cc.EncodeSummary:
     Crops are trained from and whole images validated, so crops take two caches.
     """
     options = asked.encode_options(plan)
-    made = [asked.encode_options(plan, views="none")] if options.views.startswith("crops") else []
-    for each in (*made, options):
+    whole = asked.encode_options(plan, views="none", augment=None)
+    for each in (whole, options) if options.views.startswith("crops") else (options,):
         out, on_auto = asked.cache_dir(each), asked.device == "auto"
         how = each if on_auto else dataclasses.replace(each, devices=asked.device)
         with render.ProgressLine(f"encode {out.name}", unit="images") as line:
@@ -349,7 +353,9 @@ def _classified(asked: Asked, name: str, fold: int) -> dict[str, bool]:
     # The first view of such a cache is a crop like the others; whole images are in another.
     _, val = train_and_val(cc.open_cache(cache_dir), asked.spec(plan, fold), Ranks())
     assert val is not None
-    whole = cc.open_cache(asked.cache_dir(asked.encode_options(plan, views="none")))["train"]
+    whole = cc.open_cache(asked.cache_dir(asked.encode_options(plan, views="none", augment=None)))[
+        "train"
+    ]
     device, keys, key_of = checked_device(asked.device), set(keys_of(val).values()), keys_of(whole)
     rows = np.asarray(sorted(row for row, key in key_of.items() if key in keys))
     model = load_model(open_run(run, checkpoint="last"), device)
@@ -366,35 +372,6 @@ def _classified(asked: Asked, name: str, fold: int) -> dict[str, bool]:
             hits = (model(latents).argmax(1) == batch.labels).tolist()
             right |= {key_of[row]: hit for row, hit in zip(batch.rows.tolist(), hits, strict=True)}
     return right
-
-
-def paired_difference(
-    ours: npt.NDArray[np.bool_], theirs: npt.NDArray[np.bool_]
-) -> tuple[float, float, float]:
-    """Compares two configurations image by image (bootstrap: Efron 1979, percentile interval).
-
-    Args:
-        ours: Which images the one classified right, bool (N,).
-        theirs: The same of the other, in the same order.
-
-    Returns:
-        Accuracy of the one less that of the other, -1 to 1, and the ends of its 95 % interval.
-
-    Raises:
-        UsageError: they are not of the same images.
-    """
-    if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
-        raise UsageError(f"two configurations of {ours.shape} and {theirs.shape} images")
-    gain = ours.astype(np.float64) - theirs
-    rng = np.random.default_rng(0)
-    means = np.concatenate(
-        [
-            gain[rng.integers(0, len(gain), (_AT_ONCE, len(gain)))].mean(axis=1)
-            for _ in range(_DRAWS // _AT_ONCE)
-        ]
-    )
-    low, high = np.quantile(means, (0.025, 0.975)).tolist()
-    return float(gain.mean()), low, high
 
 
 def read_study(path: Path, settings: StudySettings | None = None) -> Study | None:

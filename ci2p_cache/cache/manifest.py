@@ -21,7 +21,14 @@ from ci2p_cache.errors import (
     command,
 )
 from ci2p_cache.record import MAX_JSON_BYTES, Record, differing_fields, read_sealed, unsealed
-from ci2p_cache.specs import FORMAT_VERSION, MAX_LATENT_BYTES, Fingerprint, LatentSpec, LayoutSpec
+from ci2p_cache.specs import (
+    FORMAT_VERSION,
+    FORMAT_VERSIONS,
+    MAX_LATENT_BYTES,
+    Fingerprint,
+    LatentSpec,
+    LayoutSpec,
+)
 
 __all__ = [
     "MAX_SHARD_BYTES", "ClassOrder", "Manifest", "SplitRecord", "class_order", "read_manifest",
@@ -48,6 +55,9 @@ _LOST = (
     "ci2p-cache encode IMAGES --out NEW_FOLDER (nothing in this folder was changed)"
 )
 """What gets on where the manifest is damaged: no other file holds all of its fields."""
+
+_NOT_IN_FORMAT_1 = {"fold": False, "split": "hashed"}
+"""Fields of the layout that came with format 2, and what they are in a cache of format 1."""
 
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
@@ -155,8 +165,10 @@ class Manifest(Record):
 
     def _problems(self) -> Iterator[str]:
         latent, classes = self.fingerprint.latent, self.classes
-        if self.format_version != FORMAT_VERSION:
-            yield f"format version {self.format_version} is not {FORMAT_VERSION}"
+        if self.format_version not in FORMAT_VERSIONS:
+            yield f"format version {self.format_version} is none of {FORMAT_VERSIONS}"
+        if problem := self.layout.problem(self.format_version, latent):
+            yield problem
         for name in self.splits:
             if not _SPLIT_NAME.fullmatch(name):
                 yield f"split name {name!r} is not of the form {_SPLIT_NAME.pattern}"
@@ -183,6 +195,14 @@ class Manifest(Record):
             if record.shard_rows != rows:
                 text = f"split {name} has {record.shard_rows} rows per shard"
                 yield f"{text}, its layout makes {rows}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain JSON values, those of its format version."""
+        values = Record.to_dict(self)
+        if self.format_version == 1:
+            for name in _NOT_IN_FORMAT_1:
+                del values["layout"][name]
+        return values
 
     @property
     def scale(self) -> float:
@@ -222,10 +242,10 @@ def read_manifest(root: Path) -> Manifest:
     except ManifestError as error:
         raise ManifestError(str(error), hint=_LOST) from error
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise ManifestError(
-            f"{path} has format version {version!r}; this ci2p-cache reads version "
-            f"{FORMAT_VERSION}",
+            f"{path} has format version {version!r}; this ci2p-cache reads versions "
+            f"{FORMAT_VERSIONS[0]} to {FORMAT_VERSION}",
             hint=f"encode again: ci2p-cache encode IMAGES --out NEW_FOLDER (or use the ci2p-cache "
             f"that wrote it: {data.get('software', 'unknown')})",
         )
@@ -238,8 +258,10 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
-    """Adds the fields that older caches lack: the order of the classes, and `names_split`."""
-    names, splits = data.get("classes"), data.get("splits")
+    """Adds what older caches lack: the order of the classes, `names_split`, `fold`, `split`."""
+    names, splits, layout = (data.get(name) for name in ("classes", "splits", "layout"))
+    if data["format_version"] == 1 and isinstance(layout, dict):
+        data = {**data, "layout": {**_NOT_IN_FORMAT_1, **layout}}
     if isinstance(names, list):
         data = {"class_order": class_order(list(map(str, names))), **data}
     if isinstance(splits, dict):

@@ -18,7 +18,6 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ci2p_cache.cache.codecs import CRC_BYTES, ChunkCodec
 from ci2p_cache.cache.lock import ForkedLock
@@ -293,6 +292,9 @@ class RawShards:
         # Not at exit, where a thread may still be reading: there the kernel does it.
         weakref.finalize(self, _libc.munmap, self._base, size).atexit = False
         self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._base))
+        # torch takes seconds to import; who only looks at a cache reads no batch.
+        import torch
+
         # Every offset where a chunk may begin, as a row: they overlap, nothing is copied.
         self._starts = torch.from_numpy(self._bytes).as_strided(
             (size - chunk_bytes + 1, chunk_bytes), (1, 1)
@@ -312,6 +314,8 @@ class RawShards:
         Raises:
             ShardError: a shard is missing or damaged, or a chunk is not stored or is damaged.
         """
+        import torch
+
         if not self._is_mapped[shards].all():
             for shard in np.unique(shards[~self._is_mapped[shards]]).tolist():
                 self._map_shard(shard)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from ci2p_cache.cache.codecs import CODECS, CRC_BYTES, codec_of
+from ci2p_cache.cache.codecs import CRC_BYTES, FRAMES, codec_of
 from ci2p_cache.cache.commit import CommitRecord, listed_commits, read_commit
 from ci2p_cache.cache.containers import open_tar, open_zarr
 from ci2p_cache.cache.folder import CacheFolder
@@ -34,6 +31,15 @@ from ci2p_cache.specs import LatentSpec, LayoutSpec
 
 if TYPE_CHECKING:
     import zarr
+    from torch import Tensor
+    from torch.utils.data import ConcatDataset, Dataset
+
+    from ci2p_cache.cache.dataset import SplitDataset
+
+    _Samples = Dataset[tuple[Tensor, int]]
+else:
+    # torch takes seconds to import, and looking at a cache needs none of it.
+    _Samples = object
 
 __all__ = ["Split"]
 
@@ -41,7 +47,7 @@ _MAX_METADATA_BYTES = 2**20
 """Largest zarr.json; ours have a few thousand bytes, mostly offsets."""
 
 
-class Split(Dataset[tuple[Tensor, int]]):
+class Split(_Samples):
     """One split of a cache; reading is safe from many threads, and from forked processes.
 
     ::
@@ -74,7 +80,7 @@ class Split(Dataset[tuple[Tensor, int]]):
         self.latent: LatentSpec = manifest.fingerprint.latent
         self.scale: float = manifest.scale
         self.offset = np.array(manifest.offset, np.float32)
-        self._codec = codec_of(self.layout, self.latent)
+        self._codec = codec_of(manifest.format_version, self.layout, self.latent)
         self._shards = OpenShards(self.open_shard)
         self._is_subset = False
 
@@ -150,6 +156,27 @@ class Split(Dataset[tuple[Tensor, int]]):
         subset._is_subset = True
         return subset
 
+    def as_dataset(
+        self,
+        view: int | Literal["random"] = 0,
+        *,
+        transform: Callable[[Tensor], Any] | None = None,
+    ) -> SplitDataset:
+        """Returns the valid rows as a map-style dataset of (latent, label), one view of each.
+
+        Args:
+            view: 0 <= view < V; or random: each access draws one with torch's generator, which
+                DataLoader seeds anew in each worker and epoch.
+            transform: Applied to each latent, float32 (M, h, w).
+
+        Raises:
+            UsageError: there is no such view.
+        """
+        # A module of its own: it imports torch, and who only looks at a cache does not.
+        from ci2p_cache.cache.dataset import SplitDataset
+
+        return SplitDataset(self, view, transform)
+
     @overload
     def __getitem__(
         self, rows: slice | Sequence[int] | npt.NDArray[Any] | Tensor
@@ -188,6 +215,12 @@ class Split(Dataset[tuple[Tensor, int]]):
         y, labels = self._samples(np.array([rows % self.num_rows]))
         return y[0], int(labels[0])
 
+    def __add__(self, other: Dataset[Any]) -> ConcatDataset[Any]:
+        """Returns both one after the other, as torch's `ConcatDataset`."""
+        from torch.utils.data import ConcatDataset
+
+        return ConcatDataset([self, other])
+
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, int]]:
         """Returns what `split[row]` gives for each row, read in one call; DataLoader asks for it.
 
@@ -214,7 +247,8 @@ class Split(Dataset[tuple[Tensor, int]]):
 
     def _numbers(self, rows: Any) -> npt.NDArray[np.int64]:
         """Returns the rows that a list, array, tensor or mask names, (n,), 0 <= row < N."""
-        found = rows.numpy(force=True) if isinstance(rows, Tensor) else np.asarray(rows)
+        # Only a tensor's `numpy` takes it from its device and out of autograd.
+        found = np.asarray(rows.numpy(force=True) if hasattr(rows, "numpy") else rows)
         if found.ndim and found.dtype == np.bool_:
             if found.shape != (self.num_rows,):
                 raise IndexError(
@@ -248,19 +282,39 @@ class Split(Dataset[tuple[Tensor, int]]):
                 f"subset{'' if self.cache.is_complete else ', or is not encoded yet'}",
                 hint="`split.valid_rows` lists the rows that hold one",
             )
-        stored = np.empty((len(rows), self.num_views, *self.latent.shape), self.latent.dtype)
-        if len(rows) == 1:
+        import torch
+
+        views = np.tile(np.arange(self.num_views), len(rows))
+        flat = self.read_views(np.repeat(rows, self.num_views), views)
+        y = flat.reshape(len(rows), *self.shape[1:])
+        return y, torch.from_numpy(self.labels[rows].astype(np.int64))
+
+    def read_views(self, rows: npt.NDArray[np.int64], views: npt.NDArray[np.int64]) -> Tensor:
+        """Reads one view of each row, dequantised.
+
+        Args:
+            rows: (n,), each 0 <= row < N and valid, with repetitions.
+            views: (n,), each 0 <= view < V.
+
+        Returns:
+            float32 (n, M, h, w), new memory on the CPU.
+
+        Raises:
+            ShardError: a shard is missing, damaged or not committed, or a row holds nothing.
+        """
+        stored = np.empty((len(rows), *self.latent.shape), self.latent.dtype)
+        if len(set(rows.tolist())) == 1:
             # Read by position: for a single row no file is mapped.
-            for view, out in enumerate(stored[0]):
-                self.read_into(int(rows[0]), view, out)
+            for row, view, out in zip(rows.tolist(), views.tolist(), stored, strict=True):
+                self.read_into(row, view, out)
         else:
-            views = np.tile(np.arange(self.num_views), len(rows))
-            flat = stored.reshape(-1, *self.latent.shape)
-            self.read_batch_into(np.repeat(rows, self.num_views), views, flat)
+            self.read_batch_into(rows, views, stored)
+        import torch
+
         y = torch.from_numpy(stored.astype(np.float32, copy=False))
         if self.latent.is_symbols:
             y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
-        return y, torch.from_numpy(self.labels[rows].astype(np.int64))
+        return y
 
     @property
     def num_views(self) -> int:
@@ -335,6 +389,8 @@ class Split(Dataset[tuple[Tensor, int]]):
             raise ShardError("it has no commit record")
         if commit.fingerprint != self.cache.fingerprint.digest:
             raise ShardError("its commit record has another fingerprint")
+        if commit.format_version != self.cache.manifest.format_version:
+            raise ShardError(f"its commit record has format version {commit.format_version}")
         return commit
 
     def _open_zarr(self, shard: int) -> ShardReader:
@@ -399,7 +455,8 @@ class Split(Dataset[tuple[Tensor, int]]):
     def latents(self) -> zarr.Array[Any]:
         """The zarr array itself, (N, V, M, h, w), as plain zarr opens it.
 
-        Its metadata is checked; what is then read through zarr is not checked against commits.
+        Its metadata is checked; what is then read through zarr is not checked against commits. With
+        `layout.fold` it holds codes, which `cache.codecs.unfolded` turns into symbols.
 
         Raises:
             UsageError: the cache holds tars only, or is a remote one: zarr would take what was not
@@ -428,7 +485,8 @@ class Split(Dataset[tuple[Tensor, int]]):
             # zarr refuses unknown codecs and grids with nearly any type.
             raise ManifestError(f"{path} cannot be opened: {error}") from error
         shard = (self.record.shard_rows, *self.shape[1:])
-        wanted = (self.shape, shard, (1, 1, *self.latent.shape), np.dtype(self.latent.dtype))
+        dtype = np.dtype(self.layout.array_values(self.latent)[0])
+        wanted = (self.shape, shard, (1, 1, *self.latent.shape), dtype)
         if found != wanted:
             raise ManifestError(
                 f"{path} has (shape, shards, chunks, dtype) {found}; the manifest says {wanted}"
@@ -506,7 +564,7 @@ class Split(Dataset[tuple[Tensor, int]]):
             return self._gathered(name, dtype)
         folder = array_path(self.name, name)
         size = self.num_rows * np.dtype(dtype).itemsize
-        codec = CODECS["zstd"](level=1, chunk_bytes=size)
+        codec = FRAMES(level=1, chunk_bytes=size)
         raw = np.empty(size, np.uint8)
         try:
             self.cache.read_committed(f"{folder}/zarr.json", max_bytes=_MAX_METADATA_BYTES)

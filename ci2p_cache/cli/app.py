@@ -24,6 +24,7 @@ from ci2p_cache.cli.run import run
 from ci2p_cache.cli.runs import evaluate, export, predict, report
 from ci2p_cache.cli.train import train
 from ci2p_cache.errors import command, without_overwrite
+from ci2p_cache.process import put_off_compiler
 
 __all__ = ["app", "command_tree", "run_command"]
 
@@ -127,6 +128,9 @@ def run_command() -> None:
     # another program take a core: 4.4 against 15.8 images/s for vitds_tiny on two shared cores.
     # Read when torch is first imported, which is later.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # numpy's products need no threads of their own here, and a process with one thread may fork.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    put_off_compiler()
     # CompressAI still compiles a function with torch.jit when it is imported; no one here can act
     # on torch's warning about that.
     warnings.filterwarnings("ignore", message=r"`torch\.jit")

@@ -114,7 +114,8 @@ def _encode_words(manifest: Manifest) -> list[str]:
     for each in fields(EncodeOptions):
         value = getattr(made, each.name)
         if value != getattr(default, each.name):
-            words += [f"--{each.name.replace('_', '-')}", str(value)]
+            words.append(f"--{each.name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
     return words
 
 
@@ -362,10 +363,9 @@ def inspect(
 
 
 def _print_card(card: CacheCard) -> None:
-    from ci2p_cache.cache.codecs import CODECS
-
     fingerprint = card.fingerprint
     encoder, latent, image = fingerprint.encoder, fingerprint.latent, fingerprint.image
+    augment = fingerprint.views.augment
     state = "complete" if card.complete else "NOT complete"
     render.heading(f"{card.path}: {card.images:,} images in {len(card.classes)} classes, {state}")
     kind = f"symbols, step {latent.step:g}" if latent.is_symbols else "continuous y"
@@ -373,14 +373,14 @@ def _print_card(card: CacheCard) -> None:
     lines = {
         "shards": f"{card.committed_shards} of {card.shards} committed",
         "latents": f"{latent.dtype} ({kind}) of {latent.channels} x {latent.height} x "
-        f"{latent.width}; views: {fingerprint.views}",
+        f"{latent.width}; views: {fingerprint.views}"
+        + (f", augmented: {augment}" if augment is not None else ""),
         "images": f"{crop}, EXIF {image.exif}, {image.decoder}",
         "encoder": f"{encoder.arch}, quality {encoder.quality}, {encoder.metric}, "
         f"{encoder.precision}; weights sha256 {encoder.weights_sha256[:16]}",
         "size": ", ".join([f"{render.size(card.disk_bytes)} on disk", *card.size_words]),
         "format": card.layout.format,
-        "codec": f"{card.layout.codec}"
-        + (f" level {card.layout.level}" if CODECS[card.layout.codec].has_level else ""),
+        "codec": card.layout.codec_words,
         "saturated": f"{card.clipped:,} symbols",
         "bad images": f"{card.bad_images:,}" + (" (errors.parquet)" if card.bad_images else ""),
         "source": card.source,
@@ -494,11 +494,13 @@ def convert(
         typer.Option(help="What to write: a cache of that format, or plain .npy and parquet."),
     ],
     codec: Annotated[
-        CodecName | None,
-        typer.Option(help="Byte compressor of zarr chunks [default: as in DIR]."),
+        CodecName | None, typer.Option(help="Compressor of zarr chunks [default: as in DIR].")
     ] = None,
     level: Annotated[
-        int | None, typer.Option(help="zstd level, -100 to 22 [default: as in DIR].")
+        int | None, typer.Option(help="Level, 1 to 9 [default: as in DIR, or the codec's own].")
+    ] = None,
+    fold: Annotated[
+        bool | None, typer.Option(help="Fold symbols, for fewer bytes [default: as in DIR].")
     ] = None,
     json: choices.JsonOption = False,
 ) -> None:
@@ -506,7 +508,8 @@ def convert(
 
     \b
       ci2p-cache convert shards/ --out tars/ --format webdataset
-      ci2p-cache convert shards/ --out fast/ --format zarr --codec none
+      ci2p-cache convert shards/ --out fast/ --format zarr --codec lz4
+      ci2p-cache convert shards/ --out small/ --format zarr --fold
       ci2p-cache convert tars/ --out shards/ --format zarr    the same bytes again
       ci2p-cache convert shards/ --out arrays/ --format npy   SPLIT.npy, .parquet
 
@@ -516,17 +519,17 @@ def convert(
     from ci2p_cache.encoding.convert import convert as run
 
     with render.ProgressLine("convert", unit="shards") as bar:
-        summary = run(path, out, format=format, codec=codec, level=level, on_shard=bar.update)
-    if json:
-        render.print_json(summary.to_dict())
-        return
-    render.heading(f"{summary.path}: {summary.images:,} images as {summary.format}, complete")
-    done = "nothing: it was complete already"
-    if summary.converted_now:
-        done = (
-            f"{summary.converted_now:,} of {summary.shards:,} shards in "
-            f"{render.duration(summary.seconds)}"
+        made = run(
+            path, out, format=format, codec=codec, level=level, fold=fold, on_shard=bar.update
         )
+    if json:
+        render.print_json(made.to_dict())
+        return
+    render.heading(f"{made.path}: {made.images:,} images as {made.format}, complete")
+    done = "nothing: it was complete already"
+    if made.converted_now:
+        spent = render.duration(made.seconds)
+        done = f"{made.converted_now:,} of {made.shards:,} shards in {spent}"
     render.line(f"  converted now {done}")
-    before = render.size(summary.source_bytes)
-    render.line(f"  size          {render.size(summary.bytes)}; {before} in {path}")
+    before = render.size(made.source_bytes)
+    render.line(f"  size          {render.size(made.bytes)}; {before} in {path}")

@@ -7,13 +7,14 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ci2p_cache.cli import choices, render
 from ci2p_cache.cli.fields import takes_options
-from ci2p_cache.errors import CacheError, UsageError, command, stop_signals
+from ci2p_cache.errors import CacheError, RefusedError, UsageError, command, stop_signals
+from ci2p_cache.imported import pinned_location
 from ci2p_cache.training.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -24,10 +25,35 @@ if TYPE_CHECKING:
 __all__ = ["joined_ranks", "train"]
 
 
+def _read_config(context: typer.Context, file: Path | None) -> Any:
+    """Makes the settings of an `args.yaml` the defaults of the command; returns them."""
+    if file is None or context.resilient_parsing:
+        return None
+    from ci2p_cache.training.folder import read_args_file
+
+    made = read_args_file(file)
+    settings = made.settings
+    found = settings.spec.to_dict() | {"cache": made.cache}
+    if settings.loader == "OnlineLoader":
+        found["from_images"] = True
+    # A value of the environment, by an earlier name, is there already.
+    context.default_map = {**found, **(context.default_map or {})}
+    return settings.spec
+
+
 @takes_options(TrainSpec)
 def train(
     *,
     cache: choices.CacheArgument,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take cache and settings from a run's args.yaml; options change single ones.",
+            metavar="FILE",
+            is_eager=True,
+            callback=_read_config,
+        ),
+    ] = None,
     options: TrainSpec,
     out: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     name: Annotated[
@@ -84,6 +110,7 @@ def train(
       ci2p-cache train shards/ --model vit --precision bf16    on a GPU
       ci2p-cache train shards/ --model vit_b16                 on the images
       ci2p-cache train shards/ --model ci2p+timm:deit_small_patch16_224
+      ci2p-cache train new/ --init-from runs/first --epochs 20      fine-tune
       ci2p-cache run pipelines/animals10.py:paper_vit IMAGES     the paper
       torchrun --nproc-per-node 4 -m ci2p_cache train shards/            4 GPUs
 
@@ -101,12 +128,13 @@ def train(
     tune_process(device)
     with joined_ranks(device) as ranks, ExitStack() as stack:
         _require_named(overwrite, name)
+        _require_named_model(config, options)
         observer = None
         if ranks.is_writer:
             line = stack.enter_context(render.ProgressLine("train", unit="steps"))
             observer = TrainWatch(line)
         loader = None
-        if from_images:
+        if from_images and not options.train_encoder:
             loader = stack.enter_context(_online_loader(cache, options, ranks, device, workers))
         summary = run(
             cache,
@@ -139,6 +167,17 @@ def _require_named(overwrite: str | None, name: str | None) -> None:
         raise UsageError(
             f"--overwrite names {overwrite!r}, --name is {name!r}",
             hint=f"--name {quoted} --overwrite {quoted} trains that run from the start",
+        )
+
+
+def _require_named_model(config: Any, options: TrainSpec) -> None:
+    """Refuses to run the code that an `args.yaml` names, which may come from a stranger."""
+    own = pinned_location(config.model) if isinstance(config, TrainSpec) else None
+    if own and config.model == options.model:
+        raise RefusedError(
+            f"--config names the model {own[0].name}:{own[1]}; its code runs only if you name the "
+            "file",
+            hint=f"repeat the command with --model FILE.py:{own[1]}",
         )
 
 

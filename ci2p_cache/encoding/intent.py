@@ -39,13 +39,27 @@ from ci2p_cache.errors import (
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.decoders import start_decoder_server
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec
+from ci2p_cache.specs import DOWNSAMPLING, FORMAT_VERSION, Fingerprint, LatentSpec, LayoutSpec
 
-__all__ = ["Intent", "begin", "committed_shards", "find_intent", "load_chosen", "missing_text"]
+__all__ = [
+    "Intent",
+    "begin",
+    "committed_shards",
+    "find_intent",
+    "fingerprint_of",
+    "load_chosen",
+    "missing_text",
+]
 
 _SORTED = (
     "the images come one class after the other, and rows keep their order. `train` mixes them; "
     "shuffle them first for --order blocks or a stock webdataset reader: batches hold few classes"
+)
+
+
+_NO_VAL = (
+    "no class has enough images to give one to `val`, so there is no `val`: raise --val-fraction, "
+    "or draw each image for itself with --split hashed"
 )
 
 
@@ -105,6 +119,7 @@ def committed_shards(
             commit is not None
             and commit.plan_sha256 == plan.shard_sha256(split, shard)
             and commit.fingerprint == fingerprint
+            and commit.format_version == intent.manifest.format_version
             and commit.rows == len(plan.splits[split].rows_of(shard))
             and has_its_files(root, commit)
         ):
@@ -152,17 +167,23 @@ def find_intent(
         SourceError, ResourceError: listing failed, or there is no image.
         UsageError: the encoder has no symbols, and symbols are asked for.
     """
-    fingerprint, layout = _fingerprint(options, encoder), options.layout_spec()
+    fingerprint = fingerprint_of(options, encoder)
     if not (root / MANIFEST).exists():
+        layout = options.layout_spec(FORMAT_VERSION)
+        if problem := layout.problem(FORMAT_VERSION, fingerprint.latent):
+            raise UsageError(problem)
         counts: Counter[tuple[str | None, int]] = Counter()
         plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, counts=counts)
         refuse_no_classes(images, counts)
-        manifest = _manifest(
-            images, encoder, plan, fingerprint, layout, (images.classes, images.class_titles)
+        classes = images.classes, images.class_titles
+        manifest = _manifest(images, encoder, plan, fingerprint, layout, classes, FORMAT_VERSION)
+        notices = [_NO_VAL] if _lacks_val(plan, layout, counts) else []
+        return Intent(
+            manifest=manifest, is_begun=False, plan=plan, folder=root, notices=tuple(notices)
         )
-        return Intent(manifest=manifest, is_begun=False, plan=plan, folder=root)
     folder = growth_of(root) or root
     manifest = read_manifest(folder)
+    layout = options.layout_spec(manifest.format_version)
     labels = "auto" if manifest.classes else "none"
     # A source of the user's own may have no classes; it is asked last, for it may have to list.
     if options.labels != labels and (manifest.classes or images.classes):
@@ -172,10 +193,13 @@ def find_intent(
             hint=f"choose another --out folder, or repeat the command with --labels {labels}",
         )
     made = manifest.layout
+    if options.split == "auto":
+        layout = replace(layout, split=made.split)
     is_larger = made.limit is not None and (layout.limit or math.inf) > made.limit
     if (
         options.rescan
         or options.retry_failed
+        or options.add_views
         or (is_larger and replace(layout, limit=made.limit) == made)
     ):
         return _grown(root, images, options, encoder, fingerprint, layout)
@@ -199,7 +223,18 @@ def find_intent(
     )
 
 
-def _fingerprint(options: EncodeOptions, encoder: FrozenEncoder) -> Fingerprint:
+def _lacks_val(plan: Plan, layout: LayoutSpec, counts: Counter[tuple[str | None, int]]) -> bool:
+    """Whether a share of each class was asked for, and every class is too small to give one."""
+    was_drawn = layout.val_fraction > 0 and any(split is None for split, _ in counts)
+    return was_drawn and layout.split == "stratified" and "val" not in plan.splits
+
+
+def fingerprint_of(options: EncodeOptions, encoder: FrozenEncoder) -> Fingerprint:
+    """Returns the fingerprint of a cache that is made with these options and this encoder.
+
+    Raises:
+        UsageError: the encoder has no symbols, and symbols are asked for.
+    """
     if options.dtype in ("int8", "int16") and not encoder.has_symbols:
         raise UsageError(
             f"`dtype` is {options.dtype}, but {options.arch} has no symbols of its own: their "
@@ -228,11 +263,13 @@ def _manifest(
     fingerprint: Fingerprint,
     layout: LayoutSpec,
     classes: tuple[tuple[str, ...], tuple[str, ...]],
+    format_version: int,
 ) -> Manifest:
     """Returns the manifest of a new cache; `classes` are names and titles."""
     names, titles = classes
     medians = encoder.medians.tolist() if fingerprint.latent.is_symbols else None
     return Manifest(
+        format_version=format_version,
         software=f"ci2p-cache {__version__}",
         state="encoding",
         fingerprint=fingerprint,
@@ -270,7 +307,12 @@ def _grown(
     made = manifest.layout
     if made.limit is None or (layout.limit or math.inf) >= made.limit:
         made = replace(made, limit=layout.limit)
-    refuse_difference(root, replace(manifest, layout=made), fingerprint, layout)
+    had, wanted = manifest.fingerprint.views, fingerprint.views
+    adds_views = options.add_views and had.kind == "crops" and wanted.num_crops > had.num_crops
+    asked = replace(wanted, num_crops=had.num_crops) if adds_views else wanted
+    refuse_difference(
+        root, replace(manifest, layout=made), replace(fingerprint, views=asked), layout
+    )
     earlier = read_plan(root, manifest)
     cache = Intent(manifest=manifest, is_begun=True, plan=earlier, folder=root)
     commits, missing = committed_shards(root, cache)
@@ -281,6 +323,8 @@ def _grown(
             hint=command("verify", root, "--repair"),
         )
     plan, classes = earlier, (manifest.classes, manifest.class_titles)
+    if adds_views:
+        plan = earlier.with_views(layout, wanted, fingerprint.latent)
     notices: list[str] = []
     again: dict[str, frozenset[int]] = {}
     if options.rescan or layout != manifest.layout:
@@ -302,14 +346,19 @@ def _grown(
     if options.retry_failed:
         for split, failed in failed_rows(root, list(commits)).items():
             again[split] = again.get(split, frozenset()) | failed
-    if plan.num_samples == earlier.num_samples and not again and layout == manifest.layout:
+    is_larger = plan.num_samples > earlier.num_samples or adds_views
+    if not is_larger and not again and layout == manifest.layout:
         return replace(cache, notices=(*notices, f"nothing new for {root}"))
     return Intent(
-        manifest=_manifest(images, encoder, plan, fingerprint, layout, classes),
+        manifest=_manifest(
+            images, encoder, plan, fingerprint, layout, classes, manifest.format_version
+        ),
         is_begun=False,
         plan=plan,
         folder=root / GROWTH,
-        growth=Growth(plan=earlier, committed=frozenset(commits), again=again),
+        growth=Growth(
+            plan=earlier, committed=frozenset(() if adds_views else commits), again=again
+        ),
         notices=tuple(notices),
     )
 

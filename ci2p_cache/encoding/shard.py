@@ -284,6 +284,7 @@ def refuse_other_decoder(fingerprint: Fingerprint) -> None:
 class EncodeSettings:
     """Everything that encoding a shard needs to know besides the plan and the devices."""
 
+    format_version: int
     fingerprint: Fingerprint
     layout: LayoutSpec
     splits: dict[str, SplitRecord]
@@ -298,6 +299,7 @@ class EncodeSettings:
         """Returns what a manifest asks for, with the defaults that depend on the machine."""
         on_cpu = replicas[0].device.type == "cpu"
         return cls(
+            format_version=manifest.format_version,
             fingerprint=manifest.fingerprint,
             layout=manifest.layout,
             splits=manifest.splits,
@@ -357,7 +359,7 @@ class ShardEncoder:
         self._on_image = on_image
         self._latent: LatentSpec = settings.fingerprint.latent
         self._probed = ChannelSums.empty(self._latent.channels)
-        self._codec = codec_of(settings.layout, self._latent)
+        self._codec = codec_of(settings.format_version, settings.layout, self._latent)
         self._free_replicas: deque[Replica] = deque(replicas)
         self._num_replicas = len(replicas)
         self._numerics = replica_numerics(replicas[0], settings.batch_size)
@@ -426,10 +428,13 @@ class ShardEncoder:
             shard.rows.append(loaded.row)
             if loaded.is_carried:
                 shard.carried.append(self._readers.submit(self._carry, shard, loaded))
-                continue
-            self._budget.count(loaded.row)
+                if loaded.views is None:
+                    continue
+            else:
+                self._budget.count(loaded.row)
             self._on_image(loaded.views is not None)
-            for number, view in enumerate(loaded.views if loaded.views is not None else ()):
+            first = 0 if loaded.stored is None else len(loaded.stored)
+            for number, view in enumerate(loaded.views if loaded.views is not None else (), first):
                 views.append(view)
                 slots.append((sample.row, number))
                 if len(views) == self._settings.batch_size:
@@ -524,6 +529,7 @@ class ShardEncoder:
             self._staging,
             partial(
                 CommitRecord,
+                format_version=settings.format_version,
                 first_row=plan.first_row,
                 rows=len(plan.samples),
                 valid_rows=len(good),

@@ -43,9 +43,9 @@ from ci2p_cache.errors import (
 from ci2p_cache.inference.classifier import Classifier, find_pictures, load_classifier
 from ci2p_cache.outputs import check_output
 from ci2p_cache.record import Record
+from ci2p_cache.runs.files import EXPORT_FACTS
 
 __all__ = [
-    "EXTRA_FILE",
     "ExportCheck",
     "ExportSummary",
     "Exported",
@@ -59,9 +59,6 @@ __all__ = [
 Format = Literal["onnx", "torch"]
 
 _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-
-EXTRA_FILE = "ci2p_cache.json"
-"""Where a `.pt2` keeps what ONNX has as `metadata_props`."""
 
 _MAX_BATCH = 2**16
 
@@ -128,6 +125,7 @@ def export_model(
     images: Iterable[str | os.PathLike[str]] | None = None,
     count: int = 16,
     overwrite: bool = False,
+    model: str | Path | None = None,
 ) -> ExportSummary:
     """Exports a trained model, with its encoder, to one file, and holds the file against eager.
 
@@ -145,10 +143,13 @@ def export_model(
         images: Pictures to check with, as `predict` takes them; None: random inputs.
         count: Number of inputs to check with; of pictures the first ones.
         overwrite: Whether a file at `out` is replaced, as a whole.
+        model: The file of the run's own model, `FILE.py`, if it has one; its code runs.
 
     Raises:
         UsageError: an argument cannot be used, or the encoder computes in bfloat16.
-        RefusedError: `out` is there already.
+        RefusedError: `out` is there already, or the run has a model of its own and no file is
+            named.
+        RunMismatchError: that file has changed since the run was started.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
         InputDataError: there is no run, checkpoint or encoder, or a picture cannot be read.
         ManifestError, CheckpointError, DigestError: something of the run is damaged; names it.
@@ -168,7 +169,7 @@ def export_model(
             hint=f"repeat the command with --format {other}, or give the file another suffix",
         )
     check_output(out, what=f"{to} export", suffixes=(_SUFFIXES[to],), overwrite=overwrite)
-    classifier = load_classifier(run, checkpoint=checkpoint, cache=cache, device="cpu")
+    classifier = load_classifier(run, checkpoint=checkpoint, cache=cache, device="cpu", model=model)
     graph, is_full = graph_of(classifier, what), what == "full"
     inputs = _inputs(classifier, images, count, is_full=is_full)
     staged = out.with_name(f".{out.stem}.{uuid4().hex[:8]}{_SUFFIXES[to]}")
@@ -335,7 +336,7 @@ def write_exported(
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: batch},))
         if to == "torch":
-            extra = {EXTRA_FILE: json.dumps(dict(metadata))}
+            extra = {EXPORT_FACTS: json.dumps(dict(metadata))}
             torch.export.save(program, path, extra_files=extra)
             return
         name = next(spec.arg.name for spec in program.graph_signature.input_specs

@@ -26,6 +26,8 @@ EARLIER = [
     ("bench encode IMAGES --encoder bundled", "devices", "device", "tpu", "is 'tpu'"),
     ("train CACHE --model vit_nano", "runs", "out", "s3://a/b", "s3://a/b is a URL"),
     ("train CACHE --model vit_nano", "online", "from-images", None, "/nowhere does not exist"),
+    ("train NEW --model vit_nano", "compile_model", "compile", None, "new is no latent cache"),
+    ("run pipelines/smoke.py:smoke", "changes", "set", "a=1", "no field is named 'a'"),
     ("demo", "folder", "out", "s3://a/b", "s3://a/b is a URL"),
     ("export NEW --out a.onnx", "to", "format", "torch", "a.onnx is named as an export to onnx"),
     ("report CACHE", "samples", "count", "0", "`num_samples` is 0"),
@@ -81,34 +83,6 @@ def test_the_new_name_wins(
     monkeypatch.setenv("CI2P_CACHE_ENCODE_DEVICE", "variable")
     assert "`device` is 'variable'" in run(*words).err
     assert "`device` is 'flag'" in run(*words, "--device=flag").err
-
-
-@pytest.mark.parametrize(
-    ("words", "old", "new", "value", "refusal"),
-    [
-        ("train CACHE --out s3://a/b", "TRAIN_COMPILE_MODEL", "TRAIN_COMPILE", "1", "is a URL"),
-        ("run pipelines/smoke.py:smoke", "RUN_CHANGES", "RUN_SET", "a=1 b=2", "named 'a'; the f"),
-    ],
-)
-def test_an_earlier_variable_does_the_same_with_one_line_that_says_the_new_one(
-    run: Callable[..., Ran],
-    monkeypatch: pytest.MonkeyPatch,
-    cache: Path,
-    words: str,
-    old: str,
-    new: str,
-    value: str,
-    refusal: str,
-) -> None:
-    command = [cache if word == "CACHE" else word for word in words.split()]
-    monkeypatch.setenv(f"CI2P_CACHE_{new}", value)
-    now = run(*command)
-    assert refusal in now.err
-    monkeypatch.delenv(f"CI2P_CACHE_{new}")
-    monkeypatch.setenv(f"CI2P_CACHE_{old}", value)
-    first, *rest = run(*command).err.splitlines(keepends=True)
-    assert first.startswith(f"note: CI2P_CACHE_{old} is now CI2P_CACHE_{new};")
-    assert "".join(rest) == now.err
 
 
 def test_the_variable_of_an_option_is_its_flag() -> None:

@@ -22,7 +22,12 @@ from ci2p_cache.errors import (
     command,
 )
 from ci2p_cache.experiment.run import StageEvent
-from ci2p_cache.experiment.spec import list_recipes, settable_fields, with_changes
+from ci2p_cache.experiment.spec import (
+    list_recipes,
+    read_experiment,
+    settable_fields,
+    with_changes,
+)
 from ci2p_cache.runs.files import EpochRecord
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver
@@ -409,3 +414,11 @@ def test_the_command_asks_for_images_and_shows_a_plan(
     assert not out.exists()
     with pytest.raises(UsageError, match="`until` is 'verify'"):
         cc.run_experiment(EXPERIMENT, out, until="verify")  # type: ignore[arg-type]  # the point
+
+
+def test_a_folder_of_before_format_2_is_one_of_the_same_recipe(tmp_path: Path) -> None:
+    record = EXPERIMENT.to_dict()
+    del record["encode"]["fold"]
+    record["encode"]["level"] = 1
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    assert read_experiment(tmp_path) == EXPERIMENT

@@ -22,7 +22,7 @@ from ci2p_cache.inference.scoring import (
     confusion_triples,
     expected_calibration_error,
 )
-from ci2p_cache.runs.evaluations import wilson_interval
+from ci2p_cache.runs.statistics import wilson_interval
 from tests.support.caches import data_digests
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder

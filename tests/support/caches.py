@@ -11,9 +11,10 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import pyarrow.parquet
 
 import ci2p_cache as cc
-from ci2p_cache.cache.codecs import CODECS
+from ci2p_cache.cache.codecs import codec_of
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.containers import put_shard
 from ci2p_cache.cache.index import (
@@ -33,6 +34,7 @@ from ci2p_cache.encoding.plan import ShardPlan, build_plan
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.source import ImageRef
 from ci2p_cache.specs import (
+    FORMAT_VERSION,
     CodecName,
     DType,
     EncoderSpec,
@@ -41,10 +43,20 @@ from ci2p_cache.specs import (
     LatentSpec,
     LayoutSpec,
     ViewSpec,
+    default_level,
 )
 from tests.support.seals import digest, reseal, write_json
 
-__all__ = ["SMALL", "data_digests", "flip", "make_cache", "make_old", "swap", "with_options"]
+__all__ = [
+    "SMALL",
+    "data_digests",
+    "flip",
+    "keys_of",
+    "make_cache",
+    "make_old",
+    "swap",
+    "with_options",
+]
 
 SMALL = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4, val_fraction=0.25)
 
@@ -60,6 +72,15 @@ def data_digests(root: Path) -> dict[str, str]:
         for path in sorted(root.rglob("*"))
         if path.is_file()
     }
+
+
+def keys_of(root: Path) -> dict[str, list[str]]:
+    """The keys of each split, in the order of their rows."""
+    table = pyarrow.parquet.read_table(root / PLAN)
+    found: dict[str, list[str]] = {}
+    for split, key in zip(table["split"].to_pylist(), table["key"].to_pylist(), strict=True):
+        found.setdefault(split, []).append(key)
+    return found
 
 
 def flip(path: Path, place: float = 0.5) -> None:
@@ -112,6 +133,8 @@ def make_cache(
     views: ViewSpec | None = None,
     format: str = "zarr",
     codec: CodecName = "zstd",
+    fold: bool = False,
+    format_version: int = FORMAT_VERSION,
     shard_samples: int = 8,
     bad: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Path:
@@ -129,6 +152,8 @@ def make_cache(
         views: The views of a training sample; None for the image and its mirror.
         format: Container of the latents.
         codec: Byte codec of the chunks.
+        fold: Whether they hold folded symbols.
+        format_version: Version of the cache.
         shard_samples: Images per shard.
         bad: Rows of each split that could not be decoded.
     """
@@ -136,7 +161,11 @@ def make_cache(
     layout = LayoutSpec(
         format=format,  # type: ignore[arg-type]  # one of the formats
         codec=codec,
+        level=default_level(format_version, codec, fold=fold),
+        fold=fold,
         shard_samples=shard_samples,
+        # What format 1 has; nothing is drawn where the splits are given.
+        split="hashed",
     )
     fingerprint = Fingerprint(
         image=ImageSpec(decoder=decoder_name(), size=16 * side, resize_side=16 * side),
@@ -148,6 +177,7 @@ def make_cache(
     root.mkdir(parents=True)
     with locked(root / ".lock", what="test"), StagingArea(root) as staging:
         manifest = Manifest(
+            format_version=format_version,
             software="ci2p-cache tests",
             state="encoding",
             fingerprint=fingerprint,
@@ -176,7 +206,7 @@ def _put_shard(
     """Draws and commits one shard; every latent is a pure function of its split, row and view."""
     latent, layout = manifest.fingerprint.latent, manifest.layout
     shape: SplitRecord = manifest.splits[shard.split]
-    codec = CODECS[layout.codec](level=layout.level, chunk_bytes=latent.num_bytes)
+    codec = codec_of(manifest.format_version, layout, latent)
     rows: list[IndexRow] = []
     chunks: list[bytes | None] = [None] * (shape.shard_rows * shape.views)
     raw: dict[tuple[int, int], bytes] = {}
@@ -212,6 +242,7 @@ def _put_shard(
 
     def record(**fields: Any) -> CommitRecord:
         return CommitRecord(
+            format_version=manifest.format_version,
             first_row=shard.first_row,
             rows=len(shard.samples),
             valid_rows=sum(row.status == "ok" for row in rows),
