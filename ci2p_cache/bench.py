@@ -68,7 +68,7 @@ class EncodeRow(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeReport(Record):
-    """What `bench_encoding` found; g_a waited `waiting_share` of the time; bytes are written ones."""
+    """What `bench_encoding` found; `waiting_share`: when g_a waited for images; bytes: written."""
 
     source: str
     device: str
