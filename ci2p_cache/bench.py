@@ -68,7 +68,7 @@ class EncodeRow(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeReport(Record):
-    """What `bench_encoding` found; `waiting_share`: when g_a waited for images; bytes: written."""
+    """What `bench_encoding` found; `waiting_share` is g_a's, of the time; `bytes_` are written."""
 
     source: str
     device: str
@@ -122,8 +122,15 @@ def encode_rate(cache: Cache, *, device: str = "auto") -> float:
         CacheError: as `dry_run` has them; the images have to be where they were.
     """
     refuse_other_decoder(cache.fingerprint)
-    made = EncodeOptions.of(cache.manifest)
-    options = replace(made, weights=cache.encoder_path, devices=device, max_errors="100%")
+    options = EncodeOptions.of(cache.manifest)
+    options = replace(
+        options,
+        # The levels of format 1 are other ones.
+        level=None if cache.manifest.format_version == 1 else options.level,
+        weights=cache.encoder_path,
+        devices=device,
+        max_errors="100%",
+    )
     return _sample(cache.manifest.source, options, EncodeObserver()).images_per_second
 
 

@@ -19,7 +19,7 @@ is validated once. Two configurations are compared image by image: the interval 
 of the differences in 10,000 draws of the images with replacement, which covers the choice of the
 images and not that of the seed: two runs that differ in the seed alone differ too.
 
-Each fold is a run folder of its own below --out, and continues like any other. RESULTS.csv is the
+Each fold has its own run folder below --out, and continues like any other. RESULTS.csv is the
 table; RESULTS.json holds for each configuration which images it classified right, so that anyone
 can draw the intervals again. Not in it: quality 1 to 8, which needs weights that could not be
 fetched where this was written; see codec_sweep.py.
@@ -49,17 +49,19 @@ import torch
 
 import ci2p_cache as cc
 from ci2p_cache.cli import render
-from ci2p_cache.cli.ending import told_errors
+from ci2p_cache.cli.ending import reported_errors
 from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
 from ci2p_cache.errors import InterruptedRunError, ManifestError, RunMismatchError, UsageError
-from ci2p_cache.inference.run_folder import load_model, open_run
+from ci2p_cache.inference.run_folder import load_model
 from ci2p_cache.inference.scoring import keys_of
 from ci2p_cache.machine import checked_device
 from ci2p_cache.outputs import write_whole
 from ci2p_cache.record import Record, differing_fields, json_bytes, read_json
 from ci2p_cache.runs.evaluations import EVALUATIONS, read_predictions
 from ci2p_cache.runs.files import read_summary, training_seconds
+from ci2p_cache.runs.statistics import paired_difference
 from ci2p_cache.training.inputs import train_and_val
+from ci2p_cache.training.opened import open_run
 from ci2p_cache.training.ranks import Ranks
 
 REFERENCE = "a-int8"
@@ -69,12 +71,6 @@ COLUMNS = (
     "configuration", "what", "accuracy", f"against {REFERENCE}", "s/epoch", "bytes/view", "GMAC",
     "command",
 )  # fmt: skip
-
-_DRAWS = 10_000
-"""Draws of the bootstrap: the ends of a 95 % interval then stay within a few hundredths of it."""
-
-_AT_ONCE = 500
-"""Draws that are in memory together; 4 MB for a thousand images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +150,7 @@ class Configuration(Record):
     samples: int
     """Images validated, each once."""
     correct: int
-    """Those classified right."""
+    """Images classified right."""
     seconds_per_epoch: float
     """Median wall time of training one epoch of one fold, validation not included."""
     bytes_per_view: float | None
@@ -283,7 +279,7 @@ def run_all(asked: Asked) -> None:
         encode(asked, PLANS[name])
     tasks = [(name, fold) for name in asked.names for fold in range(asked.settings.folds)]
     if asked.jobs > 1:
-        # Each fold in a process of its own; what they have trained is then found trained.
+        # Each fold in its own process; the loop below then finds them trained.
         with concurrent.futures.ThreadPoolExecutor(asked.jobs) as pool:
             list(pool.map(lambda task: _in_process(asked, *task), tasks))
     for name in asked.names:
@@ -366,35 +362,6 @@ def _classified(asked: Asked, name: str, fold: int) -> dict[str, bool]:
             hits = (model(latents).argmax(1) == batch.labels).tolist()
             right |= {key_of[row]: hit for row, hit in zip(batch.rows.tolist(), hits, strict=True)}
     return right
-
-
-def paired_difference(
-    ours: npt.NDArray[np.bool_], theirs: npt.NDArray[np.bool_]
-) -> tuple[float, float, float]:
-    """Compares two configurations image by image (bootstrap: Efron 1979, percentile interval).
-
-    Args:
-        ours: Which images the one classified right, bool (N,).
-        theirs: The same of the other, in the same order.
-
-    Returns:
-        Accuracy of the one less that of the other, -1 to 1, and the ends of its 95 % interval.
-
-    Raises:
-        UsageError: they are not of the same images.
-    """
-    if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
-        raise UsageError(f"two configurations of {ours.shape} and {theirs.shape} images")
-    gain = ours.astype(np.float64) - theirs
-    rng = np.random.default_rng(0)
-    means = np.concatenate(
-        [
-            gain[rng.integers(0, len(gain), (_AT_ONCE, len(gain)))].mean(axis=1)
-            for _ in range(_DRAWS // _AT_ONCE)
-        ]
-    )
-    low, high = np.quantile(means, (0.025, 0.975)).tolist()
-    return float(gain.mean()), low, high
 
 
 def read_study(path: Path, settings: StudySettings | None = None) -> Study | None:
@@ -518,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = _asked(parser, given)
     # Two threads that wait for each other lose tenfold when another job takes a core.
     torch.set_num_threads(1)
-    with told_errors(go_on="run the same command again to continue"):
+    with reported_errors(go_on="run the same command again to continue"):
         record = asked.results.with_suffix(".json")
         study = read_study(record, asked.settings)
         if given.fold is not None:

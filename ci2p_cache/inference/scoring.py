@@ -35,7 +35,7 @@ from ci2p_cache.errors import (
     RefusedError,
     UsageError,
 )
-from ci2p_cache.inference.run_folder import RunFolder, load_model, open_run
+from ci2p_cache.inference.run_folder import load_model
 from ci2p_cache.loader.batches import Batch, BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.machine import checked_device, ieee_float32
@@ -48,10 +48,11 @@ from ci2p_cache.runs.evaluations import (
     Evaluation,
     evaluation_name,
     prediction_bytes,
-    wilson_interval,
 )
+from ci2p_cache.runs.statistics import wilson_interval
 from ci2p_cache.training.inputs import data_digest, train_and_val
 from ci2p_cache.training.metrics import Validation, validate
+from ci2p_cache.training.opened import RunFolder, open_run
 from ci2p_cache.training.ranks import Ranks
 
 __all__ = [
@@ -82,7 +83,7 @@ def evaluate(
     cache: str | Path | None = None,
     from_images: bool = False,
     split: str = "val",
-    checkpoint: str | Path = "best",
+    checkpoint: str | Path = "last",
     device: str = "auto",
     batch_size: int | None = None,
     threads: int | None = None,
@@ -92,7 +93,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a checkpoint, and writes the result and a row per image into its run.
 
-    Each split and checkpoint has files of its own, see `runs.evaluations`; the same one
+    Each split and checkpoint has its own files, see `runs.evaluations`; the same one
     evaluated again replaces them.
 
     On the split that the run validated on, with its batch size and number of threads on CPU, top-1,
@@ -106,7 +107,7 @@ def evaluate(
         from_images: Whether to read the images and encode them again instead of reading latents;
             models that read images always do.
         split: Name of the split.
-        checkpoint: best, last, or a checkpoint folder or its name.
+        checkpoint: last, best, or a checkpoint folder or its name.
         device: auto (CUDA where there is one), cpu, cuda or cuda:1.
         batch_size: Images per batch; None: the run's.
         threads: Threads that read; None: one per core.

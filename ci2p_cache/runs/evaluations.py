@@ -1,11 +1,11 @@
-"""The evaluations of a run: what a model is worth on a split, and what it said of each image.
+"""The evaluations of a run: a model's accuracy on a split, and its prediction for each image.
 
 ::
 
     runs/<name>/evaluations/
       val-epoch-0003-step-000000.json         an `Evaluation`
       val-epoch-0003-step-000000.parquet      its predictions, a row per image
-      train-epoch-0003-step-000000.json       another split or checkpoint has files of its own
+      train-epoch-0003-step-000000.json       another split or checkpoint has its own files
       val-epoch-0003-step-000000-images.json              latents made of the images again
       test-epoch-0003-step-000000-cache-1a2b3c4d.json     another cache than the run's own
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,14 +41,13 @@ __all__ = [
     "predictions_path",
     "read_evaluation",
     "read_predictions",
-    "wilson_interval",
 ]
 
 EVALUATIONS = "evaluations"
 """Folder of a run in which they are."""
 
 OLD_EVALUATION = "evaluation.json"
-"""Of runs that were evaluated before each split and checkpoint had files of its own."""
+"""File of runs evaluated before each split and checkpoint had its own files."""
 
 _SCHEMA = pa.schema(
     [
@@ -66,9 +64,6 @@ _SCHEMA = pa.schema(
 
 _READ = ("row", "key", "label", "predicted", "confidence", "correct")
 """Columns of `Predictions`."""
-
-_Z = 1.959963984540054
-"""Of a normal distribution 95 % are within so many standard deviations."""
 
 
 def evaluation_name(
@@ -112,7 +107,7 @@ class ClassScore(Record):
     samples: int
     """Images of it."""
     correct: int
-    """Those of them that were classified right."""
+    """Images among them that were classified right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,20 +241,3 @@ def read_predictions(path: Path) -> Predictions:
     return Predictions(
         key=key, **{name: each.to_numpy(zero_copy_only=False) for name, each in columns.items()}
     )
-
-
-def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
-    """Returns the 95 % score interval of a share (Wilson 1927), 0 <= low < high <= 1.
-
-    A bootstrap of none right, or of all, has no width; this one has, however few images there are.
-
-    Args:
-        correct: Images classified right, 0 <= correct <= samples.
-        samples: All images, at least 1.
-    """
-    share, z2 = correct / samples, _Z**2 / samples
-    middle = (share + z2 / 2) / (1 + z2)
-    half = _Z / (1 + z2) * sqrt(share * (1 - share) / samples + z2 / samples / 4)
-    # Rounding would leave 1e-17 at the ends.
-    low = 0.0 if correct == 0 else middle - half
-    return low, 1.0 if correct == samples else middle + half

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARGS",
+    "EXPORT_FACTS",
     "MODEL_FILE",
     "SUMMARY",
     "EpochRecord",
@@ -57,11 +58,14 @@ __all__ = [
 
 ARGS, MODEL_FILE, SUMMARY = "args.yaml", "model.json", "summary.csv"
 
+EXPORT_FACTS = "ci2p_cache.json"
+"""Where an exported `.pt2` keeps what ONNX has as `metadata_props`."""
+
 _MAX_ARGS_BYTES = 2**16
 """Ours have a few thousand."""
 
 _VERSIONS = (1, 2)
-"""Of `model.json`; 1 did not know of the encoder's copy."""
+"""Versions of `model.json`; 1 has no copy of the encoder."""
 
 _READ = (
     "epoch", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "images",
@@ -73,7 +77,7 @@ _OLD_NAMES = {"loss": "train_loss", "top1": "val_top1", "top5": "val_top5"}
 """What earlier versions called three of the columns -> what they are called."""
 
 _MAX_BLOCKS = 1000
-"""Of a model whose parameters are counted: a stranger's record may ask for any number."""
+"""Most blocks of a model whose parameters are counted: a stranger's record may name any number."""
 
 _MAX_SUMMARY_BYTES = 2**24
 """About 100,000 epochs."""
@@ -88,15 +92,19 @@ def args_bytes(args: dict[str, Any]) -> bytes:
     return text.encode()
 
 
-def read_args(run: Path) -> dict[str, Any]:
+def read_args(run: Path, name: str = ARGS) -> dict[str, Any]:
     """Reads the `args.yaml` of a run, which may come from a stranger.
+
+    Args:
+        run: The folder.
+        name: What the file is called there.
 
     Raises:
         FileNotFoundError: there is none, so it is no run.
         ManifestError: it is a link, too large, or no mapping of plain values.
         OSError: it cannot be read.
     """
-    return read_yaml(run / ARGS, max_bytes=_MAX_ARGS_BYTES)
+    return read_yaml(run / name, max_bytes=_MAX_ARGS_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,7 +253,7 @@ class EpochRecord(Record):
     images: int
     """Training images whose step counted."""
     images_per_second: float
-    """Of training, waiting for data included, validation not."""
+    """Training speed, waiting for data included, validation not."""
     wait_share: float
     """Share of the training time spent waiting for data, 0 to 1."""
     epoch_seconds: float

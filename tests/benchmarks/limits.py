@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numcodecs.zstd import Zstd
 
 import ci2p_cache as cc
 from tests.benchmarks.contestants import RANDOM, Batch, Contestant, random_batches
@@ -41,7 +40,7 @@ def limits(
     def decoded(threads: int = 1) -> Iterator[Batch]:
         buffer = np.empty((batch, *shape), np.int8)
         outs = list(buffer.reshape(batch, -1).view(np.uint8))
-        decode, pread = Zstd().decode, os.pread
+        decode, pread = split._codec.decode_into, os.pread
         with ExitStack() as files:
             places = chunk_places(split, files)
 

@@ -22,7 +22,7 @@ from ci2p_cache.inference.scoring import (
     confusion_triples,
     expected_calibration_error,
 )
-from ci2p_cache.runs.evaluations import wilson_interval
+from ci2p_cache.runs.statistics import wilson_interval
 from tests.support.caches import data_digests
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
@@ -119,13 +119,13 @@ def both(*names: str) -> set[str]:
 
 
 def test_every_split_and_checkpoint_has_files_of_its_own(copy: Path) -> None:
-    best, last = folder_of(copy).name, folder_of(copy, "last").name
+    best, last = folder_of(copy, "best").name, folder_of(copy).name
     val = cc.evaluate(copy)
     kept = data_digests(copy / "evaluations")
     train = cc.evaluate(copy, split="train")
     cc.evaluate(copy, from_images=True)
-    cc.evaluate(copy, checkpoint="last")
-    names = {f"val-{best}", f"train-{best}", f"val-{best}-images", f"val-{last}"}
+    cc.evaluate(copy, checkpoint="best")
+    names = {f"val-{last}", f"train-{last}", f"val-{last}-images", f"val-{best}"}
     assert files_of(copy) == both(*names)
     assert data_digests(copy / "evaluations").items() >= kept.items()
     read = json.loads(evaluation_of(copy).read_text())
@@ -291,7 +291,7 @@ class TestDamaged:
     def test_pointers_that_lead_nowhere(self, copy: Path) -> None:
         pointer = copy / "checkpoints" / "last.json"
         name = folder_of(copy).name
-        pointer.write_text('{"best": "../../elsewhere"}')
+        pointer.write_text('{"last": "../../elsewhere"}')
         with pytest.raises(errors.CheckpointError, match=r"last\.json is damaged"):
             cc.evaluate(copy)
         pointer.write_text("[")
