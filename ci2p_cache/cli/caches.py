@@ -365,6 +365,7 @@ def inspect(
 def _print_card(card: CacheCard) -> None:
     fingerprint = card.fingerprint
     encoder, latent, image = fingerprint.encoder, fingerprint.latent, fingerprint.image
+    augment = fingerprint.views.augment
     state = "complete" if card.complete else "NOT complete"
     render.heading(f"{card.path}: {card.images:,} images in {len(card.classes)} classes, {state}")
     kind = f"symbols, step {latent.step:g}" if latent.is_symbols else "continuous y"
@@ -372,7 +373,8 @@ def _print_card(card: CacheCard) -> None:
     lines = {
         "shards": f"{card.committed_shards} of {card.shards} committed",
         "latents": f"{latent.dtype} ({kind}) of {latent.channels} x {latent.height} x "
-        f"{latent.width}; views: {fingerprint.views}",
+        f"{latent.width}; views: {fingerprint.views}"
+        + (f", augmented: {augment}" if augment is not None else ""),
         "images": f"{crop}, EXIF {image.exif}, {image.decoder}",
         "encoder": f"{encoder.arch}, quality {encoder.quality}, {encoder.metric}, "
         f"{encoder.precision}; weights sha256 {encoder.weights_sha256[:16]}",

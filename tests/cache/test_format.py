@@ -34,17 +34,23 @@ OPTIONS = cc.EncodeOptions(
 ENCODED: dict[str, dict[str, Any]] = {
     "int8": {},
     # Of one row each, so that a shard holds nothing but a hole; a step that float32 has to round.
-    "int16": {"dtype": "int16", "step": 0.3, "views": "none", "codec": "none", "shard_samples": 1},
+    "int16": {
+        "dtype": "int16", "step": 0.3, "views": "none", "codec": "none", "shard_samples": 1,
+        "split": "hashed",
+    },
     "float16": {"dtype": "float16", "views": "crops:2", "format": "both", "val_fraction": 0.0},
     "int16 folded": {"dtype": "int16", "step": 0.05, "fold": True, "codec": "lz4"},
-}
+    "augmented": {"views": "crops:2", "augment": "authors"},
+}  # fmt: skip
 CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 raw": ("int8", {"format": "zarr", "codec": "none"}),
     "int8 tars": ("int8", {"format": "webdataset"}),
     "int8 folded": ("int8", {"format": "both", "fold": True}),
     "float16 tars": ("float16", {"format": "webdataset"}),
 }
-FORMAT_1 = {f"first {kind}": ENCODED[kind] for kind in ("int8", "int16", "float16")}
+FORMAT_1 = {
+    f"first {kind}": ENCODED[kind] | {"split": "hashed"} for kind in ("int8", "int16", "float16")
+}
 KINDS = (*ENCODED, *CONVERTED, *FORMAT_1)
 
 
