@@ -8,7 +8,7 @@ import numpy as np
 
 import ci2p_cache as cc
 from tests.benchmarks.measure import Table
-from tests.benchmarks.stores import Data
+from tests.benchmarks.stores import PEER, Data
 
 __all__ = ["overhead_table"]
 
@@ -39,16 +39,11 @@ def overhead_table(splits: dict[str, cc.Split], folder: Path, data: Data) -> Tab
         name = f"ours, {codec}, {len(shards):,} shard{'s' * (len(shards) > 1)}"
         table.rows.append(_row(name, count, alone, files, whole))
     raw = data.latents.nbytes
-    for key, name in (
-        ("bin", "WebDataset tar, raw bytes"),
-        ("npy", "WebDataset tar, npy"),
-        ("mds", "MosaicML MDS"),
-        ("litdata", "LitData chunks"),
-        ("ffcv", "FFCV .beton"),
-    ):
-        if (folder / key).is_dir():
-            files = tree_bytes(folder / key)
-            table.rows.append(_row(name, count, raw, files, files))
+    for store in sorted(folder.iterdir()):
+        if store.name.startswith(PEER):
+            files = tree_bytes(store)
+            alone = raw if files >= raw else sum(map(len, data.frames)) - CHECKSUM_BYTES * count
+            table.rows.append(_row(store.name.removeprefix(PEER), count, alone, files, files))
     return table
 
 
