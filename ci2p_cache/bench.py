@@ -152,8 +152,11 @@ def encode_rate(cache: Cache, *, device: str = "auto") -> float:
         CacheError: as `dry_run` has them; the images have to be where they were.
     """
     refuse_other_decoder(cache.fingerprint)
+    options = EncodeOptions.of(cache.manifest)
     options = replace(
-        EncodeOptions.of(cache.manifest),
+        options,
+        # The levels of format 1 are other ones.
+        level=None if cache.manifest.format_version == 1 else options.level,
         weights=cache.encoder_path,
         devices=device,
         max_errors="100%",

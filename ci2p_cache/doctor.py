@@ -53,14 +53,14 @@ class Diagnosis(Record):
     found: str
     """What was found."""
     advice: str
-    """What to do about it; empty where nothing is to be done."""
+    """What to do about it; empty where nothing is needed."""
 
 
 def diagnose(folder: str | Path = ".") -> tuple[Diagnosis, ...]:
     """Examines this machine and environment.
 
     Args:
-        folder: Where caches are to be written; it, or its nearest parent that is there, is timed.
+        folder: Where caches will be written; it, or its nearest existing parent, is timed.
 
     Returns:
         What was found, in the order of the walk: interpreter, packages, devices, decoder, weights,
@@ -184,7 +184,7 @@ def _devices() -> Iterator[Diagnosis]:
 
 
 def _decoder() -> Iterator[Diagnosis]:
-    """Decodes a picture of its own."""
+    """Decodes a picture that it makes."""
     try:
         from PIL import Image
 

@@ -142,7 +142,7 @@ class WeightsError(InputDataError, ValueError):
 
 
 class TrainingDivergedError(InputDataError):
-    """The loss stayed non-finite; the last good checkpoint is kept."""
+    """The loss stayed non-finite; the last good checkpoint remains."""
 
 
 class RefusedError(CacheError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 import types
 import typing
@@ -33,9 +34,9 @@ class Option:
     high: float | None = None
     """Largest value."""
     above: float | None = None
-    """Lower bound that is no value itself."""
+    """Exclusive lower bound."""
     below: float | None = None
-    """Upper bound that is no value itself."""
+    """Exclusive upper bound."""
     panel: str | None = None
     """Heading in the help of a command; None: among the everyday options, which come first."""
     flag: str | None = None
@@ -44,6 +45,8 @@ class Option:
     """What the help shows in place of the type."""
     is_flag: bool = True
     """Whether the command line has it."""
+    pattern: str | None = None
+    """Regular expression that a text matches as a whole; `help` then lists what does."""
 
     def refusal(self, kind: Any, value: Any) -> str | None:
         """Says what is wanted instead of a value; None where it fits.
@@ -59,9 +62,11 @@ class Option:
         if typing.get_origin(kind) is Literal:
             choices = typing.get_args(kind)
             return None if value in choices else f"one of {', '.join(map(str, choices))}"
+        if self.pattern is not None and not re.fullmatch(self.pattern, str(value)):
+            return self.help.rstrip(".")
         if kind not in (int, float):
             return None
-        # Of a float: neither inf nor nan, nor a whole number that no float holds.
+        # A float must be finite, and a whole number must fit into a float.
         fits = type(value) in (int, kind) and (kind is int or abs(value) <= sys.float_info.max)
         if fits and self._holds(value):
             return None
@@ -120,6 +125,6 @@ def check_options(record: Any) -> None:
         value = getattr(record, name)
         wanted = declared.refusal(kind, value)
         if wanted is not None:
-            raise UsageError(f"`{name}` is {value!r}; wanted {wanted}")
+            raise UsageError(f"`{declared.flag or name}` is {value!r}; wanted {wanted}")
         if type(value) is int and (kind is float or float in typing.get_args(kind)):
             object.__setattr__(record, name, float(value))

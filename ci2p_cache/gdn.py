@@ -117,7 +117,9 @@ class GDN(nn.Module):
         beta_C = self.beta_reparam(self.beta)
         gamma_CC11 = self.gamma_reparam(self.gamma)[:, :, None, None]
         norm_BCHW = conv2d(maps_BCHW**2, gamma_CC11, beta_C)
-        return maps_BCHW * (norm_BCHW.sqrt() if self.inverse else norm_BCHW.rsqrt())
+        # In place, which changes no bit: at 256 px a batch of 8 takes 67 MB of each map.
+        factor_BCHW = norm_BCHW.sqrt_() if self.inverse else norm_BCHW.rsqrt_()
+        return maps_BCHW * factor_BCHW if torch.is_grad_enabled() else factor_BCHW.mul_(maps_BCHW)
 
 
 class AnalysisTransform(nn.Sequential):

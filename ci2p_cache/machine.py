@@ -46,29 +46,25 @@ def checked_device(device: str | torch.device) -> torch.device:
 
 
 def chosen_devices(devices: str) -> list[torch.device]:
-    """Returns the devices that `devices` stands for; cpu once per core that is to work.
+    """Returns the devices that `devices` stands for; the CPU once per core that is to work.
 
     Args:
-        devices: auto (every CUDA device, else cpu), cpu, cpu:2 (two cores), cuda or cuda:0,1.
+        devices: auto (every CUDA device, else cpu), cpu, cpu:2 (two cores), cuda or cuda:0,1;
+            `EncodeOptions` refuses other texts.
 
     Raises:
-        UsageError: the text is none of these, or such a device is not there.
+        UsageError: this machine lacks such a device.
     """
     kind, _, numbers = devices.partition(":")
-    if kind == "auto" and not numbers:
+    if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = [number for number in numbers.split(",") if number]
-    if kind not in ("cpu", "cuda") or not all(number.isdigit() for number in wanted):
-        raise UsageError(f"`devices` is {devices!r}; wanted auto, cpu, cpu:2, cuda or cuda:0,1")
+    wanted = [int(number) for number in numbers.split(",") if number]
     if kind == "cpu":
-        count = int(wanted[0]) if wanted else num_cores()
-        if len(wanted) > 1 or count < 1:
-            raise UsageError(f"`devices` is {devices!r}; cpu takes one number, cpu:2")
-        return [torch.device("cpu")] * count
+        return [torch.device("cpu")] * (wanted[0] if wanted else num_cores())
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    chosen = [int(number) for number in wanted] or list(range(there))
+    chosen = wanted or list(range(there))
     if not chosen or max(chosen) >= there:
-        raise UsageError(f"`devices` is {devices!r}; this machine has {there} CUDA devices")
+        raise UsageError(f"`device` is {devices!r}; this machine has {there} CUDA devices")
     return [torch.device("cuda", number) for number in chosen]
 
 

@@ -126,7 +126,7 @@ def refuse_url(path: str | Path, *, what: str) -> None:
     """Refuses a URL, which would become a local folder called `s3:`.
 
     Args:
-        path: Where something is to be written.
+        path: The file to write.
         what: What it is, for the message.
 
     Raises:
@@ -144,12 +144,12 @@ def write_whole(path: Path, data: bytes, *, what: str) -> None:
     """Writes a file whole or not at all; folders above it are made.
 
     Args:
-        path: Where it goes; a file that is there is replaced.
+        path: The file to write; an existing one is replaced.
         data: Its content.
         what: What it is, for the message.
 
     Raises:
-        ResourceError: it cannot be written; what was there before is kept.
+        ResourceError: it cannot be written; the earlier file stays.
     """
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

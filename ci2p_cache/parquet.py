@@ -34,10 +34,10 @@ _FREE_BYTES, _MAX_RATIO = 64 * 2**20, 64
 """A file may unpack to 64 MiB and 64 times its size: ours do to about 5 times."""
 
 _FREE_VALUES, _MAX_VALUES_PER_BYTE = 2**18, 16
-"""Values of one column: each row of ours has a key of its own, hence at least a byte."""
+"""Values of one column: each of our rows has its own key, hence at least a byte."""
 
 _MAX_TEXT_RATIO = 256
-"""Bytes of one text column over those of the file: keys of ours take about twice the file."""
+"""Bytes of one text column over those of the file: our keys take about twice the file."""
 
 _WRITER = b"parquet-cpp-arrow version "
 _CREATED_BY = _WRITER + b"25.0.1"

@@ -161,7 +161,7 @@ def _shown(value: Any) -> str:
 
 
 def regular_file(path: Path) -> io.BufferedReader:
-    """Opens a file of ours that may come from a stranger, for reading.
+    """Opens one of our files for reading; it may come from a stranger.
 
     Links are not followed, because they may lead out of the folder; a pipe is not waited for, a
     device not read.
@@ -185,7 +185,7 @@ def regular_file(path: Path) -> io.BufferedReader:
 
 
 def read_regular(path: Path, *, max_bytes: int) -> bytes:
-    """Reads a file of ours that may come from a stranger, the way `regular_file` opens it.
+    """Reads one of our files, which may come from a stranger, as `regular_file` opens it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -200,7 +200,7 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of ours, capped in size.
+    """Reads one of our JSON objects, capped in size.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -265,7 +265,7 @@ def unsealed(kind: type[_R], data: Mapping[str, Any], path: Path, *, intact: boo
 
 
 def read_yaml(path: Path, *, max_bytes: int) -> dict[str, Any]:
-    """Reads a YAML mapping of ours: plain values only, capped in size.
+    """Reads one of our YAML mappings: plain values only, capped in size.
 
     Args:
         path: The file.

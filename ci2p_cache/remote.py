@@ -28,7 +28,7 @@ _WAITS_SECONDS = (0.2, 1.0, 4.0)
 """Between four tries: servers that are busy say so for a second or two."""
 _CONNECT_SECONDS, _READ_SECONDS = 10, 30
 _PART_BYTES = 8 * 2**20
-"""Of one request; what fails is asked for again, not the whole file."""
+"""Size of one request; a failed one is repeated, not the whole file."""
 
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _SECRETS = re.compile(
@@ -95,7 +95,7 @@ class RemoteFolder:
                 hint="pip install 'ci2p-cache[remote]'",
             ) from error
         except Exception as error:
-            # The libraries raise errors of their own for settings that they do not like.
+            # The libraries raise their own errors for settings that they refuse.
             raise ResourceError(
                 f"{shown(url)} cannot be opened: {shown(str(error))}"
             ) from _without_details(error)
@@ -179,7 +179,7 @@ class RemoteFolder:
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{where} does not exist") from _without_details(error)
             except Exception as error:
-                # Each library has errors of its own for what a network does.
+                # Each library has its own errors for network failures.
                 if isinstance(error, _LASTING) or wait_seconds is None:
                     tries = 1 if isinstance(error, _LASTING) else len(_WAITS_SECONDS) + 1
                     reason = shown(str(error)).split("\n")[0] or type(error).__name__

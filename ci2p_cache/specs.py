@@ -2,7 +2,7 @@
 
 `Fingerprint` lists every field that changes a stored value; `LayoutSpec` every field that changes
 which row is where and in which bytes. Both bind a cache folder: a difference is refused, field by
-field. Batch size, workers, devices, host and paths stand in neither.
+field. Neither holds batch size, workers, devices, host or paths.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ci2p_cache.record import Record
 __all__ = [
     "DOWNSAMPLING",
     "FORMAT_VERSION",
+    "FORMAT_VERSIONS",
     "MAX_LATENT_BYTES",
     "CodecName",
     "DType",
@@ -31,10 +32,17 @@ __all__ = [
     "LayoutSpec",
     "Precision",
     "ViewSpec",
+    "default_level",
 ]
 
-FORMAT_VERSION = 1
-"""Version of the disk format; history at the end of cache/README.md."""
+FORMAT_VERSION = 2
+"""Version of the disk format that new caches get; history at the end of cache/README.md."""
+
+FORMAT_VERSIONS = (1, 2)
+"""Those that are read; a cache keeps its own when it is continued, repaired or grown."""
+
+VALUES_VERSION = 1
+"""Version of how values come about; both formats hold the same ones."""
 
 DOWNSAMPLING = 16
 """g_a halves each side four times: latents are size / 16 (Balle et al. 2018, arXiv 1802.01436)."""
@@ -43,11 +51,11 @@ SIZE_MULTIPLE_PX = 32
 """PatchReshape halves the latents once more (arXiv 2502.10120), so sides are multiples of 32."""
 
 MAX_LATENT_BYTES = 128 * 2**20
-"""Of one latent, and of the raw latents of one shard: a shard is built in memory."""
+"""Limit for one latent, and for the raw latents of one shard: a shard is built in memory."""
 
 DType = Literal["int8", "int16", "float16", "float32"]
 Precision = Literal["float32", "tf32", "bf16"]
-CodecName = Literal["zstd", "none"]
+CodecName = Literal["zstd", "lz4", "none"]
 FormatName = Literal["zarr", "webdataset", "both"]
 
 _ITEM_BYTES = {"int8": 1, "int16": 2, "float16": 2, "float32": 4}
@@ -225,8 +233,8 @@ class LatentSpec(Record):
 class Fingerprint(Record):
     """Every field that changes a stored value."""
 
-    format_version: int = FORMAT_VERSION
-    """Version of the disk format."""
+    format_version: int = VALUES_VERSION
+    """Version of the values: that of the disk format where they came about otherwise."""
     image: ImageSpec
     """From bytes to pixels."""
     views: ViewSpec
@@ -238,9 +246,9 @@ class Fingerprint(Record):
 
     def __post_init__(self) -> None:
         _require(
-            self.format_version == FORMAT_VERSION,
-            f"format version {self.format_version} is not {FORMAT_VERSION}, the one that this "
-            "ci2p-cache reads and writes; encode again, or use the version that made it",
+            self.format_version == VALUES_VERSION,
+            f"format version {self.format_version} of the values is not {VALUES_VERSION}, the one "
+            "that this ci2p-cache knows; encode again, or use the version that made it",
         )
         side = self.image.size // DOWNSAMPLING
         _require(
@@ -272,8 +280,10 @@ class LayoutSpec(Record):
     """Container of the latents: zarr shards, WebDataset tars, or each of them twice over."""
     codec: CodecName = "zstd"
     """Byte compressor of the zarr chunks; tars hold raw values, `convert` goes by it."""
-    level: int = 1
-    """zstd level; 1 beats 3 in size and speed on symbols (measured), 9 is 4 % smaller and slow."""
+    level: int = 2
+    """Compression level; see `default_level`."""
+    fold: bool = False
+    """Whether zarr chunks hold symbols folded to 0, 1, 2, ... for 0, -1, 1, ...: fewer bytes."""
 
     def __post_init__(self) -> None:
         _require(
@@ -289,6 +299,27 @@ class LayoutSpec(Record):
             self.limit is None or self.limit > 0, f"`limit` is {self.limit}; it must be positive"
         )
         _require(-100 <= self.level <= 22, f"`level` is {self.level}; wanted -100 to 22")
+        _require(
+            not self.fold or self.codec != "none",
+            "`fold` makes symbols compress better, and `codec` none does not compress them; choose "
+            "--codec zstd or lz4, or leave out --fold",
+        )
+
+    def problem(self, format_version: int, latent: LatentSpec) -> str | None:
+        """Says what a cache cannot have of it; None where it can have all.
+
+        Args:
+            format_version: Version of the cache.
+            latent: What its values are.
+        """
+        if format_version == 1:
+            if self.codec == "lz4" or self.fold:
+                return "caches of format 1 have neither `codec` lz4 nor `fold`; convert it first"
+        elif not 1 <= self.level <= 9:
+            return f"`level` is {self.level}; 1 to 9 are possible"
+        if self.fold and not latent.is_symbols:
+            return f"`fold` is for symbols, and dtype {latent.dtype} stores y itself"
+        return None
 
     @property
     def has_zarr(self) -> bool:
@@ -299,3 +330,28 @@ class LayoutSpec(Record):
     def has_tar(self) -> bool:
         """Whether the latents are in tars."""
         return self.format != "zarr"
+
+    @property
+    def codec_words(self) -> str:
+        """Codec and level, for example `zstd level 1, folded`."""
+        level = "" if self.codec == "none" else f" level {self.level}"
+        return self.codec + level + (", folded" if self.fold else "")
+
+    def array_values(self, latent: LatentSpec) -> tuple[str, int | float]:
+        """Returns dtype and fill value of the zarr array: those of symbols, or of their codes."""
+        if self.fold:
+            return f"u{latent.dtype}", 2 * latent.symbol_limit + 1
+        return latent.dtype, latent.fill_value
+
+
+def default_level(format_version: int, codec: CodecName, *, fold: bool) -> int:
+    """Returns the compression level where none is asked for.
+
+    Measured in bytes, packing and reading together (tests/benchmarks/size.py): zstd 2 is 3 %
+    smaller than 1 on symbols and as fast, and 5 packs at a third of its rate for 1 % more. On
+    folded symbols 1 is the smaller one. lz4 is lz4hc: 1 is 3 % larger than 3, 5 is 1 % smaller and
+    slow. Format 1 has plain zstd frames, of level 1.
+    """
+    if codec == "lz4":
+        return 3
+    return 1 if format_version == 1 or fold else 2

@@ -21,7 +21,7 @@ What the paper's summary leaves open is ours in paper_*: batches of 128 (the aut
 warm-up of 20 epochs and a cosine down to 1.25e-6, no gradient clipping, no label smoothing.
 
 authors_* is the authors' code as far as a cache can carry it. What differs, because it comes before
-an encoder that is not linear and so before the cache: their random-resized crops are drawn anew in
+an encoder that is not linear and so before the cache: their random-resized crops are drawn again in
 each epoch, here K = 8 are stored and one is drawn; RandAugment, grey, blur, solarize and erasing
 are left out; Mixup and CutMix on pixels are left out, for mixing latents is another method. Their
 learning rate begins at a third of its peak, here at zero. Their 500 epochs let the cosine

@@ -16,7 +16,7 @@ Expect:   not measured here: it needs CompressAI's official weights for every qu
           could not be fetched where this was written. `--set encode.weights=FILE` takes a file.
 
 Quality 1 to 8 are cached as int16 symbols: those of quality 8 reach -421..420, which int8 would
-saturate. The other architectures have no symbols of their own, and are cached as float16 y; their
+saturate. The other architectures have no symbols, and are cached as float16 y; their
 bytes per image are therefore no measure of their rate. `--set encode.metric=ms-ssim` takes the
 encoders that were trained for MS-SSIM.
 """

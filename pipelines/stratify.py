@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ci2p_cache.cli import render
-from ci2p_cache.cli.ending import told_errors
+from ci2p_cache.cli.ending import reported_errors
 from ci2p_cache.errors import SourceError, UsageError
 from ci2p_cache.images.folder import FolderSource
 from ci2p_cache.outputs import check_output, write_whole
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--val-fraction", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
-    with told_errors(go_on="run the same command again"):
+    with reported_errors(go_on="run the same command again"):
         mark = b"path,label,split\n"
         check_output(asked.out, what="list", suffixes=(".csv",), mark=mark)
         rows = stratified(asked.images, asked.out, val_fraction=asked.val_fraction, seed=asked.seed)

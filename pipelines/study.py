@@ -19,7 +19,7 @@ is validated once. Two configurations are compared image by image: the interval 
 of the differences in 10,000 draws of the images with replacement, which covers the choice of the
 images and not that of the seed: two runs that differ in the seed alone differ too.
 
-Each fold is a run folder of its own below --out, and continues like any other. RESULTS.csv is the
+Each fold has its own run folder below --out, and continues like any other. RESULTS.csv is the
 table; RESULTS.json holds for each configuration which images it classified right, so that anyone
 can draw the intervals again. Not in it: quality 1 to 8, which needs weights that could not be
 fetched where this was written; see codec_sweep.py.
@@ -49,7 +49,7 @@ import torch
 
 import ci2p_cache as cc
 from ci2p_cache.cli import render
-from ci2p_cache.cli.ending import told_errors
+from ci2p_cache.cli.ending import reported_errors
 from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
 from ci2p_cache.errors import InterruptedRunError, ManifestError, RunMismatchError, UsageError
 from ci2p_cache.inference.run_folder import load_model, open_run
@@ -154,7 +154,7 @@ class Configuration(Record):
     samples: int
     """Images validated, each once."""
     correct: int
-    """Those classified right."""
+    """Images classified right."""
     seconds_per_epoch: float
     """Median wall time of training one epoch of one fold, validation not included."""
     bytes_per_view: float | None
@@ -283,7 +283,7 @@ def run_all(asked: Asked) -> None:
         encode(asked, PLANS[name])
     tasks = [(name, fold) for name in asked.names for fold in range(asked.settings.folds)]
     if asked.jobs > 1:
-        # Each fold in a process of its own; what they have trained is then found trained.
+        # Each fold in its own process; the loop below then finds them trained.
         with concurrent.futures.ThreadPoolExecutor(asked.jobs) as pool:
             list(pool.map(lambda task: _in_process(asked, *task), tasks))
     for name in asked.names:
@@ -518,7 +518,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = _asked(parser, given)
     # Two threads that wait for each other lose tenfold when another job takes a core.
     torch.set_num_threads(1)
-    with told_errors(go_on="run the same command again to continue"):
+    with reported_errors(go_on="run the same command again to continue"):
         record = asked.results.with_suffix(".json")
         study = read_study(record, asked.settings)
         if given.fold is not None:

@@ -42,7 +42,7 @@ import ci2p_cache
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cli import render
-from ci2p_cache.cli.ending import told_errors
+from ci2p_cache.cli.ending import reported_errors
 from ci2p_cache.encoder.codec_checkpoint import CodecSpec
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_encoder
@@ -131,7 +131,7 @@ def main() -> None:
     """Runs the command line; the exit code is the error's own, as in `ci2p-cache`."""
     # CompressAI still compiles a function with torch.jit when it is imported.
     warnings.filterwarnings("ignore", message=r"`torch\.jit")
-    with told_errors(go_on=shlex.join(["python", *sys.argv])):
+    with reported_errors(go_on=shlex.join(["python", *sys.argv])):
         _run(_parsed(sys.argv[1:]))
 
 

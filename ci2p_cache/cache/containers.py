@@ -8,7 +8,7 @@ A zarr shard is that of zarr's published `sharding_indexed` codec (zarr-specs, v
 version 1.0): the inner chunks one after another, then the index of (offset, size) pairs as
 little-endian uint64, then the index's crc32c; a missing chunk has both set to 2^64 - 1. Shards are
 packed here because zarr-python writes in place by reading first; they are read here because its
-indexing reads 1.2 k samples/s where one positioned read and one zstd call give 29 k. zarr-python is
+indexing reads 1.2 k samples/s where one positioned read and one decoder give 29 k. zarr-python is
 the oracle in the tests. In a tar, the same bytes each time, are for each valid row, in row order::
 
     000000123.latent.npy   (V, M, h, w), raw values, little-endian, numpy's format version 1.0

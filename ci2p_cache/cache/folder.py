@@ -2,7 +2,7 @@
 
 ::
 
-    s3://bucket/shards --fetched when first needed, held against its record--> mirror folder --> as
+    s3://bucket/shards --fetched when first needed, checked with its record--> mirror folder --> as
         any other cache: the same readers, the same checks
 
 What a split is, and how its shards are read, is not known here.
@@ -103,7 +103,7 @@ class CacheFolder:
             self.mirror.need(path, record)
 
     def read_committed(self, path: str, *, max_bytes: int) -> bytes:
-        """Reads one of the small files that finalising wrote, held against its digest.
+        """Reads one of the small files that finalising wrote, checked against its digest.
 
         Args:
             path: Its path relative to the cache folder, as `Manifest.files` lists it.
@@ -195,7 +195,7 @@ class Mirror:
         return Mirror, (self.remote.url,)
 
     def need(self, path: str, record: FileRecord | None = None) -> None:
-        """Fetches a file as `CacheFolder.need` does; one that the remote cache lacks stays away."""
+        """Fetches a file as `CacheFolder.need` does; what the remote cache lacks stays missing."""
         target = self.path / path
         with self._locks[path]:
             if target.is_file() and (record is None or target.stat().st_size == record.bytes):
@@ -210,7 +210,7 @@ class Mirror:
                     )
 
     def need_all(self) -> None:
-        """Fetches every file of the remote cache anew, as it is, and removes what it has not.
+        """Fetches every file of the remote cache again, and removes local files that it lacks.
 
         Raises:
             ResourceError: the server does not answer, or the mirror cannot be written.

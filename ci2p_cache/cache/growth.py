@@ -3,7 +3,7 @@
 ::
 
     shards/                 the cache, whole and readable all the time
-    shards/.growth/         a cache folder of its own: unchanged shards are hard links
+    shards/.growth/         a separate cache folder: unchanged shards are hard links
     .growth/cache.json says complete --> its files replace those of the cache, cache.json last
 
 Whatever ends the process, one of the two caches is whole. Where it ends while files are replaced,

@@ -99,10 +99,10 @@ def locked(
 
 
 def lock_holder(path: Path) -> LockHolder | None:
-    """Returns who holds a lock, None where no one does; the lock file need not be there.
+    """Returns who holds a lock, or None; the lock file may be missing.
 
     It is looked at by locking it for an instant, shared; `locked` tries again meanwhile. A lock
-    file that a killed process left behind is held by no one.
+    file that a killed process left behind is free.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -165,7 +165,7 @@ def _read_holder(descriptor: int) -> LockHolder:
 
 
 class ForkedLock:
-    """A lock between threads; in a forked process no one holds it, whoever held it at the fork."""
+    """A lock between threads; in a forked process it is free, even if it was held at the fork."""
 
     def __init__(self) -> None:
         self._lock, self._pid = threading.Lock(), os.getpid()

@@ -21,7 +21,14 @@ from ci2p_cache.errors import (
     command,
 )
 from ci2p_cache.record import MAX_JSON_BYTES, Record, differing_fields, read_sealed, unsealed
-from ci2p_cache.specs import FORMAT_VERSION, MAX_LATENT_BYTES, Fingerprint, LatentSpec, LayoutSpec
+from ci2p_cache.specs import (
+    FORMAT_VERSION,
+    FORMAT_VERSIONS,
+    MAX_LATENT_BYTES,
+    Fingerprint,
+    LatentSpec,
+    LayoutSpec,
+)
 
 __all__ = [
     "MAX_SHARD_BYTES", "ClassOrder", "Manifest", "SplitRecord", "class_order", "read_manifest",
@@ -32,16 +39,16 @@ MAX_SHARD_BYTES = MAX_LATENT_BYTES
 """Raw latents of one shard at most: it is built in memory, and lost whole when a run is killed."""
 
 _MAX_ROWS = 2**24
-"""Of one split. ImageNet-21k has 14 million; labels and valid then take 84 MB in memory."""
+"""Most rows of one split. ImageNet-21k has 14 million: labels and valid take 84 MB in memory."""
 
 _MAX_SHARDS = 2**20
-"""Of one split: as many files are in one folder. ImageNet-21k in shards of 14 rows."""
+"""Most shards of one split: one folder has as many files. ImageNet-21k in shards of 14 rows."""
 
 _MAX_SPLITS = 8
 """There are train, val and test."""
 
 _MAX_NAMES_BYTES = MAX_JSON_BYTES - 2**20
-"""Of all class names and titles: what is left of `cache.json` has some 100 kB."""
+"""Limit for all class names and titles; the rest of `cache.json` has some 100 kB."""
 
 _LOST = (
     f"put {MANIFEST} back from a backup, then run the same command; without one, encode again: "
@@ -155,8 +162,10 @@ class Manifest(Record):
 
     def _problems(self) -> Iterator[str]:
         latent, classes = self.fingerprint.latent, self.classes
-        if self.format_version != FORMAT_VERSION:
-            yield f"format version {self.format_version} is not {FORMAT_VERSION}"
+        if self.format_version not in FORMAT_VERSIONS:
+            yield f"format version {self.format_version} is none of {FORMAT_VERSIONS}"
+        if problem := self.layout.problem(self.format_version, latent):
+            yield problem
         for name in self.splits:
             if not _SPLIT_NAME.fullmatch(name):
                 yield f"split name {name!r} is not of the form {_SPLIT_NAME.pattern}"
@@ -183,6 +192,13 @@ class Manifest(Record):
             if record.shard_rows != rows:
                 text = f"split {name} has {record.shard_rows} rows per shard"
                 yield f"{text}, its layout makes {rows}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain JSON values, those of its format version."""
+        values = Record.to_dict(self)
+        if self.format_version == 1:
+            del values["layout"]["fold"]
+        return values
 
     @property
     def scale(self) -> float:
@@ -222,10 +238,10 @@ def read_manifest(root: Path) -> Manifest:
     except ManifestError as error:
         raise ManifestError(str(error), hint=_LOST) from error
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise ManifestError(
-            f"{path} has format version {version!r}; this ci2p-cache reads version "
-            f"{FORMAT_VERSION}",
+            f"{path} has format version {version!r}; this ci2p-cache reads versions "
+            f"{FORMAT_VERSIONS[0]} to {FORMAT_VERSION}",
             hint=f"encode again: ci2p-cache encode IMAGES --out NEW_FOLDER (or use the ci2p-cache "
             f"that wrote it: {data.get('software', 'unknown')})",
         )
@@ -238,8 +254,10 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
-    """Adds the fields that older caches lack: the order of the classes, and `names_split`."""
-    names, splits = data.get("classes"), data.get("splits")
+    """Adds what older caches lack: the order of the classes, `names_split`, in format 1 `fold`."""
+    names, splits, layout = data.get("classes"), data.get("splits"), data.get("layout")
+    if data["format_version"] == 1 and isinstance(layout, dict):
+        data = {**data, "layout": {"fold": False, **layout}}
     if isinstance(names, list):
         data = {"class_order": class_order(list(map(str, names))), **data}
     if isinstance(splits, dict):

@@ -18,7 +18,6 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ci2p_cache.cache.codecs import CRC_BYTES, ChunkCodec
 from ci2p_cache.cache.lock import ForkedLock
@@ -33,7 +32,7 @@ _OPEN_SHARE = 4
 """One split keeps a quarter of the files that the process may open: 256 of the common 1,024."""
 
 _MAX_INDEX_BYTES = 256 * 2**20
-"""Of the indexes that one split remembers: 8 million rows with two views."""
+"""Limit for the indexes that one split remembers: 8 million rows with two views."""
 
 _INDEX_ENTRY_BYTES = 16
 # Linux's numbers; Python does not name them.
@@ -184,7 +183,7 @@ class OpenShards:
 
     Random order meets another shard with nearly every sample. ImageNet has 1,252 of them and a
     process may often have no more than 1,024 files open, so shards are closed again. The index of a
-    closed one is remembered: where commit record and index were checked anew, a read took five
+    closed one is remembered: where commit record and index were checked again, a read took five
     times as long (932 against 183 us, 1,252 shards, a busy core).
 
     Args:
@@ -237,7 +236,7 @@ class OpenShards:
 
 def _max_open() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # The kernel's own ceiling stands in for "no limit".
+    # The kernel's own ceiling replaces "no limit".
     return max(1, min(2**20, soft if soft >= 0 else 2**20) // _OPEN_SHARE)
 
 
@@ -284,7 +283,7 @@ class RawShards:
         size = num_shards * self._stride
         try:
             self._is_mapped = np.zeros(num_shards, np.bool_)
-            # Pages of zeros that no one writes to take no memory. Offset 0 means "nothing there".
+            # Pages of zeros that are never written take no memory. Offset 0 means "nothing there".
             self._ends = np.zeros(num_shards * shard_chunks, np.int64)
             self._is_checked = np.zeros(num_shards * shard_chunks, np.bool_)
             self._base = _map(0, size, _PROT_NONE, _RESERVED, -1)
@@ -293,6 +292,9 @@ class RawShards:
         # Not at exit, where a thread may still be reading: there the kernel does it.
         weakref.finalize(self, _libc.munmap, self._base, size).atexit = False
         self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._base))
+        # torch takes seconds to import; who only looks at a cache reads no batch.
+        import torch
+
         # Every offset where a chunk may begin, as a row: they overlap, nothing is copied.
         self._starts = torch.from_numpy(self._bytes).as_strided(
             (size - chunk_bytes + 1, chunk_bytes), (1, 1)
@@ -312,6 +314,8 @@ class RawShards:
         Raises:
             ShardError: a shard is missing or damaged, or a chunk is not stored or is damaged.
         """
+        import torch
+
         if not self._is_mapped[shards].all():
             for shard in np.unique(shards[~self._is_mapped[shards]]).tolist():
                 self._map_shard(shard)

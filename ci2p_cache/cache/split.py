@@ -11,11 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from ci2p_cache.cache.codecs import CODECS, CRC_BYTES, codec_of
+from ci2p_cache.cache.codecs import CRC_BYTES, FRAMES, codec_of
 from ci2p_cache.cache.commit import CommitRecord, listed_commits, read_commit
 from ci2p_cache.cache.containers import open_tar, open_zarr
 from ci2p_cache.cache.folder import CacheFolder
@@ -34,14 +31,21 @@ from ci2p_cache.specs import LatentSpec, LayoutSpec
 
 if TYPE_CHECKING:
     import zarr
+    from torch import Tensor
+    from torch.utils.data import ConcatDataset, Dataset
+
+    _Samples = Dataset[tuple[Tensor, int]]
+else:
+    # torch takes seconds to import, and looking at a cache needs none of it.
+    _Samples = object
 
 __all__ = ["Split"]
 
 _MAX_METADATA_BYTES = 2**20
-"""Of one zarr.json; ours have a few thousand, most of it the offsets."""
+"""Largest zarr.json; ours have a few thousand bytes, mostly offsets."""
 
 
-class Split(Dataset[tuple[Tensor, int]]):
+class Split(_Samples):
     """One split of a cache; reading is safe from many threads, and from forked processes.
 
     ::
@@ -74,7 +78,7 @@ class Split(Dataset[tuple[Tensor, int]]):
         self.latent: LatentSpec = manifest.fingerprint.latent
         self.scale: float = manifest.scale
         self.offset = np.array(manifest.offset, np.float32)
-        self._codec = codec_of(self.layout, self.latent)
+        self._codec = codec_of(manifest.format_version, self.layout, self.latent)
         self._shards = OpenShards(self.open_shard)
         self._is_subset = False
 
@@ -188,6 +192,12 @@ class Split(Dataset[tuple[Tensor, int]]):
         y, labels = self._samples(np.array([rows % self.num_rows]))
         return y[0], int(labels[0])
 
+    def __add__(self, other: Dataset[Any]) -> ConcatDataset[Any]:
+        """Returns both one after the other, as torch's `ConcatDataset`."""
+        from torch.utils.data import ConcatDataset
+
+        return ConcatDataset([self, other])
+
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, int]]:
         """Returns what `split[row]` gives for each row, read in one call; DataLoader asks for it.
 
@@ -214,7 +224,8 @@ class Split(Dataset[tuple[Tensor, int]]):
 
     def _numbers(self, rows: Any) -> npt.NDArray[np.int64]:
         """Returns the rows that a list, array, tensor or mask names, (n,), 0 <= row < N."""
-        found = rows.numpy(force=True) if isinstance(rows, Tensor) else np.asarray(rows)
+        # Only a tensor's `numpy` takes it from its device and out of autograd.
+        found = np.asarray(rows.numpy(force=True) if hasattr(rows, "numpy") else rows)
         if found.ndim and found.dtype == np.bool_:
             if found.shape != (self.num_rows,):
                 raise IndexError(
@@ -257,6 +268,8 @@ class Split(Dataset[tuple[Tensor, int]]):
             views = np.tile(np.arange(self.num_views), len(rows))
             flat = stored.reshape(-1, *self.latent.shape)
             self.read_batch_into(np.repeat(rows, self.num_views), views, flat)
+        import torch
+
         y = torch.from_numpy(stored.astype(np.float32, copy=False))
         if self.latent.is_symbols:
             y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
@@ -308,7 +321,7 @@ class Split(Dataset[tuple[Tensor, int]]):
         return read_index(self.cache.path, self.name, shard, columns)
 
     def open_shard(self, shard: int) -> ShardReader:
-        """Opens the file that a shard is read from anew, checked against its commit record.
+        """Opens a shard's file again, checked against its commit record.
 
         Raises:
             ShardError: it is missing, damaged or not committed.
@@ -316,7 +329,7 @@ class Split(Dataset[tuple[Tensor, int]]):
         return self._open_zarr(shard) if self.layout.has_zarr else self.open_tar(shard)
 
     def open_tar(self, shard: int) -> ShardReader:
-        """Opens a shard's tar anew, checked against its commit record and index part.
+        """Opens a shard's tar again, checked against its commit record and index part.
 
         Raises:
             ShardError: it is missing, damaged or not committed.
@@ -335,6 +348,8 @@ class Split(Dataset[tuple[Tensor, int]]):
             raise ShardError("it has no commit record")
         if commit.fingerprint != self.cache.fingerprint.digest:
             raise ShardError("its commit record has another fingerprint")
+        if commit.format_version != self.cache.manifest.format_version:
+            raise ShardError(f"its commit record has format version {commit.format_version}")
         return commit
 
     def _open_zarr(self, shard: int) -> ShardReader:
@@ -355,7 +370,7 @@ class Split(Dataset[tuple[Tensor, int]]):
     def _require_own_chunks(self, file: ShardReader, shard: int) -> None:
         """Distinguishes shards of raw chunks, whose own indexes are all alike.
 
-        The first and the last chunk that are stored are held against the index part.
+        The first and the last stored chunk are checked against the index part.
         """
         stored = np.flatnonzero(file.stored)
         wanted = self.read_index(shard, ["latent_crc32c"])["latent_crc32c"].to_pylist()
@@ -399,7 +414,8 @@ class Split(Dataset[tuple[Tensor, int]]):
     def latents(self) -> zarr.Array[Any]:
         """The zarr array itself, (N, V, M, h, w), as plain zarr opens it.
 
-        Its metadata is checked; what is then read through zarr is not held against commits.
+        Its metadata is checked; what is then read through zarr is not checked against commits. With
+        `layout.fold` it holds codes, which `cache.codecs.unfolded` turns into symbols.
 
         Raises:
             UsageError: the cache holds tars only, or is a remote one: zarr would take what was not
@@ -428,7 +444,8 @@ class Split(Dataset[tuple[Tensor, int]]):
             # zarr refuses unknown codecs and grids with nearly any type.
             raise ManifestError(f"{path} cannot be opened: {error}") from error
         shard = (self.record.shard_rows, *self.shape[1:])
-        wanted = (self.shape, shard, (1, 1, *self.latent.shape), np.dtype(self.latent.dtype))
+        dtype = np.dtype(self.layout.array_values(self.latent)[0])
+        wanted = (self.shape, shard, (1, 1, *self.latent.shape), dtype)
         if found != wanted:
             raise ManifestError(
                 f"{path} has (shape, shards, chunks, dtype) {found}; the manifest says {wanted}"
@@ -506,7 +523,7 @@ class Split(Dataset[tuple[Tensor, int]]):
             return self._gathered(name, dtype)
         folder = array_path(self.name, name)
         size = self.num_rows * np.dtype(dtype).itemsize
-        codec = CODECS["zstd"](level=1, chunk_bytes=size)
+        codec = FRAMES(level=1, chunk_bytes=size)
         raw = np.empty(size, np.uint8)
         try:
             self.cache.read_committed(f"{folder}/zarr.json", max_bytes=_MAX_METADATA_BYTES)

@@ -135,7 +135,7 @@ class StagingArea:
         return self.put(path, sealed_bytes(data))
 
     def scratch(self, name: str) -> Path:
-        """Returns a new, empty folder that goes when the area is closed; nothing in it counts."""
+        """Returns a new, empty folder, which is removed when the area is closed."""
         folder = self._folder / f"scratch-{name}"
         with disk_errors(folder):
             remove_path(folder)

@@ -21,7 +21,7 @@ def open_cache(path: str | Path, *, partial: bool = False) -> Cache:
     Args:
         path: The folder that `ci2p-cache encode --out` made, or the URL of a finished one that was
             copied: `s3://`, `gs://`, `http(s)://`. Of such a cache each file is fetched when it is
-            first read, checked, and kept in a local folder (`mirror.Mirror`).
+            first read, checked, and stored in a local folder (`mirror.Mirror`).
         partial: Also open one whose encoding has not finished; its committed shards can be read.
             One behind a URL is always finished.
 
@@ -96,7 +96,7 @@ class Cache(CacheFolder, Mapping[str, "Split"]):
         return len(self._splits)
 
     def __hash__(self) -> int:
-        # Of a mapping Python makes none. Two are equal if they hold the very same splits.
+        # A mapping has no hash by default. Two are equal if they hold the very same splits.
         return hash(frozenset(self._splits.values()))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -41,7 +41,7 @@ __all__ = [
 ]  # fmt: skip
 
 _MAX_COMPARED_KEYS = 20_000
-"""A missing key is held against that many others at most: about half a second of difflib."""
+"""A missing key is compared with that many others at most: about half a second of difflib."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

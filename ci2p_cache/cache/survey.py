@@ -83,7 +83,7 @@ class CacheStatus(Record):
     working: tuple[Working, ...]
     """Who works on the folder now."""
     retry: tuple[str, ...]
-    """Values of `--shard-range` that ask for what is missing and no one works on; the first few."""
+    """The first few values of `--shard-range` for missing shards that no process works on."""
     num_retry: int
     """How many such ranges there are."""
 
@@ -195,6 +195,8 @@ def record_problem(manifest: Manifest, commit: CommitRecord) -> str | None:
         return f"it speaks of {commit.rows} rows from {commit.first_row}"
     if commit.fingerprint != manifest.fingerprint.digest:
         return f"it has another fingerprint than {MANIFEST}"
+    if commit.format_version != manifest.format_version:
+        return f"it has format version {commit.format_version}, not that of {MANIFEST}"
     wanted = set(shard_files(manifest.layout, commit.split, commit.shard)[:-1])
     if {file.path for file in commit.files} != wanted:
         return f"it lists other files than {sorted(wanted)}"

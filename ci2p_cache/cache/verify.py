@@ -97,8 +97,8 @@ def verify(
     found in `latents.zarr`, `tar`, `index` and `commits`.
 
     Args:
-        path: The cache folder; one that is still being encoded is checked as far as it goes. Of one
-            behind a URL every file is fetched anew.
+        path: The cache folder; one that is still being encoded is checked as far as it is done.
+            Every file of one behind a URL is fetched again.
         quick: Leave the latents unread.
         on_shard: Called with (shards checked, shards in all).
 
@@ -106,10 +106,10 @@ def verify(
         What is wrong; empty for an intact cache.
 
     Raises:
-        UsageError: a cache behind a URL is to be verified quickly.
+        UsageError: a cache behind a URL cannot be verified quickly.
         ResourceError: the server of such a cache does not answer.
         NotACacheError: the folder is missing or is no cache.
-        ManifestError: `cache.json` itself is damaged: nothing can be held against it.
+        ManifestError: `cache.json` itself is damaged: nothing can be checked against it.
     """
     cache = open_cache(path, partial=True)
     if cache.mirror is not None:
@@ -251,7 +251,7 @@ def _shard_problems(
 def _unvouched(
     split: Split, shard: int, digests: Mapping[str, str], max_read_bytes: float
 ) -> Iterator[_Problem]:
-    """Checks the files of a shard whose commit record is lost, as far as another witness goes."""
+    """Checks the files of a shard whose commit record is lost, as far as other records allow."""
     for path in shard_files(split.layout, split.name, shard)[:-1]:
         file = split.cache.path / path
         size = file.stat().st_size if file.is_file() else 0

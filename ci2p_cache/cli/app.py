@@ -18,12 +18,13 @@ from ci2p_cache.cli.complexity import complexity
 from ci2p_cache.cli.demo import demo
 from ci2p_cache.cli.doctor import doctor
 from ci2p_cache.cli.encode import encode
-from ci2p_cache.cli.ending import advice, told_errors
+from ci2p_cache.cli.ending import advice, reported_errors
 from ci2p_cache.cli.fields import PanelCommand
 from ci2p_cache.cli.run import run
 from ci2p_cache.cli.runs import evaluate, export, predict, report
 from ci2p_cache.cli.train import train
 from ci2p_cache.errors import command, without_overwrite
+from ci2p_cache.process import put_off_compiler
 
 __all__ = ["app", "command_tree", "run_command"]
 
@@ -58,10 +59,10 @@ def _root(
 
     \b
       ci2p-cache demo                                try it, on drawn pictures
-      ci2p-cache doctor                              is this machine fit for it?
+      ci2p-cache doctor                              is this machine ready?
       ci2p-cache encode imagenet/ --out shards/      stage one: images to latents
-      ci2p-cache status shards/                      how far is it?
-      ci2p-cache verify shards/                      is every byte as committed?
+      ci2p-cache status shards/                      how far is encoding?
+      ci2p-cache verify shards/                      is every byte intact?
       ci2p-cache inspect shards/ --picture look.png  what is in there?
       ci2p-cache train shards/ --model vitds         stage two: a classifier
       ci2p-cache evaluate runs/vitds-1a2b3c4d        how good is it?
@@ -73,8 +74,8 @@ def _root(
     environment variable: CI2P_CACHE_ENCODE_QUALITY=5 stands for `encode --quality 5`.
 
     Exit codes: 0 ok, 1 bug, 2 usage, 3 input data, 4 refused, 5 integrity, 6 resources,
-    129, 130 and 143 interrupted and resumable. They are about the work: a closed stream or
-    `| head -1` changes none. Results lost to a full disk are 6, after the work is done.
+    129, 130 and 143 interrupted and resumable. They describe the work: a closed stream or
+    `| head -1` does not change them. Results lost to a full disk give 6, after the work is done.
     """
 
 
@@ -93,7 +94,7 @@ for each, summary in (
     (run, "A whole recipe: encode, train, evaluate, report."),
     (complexity, "Count parameters and MACs of the models."),
     (demo, "Try both stages on generated pictures."),
-    (doctor, "Look whether this machine is fit for it."),
+    (doctor, "Check whether this machine is ready."),
 ):
     app.command(cls=PanelCommand, short_help=summary)(each)
 app.add_typer(bench)
@@ -105,8 +106,7 @@ def _hide_variables(part: Any) -> None:
     They are named once in the root's text; on every option they would drown the rest.
 
     Args:
-        part: A command or group of click's; typer brings a click of its own or takes the
-            installed one.
+        part: A command or group of click's; typer brings its own click or takes the installed one.
     """
     for option in part.params:
         option.show_envvar = False
@@ -128,6 +128,9 @@ def run_command() -> None:
     # another program take a core: 4.4 against 15.8 images/s for vitds_tiny on two shared cores.
     # Read when torch is first imported, which is later.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # numpy's products need no threads of their own here, and a process with one thread may fork.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    put_off_compiler()
     # CompressAI still compiles a function with torch.jit when it is imported; no one here can act
     # on torch's warning about that.
     warnings.filterwarnings("ignore", message=r"`torch\.jit")
@@ -135,7 +138,7 @@ def run_command() -> None:
     words = sys.argv[1:]
     names = _command_names(root)
     go_on = command(*without_overwrite(words))
-    with told_errors(go_on=go_on, advise=lambda error: advice(error, words, names)):
+    with reported_errors(go_on=go_on, advise=lambda error: advice(error, words, names)):
         root()
 
 

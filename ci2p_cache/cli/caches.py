@@ -24,14 +24,14 @@ def status(
     path: Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR")],
     json: choices.JsonOption = False,
 ) -> None:
-    """Say how far encoding is, who works on it now, and which commands do the rest.
+    """Show how far encoding is, which processes work on it, and which commands do the rest.
 
     \b
       ci2p-cache status shards/           shards, hosts at work, commands to run
       ci2p-cache status shards/ --json    the same for a script
 
-    It reads records and file sizes, in seconds, while others write; `verify` reads every byte. The
-    exit code is 0 whatever it finds in a cache folder whose cache.json can be read.
+    It reads records and file sizes, in seconds, even while others write; `verify` reads every byte.
+    The exit code is 0 if cache.json can be read.
     """
     from ci2p_cache.cache.growth import growth_of
     from ci2p_cache.cache.manifest import read_manifest
@@ -80,7 +80,7 @@ def _print_status(found: CacheStatus, manifest: Manifest) -> None:
 
 
 def _print_next(found: CacheStatus, manifest: Manifest) -> None:
-    """Prints what is to be done by whom."""
+    """Prints which ranges are missing, and who works on which."""
     encode = ("encode", found.source, "--out", found.path, *_encode_words(manifest))
     if found.complete and not found.missing:
         training = ("train", found.path, "--model", "vitds")
@@ -95,9 +95,9 @@ def _print_next(found: CacheStatus, manifest: Manifest) -> None:
             render.line(f"next: {command(*encode, '--finalise')}")
         return
     if not found.retry:
-        render.line("next: nothing; whoever ends last completes the cache")
+        render.line("next: nothing; the last run to end completes the cache")
         return
-    render.line("no one works on these; give each to a machine, or leave out --shard-range:")
+    render.line("not in work; give each to a machine, or leave out --shard-range:")
     for part in found.retry:
         render.line(f"  {command(*encode, '--shard-range', part)}")
     if found.num_retry > len(found.retry):
@@ -114,7 +114,8 @@ def _encode_words(manifest: Manifest) -> list[str]:
     for each in fields(EncodeOptions):
         value = getattr(made, each.name)
         if value != getattr(default, each.name):
-            words += [f"--{each.name.replace('_', '-')}", str(value)]
+            words.append(f"--{each.name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
     return words
 
 
@@ -148,16 +149,16 @@ def verify(
     ] = None,
     json: choices.JsonOption = False,
 ) -> None:
-    """Check that every byte of a cache is what was committed, and put it back where it is not.
+    """Check that every byte of a cache is as committed, and repair what is not.
 
     \b
       ci2p-cache verify shards/                 every digest and every chunk
       ci2p-cache verify shards/ --quick         records and sizes, in seconds
       ci2p-cache verify shards/ --repair        put back what is damaged
-      ci2p-cache verify shards/ --reencode 100  compare 100 images encoded anew
+      ci2p-cache verify shards/ --reencode 100  compare 100 images encoded again
 
-    Prints what is wrong and which rows it costs, and exits with code 5 if anything is, or stays
-    so. --repair and --reencode read the source images.
+    Prints what is damaged and which rows are lost. Exit code 5: there is damage, or some is left
+    after --repair. --repair and --reencode read the source images.
     """
     if quick and repair:
         raise UsageError("--repair checks every byte", hint="leave out --quick")
@@ -325,8 +326,7 @@ def inspect(
       ci2p-cache inspect shards/ --picture look.png    reconstructions
       ci2p-cache inspect shards/ --tree                files and sizes
 
-    Works on a cache that is still being encoded, as far as it goes. --picture replaces an earlier
-    picture of its own, and no other file.
+    Works on an unfinished cache too. --picture replaces only an earlier picture of this command.
     """
     from ci2p_cache.cache.store import open_cache
     from ci2p_cache.cache.summary import describe, describe_sample, folder_tree
@@ -363,8 +363,6 @@ def inspect(
 
 
 def _print_card(card: CacheCard) -> None:
-    from ci2p_cache.cache.codecs import CODECS
-
     fingerprint = card.fingerprint
     encoder, latent, image = fingerprint.encoder, fingerprint.latent, fingerprint.image
     state = "complete" if card.complete else "NOT complete"
@@ -380,8 +378,7 @@ def _print_card(card: CacheCard) -> None:
         f"{encoder.precision}; weights sha256 {encoder.weights_sha256[:16]}",
         "size": ", ".join([f"{render.size(card.disk_bytes)} on disk", *card.size_words]),
         "format": card.layout.format,
-        "codec": f"{card.layout.codec}"
-        + (f" level {card.layout.level}" if CODECS[card.layout.codec].has_level else ""),
+        "codec": card.layout.codec_words,
         "saturated": f"{card.clipped:,} symbols",
         "bad images": f"{card.bad_images:,}" + (" (errors.parquet)" if card.bad_images else ""),
         "source": card.source,
@@ -495,11 +492,13 @@ def convert(
         typer.Option(help="What to write: a cache of that format, or plain .npy and parquet."),
     ],
     codec: Annotated[
-        CodecName | None,
-        typer.Option(help="Byte compressor of zarr chunks [default: as in DIR]."),
+        CodecName | None, typer.Option(help="Compressor of zarr chunks [default: as in DIR].")
     ] = None,
     level: Annotated[
-        int | None, typer.Option(help="zstd level, -100 to 22 [default: as in DIR].")
+        int | None, typer.Option(help="Level, 1 to 9 [default: as in DIR, or the codec's own].")
+    ] = None,
+    fold: Annotated[
+        bool | None, typer.Option(help="Fold symbols, for fewer bytes [default: as in DIR].")
     ] = None,
     json: choices.JsonOption = False,
 ) -> None:
@@ -507,7 +506,8 @@ def convert(
 
     \b
       ci2p-cache convert shards/ --out tars/ --format webdataset
-      ci2p-cache convert shards/ --out fast/ --format zarr --codec none
+      ci2p-cache convert shards/ --out fast/ --format zarr --codec lz4
+      ci2p-cache convert shards/ --out small/ --format zarr --fold
       ci2p-cache convert tars/ --out shards/ --format zarr    the same bytes again
       ci2p-cache convert shards/ --out arrays/ --format npy   SPLIT.npy, .parquet
 
@@ -517,17 +517,17 @@ def convert(
     from ci2p_cache.encoding.convert import convert as run
 
     with render.ProgressLine("convert", unit="shards") as bar:
-        summary = run(path, out, format=format, codec=codec, level=level, on_shard=bar.update)
-    if json:
-        render.print_json(summary.to_dict())
-        return
-    render.heading(f"{summary.path}: {summary.images:,} images as {summary.format}, complete")
-    done = "nothing: it was complete already"
-    if summary.converted_now:
-        done = (
-            f"{summary.converted_now:,} of {summary.shards:,} shards in "
-            f"{render.duration(summary.seconds)}"
+        made = run(
+            path, out, format=format, codec=codec, level=level, fold=fold, on_shard=bar.update
         )
+    if json:
+        render.print_json(made.to_dict())
+        return
+    render.heading(f"{made.path}: {made.images:,} images as {made.format}, complete")
+    done = "nothing: it was complete already"
+    if made.converted_now:
+        spent = render.duration(made.seconds)
+        done = f"{made.converted_now:,} of {made.shards:,} shards in {spent}"
     render.line(f"  converted now {done}")
-    before = render.size(summary.source_bytes)
-    render.line(f"  size          {render.size(summary.bytes)}; {before} in {path}")
+    before = render.size(made.source_bytes)
+    render.line(f"  size          {render.size(made.bytes)}; {before} in {path}")

@@ -59,7 +59,8 @@ JsonOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", autocompletion=devices)]
 CheckpointOption = Annotated[
-    str, typer.Option(help="best, last, or a checkpoint folder.", autocompletion=checkpoints)
+    str,
+    typer.Option(help="last, best, or a checkpoint folder.", autocompletion=checkpoints),
 ]
 CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)]
 RunArgument = Annotated[

@@ -27,7 +27,7 @@ def complexity(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Count this model, of ours or of timm (repeat it), and ViT-B/16.",
+            help="Count this model, ours or one of timm (repeat it), and ViT-B/16.",
             autocompletion=choices.models,
         ),
     ] = None,
@@ -75,7 +75,7 @@ def complexity(
     if sizes is not None or size is None:
         for side in PAPER_SIZES if sizes is None else _sides(sizes):
             many_sizes += complexity_table(side, names=chosen or PAPER_MODELS, **options)
-    # Of the setting that the published figures are of.
+    # The published figures are for this setting.
     is_papers = latent_channels == 192 and num_classes == 0
     known = {
         (row.name, row.size): PUBLISHED.get((row.name, row.size)) if is_papers else None

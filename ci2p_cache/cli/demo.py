@@ -23,16 +23,21 @@ def demo(
     ] = None,
     json: choices.JsonOption = False,
 ) -> None:
-    """Run both stages on generated pictures; about a minute, no network.
+    """Run both stages on generated pictures; half a minute, no network.
 
     \b
       ci2p-cache demo                      in a temporary folder, which is kept
-      ci2p-cache demo --out tryout/     in a folder of your choice, new or empty
+      ci2p-cache demo --out tryout/        in a folder of your choice, new or empty
 
     Generates small labelled pictures, encodes them with the bundled encoder, verifies every byte,
     trains vitds_tiny from the latents, evaluates it, and writes a report: one page with learning
     curves, confusions and reconstructions. It ends with the commands for your own images.
     """
+    from ci2p_cache.images.decoders import start_decoder_server
+
+    render.status("both stages on drawn pictures; half a minute on two idle cores ...")
+    # It imports torch on the second core, while this process does so and draws.
+    start_decoder_server()
     from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
     from ci2p_cache.experiment.demo import run_demo
     from ci2p_cache.process import tune_process

@@ -17,22 +17,22 @@ _MARKS = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
 
 def doctor(
     folder: Annotated[
-        Path, typer.Argument(help="Where caches are to be written; its disk is timed.")
+        Path, typer.Argument(help="Where you will write caches; its disk is timed.")
     ] = Path(),
     json: choices.JsonOption = False,
 ) -> None:
-    """Look whether this machine and environment are fit, and say what to do about what is not.
+    """Check whether this machine and environment are ready, and how to fix what is not.
 
     \b
       ci2p-cache doctor                   packages, devices, weights, this disk
       ci2p-cache doctor /scratch/shards   the same, and the disk of that folder
 
-    A note means: it works, slower or with less. A problem means: something will fail. Nothing is
-    changed; 64 MiB are written to the disk to time it, and removed. Exit code 6 with a problem.
+    A note means: it works, but slower or with less. A problem means: something will fail, exit code
+    6. It changes nothing; to time the disk it writes 64 MiB and removes them.
     """
     from ci2p_cache.doctor import diagnose
 
-    render.status("looking at packages, devices, weights and the disk; some seconds ...")
+    render.status("checking packages, devices, weights and the disk; some seconds ...")
     found = diagnose(folder)
     if json:
         render.print_json([each.to_dict() for each in found])
@@ -48,4 +48,4 @@ def doctor(
         )
     if not json:
         notes = sum(each.state == "note" for each in found)
-        render.heading(f"fit for work; {len(found)} checks, {notes} notes")
+        render.heading(f"ready; {len(found)} checks, {notes} notes")

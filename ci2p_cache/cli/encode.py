@@ -43,8 +43,9 @@ def print_forecast(report: DryRunReport) -> None:
         (
             "disk",
             render.size(report.disk_bytes),
-            f"{fits}: {render.size(report.free_bytes)} free; "
-            f"{render.size(report.bytes_per_image)} per image, all its views",
+            f"{fits}: {render.size(report.free_bytes)} free; the encoder and records "
+            f"{render.size(report.disk_bytes - report.latent_bytes)}, each image "
+            f"{render.size(report.bytes_per_image)}",
         )
     )
     bad = f"{report.bad_found:,} of {report.checked:,} looked at; {report.bad_allowed:,} allowed"
@@ -104,7 +105,7 @@ def print_summary(summary: EncodeSummary) -> None:
         render.line("  encoded now   nothing: everything was committed already")
     bad = f"{summary.bad:,}" + (" (see errors.parquet)" if summary.bad else "")
     render.line(f"  bad images    {bad}")
-    words = [render.size(summary.cache_bytes), *summary.stored.size_words]
+    words = [f"{render.size(summary.cache_bytes)} of latents", *summary.stored.size_words]
     render.line(f"  size          {', '.join(words)}")
     render.line(f"  saturated     {summary.clipped or 0:,} symbols")
     if summary.exif_turned:
@@ -157,7 +158,7 @@ def encode(
             help="Images: a folder, a zip, tars, parquet, a list.", metavar="SRC", readable=False
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Cache folder; made if it is not there.")],
+    out: Annotated[Path, typer.Option(help="Cache folder; created if missing.")],
     options: EncodeOptions,
     overwrite: Annotated[
         str | None,
@@ -186,8 +187,8 @@ def encode(
     WebDataset tars ('train-{000..146}.tar'), tars of CLASS/... or of class tars; Hugging Face
     parquet; or a list with path and label (others: --image-column, --label-column, --root). A
     layout that could mean two things is refused. Run the same command again to continue after any
-    interruption. A cache keeps the settings that it was made with: a command with others is
-    refused, and the difference is shown.
+    interruption. A command whose settings differ from the cache's is refused, and the difference
+    is shown.
     """
     from ci2p_cache.cli.watch import EncodeWatch
     from ci2p_cache.encoding.run import encode as run

@@ -22,14 +22,14 @@ from ci2p_cache.errors import (
     command,
 )
 
-__all__ = ["advice", "out_of_memory", "told_errors"]
+__all__ = ["advice", "out_of_memory", "reported_errors"]
 
 
 def advice(error: CacheError, words: Sequence[str], commands: Iterable[str]) -> str:
     """Returns a command to paste.
 
     Args:
-        error: An error without a hint of its own.
+        error: An error without a hint.
         words: The command line behind `ci2p-cache`.
         commands: The names of all commands; those of a group as "bench encode".
     """
@@ -82,7 +82,9 @@ def _command_of(words: Sequence[str], commands: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def told_errors(*, go_on: str, advise: Callable[[CacheError], str] | None = None) -> Iterator[None]:
+def reported_errors(
+    *, go_on: str, advise: Callable[[CacheError], str] | None = None
+) -> Iterator[None]:
     """Reports the error that ends the block, and exits with its code.
 
     Args:

@@ -28,7 +28,8 @@ _OLD_NAMES = {
     "encode": {"devices": "device"},
     "export": {"to": "format"},
     "report": {"samples": "count"},
-    "train": {"online": "from_images", "runs": "out"},
+    "run": {"changes": "set"},
+    "train": {"compile_model": "compile", "online": "from_images", "runs": "out"},
 }
 """Command -> earlier name of an option -> its name. They work until 0.2."""
 
@@ -45,7 +46,7 @@ class PanelCommand(TyperCommand):
         """Writes the arguments, the everyday options, then each panel in order of appearance.
 
         Args:
-            ctx: click's context; typer brings a click of its own or takes the installed one.
+            ctx: click's context; typer brings its own click or takes the installed one.
             formatter: click's formatter.
         """
         panels: dict[str, list[Any]] = {"Arguments": [], "Everyday": []}
@@ -72,14 +73,15 @@ class PanelCommand(TyperCommand):
         if ctx.resilient_parsing:
             # A shell asks for completions, where a notice would be in the way.
             return super().parse_args(ctx, args)
-        own = {parameter.name for parameter in self.params}
+        own = {parameter.name: parameter for parameter in self.params}
         names = {old: new for old, new in _OLD_NAMES.get(self.name or "", {}).items() if new in own}
         # click asks these after the command line and the new variables.
         ctx.default_map = {**(ctx.default_map or {})}
         for old, new in names.items():
             before, now = (f"{ctx.auto_envvar_prefix}_{each.upper()}" for each in (old, new))
             if value := os.environ.get(before):
-                ctx.default_map[new] = value
+                is_list = getattr(own[new], "multiple", False)
+                ctx.default_map[new] = value.split() if is_list else value
                 _say_new_name(before, now)
         words = list(args)
         for number, word in enumerate(words[: (*words, "--").index("--")]):
@@ -93,7 +95,7 @@ class PanelCommand(TyperCommand):
 
 
 def _say_new_name(before: str, now: str) -> None:
-    # Of the processes that torchrun starts, one speaks.
+    # Of torchrun's processes, only rank 0 prints.
     if os.environ.get("RANK", "0") == "0":
         render.notice(f"{before} is now {now}; the old name works until 0.2")
 
@@ -151,7 +153,7 @@ def _parameter(
         rich_help_panel=declared.panel if in_panel else None,
         metavar=declared.metavar,
         autocompletion=_COMPLETIONS.get(name),
-        # Of a path; whoever opens it says what is wrong with it.
+        # typer would check paths itself; the code that opens one says more.
         readable=False,
     )
     return inspect.Parameter(

@@ -45,7 +45,8 @@ _BAR_COLUMNS = 70
 def _out() -> Console:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 120
+    # A file or another program has no right margin.
+    width = None if sys.stdout.isatty() else 1000
     return Console(highlight=False, emoji=False, soft_wrap=True, width=width)
 
 
@@ -70,11 +71,11 @@ def duration(seconds: float | None) -> str:
 def _clean(text: str, *, longest: int = _MAX_TEXT, keep: str = "") -> str:
     """Returns text that a terminal only shows: names in a cache may come from a stranger.
 
-    Control and direction characters, and bytes that are no text, become escapes; rich's markup is
+    Control and direction characters, and bytes that are not text, become escapes; rich's markup is
     taken literally.
 
     Args:
-        text: What is to be shown.
+        text: What to show.
         longest: Characters shown at most.
         keep: Characters that stay although they do not print.
     """

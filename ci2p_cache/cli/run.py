@@ -29,9 +29,9 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the experiment [default: experiments/NAME].")
     ] = None,
-    changes: Annotated[
+    set: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a field; may be repeated.", metavar="FIELD=VALUE"),
+        typer.Option(help="Change a field; may be repeated.", metavar="FIELD=VALUE"),
     ] = None,
     until: Annotated[
         Literal["encode", "train", "evaluate", "report"], typer.Option(help="The last stage.")
@@ -53,8 +53,8 @@ def run(
       torchrun --nproc-per-node 8 -m ci2p_cache run imagenet.py:vitds imagenet/
 
     Writes experiments/NAME/ with experiment.json (the recipe as it was resolved), shards/, runs/
-    and report.html. The same command continues where it stopped. A recipe file is Python code of
-    yours and is imported; --set changes single fields of what it returns.
+    and report.html. The same command continues where it stopped. A recipe file is your own
+    Python code and is imported; --set changes single fields of what it returns.
     """
     from ci2p_cache.experiment.spec import load_experiment, split_location, with_changes
 
@@ -70,7 +70,7 @@ def run(
                 hint=f"leave it out, or add --set generate=none --set source={source}",
             )
         experiment = dataclasses.replace(experiment, source=source)
-    experiment = with_changes(experiment, changes or [])
+    experiment = with_changes(experiment, set or [])
     if experiment.source is None and experiment.generate is None:
         raise UsageError(
             f"{recipe} does not say where its images are",

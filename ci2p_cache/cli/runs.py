@@ -25,7 +25,7 @@ _SHOWN_CONFUSIONS = 10
 
 def evaluate(
     run: choices.RunArgument,
-    checkpoint: choices.CheckpointOption = "best",
+    checkpoint: choices.CheckpointOption = "last",
     cache: Annotated[
         str | None, typer.Option(help="Cache folder or URL [default: the run's].", metavar="DIR")
     ] = None,
@@ -54,8 +54,8 @@ def evaluate(
     """Evaluate a trained run: accuracy with its interval, calibration, classes, confusions.
 
     \b
-      ci2p-cache evaluate runs/vitds-1a2b3c4d                the best weights
-      ci2p-cache evaluate runs/vitds-1a2b3c4d --checkpoint last
+      ci2p-cache evaluate runs/vitds-1a2b3c4d                the last weights
+      ci2p-cache evaluate runs/vitds-1a2b3c4d --checkpoint best
       ci2p-cache evaluate runs/vitds-1a2b3c4d --from-images  encode them again
       ci2p-cache evaluate runs/vitds-1a2b3c4d --cache other/ --split test
 
@@ -94,9 +94,10 @@ def evaluate(
 
 def _print_evaluation(result: Evaluation, predictions: Path) -> None:
     fold = f", fold {result.fold} of {result.folds}" if result.folds else ""
+    top5 = f", top-5 {result.top5:.2%}" if len(result.per_class) > 5 else ""
     render.heading(
         f"{result.run}, {result.checkpoint}: top-1 {result.top1:.2%} "
-        f"(95 %: {result.top1_low:.2%} to {result.top1_high:.2%}), top-5 {result.top5:.2%} "
+        f"(95 %: {result.top1_low:.2%} to {result.top1_high:.2%}){top5} "
         f"of {result.samples:,} images of {result.split}{fold}"
     )
     render.line(f"  negative log-likelihood     {result.nll:.4f}")
@@ -143,7 +144,7 @@ def predict(
         list[str], typer.Argument(help="Files, folders, patterns.", metavar="IMAGES...")
     ],
     top: Annotated[int, typer.Option(help="Classes shown for each image.")] = 5,
-    checkpoint: choices.CheckpointOption = "best",
+    checkpoint: choices.CheckpointOption = "last",
     cache: choices.EncoderCacheOption = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     workers: Annotated[
@@ -221,7 +222,7 @@ def export(
         Literal["full", "model"],
         typer.Option(help="full: images to logits. model: latents to logits."),
     ] = "full",
-    checkpoint: choices.CheckpointOption = "best",
+    checkpoint: choices.CheckpointOption = "last",
     cache: choices.EncoderCacheOption = None,
     check: Annotated[
         list[str] | None,
@@ -269,14 +270,14 @@ def _print_export(summary: ExportSummary) -> None:
     render.line(f"  input       float32 (batch, {shape})")
     render.line(f"  checkpoint  {summary.checkpoint}")
     render.line(
-        f"  checked     {check.inputs:,} inputs: logits differ by {check.max_difference:.2g} at "
-        f"most, of {check.scale:.3g}"
+        f"  checked     {check.inputs:,} inputs: logits differ by at most "
+        f"{check.max_difference:.2g}; the largest is {check.scale:.3g}"
     )
-    if check.stored_values:
+    if check.differing_values:
         render.line(
-            f"  rounding    {check.differing_values:,} of {check.stored_values:,} values fell to "
-            f"the other side of a tie, in {check.differing_inputs:,} inputs; with them logits "
-            f"differ by {check.end_to_end_difference:.2g}"
+            f"  rounding    {check.differing_values:,} of {check.stored_values:,} values round to "
+            f"the other side of a tie, in {check.differing_inputs:,} inputs; there logits differ "
+            f"by up to {check.end_to_end_difference:.2g}"
         )
 
 
@@ -310,11 +311,11 @@ def report(
       ci2p-cache report shards/ --no-pictures               in a second
       ci2p-cache report runs/* --table latex                a table of the runs
 
-    The page is one file under 5 MB that loads nothing and runs nothing: it opens without a network.
-    Of several runs the first is what the others are held against. `ci2p-cache evaluate` gives a run
-    what classes, confusions, calibration, intervals and mistakes are made of: those of the best
-    checkpoint on the run's own validation split, or what comes next to it. The page shows pictures
-    from the cache: think before it is sent on. An earlier report is replaced, no other file.
+    The page is one file under 5 MB, without scripts; it opens without a network. Several runs are
+    compared with the first. Run `ci2p-cache evaluate` before: classes, confusions, calibration,
+    intervals and mistakes come from the evaluation of the latest checkpoint, on the run's own
+    validation split if there is one. The page shows pictures from the cache: think before you send
+    it on. The command replaces only an earlier report.
     """
     if table is not None:
         if json or source is not None or not pictures:

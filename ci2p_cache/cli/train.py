@@ -48,7 +48,7 @@ def train(
             rich_help_panel="Data",
         ),
     ] = "auto",
-    compile_model: Annotated[
+    compile: Annotated[
         bool,
         typer.Option(
             "--compile",
@@ -117,7 +117,7 @@ def train(
             device=device,
             threads=workers,
             resident=resident,
-            compile_model=compile_model,
+            compile_model=compile,
             save_every_steps=save_every,
             loader=loader,
             observer=observer,

@@ -14,7 +14,7 @@ class _Watch:
     """What both have: notices are printed.
 
     Args:
-        line: Where progress goes.
+        line: Shows the progress.
     """
 
     def __init__(self, line: render.ProgressLine) -> None:
@@ -34,13 +34,12 @@ class EncodeWatch(_Watch, EncodeObserver):
 
     def progress(self, progress: EncodeProgress) -> None:
         """Moves the line."""
-        self._line.update(
-            progress.done,
-            progress.total,
-            detail=f"{progress.images_per_second:.1f} images/s, {progress.bad} bad, "
-            f"waiting {progress.waiting_share:.0%}",
-            eta=progress.eta_seconds,
-        )
+        detail = f"{progress.bad} bad"
+        if progress.eta_seconds is not None:
+            # Rates of the first two seconds are those of a start.
+            detail += f", {progress.images_per_second:.1f} images/s"
+            detail += f", encoder waiting {progress.waiting_share:.0%}"
+        self._line.update(progress.done, progress.total, detail=detail, eta=progress.eta_seconds)
 
     def download(self, done_bytes: int, total_bytes: int) -> None:
         """Moves the line while official weights are fetched."""
@@ -50,8 +49,11 @@ class EncodeWatch(_Watch, EncodeObserver):
 class TrainWatch(_Watch, TrainObserver):
     """Shows stage two: its plan, a progress line within an epoch, and a printed line per epoch."""
 
+    _classes = 0
+
     def planned(self, plan: TrainPlan) -> None:
-        """Prints what is trained, from what, and where it goes."""
+        """Prints model, data, steps and run folder."""
+        self._classes = plan.classes
         views = f", {plan.views} views each" if plan.views > 1 else ""
         parts = f" (in {plan.accumulate} parts)" if plan.accumulate > 1 else ""
         render.status(
@@ -89,8 +91,9 @@ class TrainWatch(_Watch, TrainObserver):
         """Prints the epoch's line."""
         scores = f"top-1 {record.train_top1:.1%} (train)"
         if record.val_top1 is not None and record.val_top5 is not None:
-            scores = f"val loss {record.val_loss:.3f}  top-1 {record.val_top1:.1%}  "
-            scores += f"top-5 {record.val_top5:.1%}"
+            scores = f"val loss {record.val_loss:.3f}  top-1 {record.val_top1:.1%}"
+            # Of five classes or fewer, the five likeliest are all.
+            scores += f"  top-5 {record.val_top5:.1%}" if self._classes > 5 else ""
         skipped = f"  {record.skipped_steps} steps skipped" if record.skipped_steps else ""
         render.status(
             f"epoch {record.epoch:>{len(str(record.epochs))}}/{record.epochs}  "

@@ -247,7 +247,7 @@ def _misfit(state: Mapping[str, Any], model: Codec) -> str:
         ("unexpected", set(state) - set(wanted)),
         ("of another shape", set(reshaped)),
     ):
-        # Few are shown, and g_a's tensors tell most.
+        # Few are shown, and g_a's tensors say most.
         ordered = sorted(names, key=lambda name: (not name.startswith("g_a."), name))
         shown = ", ".join(reshaped.get(name, repr(name)) for name in ordered[:_NUM_SHOWN])
         if len(names) > _NUM_SHOWN:

@@ -39,7 +39,7 @@ __all__ = ["CodecPlace", "CodecSpec", "CodecStore"]
 _RECORD = "checkpoint.json"
 _TENSORS = "checkpoint-{:08d}.safetensors"
 _MAX_BYTES = 2**30
-"""Of the tensors: quality 8, the largest, takes 120 MB."""
+"""Limit for the tensors: quality 8, the largest, takes 120 MB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -94,7 +94,7 @@ def saturate(symbols_BMhw: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_step(step: float) -> None:
-    """Refuses a quantisation step that is no width."""
+    """Refuses a quantisation step that is not a positive number."""
     if not (math.isfinite(step) and step > 0):
         raise UsageError(f"`step` is {step}; it must be positive and finite")
 
@@ -113,7 +113,7 @@ def fixed_arithmetic(device: torch.device, *, tf32: bool) -> Iterator[None]:
     """
     with torch.autocast(device.type, enabled=False):
         if device.type == "cpu":
-            # oneDNN computes in bfloat16 or tf32 only where somebody asks for it ("none": no one).
+            # oneDNN computes in bfloat16 or tf32 only if a caller asks for it ("none": none did).
             onednn: Any = cast("Any", torch.backends.mkldnn).conv
             before = onednn.fp32_precision
             onednn.fp32_precision = "none" if before == "none" else "ieee"

@@ -148,7 +148,7 @@ def _frozen(
     precision: Precision,
     device: str | torch.device,
 ) -> FrozenEncoder:
-    """Builds the encoder and holds a file of ours to what it says of itself."""
+    """Builds the encoder and checks our own file against its metadata."""
     if precision not in get_args(Precision):
         raise UsageError(f"`precision` is {precision!r}; wanted {', '.join(get_args(Precision))}")
     arch, quality, metric = asked

@@ -221,7 +221,7 @@ class CodecSummary:
     """How a call of `train_codec` ended."""
 
     steps_done: int
-    """Of the whole run; `spec.steps` unless it was stopped."""
+    """Steps of the whole run; `spec.steps` unless it was stopped."""
     resumed_at: int
     """Steps that had been done before this call."""
     encoder: FrozenEncoder
@@ -260,7 +260,7 @@ def train_codec(
         MissingDependencyError: compressai cannot be imported.
         RunMismatchError: `out` holds a run with other settings, images or start.
         CheckpointError: its checkpoint is damaged.
-        TrainingDivergedError: the loss is not finite; the last checkpoint is kept.
+        TrainingDivergedError: the loss is not finite; the last checkpoint stays.
         ResourceError: a checkpoint cannot be written.
     """
     require_compressai(
@@ -390,7 +390,7 @@ class _Run:
         self.step = place.step
 
     def encoder(self) -> FrozenEncoder:
-        """Returns the averaged weights as an encoder of their own."""
+        """Returns the averaged weights as a separate encoder."""
         model = own_model(self.spec.quality, self._mean)
         spec = EncoderSpec(
             arch=ARCH,

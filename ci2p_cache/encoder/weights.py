@@ -86,7 +86,7 @@ class _DownloadRecord(Record):
     url: str
     bytes: int
     sha256: str
-    """Of the whole file, held from then on."""
+    """Digest of the whole file, checked from then on."""
 
 
 def official_url(arch: str, quality: int, metric: str) -> str:
@@ -307,7 +307,7 @@ _CARD_KEY = "ci2p_cache"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsCard(Record):
-    """What a weights file of ours says of itself, in its safetensors metadata."""
+    """The metadata that our weights files have in their safetensors header."""
 
     format_version: Literal[1] = 1
     arch: str
@@ -336,7 +336,7 @@ class WeightsFile:
     tensors: Mapping[str, Any]
     """State dict as the file has it; values of foreign files may be anything."""
     card: WeightsCard | None
-    """What a file of ours says of itself; None for all others."""
+    """The metadata of our own weights file; None for all others."""
 
 
 def bundled_weights() -> WeightsFile:

@@ -80,7 +80,7 @@ def require_compressai(purpose: str, *, instead: str) -> None:
     """Refuses what only compressai can do, where it cannot be imported.
 
     Args:
-        purpose: What is to be done.
+        purpose: What it is needed for.
         instead: What works without it.
     """
     try:

@@ -55,7 +55,7 @@ from ci2p_cache.machine import num_cores
 from ci2p_cache.outputs import refuse_url
 from ci2p_cache.parquet import parquet_bytes
 from ci2p_cache.record import Record, read_regular
-from ci2p_cache.specs import CodecName, FormatName, LayoutSpec
+from ci2p_cache.specs import FORMAT_VERSION, CodecName, FormatName, LayoutSpec, default_level
 
 __all__ = ["ConvertSummary", "convert"]
 
@@ -79,7 +79,7 @@ class ConvertSummary(Record):
     shards: int
     """Shards over all splits."""
     converted_now: int
-    """Of them, those that this call converted; the others were there already."""
+    """Shards among them that this call converted; the others existed."""
     source_bytes: int
     """Bytes of the shards and index parts that were read from."""
     bytes: int
@@ -95,26 +95,30 @@ def convert(
     format: FormatName | Literal["npy"],
     codec: CodecName | None = None,
     level: int | None = None,
+    fold: bool | None = None,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> ConvertSummary:
     """Writes the latents of a cache in another container into a new folder.
 
     A cache of the new format has the same fingerprint, plan, rows and values; its layout differs in
-    `format`, `codec` and `level` alone. It is what `encode` would have written with that layout, to
-    the byte, on the same software. Called again after an interruption it continues. `npy` writes
-    plain arrays, which are no cache; they appear whole or not at all.
+    `format`, `codec`, `level` and `fold` alone, and its format version is the newest. It is what
+    `encode` would have written with that layout, to the byte, on the same software. Called again
+    after an interruption it continues. `npy` writes plain arrays, which are no cache; they appear
+    whole or not at all.
 
     Args:
         path: The cache folder; only read.
         out: The new folder; not inside the other one.
         format: Its container.
         codec: Byte compressor of zarr chunks; None: as the cache's layout has it.
-        level: zstd level; None: as the cache's layout has it.
+        level: Compression level; None: as the cache's layout has it, or the default where codec,
+            fold or format version are others.
+        fold: Whether to fold symbols; None: as the cache's layout has it.
         on_shard: Called with (shards done, shards in all).
 
     Raises:
-        UsageError: `out` is a URL, is inside the cache or the cache in it, or codec or level are
-            given for npy or out of range.
+        UsageError: `out` is a URL, is inside the cache or the cache in it, or codec, level or
+            fold are given for npy, out of range, or do not go together.
         NotACacheError: the cache folder is no cache, or `out` holds something else.
         IncompleteCacheError: encoding has not finished.
         FingerprintMismatchError: `out` holds another cache, or one of another layout.
@@ -136,14 +140,14 @@ def convert(
     shards = now = sum(split.record.num_shards for split in cache.values())
     report = on_shard or (lambda done, total: None)
     if format == "npy":
-        if codec is not None or level is not None:
-            raise UsageError("plain arrays are not compressed", hint="leave out --codec, --level")
+        if (codec, level, fold) != (None, None, None):
+            raise UsageError(
+                "plain arrays are not compressed", hint="leave out --codec, --level and --fold"
+            )
         with interruptible(f"interrupted; nothing was written to {root}"):
             size = _write_arrays(cache, root, report)
     else:
-        made = cache.manifest.layout
-        level = made.level if level is None else level
-        layout = dataclasses.replace(made, format=format, codec=codec or made.codec, level=level)
+        layout = _layout(cache.manifest, format, codec, level, fold)
         with interruptible(f"interrupted; what was converted so far in {root} is in place"):
             size, now = _write_cache(cache, root, layout, report)
     return ConvertSummary(
@@ -158,11 +162,34 @@ def convert(
     )
 
 
+def _layout(
+    manifest: Manifest,
+    format: FormatName,
+    codec: CodecName | None,
+    level: int | None,
+    fold: bool | None,
+) -> LayoutSpec:
+    """Returns the layout of the new cache."""
+    made = manifest.layout
+    codec = codec or made.codec
+    if fold is None:
+        fold = made.fold and codec != "none"
+    if level is None:
+        # That of `none` waits for a conversion back.
+        keeps = codec == made.codec or "none" in (codec, made.codec)
+        keeps = keeps and (manifest.format_version, made.fold) == (FORMAT_VERSION, fold)
+        level = made.level if keeps else default_level(FORMAT_VERSION, codec, fold=fold)
+    layout = dataclasses.replace(made, format=format, codec=codec, level=level, fold=fold)
+    if problem := layout.problem(FORMAT_VERSION, manifest.fingerprint.latent):
+        raise UsageError(problem)
+    return layout
+
+
 def _write_cache(
     cache: Cache, root: Path, layout: LayoutSpec, on_shard: Callable[[int, int], None]
 ) -> tuple[int, int]:
     """Converts what is not yet, and finalises; returns the bytes and the shards converted."""
-    codec = codec_of(layout, cache.fingerprint.latent)
+    codec = codec_of(FORMAT_VERSION, layout, cache.fingerprint.latent)
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
     with (
@@ -189,6 +216,11 @@ def _begun(cache: Cache, root: Path, layout: LayoutSpec) -> Manifest | None:
     if not (root / MANIFEST).exists():
         return None
     theirs, ours = read_manifest(root), cache.manifest
+    if theirs.format_version != FORMAT_VERSION:
+        raise FingerprintMismatchError(
+            f"{root} holds a cache of format version {theirs.format_version}; nothing was changed",
+            hint="choose another --out folder",
+        )
     refuse_difference(root, theirs, ours.fingerprint, layout)
     if theirs.plan != ours.plan or theirs.classes != ours.classes:
         raise FingerprintMismatchError(
@@ -214,6 +246,7 @@ def _begin(cache: Cache, layout: LayoutSpec, staging: StagingArea) -> Manifest:
 
     manifest = dataclasses.replace(
         ours,
+        format_version=FORMAT_VERSION,
         software=f"ci2p-cache {__version__}",
         state="encoding",
         layout=layout,
@@ -237,7 +270,12 @@ def _converted(root: Path, layout: LayoutSpec, split: Split, shard: int) -> Comm
         theirs = read_commit(root, split.name, shard)
         if ours is None or theirs is None or {file.path for file in theirs.files} != wanted:
             return None
-        as_theirs = dataclasses.replace(ours, files=theirs.files, index_crc32c=theirs.index_crc32c)
+        as_theirs = dataclasses.replace(
+            ours,
+            format_version=FORMAT_VERSION,
+            files=theirs.files,
+            index_crc32c=theirs.index_crc32c,
+        )
         intact = theirs == as_theirs and all(
             sha256_file(root / file.path) == file.sha256 for file in theirs.files
         )
@@ -267,7 +305,7 @@ def _convert(
             chunks[(row - first) * views + view] = chunk
     return put_shard(
         staging,
-        partial(dataclasses.replace, values.commit),
+        partial(dataclasses.replace, values.commit, format_version=FORMAT_VERSION),
         shard_id=(split.name, shard),
         layout=manifest.layout,
         shape=manifest.splits[split.name],

@@ -64,7 +64,7 @@ def encode_shards(work: Work, missing: Sequence[ShardId]) -> dict[ShardId, Commi
             f"disk of {work.root}; when it is full the run stops, and continues after space is made"
         )
     work.observer.notice(
-        f"up to {work.bad_allowed:,} of {total:,} images may fail before the run stops "
+        f"the run stops if more than {work.bad_allowed:,} of {total:,} images cannot be decoded "
         f"(--max-errors {options.max_errors})"
     )
     # Ray's devices are other machines', and unknown here.
@@ -106,7 +106,7 @@ class _Worker:
     """A worker as its driver sees it."""
 
     name: str
-    """Of its staging folder."""
+    """Name of its staging folder."""
     device: str
     holds: list[ShardId] = field(default_factory=list)
     """Shards that it was given and has not committed."""
@@ -206,7 +206,7 @@ class _Drive:
         self._commits[shard] = record
         worker.holds.remove(shard)
         del self._losses[_NO_SHARD]
-        # Of a growth's shard only some of the images were read.
+        # Only some images of a growth's shard were read.
         good, bad = self._carrier.count(*shard) if self._carrier is not None else (0, 0)
         good, bad = record.valid_rows - good, record.rows - record.valid_rows - bad
         # A lost worker may have committed more than it could report.

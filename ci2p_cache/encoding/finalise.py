@@ -19,7 +19,7 @@ from zarr.abc.buffer import Buffer
 from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
-from ci2p_cache.cache.codecs import codec_of
+from ci2p_cache.cache.codecs import codec_of, unfolded
 from ci2p_cache.cache.commit import CommitRecord, FileRecord
 from ci2p_cache.cache.folder import checksums_bytes
 from ci2p_cache.cache.index import ChannelSums, read_index, read_sums, require_intact
@@ -29,6 +29,7 @@ from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.plan import Plan
 from ci2p_cache.parquet import parquet_bytes
 from ci2p_cache.record import json_bytes
+from ci2p_cache.specs import LatentSpec
 
 __all__ = ["dequantising", "finalise"]
 
@@ -168,19 +169,21 @@ def _put_zarr_group(
     for name, record in plan.splits.items():
         split = group.create_group(name)
         if layout.has_zarr:
+            dtype, fill = layout.array_values(latent)
+            codec = codec_of(manifest.format_version, layout, latent)
             split.create_array(
                 "latents",
                 shape=(record.rows, record.views, *latent.shape),
-                dtype=latent.dtype,
+                dtype=dtype,
                 chunks=(1, 1, *latent.shape),
                 shards=(record.shard_rows, record.views, *latent.shape),
-                compressors=codec_of(layout, latent).zarr_metadata,
-                fill_value=latent.fill_value,
+                compressors=codec.zarr_metadata,
+                fill_value=fill,
                 chunk_key_encoding={"name": "default", "separator": "."},
                 dimension_names=("sample", "view", "channel", "y", "x"),
-                attributes=dequantising(manifest),
+                attributes=dequantising(manifest) | (_unfolding(latent) if layout.fold else {}),
             )
-        for array, values, fill in (
+        for array, values, unknown in (
             ("labels", plan.labels(name), -1),
             ("valid", valid[name], False),
         ):
@@ -190,7 +193,7 @@ def _put_zarr_group(
                 dtype=values.dtype,
                 chunks=(max(1, len(values)),),
                 compressors=ZstdCodec(level=1, checksum=True),
-                fill_value=fill,
+                fill_value=unknown,
                 chunk_key_encoding={"name": "default", "separator": "."},
                 dimension_names=("sample",),
                 # Else an array of nothing but fill values has no chunk, and looks damaged.
@@ -212,6 +215,19 @@ def dequantising(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _unfolding(latent: LatentSpec) -> dict[str, Any]:
+    """Returns what turns codes into symbols and then y; the last value stands for a hole.
+
+    The table of int16 would be longer than all else that the metadata may hold: it has the rule.
+    """
+    made = dict[str, Any](
+        unfold="stored = (code.astype('int32') >> 1) ^ -(code.astype('int32') & 1)"
+    )
+    if latent.dtype == "int8":
+        made["values"] = unfolded(np.arange(256, dtype=np.uint8)).tolist()
+    return made
+
+
 def _readme(manifest: Manifest) -> bytes:
     """Fills in the template beside this file, with the parts that the cache's containers need."""
     template = package_files("ci2p_cache.encoding").joinpath("cache_readme.md").read_text("utf-8")
@@ -219,7 +235,7 @@ def _readme(manifest: Manifest) -> bytes:
     head, zarr_part, tar_part, rest = re.split(r"@(?:IF zarr|IF tar|END)@\n", template)
     if layout.format == "both":
         # Each part ends in the paragraph on the index; once is enough.
-        zarr_part = zarr_part[: zarr_part.rindex("What each row")].rstrip() + "\n\n"
+        zarr_part = zarr_part[: zarr_part.rindex("`index/` lists")].rstrip() + "\n\n"
     parts = zarr_part * layout.has_zarr + tar_part * layout.has_tar
     text = (
         (head + parts + rest)
@@ -233,4 +249,7 @@ def _readme(manifest: Manifest) -> bytes:
         .replace("@SPLIT@", next(iter(manifest.splits)))
         .replace("@FINGERPRINT@", json.dumps(fingerprint.to_dict(), indent=1))
     )
+    if layout.fold:
+        rule = 'code = latents[0].astype("int32")\ny = ((code >> 1) ^ -(code & 1))'
+        text = text.replace("y = latents[0]", rule)
     return text.encode()

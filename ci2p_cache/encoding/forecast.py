@@ -79,7 +79,7 @@ _BAD_SHOWN = 10
 _WAITING = 0.1
 """From that share of the time on in which g_a waits, images do not come fast enough."""
 _Z = 1.645
-"""Of a normal distribution, 95 % are below so many standard deviations."""
+"""Standard deviations below which 95 % of a normal distribution are."""
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 _FOLDER_BYTES = 16_000
@@ -94,7 +94,7 @@ _Piece = tuple[str, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DryRunReport(Record):
-    """What a run with the same arguments would do, as far as a sample can tell."""
+    """What a run with the same arguments would do, estimated from a sample."""
 
     path: str
     """The cache folder."""
@@ -132,7 +132,7 @@ class DryRunReport(Record):
     disk_bytes: int
     """Expected size of all files that would be written."""
     latent_bytes: int
-    """Of these, the shards with their index parts: what a run's summary calls the cache's size."""
+    """The shards with their index parts among these: the cache's size in a run's summary."""
     bytes_per_image: float
     """`latent_bytes` per image, all its views together."""
     free_bytes: int
@@ -140,7 +140,7 @@ class DryRunReport(Record):
     checked: int
     """Images that were read and decoded."""
     bad_found: int
-    """Those of them that cannot be decoded."""
+    """Images among them that cannot be decoded."""
     bad_files: tuple[str, ...]
     """The first ten of these, as `path: reason`."""
     bad_expected: float
@@ -268,11 +268,11 @@ class _Trial:
     images: int = 0
     """Images encoded, warm-up and bad ones included."""
     timed_images: int = 0
-    """Of these, those handed to g_a while the pipeline was full; of a whole source all."""
+    """Images among these that g_a got while the pipeline was full; all, for a whole source."""
     timed_seconds: float = 0.0
     """How long these took."""
     busy_seconds: float = 0.0
-    """Of that time, how long g_a ran, averaged over the replicas."""
+    """How long g_a ran in that time, averaged over the replicas."""
     views: int = 0
     """Views of all images, bad ones included."""
     latent_bytes: int = 0
@@ -464,6 +464,8 @@ class _Trial:
             disk += _FOLDER_BYTES + len(plan.splits) * _SPLIT_BYTES
             disk += 0 if intent.is_begun else manifest.plan.bytes + manifest.encoder.bytes
         checked, bad = self.images + self.decoded, len(self.bad)
+        # g_a also waits while another program has the core.
+        is_slow_to_decode = share < 1 - _WAITING and self.decode_rate < 2 * rate
         return DryRunReport(
             path=str(root),
             source=self.source.location().encode("utf-8", "backslashreplace").decode(),
@@ -479,7 +481,7 @@ class _Trial:
             images_per_second=rate,
             encoder_share=share,
             decode_images_per_second=self.decode_rate,
-            bottleneck=("decoding" if share < 1 - _WAITING else "g_a") if self.images else "",
+            bottleneck=("decoding" if is_slow_to_decode else "g_a") if self.images else "",
             # The sample has the start and the end of a run in it; the rest comes at its rate.
             seconds=self.seconds + (left - self.images) / max(rate, 1e-9),
             disk_bytes=round(disk),
@@ -519,7 +521,7 @@ def _draw(
 
 
 def _cut(plan: Plan, pieces: Sequence[_Piece], sizes: dict[str, int]) -> list[ShardPlan]:
-    """Returns pieces as shards of their own, in the order of rows, those of all splits mixed."""
+    """Returns pieces as separate shards, in the order of rows, those of all splits mixed."""
     shards = []
     for at, (split, number, first) in enumerate(pieces):
         samples = plan.shard(split, number).samples[first : first + sizes[split]]
@@ -542,7 +544,7 @@ def _scratch(root: Path) -> Iterator[Path]:
     """Makes an empty folder on the disk of `root`, and removes it with all that is in it."""
     above = _existing(root.absolute().parent)
     if root.is_dir() and not os.access(above, os.W_OK):
-        # A disk of its own is mounted there; only the files' size counts, not where they are.
+        # A separate disk is mounted there; only the files' size counts, not where they are.
         above = Path(tempfile.gettempdir())
     with disk_errors(root):
         folder = Path(tempfile.mkdtemp(prefix=".ci2p-cache-dry-run-", dir=above))

@@ -2,12 +2,12 @@
 
 ::
 
-    SRC listed anew --> plan: the cache's rows, then the new ones
+    SRC listed again --> plan: the cache's rows, then the new ones
     unchanged shards: hard links in `.growth`; the part-filled last shard: carried rows and new ones
     committed to the end --> it takes the cache's place (cache/growth.py)
 
 No original whose latent is committed is read for its pixels. Where one may have changed (another
-size, or a time of change after it was encoded) its digest is held against the index; it is named
+size, or a time of change after it was encoded) its digest is compared with the index; it is named
 and left alone.
 """
 
@@ -47,7 +47,7 @@ _NAMED = 3
 """Originals that a notice names; it counts the rest."""
 
 _MAX_AGAIN = 500_000
-"""Rows read anew that `growth.json` can name."""
+"""Rows read again that `growth.json` can name."""
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EACCES)
 """What file systems without hard links answer."""
@@ -62,7 +62,7 @@ class Growth:
     committed: frozenset[tuple[str, int]]
     """Its shards that count."""
     again: Rows
-    """Rows whose originals are to be read anew; empty where all committed ones are carried."""
+    """Rows whose originals must be read again; empty where all committed ones are carried."""
 
     def is_carried_whole(self, plan: Plan, split: str, shard: int) -> bool:
         """Whether a shard of the growth is the very shard of the cache."""
@@ -180,7 +180,7 @@ def _moved(
     for split, table in plan.tables.items() if gone else ():
         new = table.slice(rows.plan.splits[split].rows if split in rows.plan.splits else 0)
         for key, path in zip(new["key"].to_pylist(), new["path"].to_pylist(), strict=True):
-            # One that cannot be read is encoded later, and what is wrong with it is said then.
+            # One that cannot be read is encoded later, where its error is reported.
             with suppress(OSError, CacheError):
                 file = images.file_of(path)
                 if file is not None and file[1]:

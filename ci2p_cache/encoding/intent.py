@@ -4,7 +4,7 @@
 
     an empty folder --> the source is listed and planned
     a cache         --> its manifest and plan are read; another fingerprint or layout is refused
-    one that grows  --> the source is listed anew, behind the rows that the cache has
+    one that grows  --> the source is listed again; new rows follow those of the cache
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ci2p_cache.errors import (
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.decoders import start_decoder_server
 from ci2p_cache.images.source import ImageSource
-from ci2p_cache.specs import DOWNSAMPLING, Fingerprint, LatentSpec, LayoutSpec
+from ci2p_cache.specs import DOWNSAMPLING, FORMAT_VERSION, Fingerprint, LatentSpec, LayoutSpec
 
 __all__ = ["Intent", "begin", "committed_shards", "find_intent", "load_chosen", "missing_text"]
 
@@ -105,6 +105,7 @@ def committed_shards(
             commit is not None
             and commit.plan_sha256 == plan.shard_sha256(split, shard)
             and commit.fingerprint == fingerprint
+            and commit.format_version == intent.manifest.format_version
             and commit.rows == len(plan.splits[split].rows_of(shard))
             and has_its_files(root, commit)
         ):
@@ -138,7 +139,7 @@ def find_intent(
 ) -> Intent:
     """Reads the manifest and plan of a begun cache, or lists the source; writes nothing.
 
-    A cache that is to grow is listed anew; nothing of it is read but what its records say.
+    A cache that grows is listed again; only its records are read.
 
     Args:
         root: The cache folder; it need not be there.
@@ -152,17 +153,20 @@ def find_intent(
         SourceError, ResourceError: listing failed, or there is no image.
         UsageError: the encoder has no symbols, and symbols are asked for.
     """
-    fingerprint, layout = _fingerprint(options, encoder), options.layout_spec()
+    fingerprint = _fingerprint(options, encoder)
     if not (root / MANIFEST).exists():
+        layout = options.layout_spec(FORMAT_VERSION)
+        if problem := layout.problem(FORMAT_VERSION, fingerprint.latent):
+            raise UsageError(problem)
         counts: Counter[tuple[str | None, int]] = Counter()
         plan = build_plan(images, layout, fingerprint.views, fingerprint.latent, counts=counts)
         refuse_no_classes(images, counts)
-        manifest = _manifest(
-            images, encoder, plan, fingerprint, layout, (images.classes, images.class_titles)
-        )
+        classes = images.classes, images.class_titles
+        manifest = _manifest(images, encoder, plan, fingerprint, layout, classes, FORMAT_VERSION)
         return Intent(manifest=manifest, is_begun=False, plan=plan, folder=root)
     folder = growth_of(root) or root
     manifest = read_manifest(folder)
+    layout = options.layout_spec(manifest.format_version)
     labels = "auto" if manifest.classes else "none"
     # A source of the user's own may have no classes; it is asked last, for it may have to list.
     if options.labels != labels and (manifest.classes or images.classes):
@@ -228,11 +232,13 @@ def _manifest(
     fingerprint: Fingerprint,
     layout: LayoutSpec,
     classes: tuple[tuple[str, ...], tuple[str, ...]],
+    format_version: int,
 ) -> Manifest:
-    """Returns the manifest of a cache that is to be begun; `classes` are names and titles."""
+    """Returns the manifest of a new cache; `classes` are names and titles."""
     names, titles = classes
     medians = encoder.medians.tolist() if fingerprint.latent.is_symbols else None
     return Manifest(
+        format_version=format_version,
         software=f"ci2p-cache {__version__}",
         state="encoding",
         fingerprint=fingerprint,
@@ -265,7 +271,7 @@ def _grown(
     fingerprint: Fingerprint,
     layout: LayoutSpec,
 ) -> Intent:
-    """Lists the source anew; the committed rows of the cache stay as they are."""
+    """Lists the source again; the committed rows of the cache stay as they are."""
     manifest = read_manifest(root)
     made = manifest.layout
     if made.limit is None or (layout.limit or math.inf) >= made.limit:
@@ -305,7 +311,9 @@ def _grown(
     if plan.num_samples == earlier.num_samples and not again and layout == manifest.layout:
         return replace(cache, notices=(*notices, f"nothing new for {root}"))
     return Intent(
-        manifest=_manifest(images, encoder, plan, fingerprint, layout, classes),
+        manifest=_manifest(
+            images, encoder, plan, fingerprint, layout, classes, manifest.format_version
+        ),
         is_begun=False,
         plan=plan,
         folder=root / GROWTH,

@@ -145,7 +145,7 @@ def refuse_out(root: Path, source: Path) -> None:
 
     Raises:
         UsageError: `root` is a URL, or is inside `source`.
-        NotACacheError: something that is no cache is there.
+        NotACacheError: the folder holds something else.
     """
     refuse_url(root, what="cache")
     if root.resolve().is_relative_to(source.resolve()):
@@ -160,7 +160,7 @@ def refuse_foreign_folder(root: Path) -> None:
     """Refuses a file, and a folder that holds something else than a cache.
 
     Raises:
-        NotACacheError: something that is no cache is there.
+        NotACacheError: the folder holds something else.
     """
     if root.exists() and not root.is_dir():
         raise NotACacheError(f"{root} exists and is no folder", hint="choose another --out")

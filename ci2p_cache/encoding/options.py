@@ -13,6 +13,7 @@ from ci2p_cache.fields import check_options, option
 from ci2p_cache.images.source import Labels, SourceOptions
 from ci2p_cache.record import Record
 from ci2p_cache.specs import (
+    FORMAT_VERSION,
     CodecName,
     DType,
     FormatName,
@@ -20,6 +21,7 @@ from ci2p_cache.specs import (
     LayoutSpec,
     Precision,
     ViewSpec,
+    default_level,
 )
 
 if TYPE_CHECKING:
@@ -102,9 +104,20 @@ class EncodeOptions(Record):
         panel=_STORAGE,
     )
     codec: CodecName = option(
-        "zstd", "Byte compressor of the zarr chunks; none for reading at RAM speed.", panel=_STORAGE
+        "zstd",
+        "Byte compressor of the zarr chunks; lz4 and none are larger and read faster.",
+        panel=_STORAGE,
     )
-    level: int = option(1, "zstd level, -100 to 22; low ones decode faster.", panel=_STORAGE)
+    level: int | None = option(
+        None,
+        "Compression level, 1 to 9 [default: zstd 2, or 1 with --fold; lz4 3].",
+        panel=_STORAGE,
+    )
+    fold: bool = option(
+        False,
+        "Store symbols as 0, 1, 2, ... for 0, -1, 1, ...: the smallest cache.",
+        panel=_STORAGE,
+    )
     shard_samples: int = option(
         1024,
         "Images per shard; fewer where 128 MiB of raw latents would be exceeded.",
@@ -131,7 +144,10 @@ class EncodeOptions(Record):
         None, "Threads that read and decode [default: one per core].", low=1, panel=_MACHINES
     )
     devices: str = option(
-        "auto", "auto, cpu, cpu:N (N threads), cuda, or several: cuda:0,1.", flag="device"
+        "auto",
+        "auto, cpu, cpu:N (N threads), cuda, or several: cuda:0,1.",
+        flag="device",
+        pattern=r"auto|cpu(:[1-9]\d*)?|cuda(:\d+(,\d+)*)?",
     )
     max_errors: str = option(
         "0.1%",
@@ -182,6 +198,11 @@ class EncodeOptions(Record):
                         f"`{name}` changes the plan, which the ranges of a folder share",
                         hint=f"once: --plan-only --{flag}; then each range without --{flag}",
                     )
+        if self.executor == "ray" and ":" in self.devices:
+            raise UsageError(
+                f"`device` is {self.devices!r}; with ray it is auto, cpu or cuda: the cluster says "
+                "how many there are"
+            )
         if self.reencode_changed and not self.rescan:
             raise UsageError(
                 "`reencode_changed` compares the originals with the cache, which `rescan` does",
@@ -190,13 +211,16 @@ class EncodeOptions(Record):
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
-        """Returns the options that bind a cache; whence its encoder came is not recorded."""
+        """Returns the options that bind a cache; where its encoder came from is not recorded."""
         made, known = manifest.fingerprint, {field.name for field in fields(cls)}
         values: dict[str, Any] = {}
         for record in (made.image, made.encoder, made.latent, manifest.layout):
             values |= {name: value for name, value in record.to_dict().items() if name in known}
         if made.image.resize_side == made.image.size:
             values["resize_side"] = None
+        layout, version = manifest.layout, manifest.format_version
+        if layout.level == default_level(version, layout.codec, fold=layout.fold):
+            values["level"] = None
         labels: Labels = "auto" if manifest.classes else "none"
         return cls(**values, views=str(made.views), labels=labels)
 
@@ -229,9 +253,12 @@ class EncodeOptions(Record):
         """Returns the part of the fingerprint that speaks of views."""
         return ViewSpec.parse(self.views, seed=self.seed)
 
-    def layout_spec(self) -> LayoutSpec:
-        """Returns the fields that decide which sample is where."""
-        return LayoutSpec(**self._shared(LayoutSpec))
+    def layout_spec(self, format_version: int = FORMAT_VERSION) -> LayoutSpec:
+        """Returns the fields that decide which sample is where, for a cache of that format."""
+        level = self.level
+        if level is None:
+            level = default_level(format_version, self.codec, fold=self.fold)
+        return LayoutSpec(**self._shared(LayoutSpec) | {"level": level})
 
     def _shared(self, spec: type[ImageSpec | LayoutSpec | SourceOptions]) -> dict[str, Any]:
         """Returns the options that a spec has a field of the same name for."""

@@ -1,7 +1,7 @@
 """The plan: which sample is in which row of which shard, fixed before the first is encoded.
 
 A row is the rank of hash(seed, split, key), so rows are not sorted by class and any window of the
-cache is mixed; nothing that goes wrong with one image moves another. Sources that are best read in
+cache is mixed; a bad image never moves another. Sources that are best read in
 sequence (tars, parquet) say so by `ImageRef.order`: their rows follow it, and are as mixed as they
 were written. Shards may cross archives.
 """
@@ -170,7 +170,7 @@ class Plan:
 
 
 def read_plan(root: Path, manifest: Manifest) -> Plan:
-    """Reads the plan of a cache folder, held against the manifest's digest and its splits.
+    """Reads the plan of a cache folder, checked against the manifest's digest and its splits.
 
     Raises:
         ManifestError: it is missing or damaged, or no plan that this cache could have.

@@ -46,7 +46,7 @@ class Processes:
 
     def start(self, number: int, job: Job) -> None:
         """Starts a process."""
-        # A session of its own: Ctrl-C reaches the driver, which ends the others.
+        # Its own session: Ctrl-C reaches the driver, which ends the others.
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "ci2p_cache.encoding.worker"],
             stdin=subprocess.PIPE,

@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.manifest import Manifest
 from ci2p_cache.cache.ranges import ShardRange
-from ci2p_cache.cache.summary import StoredSize, stored_size
 from ci2p_cache.record import Record
+
+if TYPE_CHECKING:
+    from ci2p_cache.cache.summary import StoredSize
 
 __all__ = [
     "EncodeObserver", "EncodeProgress", "EncodeSummary", "ProgressMeter", "summarise",
@@ -33,7 +36,7 @@ class EncodeProgress:
     bad: int
     """Images that could not be decoded, earlier runs included."""
     images_per_second: float
-    """Of this run so far."""
+    """Speed of this run so far."""
     eta_seconds: float | None
     """Expected rest, by the rate since the warm-up; None until then."""
     waiting_share: float
@@ -108,6 +111,9 @@ class EncodeSummary(Record):
     @property
     def stored(self) -> StoredSize:
         """`cache_bytes` per view and per image."""
+        # Here, because `encode` needs this module before pyarrow, which starts a thread.
+        from ci2p_cache.cache.summary import stored_size
+
         return stored_size(
             self.cache_bytes, images=self.images, views=self.views, source_bytes=self.source_bytes
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.encoding.worker import Event, Job, ShardId, serve
-from ci2p_cache.errors import MissingDependencyError, ResourceError, UsageError
+from ci2p_cache.errors import MissingDependencyError, ResourceError
 from ci2p_cache.process import tune_process
 
 __all__ = ["Actors"]
@@ -67,7 +67,6 @@ class Actors:
         num_shards: How many actors there are at most.
 
     Raises:
-        UsageError: the options name single devices.
         MissingDependencyError: ray is not installed.
         ResourceError: the cluster has nothing to encode on.
     """
@@ -76,11 +75,6 @@ class Actors:
     """When so many actors were lost with one shard, it is hardly chance."""
 
     def __init__(self, options: EncodeOptions, num_shards: int) -> None:
-        if options.devices not in ("auto", "cpu", "cuda"):
-            raise UsageError(
-                f"`devices` is {options.devices!r}; with ray it is auto, cpu or cuda: the cluster "
-                "says how many there are"
-            )
         try:
             self._ray = ray = import_module("ray")
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""`repair`: puts back what `verify` finds damaged, to the same bytes, and touches nothing else.
+"""`repair`: puts back what `verify` finds damaged, to the same bytes, and leaves all else alone.
 
 ::
 
@@ -90,7 +90,7 @@ class RepairSummary(Record):
     found: tuple[Finding, ...]
     """What was wrong."""
     repaired: tuple[str, ...]
-    """Files written anew, relative to the cache folder, sorted."""
+    """Files written again, relative to the cache folder, sorted."""
     shards: int
     """Shards encoded again."""
     images: int
@@ -208,7 +208,7 @@ class _Repair:
     encoded: list[CommitRecord] = field(default_factory=list)
     """The new records of shards that were encoded again."""
     repaired: set[str] = field(default_factory=set)
-    """Files written anew."""
+    """Files written again."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Path -> why it cannot be restored."""
     identical: bool = True
@@ -520,7 +520,7 @@ class _Repair:
         self.repaired |= digests.keys()
 
     def _finalise(self, plan: Plan, whole: set[str]) -> None:
-        """Writes the whole-cache files anew; needs every commit record and index part."""
+        """Writes the whole-cache files again; needs every commit record and index part."""
         shard_ids, lost = list(plan.shard_numbers()), self.paths - self.repaired
         if not all(each in self._commits and index_path(*each) not in lost for each in shard_ids):
             self.reasons |= dict.fromkeys(whole, "it is written anew once every shard is repaired")

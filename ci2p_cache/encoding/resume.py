@@ -37,6 +37,7 @@ from ci2p_cache.encoding.shard import refuse_more_bad
 from ci2p_cache.encoding.worker import Work
 from ci2p_cache.errors import IncompleteCacheError, ShardError, UsageError, command
 from ci2p_cache.images.source import ImageSource
+from ci2p_cache.machine import chosen_devices
 
 __all__ = ["resume"]
 
@@ -62,6 +63,9 @@ def resume(
     Raises:
         CacheError: as `encode` has them.
     """
+    if not (root / MANIFEST).exists() and not options.plan_only and options.executor != "ray":
+        # A device that is not here is refused before the folder is begun.
+        chosen_devices(options.devices)
     encoder, part = load_chosen(options, observer), hold.part
     if part is not None and not (root / MANIFEST).exists():
         with hold.gate():
@@ -120,10 +124,10 @@ def resume(
 
 
 def _with_growth(root: Path, intent: Intent, observer: EncodeObserver) -> Intent:
-    """Makes the folder of a growth, or drops one that is no longer asked for."""
+    """Makes the folder of a growth, or removes one that was not asked for again."""
     was_begun = growth_of(root) is not None
     if intent.folder == root:
-        # What was begun of another growth: now there is nothing new.
+        # An earlier growth was begun, and now there is nothing new.
         drop_growth(root)
     if intent.growth is not None and begin_growth(
         root, intent.growth, intent.plan, intent.manifest.plan.sha256

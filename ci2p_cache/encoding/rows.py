@@ -139,7 +139,7 @@ class ShardValues(NamedTuple):
 
 
 def read_values(split: Split, shard: int, pool: ThreadPoolExecutor) -> ShardValues:
-    """Reads a whole shard; every latent is held against its crc32c in the index part.
+    """Reads a whole shard; every latent is checked against its crc32c in the index part.
 
     Raises:
         ShardError: the shard is missing, damaged or not committed.
@@ -217,7 +217,7 @@ class Carrier:
         return num_good, len(rows) - num_good
 
     def load(self, split: str, shard: int) -> dict[int, LoadedImage]:
-        """Reads what is carried over of a shard; each latent is held against its crc32c.
+        """Reads what is carried over of a shard; each latent is checked against its crc32c.
 
         Raises:
             ShardError: the shard of the cache is damaged.

@@ -77,16 +77,19 @@ def encode(
     refuse_out(root, Path(source if isinstance(source, str | Path) else source.location()))
     is_planned = (root / MANIFEST).exists() and not (options.rescan or overwrite)
     images = open_source(source, options.source_options(), is_listed=is_planned)
-    with interruptible(f"interrupted; every committed shard in {root} is safe"), _made(root):
+    with (
+        interruptible(f"interrupted; every committed shard in {root} is safe"),
+        _made(root),
+        held(root, part) as hold,
+    ):
         # Who loses the race for the folder hears it at once: torch, which takes seconds to import,
-        # is imported only afterwards; and by the decoders' server at the same time.
+        # comes only afterwards. It comes with the decoders' server, before what starts threads.
         start_decoder_server()
-        with held(root, part) as hold:
-            if overwrite:
-                _clear(root)
-            from ci2p_cache.encoding.resume import resume
+        if overwrite:
+            _clear(root)
+        from ci2p_cache.encoding.resume import resume
 
-            return resume(root, images, options, observer, hold)
+        return resume(root, images, options, observer, hold)
 
 
 @contextmanager

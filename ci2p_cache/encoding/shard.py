@@ -112,7 +112,7 @@ class ErrorBudget:
     allowed: int
     """Bad images that the whole cache may hold."""
     already_bad: int = 0
-    """Those in shards committed earlier."""
+    """Bad images in shards committed earlier."""
     _seen: int = 0
     _bad: int = 0
 
@@ -284,6 +284,7 @@ def refuse_other_decoder(fingerprint: Fingerprint) -> None:
 class EncodeSettings:
     """Everything that encoding a shard needs to know besides the plan and the devices."""
 
+    format_version: int
     fingerprint: Fingerprint
     layout: LayoutSpec
     splits: dict[str, SplitRecord]
@@ -298,6 +299,7 @@ class EncodeSettings:
         """Returns what a manifest asks for, with the defaults that depend on the machine."""
         on_cpu = replicas[0].device.type == "cpu"
         return cls(
+            format_version=manifest.format_version,
             fingerprint=manifest.fingerprint,
             layout=manifest.layout,
             splits=manifest.splits,
@@ -357,7 +359,7 @@ class ShardEncoder:
         self._on_image = on_image
         self._latent: LatentSpec = settings.fingerprint.latent
         self._probed = ChannelSums.empty(self._latent.channels)
-        self._codec = codec_of(settings.layout, self._latent)
+        self._codec = codec_of(settings.format_version, settings.layout, self._latent)
         self._free_replicas: deque[Replica] = deque(replicas)
         self._num_replicas = len(replicas)
         self._numerics = replica_numerics(replicas[0], settings.batch_size)
@@ -524,6 +526,7 @@ class ShardEncoder:
             self._staging,
             partial(
                 CommitRecord,
+                format_version=settings.format_version,
                 first_row=plan.first_row,
                 rows=len(plan.samples),
                 valid_rows=len(good),

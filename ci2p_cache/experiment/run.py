@@ -9,7 +9,7 @@
         report.html       both, to look at
         .lock             only while somebody runs it
 
-Each stage continues where it stopped, so this keeps no state of its own: what is finished says so.
+Each stage continues where it stopped, so the experiment itself stores no state.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class StageClock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores(Record):
-    """What an evaluation comes to; `evaluations` in the run folder has all of it."""
+    """The main numbers of an evaluation; `evaluations` in the run folder has all of them."""
 
     checkpoint: str
     """Name of the checkpoint folder whose weights were evaluated."""
@@ -144,6 +144,7 @@ def run_experiment(
     experiment: Experiment,
     out: str | Path | None = None,
     *,
+    source: str | Path | None = None,
     device: str = "auto",
     until: Stage = "report",
     on_event: Callable[[StageEvent], None] | None = None,
@@ -158,8 +159,9 @@ def run_experiment(
     a cache that has to be complete by then; rank 0 alone evaluates and reports.
 
     Args:
-        experiment: What to run, with its `source` or `generate` filled in.
+        experiment: What to run.
         out: Its folder; None: experiments/NAME.
+        source: The images, as `encode` takes them; None: those that the experiment names or draws.
         device: auto, cpu, cuda or cuda:1, of all stages; auto leaves stage one to
             `experiment.encode.devices`.
         until: The last stage to run.
@@ -169,14 +171,16 @@ def run_experiment(
         ranks: The ranks to train with, joined; None: as the environment says.
 
     Raises:
-        UsageError: no images are named, `out` is a URL, `until` is no stage, or several ranks find
-            no cache.
+        UsageError: no images are named, or two sources; `out` is a URL, `until` is no stage, or
+            several ranks find no cache.
         RunMismatchError: the folder holds another experiment, or something else.
         ManifestError: the folder's record is damaged.
         LockedError: another process runs an experiment there.
         InterruptedRunError: a signal stopped it; run it again to continue.
         CacheError: whatever `encode`, `train` and the evaluation raise.
     """
+    if source is not None:
+        experiment = dataclasses.replace(experiment, source=str(source))
     if until not in _STAGES:
         raise UsageError(f"`until` is {until!r}; wanted one of {', '.join(_STAGES)}")
     root = Path("experiments", experiment.name) if out is None else Path(out)
@@ -243,7 +247,7 @@ def _require_cache(experiment: Experiment, root: Path) -> None:
 
 @contextmanager
 def _folder(experiment: Experiment, root: Path) -> Iterator[None]:
-    """Makes or takes up the experiment's folder, and holds its lock while the block runs."""
+    """Makes the experiment's folder or continues one; holds its lock while the block runs."""
     if experiment.source is None and experiment.generate is None:
         raise UsageError(
             f"experiment {experiment.name} does not say where its images are",

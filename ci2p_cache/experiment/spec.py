@@ -85,7 +85,7 @@ class Experiment(Record):
     claim: str = ""
     """What it is to show, one sentence; printed beside what came out."""
     source: str | None = None
-    """The images, as `encode` takes them; None: whoever runs it says where they are."""
+    """The images, as `encode` takes them; None: the caller says where they are."""
     generate: int | None = None
     """Draw so many of the demo's pictures per class instead of taking a source; None: do not."""
     encode: EncodeOptions = field(default_factory=EncodeOptions)
@@ -139,8 +139,12 @@ def read_experiment(folder: Path) -> Experiment | None:
     try:
         data = read_json(path)
         if isinstance(data.get("encode"), dict):
-            # Options that came later have their defaults in a folder of before.
-            data["encode"] = EncodeOptions().to_dict() | data["encode"]
+            # Options that came later have their defaults in a folder of before, and there the
+            # level that format 1 has where none is asked for was written out.
+            made = data["encode"]
+            if "fold" not in made and made.get("level") == 1:
+                made = made | {"level": None}
+            data["encode"] = EncodeOptions().to_dict() | made
         return Experiment.from_dict(data)
     except FileNotFoundError:
         return None

@@ -61,9 +61,9 @@ class Archives:
     location: bytes
     """Absolute, with its wildcards and braces: names the same files again."""
     files: tuple[Archive, ...]
-    """By split in the order train, val, test, then by the bytes of their paths."""
+    """Sorted by split (train, val, test), then by the bytes of their paths."""
     notices: tuple[str, ...] = ()
-    """What was left out."""
+    """The files that were left out."""
 
 
 def find_archives(location: bytes, suffixes: Sequence[bytes]) -> Archives:
@@ -226,7 +226,7 @@ def _split_of(path: bytes) -> str | None:
 
 
 class ArchiveSource(ClassSource):
-    """The half of an `ImageSource` that does not depend on what its files are.
+    """The part of an `ImageSource` that is the same for all kinds of files.
 
     Args:
         location: A file, a folder that holds only such files, a wildcard or a brace pattern; see
@@ -242,7 +242,7 @@ class ArchiveSource(ClassSource):
     form: ClassVar[re.Pattern[bytes]]
     """Of `ImageRef.path`: a file below the root, "#", and numbers."""
     words: ClassVar[tuple[str, str, str]]
-    """What messages call an image of it, a file of it, and its files."""
+    """Words of messages for an image, a file, and its files."""
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self._archives = find_archives(os.fsencode(location), self.suffixes)
@@ -283,7 +283,7 @@ class ArchiveSource(ClassSource):
             folders: Where `classes.json` or `classes.txt` may be, absolute.
             names: The names of the classes, where the files have them.
             num_images: Labelled images in all files.
-            tally: What was left out.
+            tally: The files that were left out.
         """
         shown, (_, _, files) = self.location(), self.words
         if not num_images:

@@ -148,7 +148,7 @@ def decode_image(data: bytes, spec: ImageSpec, *, planar: bool = True) -> Decode
         raise
     except Exception as error:
         # Decoders fail on hostile bytes with nearly any type: SyntaxError, struct.error,
-        # ValueError, OSError, RuntimeError, also MemoryError for sizes that no one has.
+        # ValueError, OSError, RuntimeError, also MemoryError for impossible sizes.
         raise ImageDecodeError(f"{name}: {_reason(error)}") from error
     height, width = pixels.shape[1:]
     orientation = exif_orientation(data, name)
@@ -265,7 +265,7 @@ def _decode_with_pillow(
 
 
 def _turned(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
-    """Returns pixels (3, H, W) as they are to be looked at (CIPA DC-008, tag 0x0112)."""
+    """Returns pixels (3, H, W) turned as they should be shown (CIPA DC-008, tag 0x0112)."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 2)
     flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)

@@ -7,10 +7,11 @@
               +---- "died: SIGSEGV" --------------+                        |
               +---- answer, views in the shared memory <-------------------+
 
-Run as `python -m ci2p_cache.images.decoder_process` with the control socket as standard input. The
-server imports torch once, has one thread and computes nothing, so a fork of it is whole and costs
-milliseconds. Messages are JSON, one per packet; nothing is pickled. Ctrl-C reaches the whole
-process group and is blocked here: workers and server end when the other end of their socket does.
+A fork of its owner, or run as `python -m ci2p_cache.images.decoder_process`, with the control
+socket as standard input. The server has one thread and computes nothing, so a fork of it is whole
+and costs milliseconds. Messages are JSON, one per packet; nothing is pickled. Ctrl-C reaches the
+whole process group and is blocked here: workers and server end when the other end of their socket
+does.
 """
 
 from __future__ import annotations
@@ -23,24 +24,22 @@ import resource
 import select
 import signal
 import socket
-import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict
 from itertools import accumulate, pairwise
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ci2p_cache.images.decode import decode_image
 from ci2p_cache.images.decoders import MAX_MESSAGE_BYTES, RAISED
 from ci2p_cache.images.views import image_views
+from ci2p_cache.process import give_back_large_blocks, put_off_compiler
 from ci2p_cache.specs import ImageSpec, ViewSpec
 
-__all__ = ["import_torchvision"]
+__all__ = ["serve_decoders"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -70,7 +69,7 @@ class _Server:
         signal.set_wakeup_fd(writing)
 
     def serve(self) -> None:
-        """Serves until no one holds the other end of `control`."""
+        """Serves until the other end of `control` is closed."""
         while True:
             poll = select.poll()
             poll.register(self._control, select.POLLIN)
@@ -201,50 +200,27 @@ def _bound_memory(spec: ImageSpec) -> int:
 
 
 def _bound_time() -> None:
-    """Lets the kernel end a decoder that computes for ever; waiting for a processor is not it."""
+    """Lets the kernel end a decoder that computes for ever; only processor time counts."""
     limit = int(time.process_time()) + 1 + _CPU_SECONDS
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if hard == resource.RLIM_INFINITY or limit < hard:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 
 
-def import_torchvision() -> None:
-    """Imports what decodes and resizes, without torch's compiler.
-
-    torchvision 0.29 takes two names from `torch._dynamo`, of which nothing that decodes has
-    any use, and it alone takes 2 s. Stand-ins give these names; they go when the import has ended.
-
-    Raises:
-        ImportError, AttributeError: torchvision wants more of it. Half an import cannot be
-            repeated: another process is needed.
-    """
-
-    def unsupported(*_: object) -> bool:
-        return False
-
-    def as_it_is(function: Callable[..., Any], *_: object, **__: object) -> Callable[..., Any]:
-        return function
-
-    dynamo, utils = ModuleType("torch._dynamo"), ModuleType("torch._dynamo.utils")
-    vars(utils)["is_compile_supported"] = unsupported
-    vars(dynamo).update(utils=utils, disable=as_it_is)
-    stubs = {module.__name__: module for module in (dynamo, utils)}
-    sys.modules.update(stubs)
-    try:
-        for name in ("torchvision.io", "torchvision.transforms.v2.functional"):
-            importlib.import_module(name)
-    finally:
-        for name in stubs:
-            del sys.modules[name]
+def serve_decoders() -> NoReturn:
+    """Imports what decodes and resizes, and serves the socket on standard input; never returns."""
+    # A fork has its owner's command line; `ps -o comm` and `top` show this.
+    Path("/proc/self/comm").write_text("ci2p-decoder")
+    # A fork has read the variables that say so before they were set.
+    torch.set_num_threads(1)
+    give_back_large_blocks()
+    put_off_compiler()
+    for name in ("torchvision.io", "torchvision.transforms.v2.functional"):
+        # Before any fork, for all workers.
+        importlib.import_module(name)
+    _Server(socket.socket(fileno=0)).serve()
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    # Before any fork: what the workers decode and resize with.
-    if sys.argv[1:]:
-        importlib.import_module("torchvision.transforms.v2.functional")
-    else:
-        try:
-            import_torchvision()
-        except (ImportError, AttributeError):
-            os.execv(sys.executable, [*sys.orig_argv, "whole"])
-    _Server(socket.socket(fileno=0)).serve()
+    serve_decoders()

@@ -1,28 +1,32 @@
-"""Decoding in processes of its own: a decoder that crashes costs one image, not the run.
+"""Decoding in separate processes: a decoder that crashes costs one image, not the run.
 
 Image decoders are C code that reads what strangers wrote. One that dies, loops or allocates without
 end takes a worker process with it; the file it held is known, is tried once more in a fresh worker,
 and is then a bad image like any other.
 
-This module imports no torch until an image is decoded: it starts the process that does.
+The first process of its kind is forked from this one, so torch is imported and held in memory once
+for both. Where that is not safe, a fresh interpreter is started.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from ci2p_cache.errors import (
     CacheError,
@@ -48,9 +52,14 @@ MOST_AT_ONCE = 4
 RAISED: dict[str, type[CacheError]] = {
     error.__name__: error for error in (ImageDecodeError, MissingDependencyError, UsageError)
 }
-"""Errors of ours that an answer may name; any other is a bug and comes as its traceback."""
+"""Our own errors that an answer may name; any other is a bug and comes as its traceback."""
 
-_PROCESS = "ci2p_cache.images.decoder_process"
+_SERVER_WORDS = [sys.executable, "-P", "-W", "ignore", "-m", "ci2p_cache.images.decoder_process"]
+"""What starts the server."""
+
+_HELD_BACK = (signal.SIGINT, signal.SIGHUP)
+"""Ctrl-C and the terminal's end go to all its processes; the server ends with its owner."""
+
 _ATTEMPTS = 2
 """A second death on the same file, in a worker that decoded nothing before it, is the file's."""
 
@@ -84,7 +93,7 @@ class ViewedImage:
 class Decoders:
     """Turns the bytes of image files into views, in worker processes.
 
-    `decode` may be called from any number of threads; each call uses a worker of its own, started
+    `decode` may be called from any number of threads; each call uses a separate worker, started
     when none is idle.
 
     Args:
@@ -105,7 +114,7 @@ class Decoders:
         start_decoder_server()
 
     def end_with(self, owner: object) -> Self:
-        """Has the workers end when `owner` is no longer used, if nothing closed them before."""
+        """Ends the workers when `owner` is no longer used, if nothing closed them before."""
         weakref.finalize(owner, self.close)
         return self
 
@@ -177,10 +186,7 @@ class Decoders:
                 return answer
             self._forget(worker)
             if "refused" in answer:
-                raise ResourceError(
-                    f"no process for decoding can be started: {answer['refused']}",
-                    hint="fewer --workers, or a higher limit of processes (ulimit -u)",
-                )
+                raise _no_process(answer["refused"])
             if "died" in answer:
                 deaths += 1
                 if deaths == _ATTEMPTS:
@@ -268,7 +274,7 @@ class _Worker:
         return answer
 
     def _send(self, message: dict[str, Any]) -> None:
-        # Where no one listens any more, the last words are still to be received.
+        # When the worker has stopped listening, its last words can still be received.
         with contextlib.suppress(OSError):
             self._channel.send(json.dumps(message).encode())
 
@@ -282,7 +288,7 @@ class _Worker:
         return {}
 
     def hang_up(self) -> None:
-        """Wakes whoever waits for an answer; the worker ends when it next looks."""
+        """Wakes the thread that waits for an answer; the worker ends when it next looks."""
         self._channel.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -314,7 +320,7 @@ class _Server:
         self._control: socket.socket | None = None
 
     def start(self) -> None:
-        """Starts it unless it runs; it imports torch meanwhile and ends with this process."""
+        """Starts it unless it runs; it imports torchvision meanwhile and ends with this process."""
         with self._lock:
             self._started()
 
@@ -336,7 +342,10 @@ class _Server:
         if self._control is None:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                _spawn(theirs.fileno())
+                if _forks_well():
+                    _fork(theirs.fileno())
+                else:
+                    _spawn(theirs.fileno())
             self._control = ours
             atexit.register(ours.close)
         return self._control
@@ -353,22 +362,76 @@ def start_decoder_server() -> None:
 def _server_gone() -> ResourceError:
     return ResourceError(
         "the process that starts decoders has ended, twice",
-        hint=f"{sys.executable} -m {_PROCESS} < /dev/null   (says why)",
+        hint=f"{shlex.join(_SERVER_WORDS)} < /dev/null   (says why)",
     )
 
 
-def _spawn(control: int) -> None:
-    """Starts a fresh interpreter, because a fork of one with threads is not safe."""
-    environment = os.environ | {
+def _forks_well() -> bool:
+    """Says whether a fork of this process is as good as a fresh interpreter.
+
+    It has one thread, and nothing yet that decodes, so no setting of anybody's is inherited.
+    """
+    threads = list(Path("/proc/self/task").iterdir())
+    return len(threads) == 1 and not {"PIL", "torch"} & sys.modules.keys()
+
+
+def _fork(control: int) -> None:
+    """Makes the server of a copy of this process, of which it keeps the imports alone.
+
+    Raises:
+        ResourceError: there is no room for another process.
+    """
+    import torch  # noqa: F401
+
+    # Handlers of this process must not run in the server, not even for a moment.
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    # What no collection touches stays shared. Nor may one there close this process's files: their
+    # descriptors are other files' by then.
+    gc.freeze()
+    try:
+        if os.fork() == 0:
+            _become_server(control)
+    except OSError as error:
+        raise _no_process(error) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
+def _become_server(control: int) -> NoReturn:
+    try:
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor, place in ((control, 0), (null, 1), (null, 2)):
+            os.dup2(descriptor, place)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.environ.update(_environment())
+        warnings.simplefilter("ignore")
+        signal.pthread_sigmask(signal.SIG_SETMASK, _HELD_BACK)
+        from ci2p_cache.images.decoder_process import serve_decoders
+
+        serve_decoders()
+    finally:
+        os._exit(1)
+
+
+def _environment() -> dict[str, str]:
+    """Returns what the server's environment has beside this process's own."""
+    return {
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
         # More threads would be lost in its forks, and none of them is wanted.
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     }
+
+
+def _spawn(control: int) -> None:
+    """Starts a fresh interpreter, because a fork of one with threads is not safe."""
     try:
         os.posix_spawn(
             sys.executable,
-            [sys.executable, "-P", "-W", "ignore", "-m", _PROCESS],
-            environment,
+            _SERVER_WORDS,
+            os.environ | _environment(),
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, control, 0),
                 # Who reads our output waits for all that hold it, and this one may still be
@@ -377,8 +440,14 @@ def _spawn(control: int) -> None:
                 (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
                 (os.POSIX_SPAWN_DUP2, 1, 2),
             ],
-            # Ctrl-C and the terminal's end go to all its processes; this one ends with its owner.
-            setsigmask=[signal.SIGINT, signal.SIGHUP],
+            setsigmask=_HELD_BACK,
         )
     except OSError as error:
-        raise ResourceError(f"no process for decoding can be started: {error}") from error
+        raise _no_process(error) from error
+
+
+def _no_process(error: object) -> ResourceError:
+    return ResourceError(
+        f"no process for decoding can be started: {error}",
+        hint="fewer --workers, or a higher limit of processes (ulimit -u)",
+    )

@@ -45,7 +45,7 @@ class FetchedSource:
     """An `ImageSource` over files behind a URL.
 
     Nothing is fetched before images or classes are asked for; then all files are, eight at a time,
-    each tried four times and held against the size that the server lists. A list of paths is
+    each tried four times and compared with the size that the server lists. A list of paths is
     fetched with all files of its folder. A file that changed its size since is fetched again.
 
     Args:

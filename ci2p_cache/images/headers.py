@@ -135,7 +135,7 @@ def jpeg_frame(data: bytes) -> JpegFrame | None:
 def canvas_size(data: bytes, name: ImageFormat) -> tuple[int, int] | None:
     """Returns (width, height) that the decoder of a GIF or WebP will allocate while it opens it.
 
-    None for headers too damaged to tell, and for the other formats: these allocate nothing before
+    None for headers too damaged to say, and for the other formats: these allocate nothing before
     they are asked for pixels.
     """
     try:
@@ -253,7 +253,7 @@ class _Directory:
         self.pointer = self.order + ("Q" if is_big else "L")
         self.count = self.order + ("Q" if is_big else "H")
         self.inline_bytes = 8 if is_big else 4
-        """Of a value in its entry; this is also where the pointer to the directory is."""
+        """Size of a value in its entry; the pointer to the directory is there too."""
         self.record = struct.Struct(f"{self.order}HH{self.pointer[1]}{self.inline_bytes}s")
         self.entries: dict[int, tuple[int, int, bytes]] = {}
         """tag -> (type, count, the value or its offset)."""

@@ -54,7 +54,7 @@ class Classes:
 
 
 class ClassSource(ABC):
-    """The part of an `ImageSource` that all of ours share: where it is, and what its classes are.
+    """The part of an `ImageSource` that our own sources share: its place and its classes.
 
     Args:
         location: Absolute path or pattern, as bytes.

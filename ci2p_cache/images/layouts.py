@@ -46,7 +46,7 @@ _LIST_HINT = "or write a list: a .csv with the columns path, label and split, an
 
 _MAX_WRAPPERS = 8
 _MOST_LOOKED_INTO = 256
-"""Of more folders only those with the name of a split are looked into."""
+"""With more folders, only those named like a split are searched."""
 _MOST_LOOKED_AT = 1000
 """Files below a folder that has no class folders."""
 _OTHER_SOURCES = (*TAR_SUFFIXES, *PARQUET_SUFFIXES, b".zip", b".csv", b".tsv")
@@ -78,13 +78,13 @@ class Layout:
     words: str
     """In a few words, for people: class folders, split folders, ImageNet, ..."""
     parts: tuple[Part, ...]
-    """By split, train first."""
+    """Grouped by split, train first."""
     label_folders: tuple[bytes, ...]
     """Absolute; names of classes for people may be there."""
     notices: tuple[str, ...]
     """What the user should know, one sentence each."""
     tally: Tally
-    """What was left out."""
+    """The files that were left out."""
 
 
 def find_layout(tree: Tree, *, labelled: bool) -> Layout:

@@ -172,7 +172,7 @@ class Listing:
     """What the lists of a data set say about the files below its folder of images."""
 
     name: str
-    """Of the data set."""
+    """Name of the data set."""
     path: bytes
     """The folder of images, below the tree's root."""
     splits: dict[str, dict[bytes, str]]

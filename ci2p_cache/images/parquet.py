@@ -56,7 +56,7 @@ __all__ = ["ParquetSource"]
 
 _OPEN_FILES, _HELD_GROUPS = 4, 2
 _MAX_GROUP_BYTES = 2**30
-"""Of one row group, unpacked: it is read as a whole. `datasets` writes 100 images in each."""
+"""Largest row group, unpacked: it is read as a whole. `datasets` writes 100 images in each."""
 _NAME_BYTES = 4096
 _LEADS_OUT = r"^$|^/|\\|\x00|(^|/)\.{1,2}(/|$)|//|^[A-Za-z][A-Za-z0-9+.-]*:"
 """Paths that cannot be keys: absolute ones and URLs, "." and ".." among their parts."""

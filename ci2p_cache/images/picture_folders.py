@@ -21,7 +21,7 @@ from ci2p_cache.specs import ImageSpec
 __all__ = ["PictureFolders"]
 
 _HELD_BYTES = 4 * 2**30
-"""Of decoded pictures held in memory."""
+"""Limit for decoded pictures in memory."""
 
 
 class PictureFolders(Sequence[Tensor]):
@@ -44,7 +44,7 @@ class PictureFolders(Sequence[Tensor]):
     counts: list[int]
     """Pictures of each folder that can be used."""
     left_out: list[str]
-    """Those that cannot, each with its reason."""
+    """Pictures that cannot be used, each with its reason."""
     notices: list[str]
     """What else a user should know, one sentence each."""
     digest: str

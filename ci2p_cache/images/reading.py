@@ -22,7 +22,7 @@ __all__ = ["MAX_FILE_BYTES", "about", "changed", "identity", "opened", "path_bel
 _T = TypeVar("_T")
 
 MAX_FILE_BYTES = 512 * 2**20
-"""Of one image file; the default `max_pixels` as uncompressed 16-bit RGB still fits."""
+"""Largest image file; the default `max_pixels` as uncompressed 16-bit RGB still fits."""
 
 _WAITS_SECONDS = (0.1, 0.5)
 """Pauses between three tries: long enough for a network file system to find its server again."""

@@ -79,7 +79,7 @@ class ImageSource(ImageReader, Protocol):
     """
 
     def file_of(self, path: bytes) -> tuple[bytes, bool] | None:
-        """Returns the local file that holds an image, absolute, and whether it holds nothing else.
+        """Returns the absolute path of an image's file, and whether the file holds only that image.
 
         None where the images are fetched from a server. Neither is looked at.
 

@@ -33,7 +33,7 @@ __all__ = ["TableSource", "is_table"]
 
 _NO_LABEL = -1
 _FIRST_ROWS = 1000
-"""Of a list: they show which folder its paths start from."""
+"""The first rows of a list; they show which folder its paths start from."""
 _NUM_LOOKED_AT = 64
 """Paths whose files are looked at, to find a fault that all have."""
 _DRIVE = re.compile(rb"[A-Za-z]:[/\\]")

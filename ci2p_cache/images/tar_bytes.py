@@ -1,4 +1,4 @@
-"""The bytes of a tar file, packed or not, and its members: trusted in nothing.
+"""The bytes of a tar file, packed or not, and its members: never trusted.
 
 A plain tar is read by position. A packed one (gzip, zstandard) can only be read in sequence: a
 `Window` keeps the last bytes that were unpacked, goes forward for what is ahead and begins again
@@ -47,7 +47,7 @@ _MAX_ZSTD_WINDOW_BYTES = 2**27
 BLOCK_BYTES = 512
 _MAX_NAME_BYTES = 4096
 _MAX_EXTRA_BYTES = 2**20
-"""Of one extended header: all of a file's extended attributes at most."""
+"""Largest extended header: at most all extended attributes of a file."""
 _MAX_EXTRAS = 8
 """Extended headers before one member; two are usual."""
 _MAX_PADDING_BYTES = 2**20
@@ -66,7 +66,7 @@ class TarStream(Protocol):
     """Bytes in sequence."""
 
     position: int
-    """Of the next byte, from the start of the (unpacked) tar."""
+    """Position of the next byte, from the start of the (unpacked) tar."""
 
     def read(self, count: int) -> bytes:
         """Returns the next `count` bytes; fewer only where the archive ends.
@@ -96,9 +96,9 @@ def read_at(path: bytes, start: int, stop: int) -> bytes:
 
 
 class _Plain:
-    """A `TarStream` over a regular file, which must stay the file that it was.
+    """A `TarStream` over a regular file, which must not change.
 
-    It is opened anew for each read; what is skipped is not read.
+    It is opened again for each read. Skipped parts are not read.
     """
 
     def __init__(self, path: bytes) -> None:
@@ -216,18 +216,18 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One regular file of a tar, or something else that is to be skipped."""
+    """One regular file of a tar, or something else, which is skipped."""
 
     name: bytes
     """Its path: relative, with "/" between its parts, none of them empty, "." or ".."."""
     offset: int
-    """Of its content, from the start of the (unpacked) tar; its header is the block before."""
+    """Where its content starts in the (unpacked) tar; the header is the block before."""
     size: int
     """Bytes of its content."""
     is_file: bool = True
     """False for links, devices and pipes."""
     link: bytes = b""
-    """Of a hard link: the path in the tar that it leads to, in the form of `name`; else empty."""
+    """Target of a hard link, a path in the tar in the form of `name`; else empty."""
 
 
 def members(stream: TarStream, archive: bytes) -> Iterator[Member]:

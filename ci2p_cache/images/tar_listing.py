@@ -1,4 +1,4 @@
-"""What is in one tar: its images with their labels; where tars come from is not known here.
+"""The content of one tar: images with their labels.
 
 ::
 
@@ -50,11 +50,11 @@ _FIELDS = ("label", "cls", "class_name")
 _MAX_SAMPLE_MEMBERS = 1024
 _MAX_LABEL_BYTES = {_CLS: 4096, _JSON: 2**24}
 _MAX_OTHER_LABEL_BYTES = 4096
-"""Of a label file of another extension, which an option names, and of `k.final.cls` for k."""
+"""Largest label file with another extension, which an option names, or `k.final.cls` for k."""
 _MAX_LINKED_BYTES, _MAX_ALL_LINKED_BYTES = 2**16, 2**24
-"""Of one label file that hard links lead to, and of all of them: they stay in memory."""
+"""Limits for one hard-linked label file, and for all of them: they stay in memory."""
 _MAX_TEXT_BYTES = 2**26
-"""Of all lists of a public data set in one archive."""
+"""Limit for all lists of a public data set in one archive."""
 _MOST_NAMED = 8
 """Fields or extensions that a message names."""
 
@@ -68,7 +68,7 @@ class _Images:
     def __init__(self) -> None:
         self._names = bytearray()
         self._numbers = array("q")
-        """Of each image: the end of its name, offset, size, label."""
+        """Four numbers for each image: end of its name, offset, size, label."""
 
     def add(self, image: Member, label: int) -> None:
         """Adds one image; `label` is what `LabelTable.add` returned, or NO_LABEL_FILE."""
@@ -114,7 +114,7 @@ class Listed:
 
 @dataclass(slots=True)
 class _Sample:
-    """Members that belong together, while they are met."""
+    """Members that belong together, collected while the tar is read."""
 
     base: bytes
     """Their path up to the first dot of the file name."""
@@ -133,7 +133,7 @@ class _Content:
     """The first bytes of a member, read once."""
 
     size: int
-    """Of the member."""
+    """Size of the member."""
     stream: TarStream | None
     """Stands at its content; None where only `head` is known."""
     head: bytes = b""
@@ -168,7 +168,7 @@ class TarLister:
         self._label = _extension(options.label_column)
 
     def list(self) -> Listed:
-        """Returns the images, and what is none.
+        """Returns the images, and the other members.
 
         Hard links to earlier members are images too: a first pass finds what they lead to.
         """

@@ -107,10 +107,10 @@ class Tree(ABC):
         """Returns the names of those files of one folder that are images; tallies the others."""
         return [name for name in files if self.is_image(join(folder, name), tally)]
 
-    def _told_apart(
+    def _with_distinct_names(
         self, folder: bytes, folders: list[bytes], files: list[bytes]
     ) -> tuple[list[bytes], list[bytes]]:
-        """Refuses two names in one folder that keys could not tell apart."""
+        """Refuses two names in one folder that would give the same key."""
         if len({as_key(name) for name in folders + files}) < len(folders) + len(files):
             raise SourceError(
                 f"{for_display(join(self.root, folder))} has two names that are the same, or the "
@@ -177,7 +177,7 @@ class DiskTree(Tree):
             else:
                 tally.add(kind, join(folder, entry.name))
         folders, files = names.values()
-        return self._told_apart(folder, folders, files)
+        return self._with_distinct_names(folder, folders, files)
 
     def _identity(self, folder: bytes) -> object:
         path = join(self.root, folder)
@@ -284,7 +284,7 @@ class ArchiveTree(Tree):
                 (folders if slash else files).append(name)
             # All that is in a folder has its name and "/" in front; "0" is the sign behind "/".
             at = bisect_left(names, prefix + name + b"0", at) if slash else at + 1
-        return self._told_apart(folder, folders, files)
+        return self._with_distinct_names(folder, folders, files)
 
     def has_image(self, folder: bytes) -> bool:
         """See `Tree`."""
@@ -304,5 +304,5 @@ class ArchiveTree(Tree):
         return at < len(self._names) and self._names[at].startswith(path + b"/")
 
     def _below(self, path: bytes) -> bytes:
-        """Takes the archive off an absolute path; one outside of it names nothing here."""
+        """Removes the archive from an absolute path; another path stays, and matches no member."""
         return path.removeprefix(self.root + b"/")

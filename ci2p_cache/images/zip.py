@@ -5,7 +5,7 @@
     zip --list of members--> tree --layout, as of a folder--> ImageRef
         b"cats/1.jpg#4096+8712+9001+305419896": member, offset, packed and unpacked bytes, CRC-32
 
-The members are listed by the standard library and trusted in nothing. Layout: PKWARE's APPNOTE.TXT,
+The members are listed by the standard library and never trusted. Layout: PKWARE's APPNOTE.TXT,
 4.3.7 (local headers) and 4.4 (fields). Names become keys, and what a member unpacks to is bounded
 before it is unpacked.
 """
@@ -48,14 +48,14 @@ _Extent = tuple[int, int, int, int]
 
 _FORM = re.compile(rb"(.+)#(\d{1,18})\+(\d{1,18})\+(\d{1,18})\+(\d{1,10})", re.DOTALL)
 _MAX_DIRECTORY_BYTES = 2**28
-"""Of the list of members; that of ImageNet, two million names, has some 250 MB."""
+"""Largest list of members; two million names take some 250 MB."""
 _MAX_NAME_BYTES, _MAX_DEPTH = 4096, 128
 _FREE_BYTES, _MAX_RATIO = 2**29, 200
 """As for packed tars: members may unpack to 512 MiB and 200 times the archive together."""
 _DRIVE = re.compile(rb"[A-Za-z]:/")
 
 _LOCAL = struct.Struct("<4s2xHH8xLLHH")
-"""Of a local header, 30 bytes: signature, flags, method, sizes, lengths of name and extra field."""
+"""A local header, 30 bytes: signature, flags, method, sizes, lengths of name and extra field."""
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _HEAD_BYTES = 4096
@@ -131,7 +131,7 @@ class _Members:
         """Paths: relative, parts joined by "/", none empty, "." or ".."; folders end in "/"."""
         self._extents = array("Q")
         self.tally = Tally()
-        """Members that are no regular files."""
+        """Members that are not regular files."""
 
     def add(self, name: bytes, extent: _Extent) -> None:
         self.names.append(name)

@@ -355,7 +355,7 @@ class Classifier:
 def load_classifier(
     path: str | Path,
     *,
-    checkpoint: str | Path = "best",
+    checkpoint: str | Path = "last",
     cache: str | Path | None = None,
     device: str | torch.device = "auto",
 ) -> Classifier:
@@ -369,7 +369,7 @@ def load_classifier(
 
     Args:
         path: A run folder, or a checkpoint folder inside one.
-        checkpoint: best, last, or a checkpoint folder or its name.
+        checkpoint: last, best, or a checkpoint folder or its name.
         cache: Where to take the encoder from instead of the run folder: for runs that were begun
             before run folders held a copy of it.
         device: auto (CUDA where there is one), cpu, cuda or cuda:1.

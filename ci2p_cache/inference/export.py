@@ -92,7 +92,7 @@ class ExportCheck(Record):
     stored_values: int
     """Symbols, or float16 values, that were compared; 0 where nothing is rounded on the way."""
     differing_values: int
-    """Those of them that fell to the other side of a tie."""
+    """Values among them that fell on the other side of a tie."""
     differing_inputs: int
     """Inputs in which that happened."""
 
@@ -123,7 +123,7 @@ def export_model(
     *,
     to: Literal["onnx", "torch"] = "onnx",
     what: Literal["full", "model"] = "full",
-    checkpoint: str | Path = "best",
+    checkpoint: str | Path = "last",
     cache: str | Path | None = None,
     images: Iterable[str | os.PathLike[str]] | None = None,
     count: int = 16,
@@ -140,7 +140,7 @@ def export_model(
         to: onnx, or torch for a `.pt2` of `torch.export.save`.
         what: full: images float32 (B, 3, size, size) in [0, 1] to logits. model: dequantised
             latents (B, M, h, w) to logits; of models that read images both are the same.
-        checkpoint: best, last, or a checkpoint folder or its name.
+        checkpoint: last, best, or a checkpoint folder or its name.
         cache: Where to take the encoder from instead of the run folder.
         images: Pictures to check with, as `predict` takes them; None: random inputs.
         count: Number of inputs to check with; of pictures the first ones.
@@ -175,7 +175,7 @@ def export_model(
     try:
         with disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            # A .pt2 keeps it: no picture of the user's goes out with the model.
+            # A .pt2 stores it, and no picture of the user may leave with the model.
             example = torch.zeros((2, *inputs.shape[1:]))
             write_exported(graph, example, staged, to, _metadata(classifier, what))
             check = check_export(open_exported(staged, to), classifier, inputs, is_full=is_full)
@@ -331,7 +331,7 @@ def write_exported(
     if to == "onnx":
         _require_onnx()
     batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
-    # torch's exporters warn of what no one here can act on.
+    # torch's exporters give warnings that our users cannot act on.
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: batch},))
         if to == "torch":

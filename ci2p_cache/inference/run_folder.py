@@ -58,12 +58,12 @@ class RunFolder:
     """Where training stood there."""
 
 
-def open_run(path: str | Path, *, checkpoint: str | Path = "best") -> RunFolder:
+def open_run(path: str | Path, *, checkpoint: str | Path = "last") -> RunFolder:
     """Opens a run folder, or a checkpoint folder inside one.
 
     Args:
         path: `runs/NAME`, or `runs/NAME/checkpoints/epoch-...`, which chooses the checkpoint.
-        checkpoint: best (highest validation top-1), last, or a checkpoint folder or its name. Not
+        checkpoint: last, best (highest validation top-1), or a checkpoint folder or its name. Not
             looked at where `path` is a checkpoint folder.
 
     Raises:

@@ -82,7 +82,7 @@ def evaluate(
     cache: str | Path | None = None,
     from_images: bool = False,
     split: str = "val",
-    checkpoint: str | Path = "best",
+    checkpoint: str | Path = "last",
     device: str = "auto",
     batch_size: int | None = None,
     threads: int | None = None,
@@ -92,7 +92,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a checkpoint, and writes the result and a row per image into its run.
 
-    Each split and checkpoint has files of its own, see `runs.evaluations`; the same one
+    Each split and checkpoint has its own files, see `runs.evaluations`; the same one
     evaluated again replaces them.
 
     On the split that the run validated on, with its batch size and number of threads on CPU, top-1,
@@ -106,7 +106,7 @@ def evaluate(
         from_images: Whether to read the images and encode them again instead of reading latents;
             models that read images always do.
         split: Name of the split.
-        checkpoint: best, last, or a checkpoint folder or its name.
+        checkpoint: last, best, or a checkpoint folder or its name.
         device: auto (CUDA where there is one), cpu, cuda or cuda:1.
         batch_size: Images per batch; None: the run's.
         threads: Threads that read; None: one per core.

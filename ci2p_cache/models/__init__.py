@@ -1,1 +1,1 @@
-"""Vision Transformers: CI2P-ViT and CI2P-ViTds on latents, and what they are held against."""
+"""Vision Transformers: CI2P-ViT and CI2P-ViTds on latents, and models to compare them with."""

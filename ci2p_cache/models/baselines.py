@@ -1,4 +1,4 @@
-"""Models on images that CI2P is held against: `PixelViT`, `CnnViT`, and their records.
+"""Models on images that CI2P is compared with: `PixelViT`, `CnnViT`, and their records.
 
 Images are float32 in [0, 1], as `PixelLoader` gives them; what normalises them is in the model.
 
@@ -32,7 +32,7 @@ from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 __all__ = ["CnnViT", "CnnViTConfig", "Normalise", "PixelViT", "PixelViTConfig", "check_images"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Of ImageNet's channels in [0, 1]; what torchvision's and most of timm's models take."""
+"""Means of ImageNet's channels in [0, 1], as torchvision's and most of timm's models use them."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _PATCH_PX = 16
@@ -115,7 +115,7 @@ class PixelViT(nn.Module):
     Dosovitskiy et al. 2021, arXiv 2010.11929, with a learned positional embedding (truncated normal
     of deviation 0.02), without class token, with mean pooling. Blocks, final LayerNorm and head are
     those of CI2P-ViT. The patch embedding is drawn from Xavier's uniform as the linear layer that
-    it is, with bias 0 (ours: no one specified it).
+    it is, with bias 0 (our choice: not specified anywhere).
     """
 
     def __init__(self, config: PixelViTConfig) -> None:

@@ -284,7 +284,7 @@ class CI2PViT(nn.Module):
                                                                                          Linear
 
     H and W are even and otherwise free, unless there is a positional embedding. There is no class
-    token, and by default no positional embedding: the convolutions alone tell tokens their place.
+    token, and by default no positional embedding: only the convolutions give tokens their place.
     Values of y enter unscaled, as the encoder gives them. Nothing in `forward` depends on values,
     so torch.compile makes one graph per shape; channels_last latents are read as they are.
     """

@@ -70,7 +70,7 @@ PUBLISHED = {
     ("vit", 512): Published(gmacs=34.81),
     ("vitds", 512): Published(gmacs=28.78),
 }
-"""By model and image size: behind the encoder of quality 1-5, without a head."""
+"""By model and image size: with the encoder of quality 1-5, without a head."""
 
 BASELINE = "vit_b16"
 """Name of the reference row: ViT-B/16 on images (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
@@ -79,7 +79,7 @@ _PRODUCTS = ("bmm", "baddbmm", "scaled_dot_product")
 """Batched matrix products: what attention is computed with. Linear layers are plain ones."""
 
 _NORM_MACS = {"LayerNorm": 5, "BatchNorm2d": 2, "SqueezeExcite": 1}
-"""What mmengine's counter, after fvcore's, adds per value that goes into a layer of this kind; for
+"""What mmengine's counter, after fvcore's, adds per input value of a layer of this kind; for
 squeeze-and-excitation that is its pooling."""
 
 
@@ -102,13 +102,13 @@ class Complexity:
     model_macs: int
     """MACs of everything behind it: reshape, transformer, head."""
     attention_macs: int
-    """Those of `model_macs` that are attention products, Q K^T and A V."""
+    """Attention products in `model_macs`: Q K^T and A V."""
     norm_macs: int
     """What mmengine's counter adds for norms and pooling; in none of the other figures."""
     baseline_macs: int
     """MACs of ViT-B/16 at the same size and number of classes."""
     baseline_attention_macs: int
-    """Those of `baseline_macs` that are attention products."""
+    """Attention products in `baseline_macs`."""
     baseline_norm_macs: int
     """What mmengine's counter adds to `baseline_macs`."""
 

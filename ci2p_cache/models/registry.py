@@ -154,7 +154,7 @@ def config_from_dict(data: Any) -> AnyModelConfig:
     """Rebuilds the record of any model from its `to_dict()`, what `model.json` holds as "model".
 
     Raises:
-        ManifestError: it is no record of a model, or of another version, or damaged.
+        ManifestError: it is not a model's record, has another version, or is damaged.
     """
     kind = data.get("kind", "") if isinstance(data, Mapping) else ""
     if not isinstance(kind, str) or kind not in _KINDS:

@@ -77,7 +77,7 @@ class CI2PPatchEmbed(nn.Module):
         dtype: Of the weights; None: float32.
 
     Raises:
-        UsageError: a size is no multiple of 32, padding is asked for, or `in_chans` is 3.
+        UsageError: a size is not a multiple of 32, padding is asked for, or `in_chans` is 3.
     """
 
     def __init__(
@@ -190,9 +190,9 @@ class CI2PPatchEmbed(nn.Module):
 
 
 TIMM_PREFIX = "timm:"
-"""Of names of timm's classifiers on images."""
+"""Prefix of timm's classifiers on images."""
 CI2P_TIMM_PREFIX = "ci2p+timm:"
-"""Of names of timm's Vision Transformers on latents."""
+"""Prefix of timm's Vision Transformers on latents."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,7 +210,7 @@ class TimmConfig(Record):
     drop_path_rate: float = 0.1
     """Stochastic depth as the model takes it; 0 where it takes none."""
     mean: tuple[float, ...]
-    """Of the three channels, subtracted from images in [0, 1]; timm's for this model."""
+    """Means of the three channels, subtracted from images in [0, 1]; timm's for this model."""
     std: tuple[float, ...]
     """Deviation of the three channels, which they are divided by; timm's for this model."""
     reads: ClassVar[Literal["images"]] = "images"
@@ -350,7 +350,7 @@ def check_builds(config: TimmConfig | CI2PTimmConfig) -> None:
     it, a least size) shows only when it runs.
 
     Raises:
-        UsageError: one of these, with what timm said.
+        UsageError: one of these, with timm's message.
     """
     if isinstance(config, TimmConfig):
         shape = (1, 3, config.image_size, config.image_size)

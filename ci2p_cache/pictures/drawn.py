@@ -25,12 +25,12 @@ from ci2p_cache.machine import num_cores
 
 __all__ = ["CLASSES", "make_picture", "write_pictures"]
 
-Plane = npt.NDArray[np.float64]
+Plane = npt.NDArray[np.float32]
 
-_SIDES_PX = ((300, 240), (320, 213), (288, 256), (240, 300), (213, 320))
+_SIDES_PX = ((150, 120), (160, 106), (144, 128), (120, 150), (106, 160))
 """(width, height): landscape and portrait, none of them square."""
 
-_PERIODS_PX = (18.0, 40.0)
+_PERIODS_PX = (12.0, 26.0)
 """Distance of two stripes, dots or rings: from fine to coarse, still many per picture."""
 
 _HUE_SPREAD = 0.1
@@ -70,7 +70,7 @@ def make_picture(name: str, number: int, *, seed: int = 0) -> npt.NDArray[np.uin
     label = CLASSES.index(name)
     rng = np.random.default_rng([seed, label, number])
     width, height = _SIDES_PX[rng.integers(len(_SIDES_PX))]
-    v, u = np.mgrid[0:height, 0:width].astype(np.float64)
+    v, u = np.mgrid[0:height, 0:width].astype(np.float32)
     mask = _PATTERNS[name](*_turned(u, v, rng), rng)
     colour, ground = _two_colours(label / len(CLASSES) + rng.normal(0, _HUE_SPREAD), rng)
     pixels = ground + mask[..., None] * (colour - ground)
@@ -78,7 +78,7 @@ def make_picture(name: str, number: int, *, seed: int = 0) -> npt.NDArray[np.uin
         pixels = _with_patch(pixels, u, v, rng)
     slope = rng.uniform(-0.45, 0.45, 2)
     shade = 1 + slope[0] * (u / width - 0.5) + slope[1] * (v / height - 0.5)
-    noise = rng.normal(0, rng.uniform(2, 14), pixels.shape)
+    noise = rng.uniform(2, 14) * rng.standard_normal(pixels.shape, np.float32)
     lit = np.clip(pixels * shade[..., None] + noise, 0, 255)
     return np.asarray(lit.round(), np.uint8)
 
@@ -88,7 +88,7 @@ def _turned(u: Plane, v: Plane, rng: np.random.Generator) -> tuple[Plane, Plane]
     height, width = u.shape
     period = np.exp(rng.uniform(*np.log(_PERIODS_PX)))
     angle = rng.uniform(0, 2 * np.pi)
-    bend, wave = rng.uniform(0, 0.25) * period, rng.uniform(90, 240)
+    bend, wave = rng.uniform(0, 0.25) * period, rng.uniform(45, 120)
     phase = rng.uniform(0, 2 * np.pi, 2)
     x = u - width / 2 + bend * np.sin(2 * np.pi * v / wave + phase[0])
     y = v - height / 2 + bend * np.sin(2 * np.pi * u / wave + phase[1])
@@ -138,7 +138,7 @@ def _blobs(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
 
 
 def _two_colours(hue: float, rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """Returns a colour of that hue and a paler one of any hue, easy to tell from it."""
+    """Returns a colour of that hue and a paler one of any hue, easy to distinguish from it."""
     while True:
         colour = _rgb(hue, rng.uniform(0.45, 0.95), rng.uniform(0.5, 0.95))
         ground = _rgb(rng.random(), rng.uniform(0, 0.4), rng.uniform(0.15, 0.95))
@@ -153,8 +153,8 @@ def _rgb(hue: float, saturation: float, value: float) -> Plane:
 def _with_patch(pixels: Plane, u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
     """Paints one ellipse or box of a random colour somewhere."""
     height, width = u.shape
-    x = (u - rng.uniform(0, width)) / rng.uniform(12, 50)
-    y = (v - rng.uniform(0, height)) / rng.uniform(12, 50)
+    x = (u - rng.uniform(0, width)) / rng.uniform(6, 25)
+    y = (v - rng.uniform(0, height)) / rng.uniform(6, 25)
     inside = np.hypot(x, y) < 1 if rng.random() < 0.5 else np.maximum(abs(x), abs(y)) < 1
     return np.where(inside[..., None], rng.uniform(0, 255, 3), pixels)
 

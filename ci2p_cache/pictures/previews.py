@@ -32,13 +32,13 @@ from ci2p_cache.cache.store import Cache
 from ci2p_cache.cache.summary import read_row
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.errors import UsageError
-from ci2p_cache.images.source import ImageReader
 from ci2p_cache.outputs import check_output, write_whole
 from ci2p_cache.pictures.reconstructions import (
+    Images,
     MeasuredRow,
     decode_row,
     load_decoder,
-    open_images,
+    opened_images,
     pixels,
 )
 from ci2p_cache.record import Record
@@ -138,9 +138,9 @@ def draw_preview(
     check_picture(cache, path)
     part = cache[split if split is not None else cache.splits[0]]
     chosen = _chosen_rows(part, rows, count)
-    images = open_images(cache, source)
     encoder = load_decoder(cache)
-    pairs = [_measure(part, row, images, encoder) for row in chosen]
+    with opened_images(cache, source) as images:
+        pairs = [_measure(part, row, images, encoder) for row in chosen]
     picture = _draw_figure(
         [panels for _, panels in pairs],
         _headings(part),
@@ -217,7 +217,7 @@ def _footer(cache: Cache) -> tuple[str, str]:
 
 
 def _measure(
-    split: Split, row: int, images: ImageReader | None, encoder: FrozenEncoder
+    split: Split, row: int, images: Images | None, encoder: FrozenEncoder
 ) -> tuple[MeasuredRow, _Panels]:
     """Reads, decodes and measures one sample."""
     entry = read_row(split, row)

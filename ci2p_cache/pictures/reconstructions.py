@@ -14,7 +14,8 @@ import dataclasses
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,13 +43,14 @@ from ci2p_cache.remote import url_of
 __all__ = [
     "JPEG_QUALITY",
     "CacheSample",
+    "Images",
     "LatentIllustrator",
     "MeasuredRow",
     "Reconstruction",
     "decode_row",
     "jpeg_bytes",
     "load_decoder",
-    "open_images",
+    "opened_images",
     "pixels",
 ]
 
@@ -150,26 +152,26 @@ class LatentIllustrator:
         known = split.valid_rows
         rng = np.random.default_rng(_SAMPLE_SEED)
         rows = np.sort(rng.choice(known, min(self._num_samples, len(known)), replace=False))
-        images = None
-        if self._source is not None or url_of(cache.manifest.source) is None:
-            images = open_images(cache, self._source)
         decoder = self._decoder(cache)
-        measured, jpegs = [], []
-        for row in rows.tolist():
-            one, _, _, originals = decode_row(split, row, 1, images, decoder)
-            measured.append(one)
-            if originals is not None:
-                jpegs.append(len(jpeg_bytes(pixels(originals[0]))))
-        shown = []
-        for group, chosen in _choose(measured, num_shown, rng):
-            _, _, decoded, originals = decode_row(split, chosen.row, 1, images, decoder)
-            original = None
-            if originals is not None:
-                original = _picture(originals[0], _SHOWN_PX, _SHOWN_QUALITY)
-            picture = _picture(decoded[0], _SHOWN_PX, _SHOWN_QUALITY)
-            shown.append(
-                Reconstruction(group=group, measured=chosen, original=original, decoded=picture)
-            )
+        measured, jpegs, shown = [], [], []
+        with ExitStack() as stack:
+            images = None
+            if self._source is not None or url_of(cache.manifest.source) is None:
+                images = stack.enter_context(opened_images(cache, self._source))
+            for row in rows.tolist():
+                one, _, _, originals = decode_row(split, row, 1, images, decoder)
+                measured.append(one)
+                if originals is not None:
+                    jpegs.append(len(jpeg_bytes(pixels(originals[0]))))
+            for group, chosen in _choose(measured, num_shown, rng):
+                _, _, decoded, originals = decode_row(split, chosen.row, 1, images, decoder)
+                original = None
+                if originals is not None:
+                    original = _picture(originals[0], _SHOWN_PX, _SHOWN_QUALITY)
+                picture = _picture(decoded[0], _SHOWN_PX, _SHOWN_QUALITY)
+                shown.append(
+                    Reconstruction(group=group, measured=chosen, original=original, decoded=picture)
+                )
         return CacheSample(
             split=split.name, rows=tuple(measured), jpeg_bytes=tuple(jpegs), shown=tuple(shown)
         )
@@ -241,22 +243,33 @@ def load_decoder(cache: CacheFolder) -> FrozenEncoder:
     return load_recorded_encoder(cache.encoder_path, spec)
 
 
-def open_images(cache: CacheFolder, source: str | Path | None = None) -> ImageReader | None:
+Images = tuple[ImageReader, Decoders]
+"""The images that a cache was made from, and the process that decodes them."""
+
+
+@contextmanager
+def opened_images(cache: CacheFolder, source: str | Path | None = None) -> Iterator[Images | None]:
     """Opens the images that a cache was made from; None where they are no longer there.
 
     Raises:
         SourceError: `source`, where the images are now, is given and cannot be opened.
     """
-    if source is not None:
-        return open_reader(source)
     try:
-        return open_reader(cache.manifest.source)
+        reader = open_reader(cache.manifest.source if source is None else source)
     except (SourceError, ResourceError):
-        return None
+        if source is not None:
+            raise
+        yield None
+        return
+    decoders = Decoders(cache.fingerprint.image, cache.fingerprint.views)
+    try:
+        yield reader, decoders
+    finally:
+        decoders.close()
 
 
 def decode_row(
-    split: Split, row: int, num_views: int, images: ImageReader | None, decoder: FrozenEncoder
+    split: Split, row: int, num_views: int, images: Images | None, decoder: FrozenEncoder
 ) -> tuple[MeasuredRow, Tensor, Tensor, Tensor | None]:
     """Reads, decodes and measures the first views of a sample that holds a latent.
 
@@ -299,26 +312,23 @@ def decode_row(
 
 
 def _original_views(
-    split: Split, entry: IndexRow, images: ImageReader | None
+    split: Split, entry: IndexRow, images: Images | None
 ) -> tuple[Tensor | None, SourceState]:
     """Reads the views of a sample's image again, uint8 (V, 3, H, W), if it is what was encoded."""
     if images is None:
         return None, "missing"
+    reader, decoders = images
     try:
-        data = images.read(entry.path_bytes)
+        data = reader.read(entry.path_bytes)
     except (ImageDecodeError, ResourceError):
         return None, "missing"
     if hashlib.sha256(data).hexdigest() != entry.source_sha256:
         return None, "changed"
-    made = split.cache.fingerprint
-    decoders = Decoders(made.image, made.views)
     try:
         return decoders.decode(data, split=split.name, key=entry.key).views, "unchanged"
     except ImageDecodeError:
         # It was decoded once: here its decoder crashes, or is another one.
         return None, "missing"
-    finally:
-        decoders.close()
 
 
 def _stored_latents(split: Split, row: int, num_views: int) -> Tensor:

@@ -38,14 +38,14 @@ _LISTED_CLASSES = 30
 """Up to this many all classes are listed; of more the largest and smallest."""
 _LISTED_ERRORS = 30
 _MAX_TABLE_BYTES = 2**26
-"""Of errors.parquet and channels.parquet; ours have kilobytes."""
+"""Limit for errors.parquet and channels.parquet; ours have kilobytes."""
 _GROUPS = {"worst": "Worst by PSNR", "median": "In the middle", "random": "Drawn at random"}
 
 
 def cache_section(
     cache: Cache, *, anchor: str, illustrator: LatentIllustrator | None, num_shown: int
 ) -> Html:
-    """Returns the section of a cache; one whose encoding has not finished, as far as it goes.
+    """Returns the section of a cache; an unfinished one is shown as far as it is encoded.
 
     Raises:
         ManifestError, ShardError: small arrays, a commit record or an index part are damaged.
@@ -171,8 +171,8 @@ def _reconstructions(sample: CacheSample) -> Html:
         if shown:
             parts.append(markup('<h4>{}</h4><div class="pairs">{}</div>', title, shown))
     intro = Html(
-        "<p>The view that was encoded, then what is decoded from the cache: no one can take these "
-        "latents for anonymised.</p>"
+        "<p>Left: the view that was encoded. Right: the picture decoded from the cache. Latents "
+        "are not anonymised.</p>"
     )
     return section("Reconstructions", intro, *parts, level=3)
 
@@ -221,9 +221,9 @@ def _channels(cache: Cache, card: CacheCard) -> Html:
     if dead.any():
         numbers = ", ".join(map(str, np.flatnonzero(dead)[:40]))
         more = " ..." if dead.sum() > 40 else ""
-        text += f"{int(dead.sum())} never change and are dead: {numbers}{more}."
+        text += f"{int(dead.sum())} are constant: {numbers}{more}."
     else:
-        text += "None is dead, that is, holds one value only."
+        text += "No channel is constant."
     chart = energy_chart(f"Energy of the {num} channels of {cache.path.name}", energy, dead)
     return figure(chart, text)
 
@@ -288,7 +288,7 @@ def _errors(cache: Cache, card: CacheCard) -> Html:
 
 
 def _table(cache: Cache, path: str) -> pa.Table | None:
-    """Reads a table that finalising wrote, held against its digest; None before that.
+    """Reads a table that finalising wrote, checked against its digest; None before that.
 
     Raises:
         ManifestError: it is not what was committed.

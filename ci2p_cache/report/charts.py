@@ -49,7 +49,7 @@ _BOX, _LEGEND_SHARE = (0.15, 0.19, 0.81, 0.77), 0.07
 """Where the axes are, and what a legend above takes of their height: neighbours line up."""
 
 _MAX_POINTS = 400
-"""Of one line; a chart has fewer pixels."""
+"""Points of one line; a chart has fewer pixels."""
 _MARKED_POINTS = 12
 """Up to this many points every one gets a dot."""
 
@@ -66,14 +66,14 @@ _CELL_PX = ((12, 36), (25, 20), (1000, 13))
 """Up to so many classes, how wide a cell of a confusion matrix is; in the widest there is room for
 its figure."""
 _LABEL_CHARS = 18
-"""Of a class beside a confusion matrix."""
+"""Characters of a class name beside a confusion matrix."""
 _LEVELS, _LEGEND_SHARES = 20, (0.01, 0.05, 0.25, 0.5, 1.0)
 """Shades of a confusion matrix, and shares whose shades are explained."""
 
 _DASHES = ("-", "--", ":", "-.")
 
 _TRAIN, _VAL, _TOP5, _WAIT = "#8a8a8a", "#1f5fa8", "#7fb2e5", "#b5651d"
-"""Of `draw_curves`: grey for what is trained on, blue for what is measured, brown for waiting."""
+"""Colours of `draw_curves`: grey for training, blue for validation, brown for waiting."""
 
 _MARKED_EPOCHS = 40
 """Up to this many epochs every one gets a dot; more would run together."""
@@ -116,7 +116,7 @@ def line_chart(
     """Draws lines.
 
     Args:
-        alt: What is to be seen, for those who cannot; also keeps charts of a page apart.
+        alt: Describes the chart for screen readers; also distinguishes the charts of a page.
         lines: At least one with a point.
         x_label: Below the axis; "epoch" gives whole numbers.
         y_label: Beside the axis.
@@ -228,7 +228,7 @@ def calibration_chart(
         axes.plot(confidence, accuracy, color=_SERIES[0], linewidth=1.0)
         areas = 12 + 220 * np.asarray(share, np.float64)
         axes.scatter(confidence, accuracy, areas.tolist(), color=_SERIES[0], linewidths=0)
-        axes.set(xlabel="confidence", ylabel="share that is right")
+        axes.set(xlabel="confidence", ylabel="accuracy")
         axes.set(xlim=(0, 1.02), ylim=(0, 1.05))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(_percent))
@@ -241,7 +241,7 @@ def confusion_chart(alt: str, names: Sequence[str], shares: npt.NDArray[np.float
     The colour's strength is the root of the share, so that rare confusions are seen too.
 
     Args:
-        alt: What is to be seen, for those who cannot.
+        alt: Describes the chart for screen readers.
         names: Of the K classes.
         shares: (K, K), a row per true class, a column per predicted one; 0 to 1.
     """
@@ -365,7 +365,7 @@ def draw_curves(run_dir: str | Path, path: str | Path | None = None) -> Path:
 
     Args:
         run_dir: A run folder with a `summary.csv`.
-        path: Where the picture goes; None: `curves.png` in the run folder. Replaced whole.
+        path: Where the picture is written; None: `curves.png` in the run folder.
 
     Returns:
         Where the picture is.

@@ -76,11 +76,11 @@ class RunData:
     evaluation: Evaluation | None
     """The one of them that is shown in full; None where there is none."""
     predictions: Predictions | None
-    """Those of `evaluation`; None where there are none."""
+    """Predictions of `evaluation`; None if there are none."""
     parameters: int | None
-    """Those of the model and of the frozen g_a before it; None where they are not known."""
+    """Parameters of the model and of the frozen g_a; None if unknown."""
     trained: int | None
-    """Those of them that were trained; None where they are not known."""
+    """Trained parameters among them; None if unknown."""
     command: str
     """A `train` command of the recorded settings: what was typed is not recorded."""
     written: str
@@ -120,7 +120,7 @@ def read_run(path: Path) -> RunData:
     found, damages = _read_evaluations(path, evaluate)
     remarks += damages
     evaluation = predictions = None
-    chosen = _chosen(found, path)
+    chosen = _chosen(found)
     if chosen is not None:
         evaluation, file = found[chosen], predictions_path(chosen)
         try:
@@ -156,7 +156,7 @@ def read_run(path: Path) -> RunData:
 
 
 def _train_command(path: Path, args: Mapping[str, Any]) -> str:
-    """Returns the command that trains with a run's settings: those that are no default."""
+    """Returns the command that trains with a run's settings; it leaves out defaults."""
     name, settings = path.resolve().name, args["settings"]
     folder = path if path.name == name else path.resolve()
     words: list[object] = ["--name", name]
@@ -261,27 +261,23 @@ def _read_evaluations(run: Path, evaluate: str) -> tuple[dict[Path, Evaluation],
     return found, remarks
 
 
-def _chosen(found: Mapping[Path, Evaluation], run: Path) -> Path | None:
+def _chosen(found: Mapping[Path, Evaluation]) -> Path | None:
     """Returns the evaluation that says most about a run; None of none.
 
     Its own validation images come first, then images that training has not seen, then its training
-    images; of equal ones the best checkpoint, then the latest.
+    images; of equal ones the latest checkpoint.
     """
-    try:
-        best = str(read_json(run / "checkpoints" / "last.json").get("best", ""))
-    except (OSError, ManifestError):
-        best = ""
 
-    def worth(path: Path) -> tuple[int, bool, bool, str]:
+    def worth(path: Path) -> tuple[int, bool, str]:
         one = found[path]
         own = {"val": 2, "train": 0}.get(one.split, 1) if one.is_own_data else 1
-        return own, not is_encoded_again(path), one.checkpoint == best, one.checkpoint
+        return own, not is_encoded_again(path), one.checkpoint
 
     return max(found, key=worth, default=None)
 
 
 def _damage_of(name: str, error: Exception) -> str:
-    """Returns a sentence about a file; errors of ours name it already, and say what is wrong."""
+    """Returns a sentence about a file; our own errors name it already, and say what is wrong."""
     return f"{error}." if name in str(error) else f"{name} is damaged: {error}."
 
 

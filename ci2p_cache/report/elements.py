@@ -40,7 +40,7 @@ _MAX_TEXT = 300
 
 @dataclass(frozen=True, slots=True)
 class Html:
-    """Markup that stands in the page as it is."""
+    """Markup, put into the page as it is."""
 
     text: str
     """The markup."""
@@ -72,7 +72,7 @@ def visible(text: str, *, longest: int = _MAX_TEXT) -> str:
 
 
 def markup(template: str, *parts: Html | str | Iterable[Html]) -> Html:
-    """Fills the `{}` of a template of ours: text is escaped, markup joined."""
+    """Fills the `{}` of our template: text is escaped, markup joined."""
 
     def text(part: Html | str | Iterable[Html]) -> str:
         if isinstance(part, Html):
@@ -128,7 +128,7 @@ def tiles(entries: Iterable[tuple[str, str, str]]) -> Html:
 
 
 def figure(body: Html, caption: Html | str) -> Html:
-    """Returns a picture or chart with what is to be seen in it."""
+    """Returns a picture or chart with its caption."""
     return markup("<figure>{}<figcaption>{}</figcaption></figure>", body, caption)
 
 
@@ -155,7 +155,7 @@ def notice(text: str, command: str = "") -> Html:
 
 
 def typed(command: str) -> Html:
-    """Returns a command on a line of its own, to be copied."""
+    """Returns a command on its own line, to be copied."""
     return Html(f'<code class="typed">{plain(command, longest=2000)}</code>')
 
 

@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 __all__ = ["MAX_BYTES", "ReportSummary", "write_report"]
 
 MAX_BYTES = 5_000_000
-"""Of a report: it is to be mailed, attached, and opened on a phone."""
+"""Largest report: people mail it and open it on a phone."""
 
 _DETAILED_RUNS = 12
-"""So many runs have sections of their own; the others stand in the comparison."""
+"""So many runs have their own sections; the others are in the comparison only."""
 _ALL_MISTAKES, _RUN_MISTAKES = 84, (4, 14)
 """Mistakes shown of all runs together, and the least and most of one."""
 _FEW_CACHES, _SHOWN_OF_FEW, _SHOWN_OF_MANY = 2, 3, 1
 """Up to so many caches show three reconstructions of each group, more show one."""
 
 _MARK = b"<title>ci2p-cache: "
-"""By which a page of ours is known, so that it may be replaced."""
+"""Marks our own page, so that it may be replaced."""
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -70,8 +70,8 @@ def write_report(
     """Writes one self-contained HTML page about runs and caches.
 
     Args:
-        paths: Run folders and caches, also behind a URL; several runs are compared, the first
-            being what the others are held against. Runs without a finished epoch are left out, and
+        paths: Run folders and caches, also behind a URL; several runs are compared with the
+            first one. Runs without a finished epoch are left out, and
             the page says so.
         out: The file to write, .html, .htm or without a suffix. Of the files that may be there
             only an earlier report is replaced, as a whole.
@@ -84,7 +84,7 @@ def write_report(
     Raises:
         UsageError: nothing is given, too much, or one thing twice; the page would be larger than
             5 MB; or `out` has another suffix, is a folder, or is in a cache.
-        RefusedError: a file that is no report is at `out`.
+        RefusedError: `out` is a file other than a report.
         InputDataError: a path is neither a run folder nor a cache, or no run has an epoch yet and
             no cache is given.
         ManifestError, ShardError: a cache is damaged where its counts are read.
@@ -152,8 +152,9 @@ def _page(title: str, contents: Sequence[Html], sections: Sequence[Html]) -> str
     style = package_files("ci2p_cache.report").joinpath("style.css").read_text("utf-8")
     body = markup(
         '<body><header><h1>{}</h1><nav aria-label="Contents"><ul>{}</ul></nav></header>'
-        f"<main>{{}}</main><footer>Written by ci2p-cache {__version__} from run folders and caches "
-        "alone; the same ones give the same page. It loads nothing.</footer></body>",
+        f"<main>{{}}</main><footer>Written by ci2p-cache {__version__} from run folders and "
+        "caches. The same input gives the same page. The page loads nothing from the network."
+        "</footer></body>",
         title, contents, sections,
     )  # fmt: skip
     return (

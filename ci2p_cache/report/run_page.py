@@ -65,7 +65,7 @@ _CURVES = (
      "epoch", "cross-entropy", False, (("train", "train_loss", 2), ("validation", "val_loss", 0))),
     ("Accuracy of {} over the epochs",
      "Top-1 over the epochs, and top-5 of the validation images.",
-     "epoch", "classified right", True,
+     "epoch", "accuracy", True,
      (("train", "train_top1", 2), ("validation", "val_top1", 0),
       ("validation top-5", "val_top5", 3))),
     ("Validation top-1 of {} over wall time",
@@ -107,7 +107,7 @@ def run_section(
         ),
         _headline(run),
         *(notice(*remark) for remark in run.remarks),
-        Html("<p>Not the command that was typed, but one with the settings that are recorded:</p>"),
+        Html("<p>This command trains with the same settings:</p>"),
         typed(run.command),
         section("Curves", markup('<div class="grid">{}</div>', _curves(run)), level=3),
     ]  # fmt: skip
@@ -210,8 +210,8 @@ def _evaluation(run: RunData, evaluation: Evaluation) -> Html:
         shares = [each / sum(samples) for each in samples]
         title = f"Accuracy of {run.name} over its confidence"
         text = (
-            f"Calibration: below the broken line it is too sure of itself; larger dots are more "
-            f"images. Expected calibration error {percent(evaluation.ece)}."
+            f"Calibration: below the dashed line the model is overconfident; larger dots stand for "
+            f"more images. Expected calibration error {percent(evaluation.ece)}."
         )
         figures.append(figure(calibration_chart(title, confidence, accuracy, shares), text))
     if len(run.evaluations) > 1:
@@ -295,7 +295,7 @@ def _mistakes(
     samples = {int(predictions.row[i]): predictions.key[i] for i in chosen}
     pictures, reason = _pictures(run, split, samples, cache, illustrator)
     intro = (
-        f"{len(wrong):,} of {len(predictions.correct):,} images are classified wrong; these with "
+        f"{len(wrong):,} of {len(predictions.correct):,} images are misclassified; these have "
         "the highest confidence."
     )
     if pictures:
@@ -337,7 +337,7 @@ def _pictures(
 
 
 def comparison_section(runs: Sequence[RunData], *, anchor: str) -> Html:
-    """Returns the section that compares runs; the first is what the others are held against."""
+    """Returns the section that compares runs with the first one."""
     base = runs[0].predictions
     differences = [
         None if run.predictions is None or base is None else _difference(run.predictions, base)

@@ -118,8 +118,13 @@ def _csv_lines(rows: Sequence[Sequence[_Value]]) -> list[str]:
         cells: list[object] = []
         for value in row:
             cells += value if isinstance(value, tuple) else [value]
-        writer.writerow([visible(each) if isinstance(each, str) else each for each in cells])
+        writer.writerow([_csv(each) if isinstance(each, str) else each for each in cells])
     return sink.getvalue().splitlines()
+
+
+def _csv(text: str) -> str:
+    """Returns a text that a spreadsheet shows: after = + - @ it would compute a formula."""
+    return f"'{visible(text)}" if text.startswith(("=", "+", "-", "@")) else visible(text)
 
 
 def _shown(value: float | _Score | None) -> str:
@@ -140,7 +145,9 @@ def _latex(text: str) -> str:
              "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
              # Behind the end of a row these would be its argument.
              "[": "{[}", "*": "{*}"}  # fmt: skip
-    return re.sub(r"[\\~^<>|\[*#$%&_{}]", lambda m: named.get(m[0], rf"\{m[0]}"), visible(text))
+    escaped = re.sub(r"[\\~^<>|\[*#$%&_{}]", lambda m: named.get(m[0], rf"\{m[0]}"), visible(text))
+    # Two hyphens would become a dash, ?` a Spanish question mark.
+    return re.sub(r"(?<=[-'`,?!])(?=[-'`,])", "{}", escaped)
 
 
 def _codec(cache: Cache | None) -> str | None:

@@ -1,11 +1,11 @@
-"""The evaluations of a run: what a model is worth on a split, and what it said of each image.
+"""The evaluations of a run: a model's accuracy on a split, and its prediction for each image.
 
 ::
 
     runs/<name>/evaluations/
       val-epoch-0003-step-000000.json         an `Evaluation`
       val-epoch-0003-step-000000.parquet      its predictions, a row per image
-      train-epoch-0003-step-000000.json       another split or checkpoint has files of its own
+      train-epoch-0003-step-000000.json       another split or checkpoint has its own files
       val-epoch-0003-step-000000-images.json              latents made of the images again
       test-epoch-0003-step-000000-cache-1a2b3c4d.json     another cache than the run's own
 
@@ -49,7 +49,7 @@ EVALUATIONS = "evaluations"
 """Folder of a run in which they are."""
 
 OLD_EVALUATION = "evaluation.json"
-"""Of runs that were evaluated before each split and checkpoint had files of its own."""
+"""File of runs evaluated before each split and checkpoint had its own files."""
 
 _SCHEMA = pa.schema(
     [
@@ -68,7 +68,7 @@ _READ = ("row", "key", "label", "predicted", "confidence", "correct")
 """Columns of `Predictions`."""
 
 _Z = 1.959963984540054
-"""Of a normal distribution 95 % are within so many standard deviations."""
+"""Standard deviations within which 95 % of a normal distribution are."""
 
 
 def evaluation_name(
@@ -112,7 +112,7 @@ class ClassScore(Record):
     samples: int
     """Images of it."""
     correct: int
-    """Those of them that were classified right."""
+    """Images among them that were classified right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -61,7 +61,7 @@ _MAX_ARGS_BYTES = 2**16
 """Ours have a few thousand."""
 
 _VERSIONS = (1, 2)
-"""Of `model.json`; 1 did not know of the encoder's copy."""
+"""Versions of `model.json`; 1 has no copy of the encoder."""
 
 _READ = (
     "epoch", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "images",
@@ -73,7 +73,7 @@ _OLD_NAMES = {"loss": "train_loss", "top1": "val_top1", "top5": "val_top5"}
 """What earlier versions called three of the columns -> what they are called."""
 
 _MAX_BLOCKS = 1000
-"""Of a model whose parameters are counted: a stranger's record may ask for any number."""
+"""Most blocks of a model whose parameters are counted: a stranger's record may name any number."""
 
 _MAX_SUMMARY_BYTES = 2**24
 """About 100,000 epochs."""
@@ -245,7 +245,7 @@ class EpochRecord(Record):
     images: int
     """Training images whose step counted."""
     images_per_second: float
-    """Of training, waiting for data included, validation not."""
+    """Training speed, waiting for data included, validation not."""
     wait_share: float
     """Share of the training time spent waiting for data, 0 to 1."""
     epoch_seconds: float

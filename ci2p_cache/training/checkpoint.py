@@ -74,7 +74,7 @@ def read_tensors(path: Path, record: FileRecord) -> dict[str, Tensor]:
 
     The layout is that of the format: the header's length as little-endian uint64, the header as
     JSON (name -> dtype, shape, data_offsets), then the tensors one after another. The header is
-    held against the size before the rest is read, so memory follows from what is on disk and not
+    checked against the size before the rest is read, so memory follows from what is on disk and not
     from what the header says; what is parsed is what the digest was checked of.
 
     Returns:
@@ -153,7 +153,7 @@ CHECKPOINTS = "checkpoints"
 """Folder of a run in which its checkpoints are."""
 
 VERSION: Final = 1
-"""Of `state.json` and `digests.json`."""
+"""Version of `state.json` and `digests.json`."""
 
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE, DIGESTS = "state.json", "digests.json"
@@ -161,7 +161,7 @@ STATE, DIGESTS = "state.json", "digests.json"
 NAME = re.compile(r"epoch-(\d{4,})-step-(\d{6,})")
 
 _MAX_STATE_BYTES = 16 * 2**20
-"""Of state.json: some 40,000 epochs."""
+"""Largest state.json: some 40,000 epochs."""
 
 _DAMAGES = (CheckpointError, ManifestError, OSError, TypeError, ValueError, RecursionError)
 """What reading a damaged folder raises."""
@@ -229,7 +229,7 @@ def read_state(folder: Path) -> TrainState:
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
-    """Returns the weights that a checkpoint's accuracy is of, held against their digest, on CPU.
+    """Returns the weights that gave a checkpoint's accuracy, checked against their digest, on CPU.
 
     These are the averages where the run makes them, and otherwise the model's own.
 

@@ -42,7 +42,7 @@ __all__ = ["RunWriter", "copy_encoder", "open_writer", "read_run_args", "run_pat
 
 
 def copy_encoder(cache: Cache, config: AnyModelConfig, staging: StagingArea) -> FileRecord | None:
-    """Copies a cache's encoder into a run folder, held against the cache's manifest on the way.
+    """Copies a cache's encoder into a run folder, checked against the cache's manifest.
 
     A copy and not a link: a run outlives its cache, and what damages one file damages its links. It
     has 12 MB for quality 5.
@@ -243,7 +243,7 @@ def open_writer(
     overwrite: bool,
     observer: TrainObserver,
 ) -> Iterator[RunWriter]:
-    """Makes or takes up a run folder and holds its lock while the block runs.
+    """Makes a run folder, or opens one to continue it; holds its lock while the block runs.
 
     `args` is what is asked for; with `overwrite` the run that is there is removed first. The
     observer receives epochs, and a notice where device, threads or versions have changed.
@@ -334,7 +334,7 @@ def _refuse_difference(path: Path, made: RunSettings, asked: RunSettings) -> Non
 
 
 def _clear(path: Path) -> None:
-    """Removes a run; `args.yaml` goes last, so that what is left stays recognised as a run."""
+    """Removes a run; `args.yaml` last, so that an interrupted removal still leaves a run."""
     children = [child for child in path.iterdir() if child.name not in _OWN_WORK]
     with disk_errors(path):
         for child in sorted(children, key=lambda child: child.name == ARGS):

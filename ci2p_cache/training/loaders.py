@@ -1,6 +1,6 @@
 """Which rows and which loaders give a run its batches, and whether a given loader fits the run.
 
-With folds a data set that is too small for a validation split of its own is validated whole: k runs
+With folds a data set that is too small for a separate validation split is validated whole: k runs
 leave out one of k parts each (Stone 1974), and every image is validated once.
 """
 
@@ -74,7 +74,7 @@ def loader_name(config: AnyModelConfig, given: BatchLoader | None, resident: Res
 
     Raises:
         UsageError: the given loader hands out latents and the model reads images, or the reverse;
-            or images are to be kept in memory.
+            or images stay in memory.
     """
     if resident == "yes" and config.reads == "images":
         raise UsageError(
@@ -110,7 +110,7 @@ def make_loaders(
 
     Raises:
         UsageError: the given loader has another seed, batch size, split, device or rank.
-        ResourceError: the split is to be kept in memory, where it does not fit.
+        ResourceError: the split does not fit in memory.
         SourceError: the images are not there any more.
     """
     train, val = splits

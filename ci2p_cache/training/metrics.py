@@ -2,8 +2,8 @@
 
 While it trains, BatchNorm follows mean and variance by a running average over some ten steps. In a
 short run that average still holds its start, mean 0 and variance 1, and lags behind the weights.
-So before weights are used or saved, means and variances are taken anew from some training samples
-(Wu and Johnson 2021, arXiv 2105.07576, who call it PreciseBN), as
+So before weights are used or saved, means and variances are computed again from some training
+samples (Wu and Johnson 2021, arXiv 2105.07576, who call it PreciseBN), as
 `torch.optim.swa_utils.update_bn` does, but
 
 - with dropout and stochastic depth off, as in validation, so that nothing random is drawn;
@@ -74,7 +74,7 @@ class TrainTotals:
     ) -> None:
         """Adds a step: its mean loss, number of hits and L2 norm of all gradients, all scalars.
 
-        Where `is_finite` is False the step counts as skipped and as nothing else.
+        Where `is_finite` is False the step counts only as skipped.
         """
         count = self._sums.new_full((), images)
         step = torch.stack([loss.double() * images, correct.double(), grad_norm.double(), count])
@@ -155,7 +155,7 @@ _BATCH_SIZE = 64
 """Largest batch; a spec with a smaller one trains with such statistics, and has memory for such."""
 _LEAST_SAMPLES, _MOST_SAMPLES = 128, 1024
 _SHARES = {"latents": 1 / 8, "images": 1 / 40}
-"""Of the train split, for the samples between the least and the most.
+"""Share of the train split that is sampled, between the least and the most.
 
 Forward and backward of an epoch cost three forward passes, and CI2P-ViTds has its last BatchNorm in
 the middle, CI2P-ViT at the start: an eighth costs 2 % of the epoch, a fortieth of the images 2.5 %
@@ -233,7 +233,7 @@ class BatchNormStatistics:
 
     @contextlib.contextmanager
     def _only_norms_training(self, norms: list[_BatchNorm]) -> Iterator[None]:
-        """Has each forward pass give the statistics of its batch alone, and change nothing else."""
+        """Makes each forward pass give the statistics of its batch alone."""
         modes = [model.training for model in self._models]
         momenta = [norm.momentum for norm in norms]
         hooks = [norm.register_forward_hook(self._called) for norm in norms]
@@ -241,7 +241,7 @@ class BatchNormStatistics:
             for model in self._models:
                 model.eval()
             for norm in norms:
-                # Not train(): what timm puts into a BatchNorm of its own may drop something.
+                # Not train(): timm's own BatchNorm may hold a layer that drops values.
                 norm.training, norm.momentum = True, 1.0
             yield
         finally:
@@ -256,7 +256,7 @@ class BatchNormStatistics:
         """Passes a batch on to the last BatchNorm; the first time to the end, to learn which."""
         self._calls = 0
         with contextlib.suppress(_LastNormCalledError), autocast(inputs.device, self._precision):
-            # Not model(): where that is compiled, this pass is not worth a graph of its own.
+            # Not model(): where that is compiled, this pass is not worth a separate graph.
             model.forward(inputs)
             self._last_call = self._calls
 
@@ -290,7 +290,7 @@ def opened_statistics(
         device: Where the models are.
         reads: Latents of the cache, or the images that it was made of.
         threads: Threads that read; None: one per core, shared by a machine's ranks.
-        ranks: Those that train together.
+        ranks: The ranks that train together.
 
     Yields:
         What estimates them; None where the models have no BatchNorm.

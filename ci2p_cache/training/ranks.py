@@ -5,11 +5,11 @@
     torchrun --nproc-per-node 4 -m ci2p_cache train ...      sets RANK, WORLD_SIZE, LOCAL_RANK
         Ranks.from_environment()       who am I; a process alone is rank 0 of 1
         .joined("auto")                the process group, from the first word to the last
-            .add_up(gradients)         sums on the device, no one waits (nccl; gloo on CPU)
+            .add_up(gradients)         sums on the device, without waiting (nccl; gloo on CPU)
             .share(content), .agreed_signal(stop), .wait()     words on the host, always gloo
 
 Each step's sums go through one collective of a fixed layout, not through
-`torch.nn.parallel.DistributedDataParallel`: that lays its buckets out anew after the first step, so
+`torch.nn.parallel.DistributedDataParallel`: that rebuilds its buckets after the first step, so
 that a resumed run of three or more ranks would add in another order and lose its last bits, and it
 hangs where a rank has no images. Rank 0 alone writes, prints and holds locks.
 
@@ -114,7 +114,7 @@ class _LostRankError(Exception):
 
 @contextlib.contextmanager
 def _collective() -> Iterator[None]:
-    """Distinguishes a broken connection from errors of ours, around one collective."""
+    """Tells a broken connection from our own errors, around one collective."""
     try:
         yield
     except RuntimeError as error:
@@ -184,9 +184,9 @@ class _Link:
 
 def _connect(device: str, ranks: Ranks) -> _Link:
     """Joins the process group that torchrun's variables name; nccl besides gloo on CUDA."""
-    # Before connecting: were torchrun killed in between, no one would ever know.
+    # Before connecting: if torchrun were killed in between, this rank would never know.
     parent = os.getppid()
-    # Not every build of torch has them; alone no one needs them.
+    # Not every build of torch has them; a single process does not need them.
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -379,7 +379,7 @@ class Ranks:
         """Returns the number of a signal that has come to any rank, the same on all; 0 for none.
 
         One word between the hosts, which leaves the devices alone. All ranks ask equally often. A
-        rank whose torchrun was killed counts as one that got SIGTERM: no one else would end it.
+        rank whose torchrun was killed counts as one that got SIGTERM: nothing else would end it.
         """
         number = stop.number or 0
         if self._link is None:

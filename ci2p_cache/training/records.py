@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ci2p_cache.errors import UsageError
 from ci2p_cache.record import Record, differing_fields
 from ci2p_cache.runs.files import EpochRecord, best_epoch
 from ci2p_cache.specs import Fingerprint
-from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from ci2p_cache.training.ranks import Ranks
 
 __all__ = [
     "EpochRecord",
@@ -70,7 +73,7 @@ def require_same_settings(settings: RunSettings, ranks: Ranks) -> None:
 
     Args:
         settings: This rank's.
-        ranks: Those that train together.
+        ranks: The ranks that train together.
 
     Raises:
         UsageError: this rank's differ from those of rank 0; the message lists them.
@@ -144,7 +147,7 @@ class TrainProgress:
     train_top1: float | None
     """Share of the epoch's images classified right so far, 0 to 1, as old as the loss."""
     images_per_second: float
-    """Of this epoch so far."""
+    """Speed in this epoch so far."""
     wait_share: float
     """Share of the time spent waiting for data, 0 to 1."""
     eta_seconds: float | None

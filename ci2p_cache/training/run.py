@@ -67,7 +67,7 @@ class Session:
     device: torch.device
     """Where this rank trains."""
     ranks: Ranks
-    """Those that train together."""
+    """The ranks that train together."""
     stop: StopSignal
     """Notes the signals that come to this rank."""
     observer: TrainObserver
@@ -239,11 +239,11 @@ def train(
         spec: What to train and how; None for the defaults.
         runs_dir: Where run folders are made.
         name: Name of the run folder; None: the model and 8 digits over all settings and the data.
-        overwrite: Remove the run that is in the folder; one that is no run is never touched.
+        overwrite: Remove the run that is in the folder; any other folder is left alone.
         device: auto (CUDA where there is one), cpu, cuda or cuda:1; with several ranks on a
             machine, cuda gives each its own.
         threads: Threads that read batches; None: one per core, shared by a machine's ranks.
-        resident: Whether the train split is kept in the device's memory: yes, no, or auto, which is
+        resident: Whether the train split stays in the device's memory: yes, no, or auto, which is
             where it takes at most 60 % of what a CUDA device has free. The batches are the same.
         compile_model: Compile the model with `torch.compile`, which changes the last bits; minutes
             at the start, worth it for long runs on a GPU.
@@ -260,8 +260,8 @@ def train(
         UsageError: an argument or a setting cannot be used.
         UnknownModelError: no model has that name.
         NotACacheError, IncompleteCacheError, ManifestError: the cache cannot be opened.
-        InputDataError: there is nothing to train from, a label is missing, or, for a model on
-            images, an image has changed since the cache was made.
+        InputDataError: the cache holds no latent to train from, a label is missing, or, for a model
+            on images, an image has changed since the cache was made.
         SourceError: the model reads images, and they are not there any more.
         RunMismatchError: the folder holds a run with other settings, or something else.
         LockedError: another process trains in the folder.
@@ -302,8 +302,8 @@ def train(
         if begun.epoch == spec.epochs:
             quoted = shlex.quote(path.name)
             observer.notice(
-                f"{path} is a finished run; nothing was trained. `train --name {quoted} "
-                f"--overwrite {quoted}` trains it again"
+                f"{path} is finished; nothing was trained. To train it again, add "
+                f"--name {quoted} --overwrite {quoted}"
             )
             return run.summary(begun, begun)
         loaders = make_loaders(
@@ -319,7 +319,7 @@ def train(
         )
         stack.callback(_close, [each for each in loaders if each not in (None, loader)])
         learner = run.learner(checkpoint)
-        # Its tensors are copied; nothing of the size of the model is kept twice.
+        # Its tensors are copied; no copy of the model's size stays in memory.
         del checkpoint
         if compile_model:
             learner.compile()

@@ -49,7 +49,7 @@ from ci2p_cache.training.spec import TrainSpec
 __all__ = ["Mix", "OptimizerStep", "TakenStep", "draw_mix", "flipped", "mixed"]
 
 _CUTMIX_SHARE = 0.5
-"""Of the mixed batches, where both methods are on; the authors', and timm's default."""
+"""Share of CutMix in mixed batches when both methods are on; the authors' and timm's default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def mixed(x_BCHW: Tensor, labels_B: Tensor, mix: Mix | None) -> tuple[Tensor, Ta
     never the sample itself while there are two.
 
     Returns:
-        What the model reads instead, in memory of its own where `mix` is not None, and the targets.
+        What the model reads instead, in its own memory where `mix` is not None, and the targets.
     """
     if mix is None or not len(labels_B):
         return x_BCHW, Targets(labels_B)
@@ -187,7 +187,7 @@ class TakenStep:
     step: int
     """Its place in the epoch, from 0."""
     rows: list[int]
-    """Of its batch."""
+    """Rows of its batch."""
     lr: float
     loss: float = math.nan
     """Mean over its batch, on all ranks."""

@@ -187,7 +187,7 @@ class Trainer:
     average: WeightAverage | None = None
     """Follows the weights and is validated in their place; None where the spec has no `ema`."""
     statistics: BatchNormStatistics | None = None
-    """Of model and average, estimated before each validation and save; None: no BatchNorm."""
+    """Estimated before each validation and save, of model and average; None: no BatchNorm."""
     _step: OptimizerStep = field(init=False)
     _estimated_at: int | None = field(init=False, default=None)
     _last_tick: float = field(init=False, default=0.0)

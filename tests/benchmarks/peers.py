@@ -14,6 +14,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -32,6 +33,7 @@ from tests.benchmarks.contestants import (
     stored_as,
     zarr_rows,
 )
+from tests.benchmarks.limits import chunk_places
 from tests.benchmarks.measure import installed
 from tests.benchmarks.stores import PEER, Data, frame_decoder
 
@@ -86,14 +88,18 @@ class Shelf:
             fill(rows.tolist(), flat)
             yield rows, buffer
 
-    def decoded(self, fetch: Callable[[list[int]], Iterable[Any]]) -> Iterator[Batch]:
-        """Batches of the frames that `fetch` gives for rows."""
+    def decoded(
+        self,
+        fetch: Callable[[list[int]], Iterable[Any]],
+        decode: Callable[[Any, npt.NDArray[np.uint8]], None] | None = None,
+    ) -> Iterator[Batch]:
+        """Batches of the frames, or other values, that `fetch` gives for rows."""
+        decode = decode or frame_decoder()
 
         def fill(rows: list[int], flat: npt.NDArray[np.uint8]) -> None:
             for frame, out in zip(fetch(rows), flat, strict=True):
                 decode(frame, out)
 
-        decode = frame_decoder()
         return self.filled(fill)
 
     def collated(self, samples: Iterator[tuple[int, Any]]) -> Iterator[Batch]:
@@ -277,19 +283,30 @@ def ffcv_batches(shelf: Shelf) -> Iterator[Batch]:
             yield rows[:, 0], batch
 
 
-@row("lmdb", "lmdb", "LMDB, a loop", **FRAMES)
-def lmdb_batches(shelf: Shelf) -> Iterator[Batch]:
-    """LMDB: the frames as values, in its memory map."""
+@row("lmdb", "lmdb", "LMDB, a loop", False, **FRAMES)
+@row("lmdb", "lmdb chunks", "LMDB of our own chunks, a loop", True, reads="compressed")
+def lmdb_batches(shelf: Shelf, holds_chunks: bool) -> Iterator[Batch]:
+    """LMDB: the frames as values, in its memory map; or the very chunks of ours."""
     import lmdb
 
     def write(folder: Path) -> None:
-        with lmdb.open(str(folder), map_size=2**40) as made, made.begin(write=True) as writing:
-            for row, frame in enumerate(shelf.data.frames):
-                writing.put(b"%09d" % row, frame)
+        values: Iterable[bytes] = shelf.data.frames
+        with (
+            ExitStack() as files,
+            lmdb.open(str(folder), map_size=2**40) as made,
+            made.begin(write=True) as writing,
+        ):
+            if holds_chunks:
+                places = chunk_places(shelf.compressed, files)
+                values = (os.pread(file, size, offset) for file, offset, size in places)
+            for row, value in enumerate(values):
+                writing.put(b"%09d" % row, value)
 
-    environment = lmdb.open(str(shelf.store("LMDB", write)), readonly=True, lock=False)
-    with environment.begin(buffers=True) as reading:
-        yield from shelf.decoded(lambda rows: [reading.get(b"%09d" % row) for row in rows])
+    folder = shelf.store("LMDB of our chunks" if holds_chunks else "LMDB", write)
+    environment = lmdb.open(str(folder), readonly=True, lock=False)
+    decode = shelf.compressed._codec.decode_into if holds_chunks else frame_decoder()
+    with environment.begin(buffers=not holds_chunks) as reading:
+        yield from shelf.decoded(lambda rows: [reading.get(b"%09d" % row) for row in rows], decode)
 
 
 @row("pylance", "lance", "Lance, `take` of a batch", **FRAMES)

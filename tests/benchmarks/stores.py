@@ -19,7 +19,7 @@ import zstandard
 from numcodecs.zstd import Zstd
 
 import ci2p_cache as cc
-from ci2p_cache.cache.codecs import CODECS
+from ci2p_cache.cache.codecs import codec_of
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.containers import index_crc32c, pack_shard
 from ci2p_cache.cache.index import ChannelSums, IndexRow, index_bytes
@@ -29,7 +29,7 @@ from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.encoding.finalise import finalise
 from ci2p_cache.encoding.plan import Sample, plan_of_rows
 from ci2p_cache.pictures.drawn import write_pictures
-from ci2p_cache.specs import CodecName, LayoutSpec, ViewSpec
+from ci2p_cache.specs import FORMAT_VERSION, CodecName, LayoutSpec, ViewSpec, default_level
 
 __all__ = ["PEER", "Data", "encoded", "frame_decoder", "generated", "read_data", "write_cache"]
 
@@ -107,10 +107,17 @@ def read_data(cache: cc.Cache, samples: int) -> Data:
 
 
 def write_cache(
-    folder: Path, data: Data, *, codec: CodecName, level: int = 1, shard_samples: int = 1024
+    folder: Path,
+    data: Data,
+    *,
+    codec: CodecName,
+    level: int | None = None,
+    shard_samples: int = 1024,
 ) -> cc.Split:
     """Writes the latents as a cache of one view per sample, with the package's own writers."""
     base = data.base.manifest
+    if level is None:
+        level = default_level(FORMAT_VERSION, codec, fold=False)
     layout = LayoutSpec(val_fraction=0.0, shard_samples=shard_samples, codec=codec, level=level)
     fingerprint = dataclasses.replace(base.fingerprint, views=ViewSpec.parse("none"))
     size = shard_rows(layout, fingerprint.latent, 1)
@@ -119,7 +126,7 @@ def write_cache(
     samples = [Sample(row, f"{row}", row % classes, b"%d" % row) for row in range(count)]
     record = SplitRecord(rows=count, views=1, shard_rows=size)
     plan = plan_of_rows({"train": samples}, {"train": record})
-    chunks = CODECS[codec](level=level, chunk_bytes=fingerprint.latent.num_bytes)
+    chunks = codec_of(FORMAT_VERSION, layout, fingerprint.latent)
     with StagingArea(folder) as staging:
         manifest = Manifest(
             software=base.software,

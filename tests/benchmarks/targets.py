@@ -37,6 +37,7 @@ TARGETS = (
     ),
     Target("ours zstd stored", "lmdb", 1.1),
     Target("ours lz4 stored", "lmdb", 1.5),
+    Target("ours zstd stored", "lmdb chunks", None),
     *(Target("ours zstd stored", peer, 1.0) for peer in PEERS),
     Target("ours zstd stored 2", "tensorstore zstd 2", 1.0),
     Target("ours zstd stored 2", "spdl 2", 1.0),

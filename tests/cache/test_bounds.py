@@ -112,6 +112,22 @@ class TestBeforeEncoding:
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
+        ("asked", "match"),
+        [
+            ({"fold": True, "dtype": "float16"}, "`fold` is for symbols"),
+            ({"fold": True, "codec": "none"}, "`codec` none does not compress"),
+            ({"level": 10}, "`level` is 10; 1 to 9"),
+            ({"level": 0, "codec": "lz4"}, "`level` is 0; 1 to 9"),
+        ],
+    )
+    def test_what_no_codec_can_do_is_refused_before_anything_is_made(
+        self, whole: Path, tmp_path: Path, asked: dict[str, Any], match: str
+    ) -> None:
+        with pytest.raises(errors.UsageError, match=match):
+            cc.encode(whole.parent / "src", tmp_path / "out", with_options(**asked))
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
         ("change", "match"),
         [
             ({"splits": {}}, "0 splits"),
@@ -119,7 +135,7 @@ class TestBeforeEncoding:
             ({"offset": (0.0,)}, "1 offsets for 192"),
             ({"classes": ("x" * 9 * 2**20,), "class_titles": ("y",)}, "names of 1 classes take"),
             ({"class_titles": ()}, "0 class titles for 2"),
-            ({"format_version": 2}, "format version 2"),
+            ({"format_version": 3}, "format version 3"),
         ],
         ids=lambda value: "" if isinstance(value, dict) else value,
     )

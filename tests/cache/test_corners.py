@@ -21,7 +21,7 @@ import pytest
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.cache import shard_reader
-from ci2p_cache.cache.codecs import CODECS
+from ci2p_cache.cache.codecs import CODECS, FRAMES
 from ci2p_cache.cache.commit import FileRecord, read_commit
 from ci2p_cache.cache.containers import index_crc32c, open_zarr, pack_shard
 from ci2p_cache.cache.index import ChannelSums, read_index, read_sums
@@ -369,13 +369,13 @@ class TestShard:
          b"\x28\xb5\x2f\xfd\x20\x18" + b"\xff" * 20],
     )  # fmt: skip
     def test_what_is_no_frame_is_refused(self, frame: bytes) -> None:
-        codec = CODECS["zstd"](level=1, chunk_bytes=24)
+        codec = FRAMES(level=1, chunk_bytes=24)
         with pytest.raises(ValueError, match=r"wanted 24|[Zz]std"):
             codec.decode_into(frame, np.empty(24, np.uint8))
 
     @pytest.mark.parametrize("size", [24, 300, 70_000])
     def test_frames_of_every_size_of_header_are_read(self, size: int) -> None:
-        codec = CODECS["zstd"](level=1, chunk_bytes=size)
+        codec = FRAMES(level=1, chunk_bytes=size)
         raw = np.random.default_rng(0).integers(0, 9, size).astype(np.uint8)
         out = np.empty(size, np.uint8)
         codec.decode_into(codec.encode(memoryview(raw.tobytes())), out)

@@ -36,13 +36,16 @@ ENCODED: dict[str, dict[str, Any]] = {
     # Of one row each, so that a shard holds nothing but a hole; a step that float32 has to round.
     "int16": {"dtype": "int16", "step": 0.3, "views": "none", "codec": "none", "shard_samples": 1},
     "float16": {"dtype": "float16", "views": "crops:2", "format": "both", "val_fraction": 0.0},
+    "int16 folded": {"dtype": "int16", "step": 0.05, "fold": True, "codec": "lz4"},
 }
 CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 raw": ("int8", {"format": "zarr", "codec": "none"}),
     "int8 tars": ("int8", {"format": "webdataset"}),
+    "int8 folded": ("int8", {"format": "both", "fold": True}),
     "float16 tars": ("float16", {"format": "webdataset"}),
 }
-KINDS = (*ENCODED, *CONVERTED)
+FORMAT_1 = {f"first {kind}": ENCODED[kind] for kind in ("int8", "int16", "float16")}
+KINDS = (*ENCODED, *CONVERTED, *FORMAT_1)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,10 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         cc.encode(source, root / kind, dataclasses.replace(OPTIONS, **options))
     for kind, (made_from, options) in CONVERTED.items():
         cc.convert(root / made_from, root / kind, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ci2p_cache.encoding.intent.FORMAT_VERSION", 1)
+        for kind, options in FORMAT_1.items():
+            cc.encode(source, root / kind, dataclasses.replace(OPTIONS, **options))
     return {kind: root / kind for kind in KINDS}
 
 
@@ -137,7 +144,7 @@ def test_a_flipped_byte_anywhere_in_a_record_is_refused(
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
-        ("cache.json", {"format_version": 2}, "unknown format_version 2"),
+        ("cache.json", {"format_version": 3}, "unknown format_version 3"),
         ("cache.json", {"state": "encoding"}, "state is 'encoding'"),
         ("cache.json", {"colour": "blue"}, "unknown or missing fields .'colour'"),
         ("commits/train-000000.json", {"format_version": 0}, "unknown format_version 0"),
@@ -169,7 +176,7 @@ def test_the_reader_imports_nothing_of_ours() -> None:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             imported.add(str(node.module).partition(".")[0])
-    assert imported - sys.stdlib_module_names == {"numpy", "zstandard", "pyarrow"}
+    assert imported - sys.stdlib_module_names == {"numpy", "numcodecs", "pyarrow", "zstandard"}
 
 
 def test_the_reader_prints_rows_where_nothing_of_ours_can_be_imported(
@@ -203,10 +210,14 @@ def digest_of_what_is_not_computed(cache: Path) -> str:
 
 def test_every_allowed_python_and_library_writes_these_bytes(caches: dict[str, Path]) -> None:
     """Who changes them: a cache is no longer finished and repaired to one sequence of bytes."""
-    assert {kind: digest_of_what_is_not_computed(caches[kind]) for kind in ENCODED} == {
-        "int8": "d1f2a7f0acbf62b8acf1c531933f6c1b6ca1cdb573191c96e9a61c95d070f7b8",
-        "int16": "d37c00e4458408af4959a916c0a31bf2b3cdec9ff1edff5f0cf40c1566f62973",
-        "float16": "d9f7795953c0cc906350bd96e14c86d7edbe8960176e8a27424f17bf541b7901",
+    wanted = ("int8", "int16", "float16", *FORMAT_1)
+    assert {kind: digest_of_what_is_not_computed(caches[kind]) for kind in wanted} == {
+        "int8": "aa69ee4043d70e4577b1509fb0d112b990485822a4b1ed420cbbf0ada80a2d9e",
+        "int16": "5830fb26c232806818c2178857dd45fa83b0d7f72ed779efac485d469db8d238",
+        "float16": "cf51e697462cc9555d51af0c3810b1c6a04de91d024c18b3dcd0009069cff3cf",
+        "first int8": "d1f2a7f0acbf62b8acf1c531933f6c1b6ca1cdb573191c96e9a61c95d070f7b8",
+        "first int16": "d37c00e4458408af4959a916c0a31bf2b3cdec9ff1edff5f0cf40c1566f62973",
+        "first float16": "d9f7795953c0cc906350bd96e14c86d7edbe8960176e8a27424f17bf541b7901",
     }
 
 
@@ -247,12 +258,23 @@ def filled(value: Any, words: dict[str, Any]) -> Any:
     return words.get(value, value) if isinstance(value, str) else value
 
 
-@pytest.mark.parametrize("kind", ["int8", "int16", "float16", "int8 raw"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "tars" not in kind])
 def test_the_arrays_metadata_are_the_pages(caches: dict[str, Path], kind: str) -> None:
     (block,) = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
     manifest = json.loads((caches[kind] / "cache.json").read_text())
     latent, layout = manifest["fingerprint"]["latent"], manifest["layout"]
-    zstd = {"name": "zstd", "configuration": {"level": layout["level"], "checksum": True}}
+    item = np.dtype(latent["dtype"]).itemsize
+    raw = item * latent["channels"] * latent["height"] * latent["width"]
+    blosc = {
+        "typesize": item, "cname": {"zstd": "zstd", "lz4": "lz4hc"}.get(layout["codec"]),
+        "clevel": layout["level"], "shuffle": "bitshuffle", "blocksize": raw,
+    }  # fmt: skip
+    codecs: list[Any] = [{"name": "blosc", "configuration": blosc}, {"name": "crc32c"}]
+    if layout["codec"] == "none":
+        del codecs[0]
+    elif manifest["format_version"] == 1:
+        codecs = [{"name": "zstd", "configuration": {"level": 1, "checksum": True}}]
+    dtype, fold = latent["dtype"], layout.get("fold", False)
     for name, sizes in manifest["splits"].items():
         words = {
             "N": sizes["rows"],
@@ -261,16 +283,26 @@ def test_the_arrays_metadata_are_the_pages(caches: dict[str, Path], kind: str) -
             "M": latent["channels"],
             "h": latent["height"],
             "w": latent["width"],
-            "DTYPE": latent["dtype"],
-            "FILL": {"int8": -128, "int16": -32768, "float16": "NaN"}[latent["dtype"]],
-            "CODEC": zstd if layout["codec"] == "zstd" else {"name": "crc32c"},
+            "DTYPE": f"u{dtype}" if fold else dtype,
+            "FILL": {"int8": -128, "int16": -32768, "float16": "NaN"}[dtype]
+            if not fold
+            else {"int8": 255, "int16": 65535}[dtype],
             "SCALE": latent["step"],
             "OFFSET": manifest["offset"],
         }
         text = (caches[kind] / f"latents.zarr/{name}/latents/zarr.json").read_text()
         wanted = filled(json.loads(block), words)
         found = json.loads(text)
-        inner = found["codecs"][0]["configuration"]["codecs"][0]
+        inner = found["codecs"][0]["configuration"]["codecs"]
         if latent["dtype"] != "int8":
-            assert inner.pop("configuration") == {"endian": "little"}
+            assert inner[0].pop("configuration") == {"endian": "little"}
+        assert inner[1:] == codecs
+        wanted["codecs"][0]["configuration"]["codecs"] = inner
+        if fold:
+            attributes = found["attributes"]
+            symbols = eval(attributes.pop("unfold").partition(" = ")[2], {"code": np.arange(6)})
+            assert symbols.tolist() == [0, -1, 1, -2, 2, -3]
+            if dtype == "int8":
+                assert sorted(attributes["values"]) == [*range(-128, 128)]
+                assert attributes.pop("values")[:6] == symbols.tolist()
         assert found == wanted

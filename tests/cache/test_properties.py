@@ -15,7 +15,6 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from ci2p_cache.cache.codecs import CODECS
 from ci2p_cache.cache.commit import CommitRecord, FileRecord
@@ -35,6 +34,7 @@ from ci2p_cache.specs import (
     LayoutSpec,
     ViewSpec,
 )
+from tests.support.chunks import KINDS, chunk_codec, compressors
 
 few = settings(max_examples=40, derandomize=True)
 fewer = settings(max_examples=20, derandomize=True)
@@ -81,6 +81,9 @@ layouts = st.builds(
     seed=seeds,
     shard_samples=st.integers(1, 7),
     limit=st.none() | st.integers(1, 40),
+    codec=st.sampled_from(["zstd", "lz4"]),
+    level=st.integers(1, 9),
+    fold=st.booleans(),
 )
 
 
@@ -291,6 +294,8 @@ def any_manifest(
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     made, layout = draw(fingerprints()), draw(layouts)
+    if not made.latent.is_symbols:
+        layout = dataclasses.replace(layout, fold=False)
     rows = draw(st.dictionaries(st.sampled_from(["train", "val", "test"]), st.integers(0, 10**6),
                                 min_size=1))  # fmt: skip
     splits = {
@@ -447,7 +452,7 @@ def shard_array(path: Path, codec: str, rows: int, size: int, dtype: str) -> zar
         chunks=(1, *SHAPE),
         shards=(size, *SHAPE),
         dtype=dtype,
-        compressors=ZstdCodec(level=1, checksum=True) if codec == "zstd" else Crc32cCodec(),
+        compressors=compressors(codec, SHAPE, dtype),
         fill_value=-128,
         chunk_key_encoding={"name": "default", "separator": "."},
         overwrite=True,
@@ -455,7 +460,7 @@ def shard_array(path: Path, codec: str, rows: int, size: int, dtype: str) -> zar
 
 
 shards = {
-    "codec": st.sampled_from(["zstd", "none"]),
+    "codec": st.sampled_from(KINDS),
     "size": st.integers(1, 6),
     "rows": st.integers(1, 14),
     "dtype": st.sampled_from(["int8", "int16", "float32"]),
@@ -484,7 +489,7 @@ def test_zarr_reads_what_we_pack(
 ) -> None:
     root = tmp_path_factory.mktemp("pack")
     values, stored = stored_values(rows, dtype, seed)
-    chunks = CODECS[codec](level=1, chunk_bytes=values[0].nbytes)
+    chunks = chunk_codec(codec, SHAPE, dtype)
     array = shard_array(root, codec, rows, size, dtype)
     for number in range(-(-rows // size)):
         part = [
@@ -509,7 +514,7 @@ def test_we_read_what_zarr_writes(
     values, stored = stored_values(rows, dtype, seed)
     array = shard_array(root, codec, rows, size, dtype)
     array[:] = values
-    chunks = CODECS[codec](level=1, chunk_bytes=values[0].nbytes)
+    chunks = chunk_codec(codec, SHAPE, dtype)
     out = np.empty(values[0].nbytes, np.uint8)
     for number in range(-(-rows // size)):
         path = root / f"c.{number}.0.0.0"

@@ -428,6 +428,7 @@ class TestDataLoader:
         assert sum(len(y) for y, _ in loader) == 17
         subset = Subset(train, train.valid_rows.tolist())
         assert sum(len(y) for y, _ in DataLoader(subset, batch_size=4)) == 17
+        assert row_of((val + train)[len(val) + 3]) == row_of(train[3])
 
     @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
     def test_a_row_that_holds_nothing_is_named_by_the_worker(self, one_cache: Path) -> None:

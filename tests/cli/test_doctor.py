@@ -28,7 +28,7 @@ def examined(shadow: Path, *folder: str) -> tuple[int, dict[str, dict[str, str]]
 def test_this_machine_is_fit_and_told_of(tmp_path: Path, run) -> None:
     ran = run("doctor", tmp_path / "not there yet")
     assert ran.code == 0, ran.err
-    assert "fit for work" in ran.out
+    assert "ready; " in ran.out
     found = {each.subject: each for each in diagnose(tmp_path)}
     assert set(found) >= FIT
     assert all(found[subject].state == "ok" for subject in FIT - {"open files"})

@@ -24,6 +24,8 @@ EARLIER = [
     ("bench encode IMAGES --encoder bundled", "devices", "device", "tpu", "is 'tpu'"),
     ("train CACHE --model vit_nano", "runs", "out", "s3://a/b", "s3://a/b is a URL"),
     ("train CACHE --model vit_nano", "online", "from-images", None, "/nowhere does not exist"),
+    ("train CACHE --model vit_nano", "compile-model", "compile", None, "/nowhere does not exist"),
+    ("run pipelines/smoke.py:smoke", "changes", "set", "a=1", "no field `a`"),
     ("demo", "folder", "out", "s3://a/b", "s3://a/b is a URL"),
     ("export NEW --out a.onnx", "to", "format", "torch", "a.onnx is named as an export to onnx"),
     ("report CACHE", "samples", "count", "0", "`num_samples` is 0"),
@@ -75,10 +77,10 @@ def test_the_new_name_wins(
 ) -> None:
     words = ("encode", image_folder, "--out", tmp_path / "out", "--encoder", "bundled")
     monkeypatch.setenv("CI2P_CACHE_ENCODE_DEVICES", "old")
-    assert "`devices` is 'old'" in run(*words).err
+    assert "`device` is 'old'" in run(*words).err
     monkeypatch.setenv("CI2P_CACHE_ENCODE_DEVICE", "variable")
-    assert "`devices` is 'variable'" in run(*words).err
-    assert "`devices` is 'flag'" in run(*words, "--device=flag").err
+    assert "`device` is 'variable'" in run(*words).err
+    assert "`device` is 'flag'" in run(*words, "--device=flag").err
 
 
 def test_an_earlier_name_is_none_of_another_command_and_none_behind_two_dashes(

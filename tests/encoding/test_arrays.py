@@ -14,7 +14,7 @@ import pytest
 import zarr
 
 import ci2p_cache as cc
-from ci2p_cache.cache.codecs import CODECS
+from ci2p_cache.cache.codecs import FRAMES
 from ci2p_cache.parquet import parquet_bytes
 from tests.support.caches import data_digests, flip, swap, with_options
 from tests.support.pictures import write_image_folder
@@ -45,7 +45,7 @@ def array(name: str, split: str = "train") -> str:
 
 
 def write_array(root: Path, name: str, values: np.ndarray) -> None:
-    codec = CODECS["zstd"](level=1, chunk_bytes=values.nbytes)
+    codec = FRAMES(level=1, chunk_bytes=values.nbytes)
     (root / array(name)).write_bytes(codec.encode(memoryview(values.tobytes())))
 
 

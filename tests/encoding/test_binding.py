@@ -49,6 +49,7 @@ BOUND: dict[str, Any] = {
     "layout.format": "webdataset",
     "layout.codec": "none",
     "layout.level": 3,
+    "layout.fold": True,
 }
 """Every field that binds a folder, and another value for it."""
 

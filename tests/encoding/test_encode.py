@@ -558,3 +558,12 @@ def test_an_output_that_is_a_file_is_refused(image_folder: Path, tmp_path: Path)
     with pytest.raises(errors.NotACacheError, match="is no folder"):
         cc.encode(image_folder, tmp_path / "out", SMALL)
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("devices", ["tpu", "cpu:0", "cuda:77"])
+def test_a_device_that_is_not_here_is_refused_before_the_folder_is_made(
+    image_folder: Path, tmp_path: Path, devices: str
+) -> None:
+    with pytest.raises(errors.UsageError, match=f"`device` is '{devices}'"):
+        cc.encode(image_folder, tmp_path / "out", with_options(devices=devices))
+    assert list(tmp_path.iterdir()) == []

@@ -156,7 +156,7 @@ def test_a_process_encodes_and_counts_what_it_cannot(pictures: Path, tmp_path: P
     assert (summary.images, summary.bad) == (9, 3)
     cc.encode(source, tmp_path / "here", with_options(max_errors="3"))
     assert tree(tmp_path / "out") == tree(tmp_path / "here")
-    with pytest.raises(errors.UsageError, match="devices"):
+    with pytest.raises(errors.UsageError, match="device"):
         cc.encode(pictures, tmp_path / "b", with_options(executor="processes", devices="tpu"))
 
 

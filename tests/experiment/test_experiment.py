@@ -22,7 +22,12 @@ from ci2p_cache.errors import (
     command,
 )
 from ci2p_cache.experiment.run import StageEvent
-from ci2p_cache.experiment.spec import list_recipes, settable_fields, with_changes
+from ci2p_cache.experiment.spec import (
+    list_recipes,
+    read_experiment,
+    settable_fields,
+    with_changes,
+)
 from ci2p_cache.runs.files import EpochRecord
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver
@@ -251,10 +256,10 @@ def experiment(image_folder: Path) -> cc.Experiment:
 
 
 @pytest.fixture(scope="module")
-def finished(experiment: cc.Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted experiment; read only."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    cc.run_experiment(experiment, out, device="cpu")
+    cc.run_experiment(EXPERIMENT, out, source=image_folder, device="cpu")
     return out
 
 
@@ -409,3 +414,11 @@ def test_the_command_asks_for_images_and_shows_a_plan(
     assert not out.exists()
     with pytest.raises(UsageError, match="`until` is 'verify'"):
         cc.run_experiment(EXPERIMENT, out, until="verify")  # type: ignore[arg-type]  # the point
+
+
+def test_a_folder_of_before_format_2_is_one_of_the_same_recipe(tmp_path: Path) -> None:
+    record = EXPERIMENT.to_dict()
+    del record["encode"]["fold"]
+    record["encode"]["level"] = 1
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    assert read_experiment(tmp_path) == EXPERIMENT

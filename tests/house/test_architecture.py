@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specs": {"errors", "record"},
     "remote": {"errors"},
     "outputs": {"errors", "remote"},
-    "images": {"errors", "parquet", "record", "remote", "specs"},
+    "images": {"errors", "parquet", "process", "record", "remote", "specs"},
     "gdn": set(),
     "encoder": {"machine", "errors", "fields", "record", "specs", "gdn"},
     "cache": {"errors", "parquet", "record", "remote", "specs"},
@@ -261,7 +261,10 @@ def test_functions_are_short(package: list[Source], pipelines: list[Source]) -> 
 
 
 def test_only_commands_and_workers_change_the_whole_process(package: list[Source]) -> None:
-    mains = {"ci2p_cache/encoding/worker.py", "ci2p_cache/encoding/ray_actors.py"}
+    mains = {
+        *("ci2p_cache/encoding/worker.py", "ci2p_cache/encoding/ray_actors.py"),
+        "ci2p_cache/images/decoder_process.py",
+    }
     callers = {each.name for each in package if "ci2p_cache.process" in each.imports}
     assert {name for name in callers if not name.startswith("ci2p_cache/cli/")} == {
         *mains, "ci2p_cache/__init__.py",
@@ -443,7 +446,7 @@ print(json.dumps(told))
 # What `encode` has no use for in its own process: the decoders' process has torchvision.
 ABSENT = {
     *("compressai", "torchvision", "timm", "tensorboard", "torch.utils.tensorboard", "scipy"),
-    *("torch._dynamo", "sympy", "matplotlib", "webdataset"),
+    *("torch._dynamo.convert_frame", "sympy", "matplotlib", "webdataset"),
 }
 
 
@@ -463,6 +466,8 @@ def test_a_cold_encode_loads_only_what_it_uses(image_folder: Path, tmp_path: Pat
     told = loaded_by([words, ["verify", out], ["inspect", out]], ABSENT)
     assert Path(out, "cache.json").is_file()
     assert told == {"encode": [], "verify": [], "inspect": []}
+    looks: list[list[str]] = [["status", out], ["inspect", out], ["verify", out]]
+    assert loaded_by(looks, {"torch"}) == {"status": [], "inspect": [], "verify": []}
 
 
 @pytest.mark.slow
@@ -472,6 +477,7 @@ def test_a_cold_training_loads_no_compressai(image_folder: Path, tmp_path: Path)
     words = ["train", str(out), "--model", "vitds_tiny", "--epochs", "1"]
     runs = tmp_path / "runs"
     # torchvision is there: timm imports it.
-    told = loaded_by([[*words, "--out", str(runs)]], {"compressai", "scipy"})
+    absent = {"compressai", "scipy", "torch._dynamo.convert_frame"}
+    told = loaded_by([[*words, "--out", str(runs)]], absent)
     assert told == {"train": []}
     assert list(runs.iterdir())

@@ -34,7 +34,7 @@ def workers() -> list[int]:
         return [int(pid) for path in tasks for pid in path.read_text().split()]
 
     def is_server(pid: int) -> bool:
-        return b"decoder_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/comm").read_text() == "ci2p-decoder\n"
 
     # One that ends meanwhile is not listed.
     with contextlib.suppress(OSError):

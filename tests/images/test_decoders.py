@@ -6,10 +6,10 @@ what the mark says in whichever process holds such a file to decode it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +24,7 @@ import pytest
 import ci2p_cache as cc
 from tests.support.pictures import picture, write_image_folder
 from tests.support.trained import make_run
-from tests.support.warm import WarmParent
+from tests.support.warm import WarmParent, build_shim
 
 SETTINGS = (
     *("--encoder", "bundled", "--size", "32", "--views", "flip", "--val-fraction", "0"),
@@ -163,6 +163,53 @@ def _wait_for(holds: Callable[[], object], *, seconds: float) -> bool:
     return False
 
 
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_the_decoders_of_a_cold_command_are_its_forks_and_end_with_it(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    shim = build_shim(tmp_path, "crash")
+    if shim is None:
+        pytest.skip("the library needs Linux and a C compiler called cc")
+    source = write_image_folder(tmp_path / "src", {"ant": 1, "bee": 1})
+    marked(source / "ant" / "crashing.jpg", "SEGV")
+    marked(source / "bee" / "endless.jpg", "SPIN")
+    words = [sys.executable, "-m", "ci2p_cache", "encode", source, "--out", tmp_path / "out"]
+    environment = {**os.environ, "LD_PRELOAD": str(shim)}
+    command = [*map(str, words), *SETTINGS]
+    # A group of its own: Ctrl-C comes to all of it.
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, start_new_session=True
+    ) as run:
+
+        def group() -> dict[int, bytes]:
+            """Command line of each process, by its id; a zombie has none."""
+            found = {}
+            for folder in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError, ValueError):
+                    if os.getpgid(int(folder.name)) == run.pid:
+                        found[int(folder.name)] = (folder / "cmdline").read_bytes()
+            return {pid: words for pid, words in found.items() if words}
+
+        def endless() -> bool:
+            return any(cpu_seconds(pid) > 3 for pid in group() if pid != run.pid)
+
+        assert _wait_for(endless, seconds=120)
+        assert len(set(group().values())) == 1, "the server is a fork, and its workers are"
+        os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
+        told = run.communicate(timeout=60)[1]
+        assert _wait_for(lambda: not group(), seconds=30), "one is left"
+    if number != signal.SIGKILL:
+        assert run.returncode == 128 + number
+        assert b"ci2p-cache encode" in told
+
+
 CRASHED = "the decoder crashed on it (SIGSEGV)"
 ENDLESS = "the decoder computed for minutes without coming to an end"
 
@@ -200,6 +247,15 @@ def test_a_decoder_that_crashes_is_one_image_that_cannot_be_compared(
     assert done(crashing, "reencode", marked_cache / "shards") == [f"ant/bad.jpg ({CRASHED})"]
 
 
+def test_a_decoder_that_crashes_is_a_missing_original_in_a_preview(
+    crashing: WarmParent, marked_cache: Path, tmp_path: Path
+) -> None:
+    states = done(crashing, "preview", marked_cache / "shards", tmp_path / "look.png")
+    assert states.pop("ant/bad.jpg") == "missing"
+    assert set(states.values()) == {"unchanged"}
+    assert (tmp_path / "look.png").stat().st_size > 0
+
+
 def test_decoders_that_crash_or_spin_are_bad_pictures_where_a_codec_is_trained(
     crashing: WarmParent, tmp_path: Path
 ) -> None:
@@ -228,32 +284,20 @@ def test_a_source_of_ones_own_is_decoded_apart_too(
     assert found == [f"ant/bad.jpg: {CRASHED}"]
 
 
-@pytest.mark.slow
-def test_the_server_imports_torchvision_without_the_compiler() -> None:
+@pytest.mark.parametrize("first", ["pass", pytest.param("import torch", marks=pytest.mark.slow)])
+def test_the_compiler_stays_out_until_something_compiles(first: str) -> None:
     code = (
-        "import sys; from ci2p_cache.images import decoder_process as it; it.import_torchvision()\n"
-        "heavy = sorted({'torch._dynamo', 'sympy', 'triton', 'compressai'} & set(sys.modules))\n"
-        "import torch._dynamo\n"
-        "print(heavy, hasattr(torch._dynamo, 'optimize'))"
+        f"{first}\n"
+        "import sys; from ci2p_cache.process import put_off_compiler; put_off_compiler()\n"
+        "import torch, torchvision.io, torchvision.transforms.v2.functional\n"
+        "weight = torch.nn.Parameter(torch.ones(2))\n"
+        "weight.sum().backward(); torch.optim.AdamW([weight]).step()\n"
+        "heavy = sorted({'torch._dynamo.convert_frame', 'sympy'} & set(sys.modules))\n"
+        "print(heavy, torch.compile(torch.square, backend='eager')(torch.full((1,), 3.0)).item())\n"
+        "import torch._dynamo.convert_frame\n"
+        "print(torch._dynamo.convert_frame.__name__)"
     )
     shown = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True
     )
-    assert shown.stdout.strip() == "[] True"
-
-
-@pytest.mark.slow
-def test_the_server_starts_anew_where_torchvision_wants_more_of_the_compiler() -> None:
-    name = "ci2p_cache.images.decoder_process"
-    code = (
-        "import runpy, sys; sys.modules['torchvision.io'] = None; sys.argv = ['decoder']\n"
-        f"sys.orig_argv = [sys.executable, '-P', '-W', 'ignore', '-m', {name!r}]\n"
-        f"runpy.run_module({name!r}, run_name='__main__')"
-    )
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        server = subprocess.Popen([sys.executable, "-c", code], stdin=theirs.fileno())
-    with ours:
-        assert Path(f"/proc/{server.pid}").exists()
-    # Its owner has hung up: it ends, once it has imported all.
-    assert server.wait(timeout=120) == 0
+    assert shown.stdout.split() == ["[]", "9.0", "torch._dynamo.convert_frame"]

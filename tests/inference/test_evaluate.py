@@ -119,13 +119,13 @@ def both(*names: str) -> set[str]:
 
 
 def test_every_split_and_checkpoint_has_files_of_its_own(copy: Path) -> None:
-    best, last = folder_of(copy).name, folder_of(copy, "last").name
+    best, last = folder_of(copy, "best").name, folder_of(copy).name
     val = cc.evaluate(copy)
     kept = data_digests(copy / "evaluations")
     train = cc.evaluate(copy, split="train")
     cc.evaluate(copy, from_images=True)
-    cc.evaluate(copy, checkpoint="last")
-    names = {f"val-{best}", f"train-{best}", f"val-{best}-images", f"val-{last}"}
+    cc.evaluate(copy, checkpoint="best")
+    names = {f"val-{last}", f"train-{last}", f"val-{last}-images", f"val-{best}"}
     assert files_of(copy) == both(*names)
     assert data_digests(copy / "evaluations").items() >= kept.items()
     read = json.loads(evaluation_of(copy).read_text())

@@ -46,14 +46,14 @@ def main() -> int:
             ThreadPoolExecutor(2) as pool,
         ):
             bench.undisturbed(one)
-            two.run(["--version"])
+            two.run("--version")
             while starts < arguments.count:
                 shutil.rmtree(bench.out)
                 # From the very same moment up to the middle of the other's work.
                 delay = rng.choice([0.0, rng.uniform(0, 0.02), rng.uniform(0, bench.seconds / 2)])
-                ours = pool.submit(one.run, bench.arguments)
+                ours = pool.submit(one.run, *bench.arguments)
                 time.sleep(delay)
-                theirs = pool.submit(two.run, bench.arguments)
+                theirs = pool.submit(two.run, *bench.arguments)
                 ends = [ours.result(), theirs.result()]
                 if [ended.code for ended in ends] == [0, 0] and ends[0].seconds < delay:
                     too_late += 1

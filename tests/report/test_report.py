@@ -404,7 +404,7 @@ class TestTables:
         (odd / "checkpoints" / "last.json").write_text(json.dumps({"best": VAL[4:], "last": LAST}))
         for checkpoint, right in ((VAL[4:], 8), (LAST, 7)):
             scored(odd, right, checkpoint=checkpoint)
-        return [odd, write_run(tmp_path / "*plain", model="vit_tiny")]
+        return [odd, write_run(tmp_path / "*plain--@1", model="vit_tiny")]
 
     def test_csv_has_shares_and_their_intervals(self, run, cache, runs):
         ran = run("report", *runs, "--table", "csv")
@@ -417,22 +417,27 @@ class TestTables:
             "parameters": "",
         }  # fmt: skip
         assert {name: first[name] for name in wanted} == wanted
-        assert (second["run"], second["codec"], second["best_top1_low"]) == ("*plain", "", "")
+        assert (second["run"], second["codec"], second["best_top1_low"]) == ("*plain--@1", "", "")
         assert float(second["last_top1"]) == pytest.approx(0.8, abs=0.03)
+
+    @pytest.mark.parametrize("first", "=+-@")
+    def test_a_spreadsheet_computes_no_name(self, run, tmp_path, first):
+        ran = run("report", write_run(tmp_path / f"{first}1+1"), "--table", "csv")
+        assert next(csv.DictReader(io.StringIO(ran.out)))["run"] == f"'{first}1+1"
 
     def test_markdown_and_latex_escape_what_is_special_there(self, run, runs):
         ran = run("report", *runs, "--table", "markdown")
         head, rule, first, second = ran.out.splitlines()
         assert first.startswith(r"| a\|b\_50%\&\[x\]\\ | vitds\_tiny | - | - | 3 | int8 | zstd |")
         assert "| 70.0 [0.0, 100.0] | 80.0 [0.0, 100.0] |" in first
-        assert second.startswith(r"| \*plain | vit\_tiny |")
+        assert second.startswith(r"| \*plain--@1 | vit\_tiny |")
         pipes = [re.sub(r"\\.", "", line).count("|") for line in (head, rule, first, second)]
         assert pipes == [11] * 4
         ran = run("report", *runs, "--table", "latex")
         begin, _, _, _, first, second, _, end = ran.out.splitlines()
         assert (begin, end) == (r"\begin{tabular}{llrrrllrrr}", r"\end{tabular}")
         assert first.startswith(r"a\textbar{}b\_50\%\&{[}x]\textbackslash{} & vitds\_tiny & ")
-        assert second.startswith("{*}plain & ")
+        assert second.startswith("{*}plain-{}-@1 & ")
         assert second.endswith(r" \\")
         assert len(re.findall(r"(?<!\\)&", first)) == 9
 
@@ -537,12 +542,7 @@ class TestSeveralEvaluations:
 
     @pytest.fixture
     def run_dir(self, tmp_path: Path) -> Path:
-        """Whose best checkpoint is the third epoch's."""
-        run = write_run(tmp_path / "mine")
-        (run / "checkpoints").mkdir()
-        pointers = {"best": "epoch-0003-step-000000", "last": LAST}
-        (run / "checkpoints" / "last.json").write_text(json.dumps(pointers))
-        return run
+        return write_run(tmp_path / "mine")
 
     def test_the_train_split_does_not_take_the_place_of_validation(self, run_dir, tmp_path):
         scored(run_dir, 6)
@@ -556,16 +556,16 @@ class TestSeveralEvaluations:
         assert "All evaluations" in text
         assert "train epoch-0003-step-000000 the run's cache 10 100.0%" in text
 
-    def test_the_best_checkpoint_comes_before_others_and_own_images_before_others(
+    def test_the_latest_checkpoint_comes_before_others_and_own_images_before_others(
         self, run_dir, tmp_path
     ):
         scored(run_dir, 10, split="train")
         assert "evaluated top-1 100.0%" in self.told(run_dir, tmp_path)
         scored(run_dir, 2, is_own=False, split="test", cache="elsewhere")
         assert "evaluated top-1 20.0%" in self.told(run_dir, tmp_path)
-        scored(run_dir, 8, checkpoint=LAST)
+        scored(run_dir, 8)
         assert "evaluated top-1 80.0%" in self.told(run_dir, tmp_path)
-        scored(run_dir, 7)
+        scored(run_dir, 7, checkpoint=LAST)
         text = self.told(run_dir, tmp_path)
         assert "evaluated top-1 70.0%" in text
         assert "test epoch-0003-step-000000 elsewhere 10 20.0%" in text

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 
 import ci2p_cache as cc
-from ci2p_cache.cache.codecs import CODECS
+from ci2p_cache.cache.codecs import codec_of
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.containers import put_shard
 from ci2p_cache.cache.index import (
@@ -33,6 +33,7 @@ from ci2p_cache.encoding.plan import ShardPlan, build_plan
 from ci2p_cache.images.decode import decoder_name
 from ci2p_cache.images.source import ImageRef
 from ci2p_cache.specs import (
+    FORMAT_VERSION,
     CodecName,
     DType,
     EncoderSpec,
@@ -41,6 +42,7 @@ from ci2p_cache.specs import (
     LatentSpec,
     LayoutSpec,
     ViewSpec,
+    default_level,
 )
 from tests.support.seals import digest, reseal, write_json
 
@@ -112,6 +114,8 @@ def make_cache(
     views: ViewSpec | None = None,
     format: str = "zarr",
     codec: CodecName = "zstd",
+    fold: bool = False,
+    format_version: int = FORMAT_VERSION,
     shard_samples: int = 8,
     bad: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Path:
@@ -129,6 +133,8 @@ def make_cache(
         views: The views of a training sample; None for the image and its mirror.
         format: Container of the latents.
         codec: Byte codec of the chunks.
+        fold: Whether they hold folded symbols.
+        format_version: Version of the cache.
         shard_samples: Images per shard.
         bad: Rows of each split that could not be decoded.
     """
@@ -136,6 +142,8 @@ def make_cache(
     layout = LayoutSpec(
         format=format,  # type: ignore[arg-type]  # one of the formats
         codec=codec,
+        level=default_level(format_version, codec, fold=fold),
+        fold=fold,
         shard_samples=shard_samples,
     )
     fingerprint = Fingerprint(
@@ -148,6 +156,7 @@ def make_cache(
     root.mkdir(parents=True)
     with locked(root / ".lock", what="test"), StagingArea(root) as staging:
         manifest = Manifest(
+            format_version=format_version,
             software="ci2p-cache tests",
             state="encoding",
             fingerprint=fingerprint,
@@ -176,7 +185,7 @@ def _put_shard(
     """Draws and commits one shard; every latent is a pure function of its split, row and view."""
     latent, layout = manifest.fingerprint.latent, manifest.layout
     shape: SplitRecord = manifest.splits[shard.split]
-    codec = CODECS[layout.codec](level=layout.level, chunk_bytes=latent.num_bytes)
+    codec = codec_of(manifest.format_version, layout, latent)
     rows: list[IndexRow] = []
     chunks: list[bytes | None] = [None] * (shape.shard_rows * shape.views)
     raw: dict[tuple[int, int], bytes] = {}
@@ -212,6 +221,7 @@ def _put_shard(
 
     def record(**fields: Any) -> CommitRecord:
         return CommitRecord(
+            format_version=manifest.format_version,
             first_row=shard.first_row,
             rows=len(shard.samples),
             valid_rows=sum(row.status == "ok" for row in rows),

@@ -78,6 +78,13 @@ def _predicted(run: str, folder: str) -> dict[str, str | None]:
     return {Path(each.path).name: each.error for each in found}
 
 
+def _previewed(cache: str, picture: str) -> dict[str, str]:
+    from ci2p_cache.pictures.previews import draw_preview
+
+    shown = draw_preview(cc.open_cache(cache), picture, split="train", count=4)
+    return {sample.key: sample.source for sample in shown.samples}
+
+
 def _left_out(folder: str) -> list[str]:
     from ci2p_cache.images.picture_folders import PictureFolders
 
@@ -96,6 +103,7 @@ _ACTIONS: dict[str, Callable[..., Any]] = {
     "online": lambda cache: _loaded(cc.OnlineLoader, cache),
     "reencode": lambda cache: cc.reencode(cache, 99).changed,
     "predict": _predicted,
+    "preview": _previewed,
     "pictures": _left_out,
     "own": _encoded,
 }

@@ -1,9 +1,10 @@
 """A second reader of the cache, written from ci2p_cache/cache/README.md alone.
 
 It shares no code with the package and imports none of it: the standard library, numpy, zstandard
-for zstd frames and pyarrow for the index's parquet. tests/cache/test_format.py compares it with the
-first reader, so that the page stays a specification. It favours plainness over speed: a shard is
-read whole, every digest that the page gives is checked, and crc32c runs a byte at a time.
+for zstd frames, numcodecs for Blosc buffers and pyarrow for the index's parquet.
+tests/cache/test_format.py compares it with the first reader, so that the page stays a
+specification. It favours plainness over speed: a shard is read whole, every digest that the page
+gives is checked, and crc32c runs a byte at a time.
 
     python tests/support/format_reader.py CACHE SPLIT --rows 100
 """
@@ -19,11 +20,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numcodecs.blosc
 import numpy as np
 import pyarrow.parquet
 import zstandard
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 MANIFEST_FIELDS = (
     "format_version software state fingerprint layout source classes class_titles splits plan "
     "encoder offset files sha256"
@@ -34,7 +36,8 @@ FINGERPRINT_FIELDS = {
     "encoder": "arch quality metric weights_sha256 precision",
     "latent": "dtype step channels height width",
 }
-LAYOUT_FIELDS = "val_fraction seed shard_samples limit format codec level"
+LAYOUT_FIELDS = {1: "val_fraction seed shard_samples limit format codec level"}
+LAYOUT_FIELDS[2] = LAYOUT_FIELDS[1] + " fold"
 SPLIT_FIELDS = "rows views shard_rows valid_rows bytes source_bytes clipped exif_turned names_split"
 FILE_FIELDS = "path bytes sha256"
 COMMIT_FIELDS = (
@@ -45,7 +48,7 @@ HOLE = 2**64 - 1
 
 
 class FormatError(ValueError):
-    """What is there is not a complete cache of version 1, or not what was written."""
+    """What is there is not a complete cache of version 1 or 2, or not what was written."""
 
 
 class Row(NamedTuple):
@@ -105,7 +108,7 @@ def _read_sealed(path: Path, fields: str, optional: str = "") -> dict[str, Any]:
         raise FormatError(f"not JSON, {error}: {path}") from error
     _require(isinstance(record, dict), "not a JSON object", path)
     version = record.get("format_version")
-    _require(version == FORMAT_VERSION, f"unknown format_version {version!r}", path)
+    _require(version in FORMAT_VERSIONS, f"unknown format_version {version!r}", path)
     seal = str(record.get("sha256"))
     _require(len(seal) == 64, "it has no sha256", path)
     before, _, after = data.rpartition(seal.encode())
@@ -136,7 +139,7 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     _require_fields(fingerprint, " ".join(["format_version", *FINGERPRINT_FIELDS]), path)
     for part, fields in FINGERPRINT_FIELDS.items():
         _require_fields(fingerprint[part], fields, path)
-    _require_fields(manifest["layout"], LAYOUT_FIELDS, path)
+    _require_fields(manifest["layout"], LAYOUT_FIELDS[manifest["format_version"]], path)
     for split in manifest["splits"].values():
         _require_fields({"names_split": False, **split}, SPLIT_FIELDS, path)
     for entry in (manifest["plan"], manifest["encoder"]):
@@ -158,8 +161,10 @@ def read_commit(folder: Path, manifest: dict[str, Any], split: str, shard: int) 
     sizes = manifest["splits"][split]
     first_row = shard * sizes["shard_rows"]
     rows = min(sizes["shard_rows"], sizes["rows"] - first_row)
-    got = [commit[name] for name in ("split", "shard", "first_row", "rows", "fingerprint")]
-    want = [split, shard, first_row, rows, fingerprint_digest(manifest)]
+    names = ("format_version", "split", "shard", "first_row", "rows", "fingerprint")
+    got = [commit[name] for name in names]
+    version = manifest["format_version"]
+    want = [version, split, shard, first_row, rows, fingerprint_digest(manifest)]
     _require(got == want, f"the record is of {got}, not of {want}", path)
     return commit
 
@@ -182,6 +187,19 @@ def _unzstd(frame: bytes, where: Path) -> bytes:
         return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise FormatError(f"zstd: {error}: {where}") from error
+
+
+def _unblosc(buffer: bytes, codec: str, size: int, item_bytes: int, where: Path) -> bytes:
+    """Decodes a Blosc buffer, after its header was held against what it must be."""
+    _require(len(buffer) >= 16, "a Blosc buffer without header", where)
+    version, _, flags, item, raw, _, stored = struct.unpack("<BBBBIII", buffer[:16])
+    got = (version, flags >> 5, item, raw, stored)
+    want = (2, {"lz4": 1, "zstd": 4}[codec], item_bytes, size, len(buffer))
+    _require(got == want, f"a Blosc header of {got}, not {want}", where)
+    try:
+        return bytes(numcodecs.blosc.decompress(buffer))
+    except RuntimeError as error:
+        raise FormatError(f"Blosc: {error}: {where}") from error
 
 
 def _latent(manifest: dict[str, Any]) -> tuple[np.dtype[Any], tuple[int, int, int]]:
@@ -210,13 +228,18 @@ def _read_chunks(
     def chunk(offset: int, size: int) -> np.ndarray | None:
         if offset == size == HOLE:
             return None
-        raw = data[offset : offset + size]
-        if manifest["layout"]["codec"] == "zstd":
+        raw, codec = data[offset : offset + size], manifest["layout"]["codec"]
+        if (manifest["format_version"], codec) == (1, "zstd"):
             raw = _unzstd(raw, path)
         else:
             raw, (crc,) = raw[:-4], struct.unpack("<I", raw[-4:])
             _require(crc32c(raw) == crc, f"the crc32c of the chunk at {offset}", path)
+            if codec != "none":
+                raw = _unblosc(raw, codec, chunk_bytes, dtype.itemsize, path)
         _require(len(raw) == chunk_bytes, f"the size of the chunk at {offset}", path)
+        if manifest["layout"].get("fold"):
+            codes = np.frombuffer(raw, f"<u{dtype.itemsize}").astype("<i4")
+            return ((codes >> 1) ^ -(codes & 1)).astype(dtype).reshape(shape)
         return np.frombuffer(raw, dtype).reshape(shape)
 
     stored: list[np.ndarray | None] = []

@@ -35,14 +35,14 @@ def make_run(root: Path, dtype: str = "int8") -> Path:
     return root
 
 
-def folder_of(run: Path, which: str = "best") -> Path:
-    """The folder of the best or last checkpoint."""
+def folder_of(run: Path, which: str = "last") -> Path:
+    """The folder of the last or best checkpoint."""
     name: str = json.loads((run / "checkpoints" / "last.json").read_text())[which]
     return run / "checkpoints" / name
 
 
-def evaluation_of(run: Path, split: str = "val", which: str = "best") -> Path:
-    """The JSON file of an evaluation; the predictions lie beside it."""
+def evaluation_of(run: Path, split: str = "val", which: str = "last") -> Path:
+    """The JSON file of an evaluation; its predictions are beside it."""
     return run / "evaluations" / f"{split}-{folder_of(run, which).name}.json"
 
 

@@ -316,7 +316,7 @@ class WarmParent:
 
     def decoders(self) -> list[int]:
         """Returns the process ids of the decoders that the children's images are decoded in."""
-        servers = [pid for pid in _children(self._parent.pid) if b"decoder_process" in _words(pid)]
+        servers = [pid for pid in _children(self._parent.pid) if _name(pid) == "ci2p-decoder"]
         return [worker for server in servers for worker in _children(server)]
 
     def asked(self, what: dict[str, Any]) -> dict[str, Any]:
@@ -336,12 +336,12 @@ def _children(parent: int) -> list[int]:
     return [int(pid) for path in tasks for pid in path.read_text().split()]
 
 
-def _words(pid: int) -> bytes:
-    """Returns the command line of a process; empty where it has ended."""
+def _name(pid: int) -> str:
+    """Returns the name that a process has given itself; empty where it has ended."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
-        return b""
+        return ""
 
 
 def _memory(name: str) -> int:
@@ -466,7 +466,7 @@ def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from ci2p_cache.images.decoders import start_decoder_server
 
-    # It imports torch while this process does.
+    # First of all: it is a fork, where nothing else is imported yet.
     start_decoder_server()
     # What the commands import late; nothing here computes or starts a thread.
     for name in ("torch.utils.tensorboard", "rich.table", "timm.models"):

@@ -132,7 +132,7 @@ def encode_pictures(images: str) -> dict[str, Any]:
 
 def classify(run: str, images: list[str]) -> dict[str, Any]:
     """Predictions of a run through the Python interface."""
-    classifier = cc.load_classifier(run, device="cpu")
+    classifier = cc.load_classifier(run, checkpoint="best", device="cpu")
     predictions = classifier.predict(images, top=2)
     return {"classes": list(classifier.classes), "found": [each.to_dict() for each in predictions]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -257,7 +258,9 @@ def _damage(root: Path, pattern: str, how: str) -> None:
         elif how == "remove":
             path.unlink()
         elif how == "version":
-            path.write_bytes(data.replace(b'"format_version": 1', b'"format_version": 9', 1))
+            path.write_bytes(
+                re.sub(rb'"format_version": \d', b'"format_version": 9', data, count=1)
+            )
         else:
             path.write_bytes(data[: len(data) // 2] if how == "cut" else b"")
 

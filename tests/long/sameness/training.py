@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.long.sameness.bench import Bench, Unit
-from tests.long.sameness.caches import ENCODE
+from tests.long.sameness.caches import BEST, ENCODE
 
 __all__ = ["RUNS", "units"]
 
@@ -54,7 +54,7 @@ def _training(words: str) -> Callable[[Bench], None]:
         bench.document("train", *train)
         note_run(bench)
         bench.document("again", *train)
-        bench.document("evaluate", "evaluate", "runs/run")
+        bench.document("evaluate", "evaluate", "runs/run", *BEST)
         bench.document("evaluate last", "evaluate", "runs/run", "--checkpoint", "last")
 
     return work
@@ -95,18 +95,18 @@ def _evaluation_files(bench: Bench) -> tuple[Path, Path]:
 def _after_training(bench: Bench) -> None:
     _train_small(bench)
     few = bench.inputs["few"]
-    bench.document("evaluate", "evaluate", "runs/run")
+    bench.document("evaluate", "evaluate", "runs/run", *BEST)
     evaluation, predictions = _evaluation_files(bench)
     bench.json_file("evaluation.json", evaluation)
-    bench.text("evaluate, text", "evaluate", "runs/run")
+    bench.text("evaluate, text", "evaluate", "runs/run", *BEST)
     bench.file("predictions.parquet", predictions)
-    bench.document("evaluate from images", "evaluate", "runs/run", "--from-images")
-    bench.document("evaluate train", "evaluate", "runs/run", "--split", "train")
-    bench.document("predict", "predict", "runs/run", few)
-    bench.document("predict odd", "predict", "runs/run", bench.inputs["odd"], codes=(3,))
+    bench.document("evaluate from images", "evaluate", "runs/run", *BEST, "--from-images")
+    bench.document("evaluate train", "evaluate", "runs/run", *BEST, "--split", "train")
+    bench.document("predict", "predict", "runs/run", *BEST, few)
+    bench.document("predict odd", "predict", "runs/run", *BEST, bench.inputs["odd"], codes=(3,))
     bench.document("predict one", "predict", "runs/run", f"{few}/ant/000.jpg", "--top", 1,
                    "--cache", "shards", "--checkpoint", "last")  # fmt: skip
-    bench.text("predict, text", "predict", "runs/run", few, "--top", 2)
+    bench.text("predict, text", "predict", "runs/run", *BEST, few, "--top", 2)
     bench.call("classifier", "classify", run="runs/run", images=[few])
     # Charts of times are as long as their numbers.
     size = ("bytes",)
@@ -115,7 +115,7 @@ def _after_training(bench: Bench) -> None:
     bench.document("report without", "report", "shards", "--no-pictures", "--out", "bare.html")
     note_page(bench, "bare.html")
     bench.run("train", "shards", *_SMALL, "--seed", 5, "--name", "other")
-    bench.run("evaluate", "runs/other")
+    bench.run("evaluate", "runs/other", *BEST)
     bench.document(
         "report of two", "report", "runs/run", "runs/other", "--out", "two.html", clocks=size
     )
@@ -182,7 +182,7 @@ def _exports(kind: str, what: str) -> Callable[[Bench], None]:
         _train_small(bench)
         suffix = {"onnx": "onnx", "torch": "pt2"}[kind]
         file = f"{what}.{suffix}"
-        bench.document("export", "export", "runs/run", "--out", file, "--to", kind,
+        bench.document("export", "export", "runs/run", *BEST, "--out", file, "--to", kind,
                        "--what", what, "--count", 4)  # fmt: skip
         shape = [2, 3, 64, 64] if what == "full" else [2, 192, 4, 4]
         bench.call("outputs", "run_exported", path=file, shape=shape)
