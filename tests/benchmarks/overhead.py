@@ -37,12 +37,10 @@ def overhead_table(splits: dict[str, cc.Split], folder: Path, data: Data) -> Tab
         whole = tree_bytes(folder / key) - split.cache.encoder_path.stat().st_size
         name = f"ours, {stored_as(split)['codec']}, {len(shards):,} shard{'s' * (len(shards) > 1)}"
         table.rows.append(_row(name, count, alone, files, whole))
-    raw = data.latents.nbytes
     for store in sorted(folder.iterdir()):
         if store.name.startswith(PEER):
-            files = tree_bytes(store)
-            alone = raw if files >= raw else sum(map(len, data.frames)) - CHECKSUM_BYTES * count
-            table.rows.append(_row(store.name.removeprefix(PEER), count, alone, files, files))
+            whole = f"{tree_bytes(store) / count:,.0f}"
+            table.rows.append([store.name.removeprefix(PEER), "-", "-", "-", whole, "-"])
     return table
 
 
