@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ci2p_cache.encoding.run import encode
     from ci2p_cache.errors import CacheError
     from ci2p_cache.experiment.run import ExperimentSummary, run_experiment
+    from ci2p_cache.experiment.seeds import SeedsSummary, run_seeds
     from ci2p_cache.experiment.spec import Experiment, load_experiment
     from ci2p_cache.inference.classifier import Classifier, load_classifier
     from ci2p_cache.inference.export import export_model
@@ -80,6 +81,7 @@ __all__ = [
     "ReencodeSummary",
     "RepairSummary",
     "ResidentLoader",
+    "SeedsSummary",
     "Split",
     "TrainSpec",
     "TrainSummary",
@@ -100,6 +102,7 @@ __all__ = [
     "reencode",
     "repair",
     "run_experiment",
+    "run_seeds",
     "status",
     "train",
     "tune_process",
@@ -138,6 +141,7 @@ _HOMES = {
     "ReencodeSummary": "encoding.reencode",
     "RepairSummary": "encoding.repair",
     "ResidentLoader": "loader.resident",
+    "SeedsSummary": "experiment.seeds",
     "Split": "cache.split",
     "TrainSpec": "training.spec",
     "TrainSummary": "training.run",
@@ -157,6 +161,7 @@ _HOMES = {
     "reencode": "encoding.reencode",
     "repair": "encoding.repair",
     "run_experiment": "experiment.run",
+    "run_seeds": "experiment.seeds",
     "status": "cache.survey",
     "train": "training.run",
     "tune_process": "process",

@@ -2,11 +2,10 @@
 
 ::
 
-    bench_encoding   a sample really encoded; g_a alone on batches that never change; reading and
-                     decoding alone, with g_a at rest
+    bench_encoding   a sample really encoded; g_a alone on one batch; reading and decoding alone
     bench_loading    batches out of a cache, in the random order of training
-    bench_training   the real loop from the cache; over one batch that never changes; with the
-                     encoder in the loop; and that of the ViT-B/16 it replaces, on the images
+    bench_training   the real loop from the cache; over one batch; with the encoder in the loop; and
+                     that of the ViT-B/16 it replaces, on the images
 
 All run in one process, one after another, with the same settings, device and threads.
 """
@@ -29,7 +28,7 @@ from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
 from ci2p_cache.encoding.forecast import DryRunReport, dry_run
 from ci2p_cache.encoding.intent import load_chosen
-from ci2p_cache.encoding.options import EncodeOptions
+from ci2p_cache.encoding.options import BATCH_SIZES, EncodeOptions
 from ci2p_cache.encoding.progress import EncodeObserver
 from ci2p_cache.encoding.shard import Replica, make_replicas, refuse_other_decoder, single_threaded
 from ci2p_cache.errors import CacheError, UsageError
@@ -38,7 +37,7 @@ from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.loader.order import Rows
 from ci2p_cache.loader.pixels import OnlineLoader, PixelLoader
 from ci2p_cache.loader.resident import ResidentLoader, choose_resident
-from ci2p_cache.machine import checked_device, num_cores
+from ci2p_cache.machine import checked_device, matmul_flops, num_cores, synchronise
 from ci2p_cache.models.complexity import BASELINE, complexity
 from ci2p_cache.models.registry import build_model, model_config
 from ci2p_cache.record import Record
@@ -51,54 +50,34 @@ from ci2p_cache.training.spec import TrainSpec
 from ci2p_cache.training.trainer import Trainer
 
 __all__ = [
-    "EncodeReport",
-    "TrainReport",
-    "bench_encoding",
-    "bench_loading",
-    "bench_training",
+    "EncodeReport", "TrainReport", "bench_encoding", "bench_loading", "bench_training",
     "encode_rate",
-    "matmul_flops",
-    "synchronise",
-]
+]  # fmt: skip
 
-_REPEATS = 5
-"""Of each way of loading."""
-_WARMUP_STEPS = 2
-_LEAST_STEPS = 3
+_REPEATS, _WARMUP_STEPS, _LEAST_STEPS = 5, 2, 3  # of loading; of training
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class EncodeRow(Record):
-    """One part of stage one, measured."""
+    """A part of stage one, whole, g_a or decoding: images per second, with all their views."""
 
     name: str
-    """whole, g_a or decoding."""
     images_per_second: float
-    """Images, all their views together."""
     views_per_second: float
-    """Views; of `decoding` too, which makes them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeReport(Record):
-    """What `bench_encoding` found."""
+    """What `bench_encoding` found; `waiting_share` is g_a's, of the time; `bytes_` are written."""
 
     source: str
-    """The source of images."""
     device: str
-    """Where g_a ran, and in how many replicas."""
     precision: str
-    """Arithmetic of g_a."""
     views_per_image: int
-    """Views of a training image."""
     batch_size: int
-    """Views per call of g_a."""
     rows: tuple[EncodeRow, ...]
-    """whole, g_a, and decoding where there were enough images."""
     waiting_share: float
-    """Share of the time in which g_a waited for images, 0 to 1."""
     bytes_per_image: float
-    """Written per image, all its views together."""
 
 
 def bench_encoding(
@@ -122,26 +101,17 @@ def bench_encoding(
     whole = _sample(source, options, observer)
     views = options.view_spec().num_views("train")
     replicas = make_replicas(load_chosen(options, observer), options.devices)
-    batch_size = options.batch_size or (8 if replicas[0].device.type == "cpu" else 256)
-    rates = {
-        "whole": whole.images_per_second,
-        "g_a": _g_a_alone(replicas, batch_size, options.size, seconds) / views,
-        "decoding": whole.decode_images_per_second,
-    }
+    kind = replicas[0].device.type
+    batch_size = options.batch_size or BATCH_SIZES[kind]
+    g_a = _g_a_alone(replicas, batch_size, options.size, seconds) / views
+    rates = {"whole": whole.images_per_second, "g_a": g_a}
+    rates["decoding"] = whole.decode_images_per_second
     return EncodeReport(
-        source=whole.source,
-        device=f"{replicas[0].device.type}, {len(replicas)} replicas",
-        precision=options.precision,
-        views_per_image=views,
-        batch_size=batch_size,
-        rows=tuple(
-            EncodeRow(name=name, images_per_second=rate, views_per_second=views * rate)
-            for name, rate in rates.items()
-            if rate
-        ),
-        waiting_share=1 - whole.encoder_share,
-        bytes_per_image=whole.bytes_per_image,
-    )
+        source=whole.source, device=f"{kind}, {len(replicas)} replicas",
+        precision=options.precision, views_per_image=views, batch_size=batch_size,
+        rows=tuple(EncodeRow(name, rate, views * rate) for name, rate in rates.items() if rate),
+        waiting_share=1 - whole.encoder_share, bytes_per_image=whole.bytes_per_image,
+    )  # fmt: skip
 
 
 def encode_rate(cache: Cache, *, device: str = "auto") -> float:
@@ -173,8 +143,7 @@ def _sample(source: str | Path, options: EncodeOptions, observer: EncodeObserver
 def _g_a_alone(replicas: list[Replica], batch_size: int, size: int, seconds: float) -> float:
     """Returns views per second of all replicas together, each on a batch in its device's memory."""
     threads = torch.get_num_threads()
-    generator = torch.Generator().manual_seed(0)
-    views_B3HW = torch.rand((batch_size, 3, size, size), generator=generator)
+    views_B3HW = torch.full((batch_size, 3, size, size), 0.5)
 
     def rate(replica: Replica) -> float:
         batch, done = views_B3HW.to(replica.device, memory_format=torch.channels_last), 0
@@ -193,36 +162,26 @@ def _g_a_alone(replicas: list[Replica], batch_size: int, size: int, seconds: flo
     return total
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class LoaderRow(Record):
-    """One way of loading, measured."""
+    """A way of loading with so many threads: images per second, the median over the repeats."""
 
     name: str
-    """What was handed out, and from where."""
     threads: int
-    """Threads that read."""
     images_per_second: float
-    """Median over the repeats."""
     slowest: float
-    """Of the repeats, in images per second."""
     fastest: float
-    """Of the repeats, in images per second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderReport(Record):
-    """What `bench_loading` found."""
+    """What `bench_loading` found; `note` says whether the split would stay in memory, and why."""
 
     device: str
-    """Where batches were put."""
     batch_size: int
-    """Images per batch."""
     bytes_per_image: int
-    """Of one stored latent, uncompressed."""
     rows: tuple[LoaderRow, ...]
-    """The ways of loading."""
     note: str
-    """Whether the split would be kept in memory, and why; empty where there is nothing to say."""
 
 
 def bench_loading(
@@ -252,41 +211,30 @@ def bench_loading(
     most = threads or num_cores()
     stays, note = choose_resident(split, used, "auto")
     stored, floats = f"{split.latent.dtype}, as stored", "float32, dequantised"
-    ways: dict[tuple[str, int], type[BatchLoader]] = {
-        (stored, 1): LatentLoader,
-        (stored, most): LatentLoader,
-        (floats, most): LatentLoader,
-    }
-    if stays:
-        ways[f"{stored}, resident", most] = ResidentLoader
-    rates: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
+    ways: list[tuple[str, int, type[BatchLoader]]] = [
+        (stored, 1, LatentLoader), (stored, most, LatentLoader), (floats, most, LatentLoader)
+    ]  # fmt: skip
+    ways += [(f"{stored}, resident", most, ResidentLoader)] if stays else []
     with ExitStack() as stack:
-        loaders = {
-            (text, count): stack.enter_context(
-                kind(split, batch_size=batch_size, device=used, threads=count, recycle=True)
-            )
-            for (text, count), kind in ways.items()
-        }
-        for repeat in range(_REPEATS + 1):
-            for way, loader in loaders.items():
-                rate = _loader_rate(loader, floats=way[0] == floats, seconds=seconds)
-                rates[way] += [rate] if repeat else []
-    return LoaderReport(
-        device=str(used),
-        batch_size=batch_size,
-        bytes_per_image=split.latent.num_bytes,
-        rows=tuple(
-            LoaderRow(
-                name=text,
-                threads=count,
-                images_per_second=median(found),
-                slowest=min(found),
-                fastest=max(found),
-            )
-            for (text, count), found in rates.items()
-        ),
-        note=note,
+        loaders = [
+            kind(split, batch_size=batch_size, device=used, threads=count, recycle=True)
+            for _, count, kind in ways
+        ]
+        for loader in loaders:
+            stack.enter_context(loader)
+        rounds = [
+            [_loader_rate(loader, floats=way[0] == floats, seconds=seconds)
+             for loader, way in zip(loaders, ways, strict=True)]
+            for _ in range(_REPEATS + 1)
+        ]  # fmt: skip
+    rows = (
+        LoaderRow(name, count, median(rates), min(rates), max(rates))
+        for (name, count, _), *rates in zip(ways, *rounds[1:], strict=True)
     )
+    return LoaderReport(
+        device=str(used), batch_size=batch_size, bytes_per_image=split.latent.num_bytes,
+        rows=tuple(rows), note=note,
+    )  # fmt: skip
 
 
 def _loader_rate(loader: BatchLoader, *, floats: bool, seconds: float) -> float:
@@ -303,57 +251,45 @@ def _loader_rate(loader: BatchLoader, *, floats: bool, seconds: float) -> float:
                 return images / (time.perf_counter() - started)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TrainRow(Record):
-    """One way of training, measured."""
+    """A way of training, timed over some steps after the warm-up; `epoch_seconds` at its rate.
+
+    `utilisation`: the model's FLOPs per second over the measured rate of matrix products.
+    """
 
     name: str
-    """cached, compute alone, in the loop, or vit_b16."""
     images_per_second: float
-    """Training images, forward, backward and optimiser step, after warm-up."""
     wait_share: float
-    """Share of the time that the loop waited for data, 0 to 1."""
     utilisation: float
-    """Model FLOPs per second over the measured rate of matrix products, 0 to 1."""
     epoch_seconds: float
-    """What an epoch over the train split takes at this rate."""
     steps: int
-    """Steps that were timed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainReport(Record):
-    """What `bench_training` found."""
+    """What `bench_training` found: the ways that could be measured, cached first, and the others.
+
+    `threads` are torch's; `matmul_flops` is the measured rate of matrix products, per second.
+    """
 
     model: str
-    """Name of the model."""
     device: str
-    """Where it trained."""
     threads: int
-    """Threads that torch computed with."""
     precision: str
-    """float32 or bf16."""
     batch_size: int
-    """Images per step."""
     matmul_flops: float
-    """Measured rate of matrix products of this precision on this device, in FLOP per second."""
     rows: tuple[TrainRow, ...]
-    """The ways that could be measured, cached first."""
     missing: tuple[str, ...]
-    """Which could not, and why."""
 
     def row(self, name: str) -> TrainRow | None:
         """Returns the row of that name, None where it was not measured."""
         return next((row for row in self.rows if row.name == name), None)
 
     def paid_after(self, encode_rate: float) -> dict[str, float | None]:
-        """Returns after how many epochs encoding the train split has paid for itself.
+        """Returns after how many epochs encoding has paid, at that many images per second.
 
-        Args:
-            encode_rate: Images per second of stage one.
-
-        Returns:
-            Epochs, for each way that does without the cache; None where it is no slower.
+        For each way that does without the cache; None where it is no slower.
         """
         cached, *others = self.rows
         seconds = cached.epoch_seconds * cached.images_per_second / encode_rate
@@ -395,14 +331,12 @@ def bench_training(
             f"{spec.model} reads images; what is measured here is a model on latents against others"
         )
     baseline = model_config(
-        BASELINE,
-        num_classes=config.num_classes,
-        latent_size=cache.fingerprint.latent.height,
+        BASELINE, num_classes=config.num_classes, latent_size=cache.fingerprint.latent.height,
         drop_path_rate=spec.drop_path,
-    )
+    )  # fmt: skip
+    loaders = _loaders(train, spec.model, used)
     notify("matrix products")
     peak = matmul_flops(used, spec.precision)
-    loaders = _ways(cache, train, spec.model, used)
     batch_size = min(spec.batch_size, len(train.valid_rows))
     rows, missing = [], []
     for name in ways:
@@ -418,44 +352,26 @@ def bench_training(
             continue
         with loader:
             torch.manual_seed(spec.seed)
-            model = build_model(baseline if name == BASELINE else config)
-            timer = _Timer(model.to(used), loader, spec, seconds)
-        rows.append(
-            TrainRow(
-                name=name,
-                images_per_second=timer.rate,
-                wait_share=timer.wait_share,
-                utilisation=timer.rate * flops / peak,
-                epoch_seconds=len(train.valid_rows) / timer.rate,
-                steps=timer.steps,
-            )
-        )
+            own = baseline if name == BASELINE else config
+            rate, waited, steps = _timed(build_model(own), loader, spec, seconds)
+        epoch_seconds = len(train.valid_rows) / rate
+        rows.append(TrainRow(name, rate, waited, rate * flops / peak, epoch_seconds, steps))
     return TrainReport(
-        model=spec.model,
-        device=str(used),
-        threads=torch.get_num_threads(),
-        precision=spec.precision,
-        batch_size=batch_size,
-        matmul_flops=peak,
-        rows=tuple(rows),
-        missing=tuple(missing),
-    )
+        model=spec.model, device=str(used), threads=torch.get_num_threads(),
+        precision=spec.precision, batch_size=batch_size, matmul_flops=peak,
+        rows=tuple(rows), missing=tuple(missing),
+    )  # fmt: skip
 
 
-def _ways(
-    cache: Cache, split: Split, model: str, device: torch.device
+def _loaders(
+    split: Split, model: str, device: torch.device
 ) -> dict[str, tuple[type[BatchLoader], int]]:
-    """Returns each way's loader, and what a training step computes per image.
-
-    That is forward, and backward twice as much; the frozen encoder is run forward only.
-    """
+    """Returns each way's loader, and the FLOPs of a step per image: the encoder's forward only."""
     stays, _ = choose_resident(split, device, "auto")
     cost = complexity(
-        model,
-        size=cache.fingerprint.image.size,
-        latent_channels=split.latent.channels,
-        num_classes=len(cache.classes),
-    )
+        model, size=split.cache.fingerprint.image.size, latent_channels=split.latent.channels,
+        num_classes=len(split.cache.classes),
+    )  # fmt: skip
     return {
         "cached": (ResidentLoader if stays else LatentLoader, 6 * cost.model_macs),
         "compute alone": (_OneBatchLoader, 6 * cost.model_macs),
@@ -475,72 +391,26 @@ class _OneBatchLoader(BatchLoader):
         return lambda: self._batch[: len(rows)]
 
 
-class _Timer:
-    """Runs the real loop for some time, and times it from the end of the warm-up on."""
+def _timed(
+    model: nn.Module, loader: BatchLoader, spec: TrainSpec, seconds: float
+) -> tuple[float, float, int]:
+    """Runs the real loop for some time; returns images/s, share of waiting, steps after warm-up."""
+    marks: list[tuple[int, float, float]] = []
 
-    def __init__(
-        self, model: nn.Module, loader: BatchLoader, spec: TrainSpec, seconds: float
-    ) -> None:
-        self.rate = self.wait_share = 0.0
-        self.steps = 0
-        self._loader = loader
-        self._seconds = seconds
-        self._begun: tuple[float, float, int] | None = None
-        Trainer(
-            spec=spec,
-            model=model,
-            optimizer=make_optimizer(model, spec),
-            train_loader=loader,
-            val_loader=None,
-            save=lambda _: None,
-            log=lambda _: None,
-            should_stop=self._is_over,
-            ranks=Ranks(),
-            observer=TrainObserver(),
-        ).run(TrainState(run="bench", sums={}))
-
-    def _is_over(self) -> bool:
-        loader = self._loader
-        done = loader.epoch * len(loader) + loader.step
-        if self._begun is None:
-            if done >= _WARMUP_STEPS:
-                synchronise(loader.device)
-                self._begun = time.perf_counter(), loader.waited_seconds, done
-            return False
-        started, waited, first = self._begun
-        self.steps = done - first
-        if self.steps < _LEAST_STEPS or time.perf_counter() - started < self._seconds:
+    def is_over() -> bool:
+        done, now = loader.epoch * len(loader) + loader.step, time.perf_counter()
+        first, since, _ = marks[0] if marks else (_WARMUP_STEPS - _LEAST_STEPS, float("-inf"), 0)
+        if done < first + _LEAST_STEPS or now - since < seconds:
             return False
         synchronise(loader.device)
-        took = time.perf_counter() - started
-        self.rate = self.steps * loader.batch_size / took
-        self.wait_share = (loader.waited_seconds - waited) / took
-        return True
+        marks.append((done, time.perf_counter(), loader.waited_seconds))
+        return len(marks) > 1
 
-
-def synchronise(device: torch.device) -> None:
-    """Waits until a CUDA device has done all it was given; a CPU has, always."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def matmul_flops(device: torch.device, precision: str) -> float:
-    """Measures the best rate of a large square matrix product, in FLOP per second.
-
-    With as many threads as torch uses here; it takes about a second.
-
-    Args:
-        device: Where.
-        precision: float32 (IEEE, no TF32) or bf16.
-    """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(side, side, dtype=dtype, device=device)
-    best, started = 0.0, time.perf_counter()
-    while (now := time.perf_counter()) - started < 1.0:
-        for _ in range(4):
-            torch.mm(a, b, out=out)
-        synchronise(device)
-        best = max(best, 4 * 2 * side**3 / (time.perf_counter() - now))
-    return best
+    model = model.to(loader.device)
+    Trainer(
+        spec=spec, model=model, optimizer=make_optimizer(model, spec), train_loader=loader,
+        val_loader=None, save=lambda _: None, log=lambda _: None, should_stop=is_over,
+        ranks=Ranks(), observer=TrainObserver(),
+    ).run(TrainState(run="bench", sums={}))  # fmt: skip
+    steps, took, waited = (after - before for before, after in zip(*marks, strict=True))
+    return steps * loader.batch_size / took, waited / took, int(steps)

@@ -155,14 +155,15 @@ def _devices() -> Iterator[Diagnosis]:
     try:
         import torch
 
-        from ci2p_cache.machine import bf16_notice, num_cores
+        from ci2p_cache.machine import BF16_GAIN, has_bf16, num_cores
     except Exception:  # reported by _imports
         return
     cores = num_cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield _ok("processor", f"{cores} cores, {memory / 2**30:.0f} GiB of memory")
-    slow = bf16_notice(torch.device("cpu"))
-    if slow is not None:
+    if has_bf16(torch.device("cpu")):
+        yield _ok("bfloat16", f"computed by this processor: {BF16_GAIN}")
+    else:
         yield _note("bfloat16", "emulated on this processor", "use --precision float32 on the CPU")
     if not torch.cuda.is_available():
         yield _note("cuda", "no device", "encoding and training run on the CPU")

@@ -22,10 +22,10 @@ def tune_process(devices: str = "auto") -> None:
     Commands do this. Library functions leave the caller's process alone; a program of your own can
     call it before its first tensor.
 
-    On a CPU it keeps glibc from mapping and faulting every large tensor again. Batches above one
-    allocate 67 MB activations, which glibc by default maps on each call: a third or more of the
-    time goes into page faults (g_a on one core: 22 images/s without, 35 with). With these settings
-    freed blocks stay in the heap and are used again.
+    On a CPU it keeps glibc from mapping and faulting every large tensor again. Training allocates
+    activations of tens of megabytes, which glibc by default maps on each call: a third or more of
+    the time goes into page faults (eight images at once through g_a: 38 ms each, and 27 with these
+    settings). With them freed blocks stay in the heap and are used again.
 
     The number of files that may be open rises to what the system allows. The soft limit is often
     1,024, for the sake of programs that use `select`, and ImageNet has 1,252 shards: opening and

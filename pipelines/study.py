@@ -52,14 +52,16 @@ from ci2p_cache.cli import render
 from ci2p_cache.cli.ending import reported_errors
 from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
 from ci2p_cache.errors import InterruptedRunError, ManifestError, RunMismatchError, UsageError
-from ci2p_cache.inference.run_folder import load_model, open_run
+from ci2p_cache.inference.run_folder import load_model
 from ci2p_cache.inference.scoring import keys_of
 from ci2p_cache.machine import checked_device
 from ci2p_cache.outputs import write_whole
 from ci2p_cache.record import Record, differing_fields, json_bytes, read_json
 from ci2p_cache.runs.evaluations import EVALUATIONS, read_predictions
 from ci2p_cache.runs.files import read_summary, training_seconds
+from ci2p_cache.runs.statistics import paired_difference
 from ci2p_cache.training.inputs import train_and_val
+from ci2p_cache.training.opened import open_run
 from ci2p_cache.training.ranks import Ranks
 
 REFERENCE = "a-int8"
@@ -69,12 +71,6 @@ COLUMNS = (
     "configuration", "what", "accuracy", f"against {REFERENCE}", "s/epoch", "bytes/view", "GMAC",
     "command",
 )  # fmt: skip
-
-_DRAWS = 10_000
-"""Draws of the bootstrap: the ends of a 95 % interval then stay within a few hundredths of it."""
-
-_AT_ONCE = 500
-"""Draws that are in memory together; 4 MB for a thousand images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -366,35 +362,6 @@ def _classified(asked: Asked, name: str, fold: int) -> dict[str, bool]:
             hits = (model(latents).argmax(1) == batch.labels).tolist()
             right |= {key_of[row]: hit for row, hit in zip(batch.rows.tolist(), hits, strict=True)}
     return right
-
-
-def paired_difference(
-    ours: npt.NDArray[np.bool_], theirs: npt.NDArray[np.bool_]
-) -> tuple[float, float, float]:
-    """Compares two configurations image by image (bootstrap: Efron 1979, percentile interval).
-
-    Args:
-        ours: Which images the one classified right, bool (N,).
-        theirs: The same of the other, in the same order.
-
-    Returns:
-        Accuracy of the one less that of the other, -1 to 1, and the ends of its 95 % interval.
-
-    Raises:
-        UsageError: they are not of the same images.
-    """
-    if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
-        raise UsageError(f"two configurations of {ours.shape} and {theirs.shape} images")
-    gain = ours.astype(np.float64) - theirs
-    rng = np.random.default_rng(0)
-    means = np.concatenate(
-        [
-            gain[rng.integers(0, len(gain), (_AT_ONCE, len(gain)))].mean(axis=1)
-            for _ in range(_DRAWS // _AT_ONCE)
-        ]
-    )
-    low, high = np.quantile(means, (0.025, 0.975)).tolist()
-    return float(gain.mean()), low, high
 
 
 def read_study(path: Path, settings: StudySettings | None = None) -> Study | None:

@@ -27,7 +27,7 @@ def demo(
 
     \b
       ci2p-cache demo                      in a temporary folder, which is kept
-      ci2p-cache demo --out tryout/        in a folder of your choice, new or empty
+      ci2p-cache demo --out tryout/        in a new or empty folder
 
     Generates small labelled pictures, encodes them with the bundled encoder, verifies every byte,
     trains vitds_tiny from the latents, evaluates it, and writes a report: one page with learning

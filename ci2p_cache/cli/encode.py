@@ -70,12 +70,14 @@ def _rates(report: DryRunReport) -> list[tuple[str, str, str]]:
         if report.decode_images_per_second
         else ""
     )
+    bottleneck = "no clear bottleneck: few images, or a busy machine"
+    if report.bottleneck:
+        bottleneck = f"bottleneck: {report.bottleneck}"
     return [
         (
             "speed",
             f"{report.images_per_second:,.1f} images/s",
-            f"g_a ran {report.encoder_share:.0%} of the time; {decode}"
-            f"bottleneck: {report.bottleneck}",
+            f"g_a ran {report.encoder_share:.0%} of the time; {decode}{bottleneck}",
         ),
         (
             "time",

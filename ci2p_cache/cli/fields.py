@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -106,6 +107,7 @@ def takes_options(
     """Adds an option to a command for each field that `record` declares, in their order.
 
     They take the place of the command's own parameter `options`, which then receives the record.
+    Where the command's `config` is such a record, what is not given is as there.
 
     Args:
         record: A dataclass whose fields `option` made.
@@ -123,7 +125,9 @@ def takes_options(
             own = {
                 name: values.pop(declared.flag or name) for name, (*_, declared) in fields.items()
             }
-            command(options=record(**own), **values)
+            made: Any = values.get("config")
+            options = replace(made, **own) if isinstance(made, record) else record(**own)
+            command(options=options, **values)
 
         signature = inspect.signature(command, eval_str=True)
         parameters: list[inspect.Parameter] = []

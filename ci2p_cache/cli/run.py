@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +14,10 @@ from ci2p_cache.cli import choices, render
 from ci2p_cache.errors import InterruptedRunError, UsageError, command
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ci2p_cache.experiment.run import ExperimentSummary, StageEvent
+    from ci2p_cache.experiment.seeds import SeedsSummary
     from ci2p_cache.experiment.spec import Experiment
 
 __all__ = ["run", "show_stage"]
@@ -36,6 +40,16 @@ def run(
     until: Annotated[
         Literal["encode", "train", "evaluate", "report"], typer.Option(help="The last stage.")
     ] = "report",
+    seeds: Annotated[
+        str | None, typer.Option(help="Train once per seed, from one cache.", metavar="0,1,2")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of caches: recipes with the same images and encode settings share one.",
+            metavar="DIR",
+        ),
+    ] = None,
     device: choices.DeviceOption = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run; write nothing.")
@@ -46,9 +60,10 @@ def run(
 
     \b
       ci2p-cache run pipelines/flowers.py                       its recipes
-      ci2p-cache run pipelines/smoke.py:smoke                   half a minute
+      ci2p-cache run pipelines/smoke.py:smoke                   15 seconds
       ci2p-cache run pipelines/flowers.py:vitds_tiny flowers/   all stages
       ci2p-cache run pipelines/flowers.py:vit_tiny flowers/ --set train.epochs=2
+      ci2p-cache run flowers.py:vit_tiny flowers/ --seeds 0,1,2 --cache caches/
       ci2p-cache run imagenet.py:vitds imagenet/ --until encode    then, on GPUs:
       torchrun --nproc-per-node 8 -m ci2p_cache run imagenet.py:vitds imagenet/
 
@@ -76,10 +91,11 @@ def run(
             f"{recipe} does not say where its images are",
             hint=command("run", recipe, "IMAGES"),
         )
+    numbers = _seeds(seeds, set or [])
     if dry_run:
         _print_plan(experiment, out, json=json)
         return
-    _run(experiment, out, until=until, device=device, json=json)
+    _run(experiment, out, numbers, json=json, until=until, device=device, cache_dir=cache)
 
 
 def _list(path: Path, *, json: bool) -> None:
@@ -100,20 +116,39 @@ def _list(path: Path, *, json: bool) -> None:
     render.line(f"run one: {recipe_command(path, next(iter(entries)))}")
 
 
-def _run(experiment: Experiment, out: Path | None, *, until: Any, device: str, json: bool) -> None:
+def _seeds(text: str | None, changes: list[str]) -> list[int] | None:
+    """Reads the seeds that are asked for; None: that of the recipe."""
+    if text is None:
+        return None
+    if any(change.partition("=")[0].strip() == "train.seed" for change in changes):
+        raise UsageError("`--set train.seed` and `--seeds` do not go together: which are meant?")
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"`--seeds` is {text!r}; wanted whole numbers with commas between them, as in 0,1,2"
+        ) from error
+
+
+def _run(
+    experiment: Experiment, out: Path | None, seeds: list[int] | None, *, json: bool, **how: Any
+) -> None:
     from ci2p_cache.cli.train import joined_ranks
     from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
     from ci2p_cache.experiment.run import run_experiment
+    from ci2p_cache.experiment.seeds import SeedsSummary, run_seeds
     from ci2p_cache.process import tune_process
 
-    tune_process(device)
-    with joined_ranks(device) as ranks, render.ProgressLine("run", unit="") as line:
+    tune_process(how["device"])
+    run: Callable[..., ExperimentSummary | SeedsSummary] = run_experiment
+    if seeds is not None:
+        run = functools.partial(run_seeds, seeds=seeds)
+    with joined_ranks(how["device"]) as ranks, render.ProgressLine("run", unit="") as line:
         try:
-            summary = run_experiment(
+            summary = run(
                 experiment,
-                out,
-                device=device,
-                until=until,
+                out=out,
+                **how,
                 on_event=show_stage,
                 encode_observer=EncodeWatch(line),
                 train_observer=TrainWatch(line) if ranks.is_writer else None,
@@ -127,6 +162,8 @@ def _run(experiment: Experiment, out: Path | None, *, until: Any, device: str, j
             return
     if json:
         render.print_json(summary.to_dict())
+    elif isinstance(summary, SeedsSummary):
+        _print_seeds(summary)
     else:
         _print_summary(summary)
 
@@ -172,6 +209,29 @@ def _print_plan(experiment: Experiment, out: Path | None, *, json: bool) -> None
 def _shown(record: Any, field: str) -> str:
     value = getattr(record, field)
     return "none" if value is None else str(value)
+
+
+def _print_seeds(summary: SeedsSummary) -> None:
+    """Prints what an experiment ended with from several seeds."""
+    if summary.mean is None:
+        render.heading(f"{summary.name}: {len(summary.seeds)} seeds")
+    else:
+        spread = ""
+        if summary.deviation is not None:
+            spread = f" (standard deviation {100 * summary.deviation:.2f} points)"
+        each = ", ".join(f"{top1:.2%}" for top1 in summary.top1)
+        render.heading(
+            f"{summary.name}: top-1 {summary.mean:.2%}{spread} of {len(summary.top1)} seeds: {each}"
+        )
+    if summary.claim:
+        render.line(f"  claim       {summary.claim}")
+    render.line(f"  cache       {summary.cache}, {summary.encoded_now:,} images encoded now")
+    for seed, run in zip(summary.seeds, summary.runs, strict=False):
+        render.line(f"  seed {seed:<6} {run}")
+    if summary.report is not None:
+        render.line(f"  report      {summary.report}")
+    for stage, seconds in summary.seconds.items():
+        render.line(f"  {stage:<11} {render.duration(seconds)}")
 
 
 def _print_summary(summary: ExperimentSummary) -> None:

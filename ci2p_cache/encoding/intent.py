@@ -41,7 +41,15 @@ from ci2p_cache.images.decoders import start_decoder_server
 from ci2p_cache.images.source import ImageSource
 from ci2p_cache.specs import DOWNSAMPLING, FORMAT_VERSION, Fingerprint, LatentSpec, LayoutSpec
 
-__all__ = ["Intent", "begin", "committed_shards", "find_intent", "load_chosen", "missing_text"]
+__all__ = [
+    "Intent",
+    "begin",
+    "committed_shards",
+    "find_intent",
+    "fingerprint_of",
+    "load_chosen",
+    "missing_text",
+]
 
 _SORTED = (
     "the images come one class after the other, and rows keep their order. `train` mixes them; "
@@ -153,7 +161,7 @@ def find_intent(
         SourceError, ResourceError: listing failed, or there is no image.
         UsageError: the encoder has no symbols, and symbols are asked for.
     """
-    fingerprint = _fingerprint(options, encoder)
+    fingerprint = fingerprint_of(options, encoder)
     if not (root / MANIFEST).exists():
         layout = options.layout_spec(FORMAT_VERSION)
         if problem := layout.problem(FORMAT_VERSION, fingerprint.latent):
@@ -203,7 +211,12 @@ def find_intent(
     )
 
 
-def _fingerprint(options: EncodeOptions, encoder: FrozenEncoder) -> Fingerprint:
+def fingerprint_of(options: EncodeOptions, encoder: FrozenEncoder) -> Fingerprint:
+    """Returns the fingerprint of a cache that is made with these options and this encoder.
+
+    Raises:
+        UsageError: the encoder has no symbols, and symbols are asked for.
+    """
     if options.dtype in ("int8", "int16") and not encoder.has_symbols:
         raise UsageError(
             f"`dtype` is {options.dtype}, but {options.arch} has no symbols of its own: their "

@@ -9,14 +9,21 @@
         report.html       both, to look at
         .lock             only while somebody runs it
 
+With a folder of caches, experiments with the same images and encode settings share one of them::
+
+    caches/int8-256px-1a2b3c4d5e6f/   named after its fingerprint and what it is of
+           pictures-120-0/            drawn ones
+
 Each stage continues where it stopped, so the experiment itself stores no state.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +32,7 @@ from typing import Literal
 from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.paths import MANIFEST
 from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path
+from ci2p_cache.encoding.intent import fingerprint_of, load_chosen
 from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.encoding.run import encode
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError, command
@@ -51,6 +59,7 @@ __all__ = [
     "StageClock",
     "StageEvent",
     "run_experiment",
+    "write_experiment_report",
 ]
 
 Stage = Literal["pictures", "encode", "train", "evaluate", "report"]
@@ -147,6 +156,7 @@ def run_experiment(
     source: str | Path | None = None,
     device: str = "auto",
     until: Stage = "report",
+    cache_dir: str | Path | None = None,
     on_event: Callable[[StageEvent], None] | None = None,
     encode_observer: EncodeObserver | None = None,
     train_observer: TrainObserver | None = None,
@@ -165,6 +175,7 @@ def run_experiment(
         device: auto, cpu, cuda or cuda:1, of all stages; auto leaves stage one to
             `experiment.encode.devices`.
         until: The last stage to run.
+        cache_dir: Folder of caches that experiments share; None: the cache is in `out`.
         on_event: Called when a stage starts and ends; on rank 0.
         encode_observer: Receives stage one's progress.
         train_observer: Receives stage two's progress and epochs.
@@ -190,17 +201,20 @@ def run_experiment(
             ranks = stack.enter_context(Ranks.from_environment().joined(device))
         clock = StageClock(on_event if ranks.is_writer else None)
         encoded: EncodeSummary | None = None
+        _require_images(experiment)
+        observer = encode_observer or EncodeObserver()
+        source, shards = _places(experiment, root, cache_dir, observer)
         if ranks.world_size > 1:
-            _require_cache(experiment, root)
+            _require_cache(experiment, root, shards)
         if ranks.is_writer:
             stack.enter_context(_folder(experiment, root))
         if ranks.world_size == 1:
-            encoded = _encode(experiment, root, device, clock, encode_observer)
+            encoded = _encode(experiment, source, shards, device, clock, observer)
         trained: TrainSummary | None = None
         if until != "encode":
             with clock.stage("train", f"training {experiment.train.model}") as outcome:
                 trained = train(
-                    root / "shards",
+                    shards,
                     spec=experiment.train,
                     runs_dir=root / "runs",
                     name=experiment.name,
@@ -217,14 +231,14 @@ def run_experiment(
         scores = report = None
         if trained is not None and ranks.is_writer:
             if until in ("evaluate", "report"):
-                scores = _evaluate(experiment, root, trained, device, clock)
+                scores = _evaluate(experiment, shards, trained, device, clock)
             if until == "report":
-                report = _report(root, trained, clock)
+                report = write_experiment_report(root, [trained], shards, clock)
     return ExperimentSummary(
         name=experiment.name,
         claim=experiment.claim,
         path=str(root),
-        cache=str(root / "shards"),
+        cache=str(shards),
         encoded=encoded,
         trained=trained,
         scores=scores,
@@ -233,8 +247,42 @@ def run_experiment(
     )
 
 
-def _require_cache(experiment: Experiment, root: Path) -> None:
-    if read_experiment(root) is None or not (root / "shards" / MANIFEST).exists():
+def _require_images(experiment: Experiment) -> None:
+    if experiment.source is None and experiment.generate is None:
+        raise UsageError(
+            f"experiment {experiment.name} does not say where its images are",
+            hint=command("run", "FILE.py:NAME", "IMAGES"),
+        )
+
+
+def _places(
+    experiment: Experiment, root: Path, cache_dir: str | Path | None, observer: EncodeObserver
+) -> tuple[str, Path]:
+    """Returns where the images of an experiment are or will be drawn, and where its cache is.
+
+    In a folder of caches it has a name that follows from everything that its latents, their places
+    and their labels depend on: the fingerprint above all.
+    """
+    options, drawn = experiment.encode, f"pictures-{experiment.generate}-{experiment.encode.seed}"
+    place = root / "pictures" if cache_dir is None else Path(cache_dir, drawn)
+    source = str(place) if experiment.source is None else experiment.source
+    if cache_dir is None:
+        return source, root / "shards"
+    refuse_url(cache_dir, what="cache")
+    fingerprint = fingerprint_of(options, load_chosen(options, observer))
+    is_here = experiment.source is None or Path(source).exists()
+    bound = {
+        "source": str(Path(source).resolve()) if is_here else source,
+        "fingerprint": fingerprint.digest,
+        "layout": options.layout_spec().to_dict(),
+        "options": dataclasses.asdict(options.source_options()),
+    }
+    digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+    return source, Path(cache_dir, f"{options.dtype}-{options.size}px-{digest[:12]}")
+
+
+def _require_cache(experiment: Experiment, root: Path, shards: Path) -> None:
+    if read_experiment(root) is None or not (shards / MANIFEST).exists():
         raise UsageError(
             f"{root} has no cache to train from yet; several ranks only train",
             hint=command(
@@ -248,11 +296,6 @@ def _require_cache(experiment: Experiment, root: Path) -> None:
 @contextmanager
 def _folder(experiment: Experiment, root: Path) -> Iterator[None]:
     """Makes the experiment's folder or continues one; holds its lock while the block runs."""
-    if experiment.source is None and experiment.generate is None:
-        raise UsageError(
-            f"experiment {experiment.name} does not say where its images are",
-            hint=command("run", "FILE.py:NAME", "IMAGES"),
-        )
     if root.exists() and not root.is_dir():
         raise RunMismatchError(f"{root} is a file; wanted a folder", hint="choose another --out")
     made = read_experiment(root) if root.is_dir() else None
@@ -276,21 +319,19 @@ def _folder(experiment: Experiment, root: Path) -> Iterator[None]:
 
 def _encode(
     experiment: Experiment,
-    root: Path,
+    source: str,
+    shards: Path,
     device: str,
     clock: StageClock,
-    observer: EncodeObserver | None,
+    observer: EncodeObserver,
 ) -> EncodeSummary:
-    source = experiment.source
-    if source is None:
-        assert experiment.generate is not None
-        source = str(root / "pictures")
-        _draw(root / "pictures", experiment.generate, experiment.encode.seed, clock)
+    if experiment.generate is not None:
+        _draw(Path(source), experiment.generate, experiment.encode.seed, clock)
     options = experiment.encode
     if device != "auto":
         options = dataclasses.replace(options, devices=device)
-    with clock.stage("encode", f"encoding {source} into {root / 'shards'}") as outcome:
-        summary = encode(source, root / "shards", options, observer=observer)
+    with clock.stage("encode", f"encoding {source} into {shards}") as outcome:
+        summary = encode(source, shards, options, observer=observer)
         splits = ", ".join(f"{name} {count:,}" for name, count in summary.splits.items())
         outcome.append(
             f"{summary.images:,} images ({splits}), {summary.bytes_per_image / 1000:.1f} kB each, "
@@ -304,7 +345,7 @@ def _draw(pictures: Path, per_class: int, seed: int, clock: StageClock) -> None:
     if pictures.exists():
         return
     with clock.stage("pictures", f"drawing pictures into {pictures}") as outcome:
-        drawn = pictures.with_name(".pictures")
+        drawn = pictures.with_name(f".{pictures.name}")
         remove_path(drawn)
         with disk_errors(drawn):
             count = sum(1 for _ in write_pictures(drawn, per_class=per_class, seed=seed))
@@ -313,7 +354,7 @@ def _draw(pictures: Path, per_class: int, seed: int, clock: StageClock) -> None:
 
 
 def _evaluate(
-    experiment: Experiment, root: Path, trained: TrainSummary, device: str, clock: StageClock
+    experiment: Experiment, shards: Path, trained: TrainSummary, device: str, clock: StageClock
 ) -> Scores | None:
     """Evaluates the run on its validation split; reads what a finished one was evaluated to."""
     if trained.last.val_top1 is None:
@@ -326,7 +367,7 @@ def _evaluate(
                 run, str(read_json(run / "checkpoints" / "last.json").get(checkpoint))
             )
         if found is None:
-            found = evaluate(run, cache=root / "shards", checkpoint=checkpoint, device=device)
+            found = evaluate(run, cache=shards, checkpoint=checkpoint, device=device)
         scores = Scores(**{each.name: getattr(found, each.name) for each in fields(Scores)})
         outcome.append(f"top-1 {scores.top1:.2%} of {scores.samples:,} images")
         if found.top1_low <= 1 / len(found.per_class):
@@ -347,15 +388,22 @@ def _evaluated(run: Path, checkpoint: str) -> Evaluation | None:
     return None
 
 
-def _report(root: Path, trained: TrainSummary, clock: StageClock) -> str:
+def write_experiment_report(
+    root: Path, trained: Sequence[TrainSummary], shards: Path, clock: StageClock
+) -> str:
+    """Writes the report on an experiment's runs and cache, unless it is there and still true.
+
+    Raises:
+        CacheError: whatever `write_report` raises.
+    """
     path = root / "report.html"
-    if path.exists() and not trained.trained_epochs:
+    if path.exists() and not any(each.trained_epochs for each in trained):
         return str(path)
     # Only here: drawing takes long to import, and a finished experiment draws nothing.
     from ci2p_cache.pictures.reconstructions import LatentIllustrator
     from ci2p_cache.report.html import write_report
 
     with clock.stage("report", f"writing {path}") as outcome:
-        write_report([trained.path, root / "shards"], path, illustrator=LatentIllustrator())
+        write_report([*(t.path for t in trained), shards], path, illustrator=LatentIllustrator())
         outcome.append(f"{path.stat().st_size / 1e6:.1f} MB")
     return str(path)

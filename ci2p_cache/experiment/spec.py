@@ -65,7 +65,7 @@ _ONE_CALL = ("plan_only", "finalise", "shard_range", "retry_failed", "rescan", "
 
 _FREE_FIELDS = {
     *("claim", "source", "encode.root", "encode.batch_size", "encode.workers", "encode.devices"),
-    *("encode.max_errors", "encode.executor"),
+    *("encode.max_errors", "encode.executor", "train.init_from"),
 }
 """Fields that change no number of an experiment, and may differ when it continues."""
 

@@ -29,11 +29,12 @@ from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.names import Tally, as_key
 from ci2p_cache.images.reading import read_file
 from ci2p_cache.images.tree import DiskTree
-from ci2p_cache.inference.run_folder import RunFolder, load_model, load_run_encoder, open_run
+from ci2p_cache.inference.run_folder import load_model, load_run_encoder
 from ci2p_cache.machine import checked_device, ieee_float32, num_cores
 from ci2p_cache.record import Record
 from ci2p_cache.specs import Fingerprint
 from ci2p_cache.training.metrics import autocast
+from ci2p_cache.training.opened import RunFolder, open_run
 
 if TYPE_CHECKING:
     from ci2p_cache.encoder.frozen import FrozenEncoder

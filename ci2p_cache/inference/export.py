@@ -43,9 +43,9 @@ from ci2p_cache.errors import (
 from ci2p_cache.inference.classifier import Classifier, find_pictures, load_classifier
 from ci2p_cache.outputs import check_output
 from ci2p_cache.record import Record
+from ci2p_cache.runs.files import EXPORT_FACTS
 
 __all__ = [
-    "EXTRA_FILE",
     "ExportCheck",
     "ExportSummary",
     "Exported",
@@ -59,9 +59,6 @@ __all__ = [
 Format = Literal["onnx", "torch"]
 
 _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-
-EXTRA_FILE = "ci2p_cache.json"
-"""Where a `.pt2` keeps what ONNX has as `metadata_props`."""
 
 _MAX_BATCH = 2**16
 
@@ -335,7 +332,7 @@ def write_exported(
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: batch},))
         if to == "torch":
-            extra = {EXTRA_FILE: json.dumps(dict(metadata))}
+            extra = {EXPORT_FACTS: json.dumps(dict(metadata))}
             torch.export.save(program, path, extra_files=extra)
             return
         name = next(spec.arg.name for spec in program.graph_signature.input_specs

@@ -35,7 +35,7 @@ from ci2p_cache.errors import (
     RefusedError,
     UsageError,
 )
-from ci2p_cache.inference.run_folder import RunFolder, load_model, open_run
+from ci2p_cache.inference.run_folder import load_model
 from ci2p_cache.loader.batches import Batch, BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.machine import checked_device, ieee_float32
@@ -48,10 +48,11 @@ from ci2p_cache.runs.evaluations import (
     Evaluation,
     evaluation_name,
     prediction_bytes,
-    wilson_interval,
 )
+from ci2p_cache.runs.statistics import wilson_interval
 from ci2p_cache.training.inputs import data_digest, train_and_val
 from ci2p_cache.training.metrics import Validation, validate
+from ci2p_cache.training.opened import RunFolder, open_run
 from ci2p_cache.training.ranks import Ranks
 
 __all__ = [

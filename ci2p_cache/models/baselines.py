@@ -1,4 +1,6 @@
-"""Models on images that CI2P is compared with: `PixelViT`, `CnnViT`, and their records.
+"""Models on images: `PixelViT` and `CnnViT`, which CI2P is compared with, and `EncoderViT`.
+
+The last is CI2P with its encoder unfrozen. Beside the models are their records.
 
 Images are float32 in [0, 1], as `PixelLoader` gives them; what normalises them is in the model.
 
@@ -29,7 +31,16 @@ from ci2p_cache.models.ci2p_vit import (
 from ci2p_cache.record import Record
 from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
 
-__all__ = ["CnnViT", "CnnViTConfig", "Normalise", "PixelViT", "PixelViTConfig", "check_images"]
+__all__ = [
+    "CnnViT",
+    "CnnViTConfig",
+    "EncoderViT",
+    "EncoderViTConfig",
+    "Normalise",
+    "PixelViT",
+    "PixelViTConfig",
+    "check_images",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Means of ImageNet's channels in [0, 1], as torchvision's and most of timm's models use them."""
@@ -91,6 +102,59 @@ class CnnViTConfig(Record):
         sizes = dict.fromkeys(("embed_dim", "depth", "encoder_width", "latent_channels"), (1, 1))
         check_fields(self, **sizes, image_size=(SIZE_MULTIPLE_PX, SIZE_MULTIPLE_PX))
 
+    @property
+    def latent(self) -> ModelConfig:
+        """The model behind the encoder."""
+        return ModelConfig(
+            name=self.name,
+            embed_dims=(self.embed_dim,),
+            depths=(self.depth,),
+            num_classes=self.num_classes,
+            latent_channels=self.latent_channels,
+            pos_embed=self.pos_embed,
+            latent_size=self.image_size // DOWNSAMPLING,
+            drop_path_rate=self.drop_path_rate,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderViTConfig(Record):
+    """Everything that fixes the tensors of an `EncoderViT`."""
+
+    kind: Literal["encoder_vit"] = "encoder_vit"
+    """How `config_from_dict` distinguishes records."""
+    version: int = 1
+    latent: ModelConfig
+    """The model behind the encoder."""
+    encoder_width: int = 128
+    """N of g_a; that of CompressAI quality 1-5, the paper's."""
+
+    reads: ClassVar[Literal["images"]] = "images"
+    """What the model takes: images in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, encoder_width=(1, 1))
+
+    @property
+    def name(self) -> str:
+        """Name of the model behind the encoder."""
+        return self.latent.name
+
+    @property
+    def num_classes(self) -> int:
+        """Its number of classes."""
+        return self.latent.num_classes
+
+    @property
+    def drop_path_rate(self) -> float:
+        """Its stochastic depth."""
+        return self.latent.drop_path_rate
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Its blocks."""
+        return self.latent.depths
+
 
 class Normalise(nn.Module):
     """Takes images in [0, 1] to what a model was made for: (images - mean) / std, per channel."""
@@ -146,35 +210,23 @@ class PixelViT(nn.Module):
         return self.head(self.norm(self.blocks(tokens_BND)).mean(dim=1))  # type: ignore[no-any-return]  # modules' calls are untyped
 
 
-class CnnViT(nn.Module):
-    """The paper's control CNN-ViT, as we read it: a trainable g_a, then CI2P-ViT.
+class EncoderViT(nn.Module):
+    """An encoder and the model on its latents, trained together.
 
     ::
 
-        images in [0, 1] -> AnalysisTransform /16 -> CI2PViT: PatchReshape /2 -> blocks -> ...
+        images in [0, 1] -> AnalysisTransform /16 -> y -> CI2PViT -> logits
 
-    The summary of arXiv 2502.10120 names it and its published code lacks it. Ours: the topology of
-    the frozen encoder, drawn at random and trained with the rest. Like the encoder it takes images
-    without mean and deviation. H and W are multiples of 32 and otherwise free, unless there is a
-    positional embedding.
+    y is not rounded, which would have no gradient. Like the frozen encoder it takes images without
+    mean and deviation. H and W are multiples of 32 and otherwise free, unless there is a positional
+    embedding.
     """
 
-    def __init__(self, config: CnnViTConfig) -> None:
+    def __init__(self, config: EncoderViTConfig | CnnViTConfig) -> None:
         super().__init__()
         self.config = config
-        self.g_a = AnalysisTransform(config.encoder_width, config.latent_channels)
-        self.vit = CI2PViT(
-            ModelConfig(
-                name=config.name,
-                embed_dims=(config.embed_dim,),
-                depths=(config.depth,),
-                num_classes=config.num_classes,
-                latent_channels=config.latent_channels,
-                pos_embed=config.pos_embed,
-                latent_size=config.image_size // DOWNSAMPLING,
-                drop_path_rate=config.drop_path_rate,
-            )
-        )
+        self.g_a = AnalysisTransform(config.encoder_width, config.latent.latent_channels)
+        self.vit = CI2PViT(config.latent)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Returns logits (B, K), or pooled features (B, D) where K is 0.
@@ -185,6 +237,14 @@ class CnnViT(nn.Module):
         """
         check_images(images_B3HW, name=self.config.name)
         return self.vit(self.g_a(images_B3HW))  # type: ignore[no-any-return]  # modules' calls are untyped
+
+
+class CnnViT(EncoderViT):
+    """The paper's control CNN-ViT, as we read it: a trainable g_a, then CI2P-ViT.
+
+    The summary of arXiv 2502.10120 names it and its published code lacks it. Ours: the topology of
+    the frozen encoder, drawn at random and trained with the rest.
+    """
 
 
 def check_images(images: Tensor, *, name: str, size: int | None = None) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "Published",
     "complexity",
     "complexity_table",
+    "tensor_shapes",
     "trainable_parameters",
 ]
 
@@ -265,6 +266,15 @@ def trainable_parameters(config: AnyModelConfig) -> int:
         UsageError: the installed timm cannot build it.
     """
     return _parameters(_built(config))
+
+
+def tensor_shapes(what: AnyModelConfig | tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each tensor of a model, or of g_a of width N and M channels, by name.
+
+    Raises:
+        UsageError: the installed timm cannot build it.
+    """
+    return {name: tuple(tensor.shape) for name, tensor in _built(what).state_dict().items()}
 
 
 def _parameters(model: nn.Module) -> int:

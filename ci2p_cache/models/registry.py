@@ -29,7 +29,14 @@ from typing import Any, Literal
 from torch import nn
 
 from ci2p_cache.errors import ManifestError, UnknownModelError, UsageError
-from ci2p_cache.models.baselines import CnnViT, CnnViTConfig, PixelViT, PixelViTConfig
+from ci2p_cache.models.baselines import (
+    CnnViT,
+    CnnViTConfig,
+    EncoderViT,
+    EncoderViTConfig,
+    PixelViT,
+    PixelViTConfig,
+)
 from ci2p_cache.models.ci2p_vit import CI2PViT, ModelConfig
 from ci2p_cache.models.timm_models import (
     CI2P_TIMM_PREFIX,
@@ -52,7 +59,9 @@ __all__ = [
     "model_config",
 ]
 
-AnyModelConfig = ModelConfig | PixelViTConfig | CnnViTConfig | TimmConfig | CI2PTimmConfig
+AnyModelConfig = (
+    ModelConfig | PixelViTConfig | CnnViTConfig | EncoderViTConfig | TimmConfig | CI2PTimmConfig
+)
 """The record of any model; each has `name`, `num_classes` and `reads`."""
 
 _SCALES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -74,6 +83,8 @@ _KINDS: dict[str, tuple[type[AnyModelConfig], Callable[[Any], nn.Module]]] = {
     "": (ModelConfig, CI2PViT),
     "pixel_vit": (PixelViTConfig, PixelViT),
     "cnn_vit": (CnnViTConfig, CnnViT),
+    # Of no name: `train --train-encoder` puts the cache's encoder in front of `vit` and `vitds`.
+    "encoder_vit": (EncoderViTConfig, EncoderViT),
     "timm": (TimmConfig, TimmClassifier),
     "ci2p_timm": (CI2PTimmConfig, build_ci2p_timm),
 }

@@ -110,9 +110,13 @@ def read_run(path: Path) -> RunData:
     except (OSError, ManifestError, TypeError) as error:
         text = _damage_of(MODEL_FILE, error)
         remarks.append((f"{text} Classes have numbers instead of names.", ""))
-    trained = frozen = None
+    parameters = trained = None
     try:
         trained, frozen = num_parameters(path)
+        parameters = None if frozen is None else trained + frozen
+        if settings["spec"].get("freeze"):
+            # How many of them are in the layers that were kept is not recorded.
+            trained = None
     except CacheError as error:
         if titles:
             remarks.append((f"The number of parameters is not known: {error}.", ""))
@@ -147,7 +151,7 @@ def read_run(path: Path) -> RunData:
         evaluations=found,
         evaluation=evaluation,
         predictions=predictions,
-        parameters=None if trained is None or frozen is None else trained + frozen,
+        parameters=parameters,
         trained=trained,
         command=_train_command(path, args),
         written=f"{datetime.fromtimestamp(written, UTC):%Y-%m-%d %H:%M} UTC",

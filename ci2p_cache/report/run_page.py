@@ -1,10 +1,4 @@
-"""The sections of runs: how one went and where it is wrong; several against the first.
-
-How far the difference of two accuracies may be off is an interval over the images: B. Efron,
-"Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1), 1979. Of two runs,
-drawing n images with replacement and counting is drawing the counts of their pairs, multinomially.
-So no image has to be drawn, and a million cost nothing.
-"""
+"""The sections of runs: how one went and where it is wrong; several against the first."""
 
 from __future__ import annotations
 
@@ -25,6 +19,7 @@ from ci2p_cache.report.charts import (
     line_chart,
     stacked_chart,
 )
+from ci2p_cache.report.compared import difference, few_names, seed_table
 from ci2p_cache.report.data import RunData, is_encoded_again
 from ci2p_cache.report.elements import (
     Cell,
@@ -42,16 +37,14 @@ from ci2p_cache.report.elements import (
     tiles,
     typed,
 )
-from ci2p_cache.runs.evaluations import Evaluation, Predictions, wilson_interval
+from ci2p_cache.runs.evaluations import Evaluation, Predictions
 from ci2p_cache.runs.files import best_epoch_of, mean_wait_share, training_seconds
+from ci2p_cache.runs.statistics import wilson_interval
 
 if TYPE_CHECKING:
     from ci2p_cache.pictures.reconstructions import LatentIllustrator
 
 __all__ = ["comparison_section", "run_section"]
-
-_DRAWS, _SEED = 10_000, 0
-_QUANTILES = (0.025, 0.975)
 
 _LISTED_CLASSES = 30
 """Up to this many all classes are listed; of more the best and worst."""
@@ -339,10 +332,7 @@ def _pictures(
 def comparison_section(runs: Sequence[RunData], *, anchor: str) -> Html:
     """Returns the section that compares runs with the first one."""
     base = runs[0].predictions
-    differences = [
-        None if run.predictions is None or base is None else _difference(run.predictions, base)
-        for run in runs[1:]
-    ]
+    differences = [difference([run], runs[:1]) for run in runs[1:]]
     parts = [
         _result_table(runs, differences),
         Html(
@@ -350,10 +340,11 @@ def comparison_section(runs: Sequence[RunData], *, anchor: str) -> Html:
             "far. Differences are paired, image by image; one whose interval holds 0 is none that "
             "these images show. What another seed would change is not in them.</p>"
         ),
+        seed_table(runs),
     ]
     missing = [run.name for run in runs if run.predictions is None]
     if missing:
-        parts.append(notice(f"Not evaluated, or without predictions: {_listed(missing)}."))
+        parts.append(notice(f"Not evaluated, or without predictions: {few_names(missing)}."))
     other = [
         run.name
         for run, difference in zip(runs[1:], differences, strict=True)
@@ -361,7 +352,7 @@ def comparison_section(runs: Sequence[RunData], *, anchor: str) -> Html:
     ]
     if other:
         text = f"Evaluated on other images than {runs[0].name}, so not compared image by image: "
-        parts.append(notice(f"{text}{_listed(other)}."))
+        parts.append(notice(f"{text}{few_names(other)}."))
     title = f"{len(runs)} runs compared"
     return section(title, *parts, _compared_curves(runs), _differing_settings(runs), anchor=anchor)
 
@@ -401,32 +392,6 @@ def _evaluated(run: RunData) -> str:
     right, count = int(run.predictions.correct.sum()), len(run.predictions.correct)
     low, high = wilson_interval(right, count)
     return f"{percent(right / count)} [{percent(low)}, {percent(high)}]"
-
-
-def _difference(ours: Predictions, base: Predictions) -> tuple[float, float, float] | None:
-    """Returns by how many points a run is better than another, and the 95 % interval of that.
-
-    None where they did not predict the same images with the same labels, because then the images
-    differ as well as the runs.
-    """
-    left, right = np.argsort(ours.row, kind="stable"), np.argsort(base.row, kind="stable")
-    if not (
-        np.array_equal(ours.row[left], base.row[right])
-        and np.array_equal(ours.label[left], base.label[right])
-        and [ours.key[i] for i in left] == [base.key[i] for i in right]
-    ):
-        return None
-    change = ours.correct[left].astype(np.int8) - base.correct[right].astype(np.int8)
-    count = len(change)
-    shares = [float((change == value).mean()) for value in (-1, 0, 1)]
-    drawn = np.random.default_rng(_SEED).multinomial(count, shares, _DRAWS)
-    low, high = np.quantile((drawn[:, 2] - drawn[:, 0]) / count, _QUANTILES).tolist()
-    return 100 * float(change.mean()), 100 * low, 100 * high
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + rest
 
 
 def _compared_curves(runs: Sequence[RunData]) -> Html:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +41,6 @@ __all__ = [
     "predictions_path",
     "read_evaluation",
     "read_predictions",
-    "wilson_interval",
 ]
 
 EVALUATIONS = "evaluations"
@@ -66,9 +64,6 @@ _SCHEMA = pa.schema(
 
 _READ = ("row", "key", "label", "predicted", "confidence", "correct")
 """Columns of `Predictions`."""
-
-_Z = 1.959963984540054
-"""Standard deviations within which 95 % of a normal distribution are."""
 
 
 def evaluation_name(
@@ -246,20 +241,3 @@ def read_predictions(path: Path) -> Predictions:
     return Predictions(
         key=key, **{name: each.to_numpy(zero_copy_only=False) for name, each in columns.items()}
     )
-
-
-def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
-    """Returns the 95 % score interval of a share (Wilson 1927), 0 <= low < high <= 1.
-
-    A bootstrap of none right, or of all, has no width; this one has, however few images there are.
-
-    Args:
-        correct: Images classified right, 0 <= correct <= samples.
-        samples: All images, at least 1.
-    """
-    share, z2 = correct / samples, _Z**2 / samples
-    middle = (share + z2 / 2) / (1 + z2)
-    half = _Z / (1 + z2) * sqrt(share * (1 - share) / samples + z2 / samples / 4)
-    # Rounding would leave 1e-17 at the ends.
-    low = 0.0 if correct == 0 else middle - half
-    return low, 1.0 if correct == samples else middle + half

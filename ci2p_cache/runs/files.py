@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARGS",
+    "EXPORT_FACTS",
     "MODEL_FILE",
     "SUMMARY",
     "EpochRecord",
@@ -56,6 +57,9 @@ __all__ = [
 ]
 
 ARGS, MODEL_FILE, SUMMARY = "args.yaml", "model.json", "summary.csv"
+
+EXPORT_FACTS = "ci2p_cache.json"
+"""Where an exported `.pt2` keeps what ONNX has as `metadata_props`."""
 
 _MAX_ARGS_BYTES = 2**16
 """Ours have a few thousand."""
@@ -88,15 +92,19 @@ def args_bytes(args: dict[str, Any]) -> bytes:
     return text.encode()
 
 
-def read_args(run: Path) -> dict[str, Any]:
+def read_args(run: Path, name: str = ARGS) -> dict[str, Any]:
     """Reads the `args.yaml` of a run, which may come from a stranger.
+
+    Args:
+        run: The folder.
+        name: What the file is called there.
 
     Raises:
         FileNotFoundError: there is none, so it is no run.
         ManifestError: it is a link, too large, or no mapping of plain values.
         OSError: it cannot be read.
     """
-    return read_yaml(run / ARGS, max_bytes=_MAX_ARGS_BYTES)
+    return read_yaml(run / name, max_bytes=_MAX_ARGS_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

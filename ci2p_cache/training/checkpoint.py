@@ -20,6 +20,7 @@ agree). Nothing is pickled.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -28,7 +29,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -56,6 +57,7 @@ __all__ = [
     "read_state",
     "read_tensors",
     "share_checkpoint",
+    "weights_and_digest",
     "weights_of",
 ]
 
@@ -231,6 +233,15 @@ def read_state(folder: Path) -> TrainState:
 def weights_of(folder: Path) -> dict[str, Tensor]:
     """Returns the weights that gave a checkpoint's accuracy, checked against their digest, on CPU.
 
+    Raises:
+        CheckpointError: as `weights_and_digest`.
+    """
+    return weights_and_digest(folder)[0]
+
+
+def weights_and_digest(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """Returns the weights that a checkpoint's accuracy is of, on CPU, and their file's sha256.
+
     These are the averages where the run makes them, and otherwise the model's own.
 
     Raises:
@@ -239,7 +250,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     try:
         listed = listed_files(folder)
         name = AVERAGE if AVERAGE in listed else MODEL
-        return read_tensors(folder / name, listed[name])
+        return read_tensors(folder / name, listed[name]), listed[name].sha256
     except _DAMAGES as error:
         raise CheckpointError(
             f"{folder} is not a whole checkpoint: {error}",
@@ -301,12 +312,15 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run folder; one process at a time, which the run's lock sees to.
 
-    They are of the run of that digest, and whole only with averaged weights if `has_average`.
+    They are of the run of these digests, the first of which new ones get, and whole only with
+    averaged weights if `has_average`.
     """
 
-    def __init__(self, staging: StagingArea, *, run: str, has_average: bool = False) -> None:
+    def __init__(
+        self, staging: StagingArea, *, runs: Sequence[str], has_average: bool = False
+    ) -> None:
         self._staging = staging
-        self._run = run
+        self._runs = runs
         self._has_average = has_average
         self._folder = staging.root / CHECKPOINTS
         self._newest: str | None = None
@@ -410,8 +424,9 @@ class CheckpointStore:
             if (AVERAGE in listed) != self._has_average:
                 raise CheckpointError(f"{DIGESTS} lists other files than this run saves")
             state = read_state(folder)
-            if state.run != self._run or state.name != name:
+            if state.run not in self._runs or state.name != name:
                 raise CheckpointError(f"{STATE} is of another run or place")
+            state = dataclasses.replace(state, run=self._runs[0])
             names = (MODEL, OPTIMIZER, *([AVERAGE] if self._has_average else []))
             return Checkpoint(state, *(read_tensors(folder / each, listed[each]) for each in names))
         except _DAMAGES as error:

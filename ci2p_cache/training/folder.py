@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,15 @@ from ci2p_cache.cache.lock import locked
 from ci2p_cache.cache.paths import ENCODER
 from ci2p_cache.cache.staging import StagingArea, disk_errors
 from ci2p_cache.cache.store import Cache
-from ci2p_cache.errors import DigestError, ManifestError, RunMismatchError, UsageError
+from ci2p_cache.errors import (
+    DigestError,
+    InputDataError,
+    ManifestError,
+    RunMismatchError,
+    UsageError,
+)
 from ci2p_cache.models.registry import AnyModelConfig
-from ci2p_cache.record import differing_fields, read_regular
+from ci2p_cache.record import read_regular
 from ci2p_cache.runs.files import (
     ARGS,
     MODEL_FILE,
@@ -38,7 +46,14 @@ from ci2p_cache.training.spec import TrainSpec
 from ci2p_cache.training.step import TakenStep
 from ci2p_cache.training.trainer import Learner
 
-__all__ = ["RunWriter", "copy_encoder", "open_writer", "read_run_args", "run_path"]
+__all__ = [
+    "RunWriter",
+    "copy_encoder",
+    "open_writer",
+    "read_args_file",
+    "read_run_args",
+    "run_path",
+]
 
 
 def copy_encoder(cache: Cache, config: AnyModelConfig, staging: StagingArea) -> FileRecord | None:
@@ -102,15 +117,11 @@ class RunWriter:
     The observer receives epochs that are safe on disk.
     """
 
-    def __init__(
-        self, staging: StagingArea, settings: RunSettings, *, observer: TrainObserver
-    ) -> None:
+    def __init__(self, staging: StagingArea, args: RunArgs, *, observer: TrainObserver) -> None:
         self._staging = staging
         self._observer = observer
-        self._spec = settings.spec
-        self._store = CheckpointStore(
-            staging, run=settings.digest, has_average=settings.spec.ema > 0
-        )
+        self._spec = spec = args.settings.spec
+        self._store = CheckpointStore(staging, runs=args.digests, has_average=spec.ema > 0)
         self._events = staging.root / "tensorboard"
         self._board: Any = None
         self._num_epochs = self._steps = 0
@@ -272,17 +283,17 @@ def open_writer(
         if started is not None and overwrite:
             _clear(path)
             started = None
-        if started is not None:
-            _refuse_difference(path, started.settings, args.settings)
+        held = args if started is None else _continued(path, started, args.settings)
         with StagingArea(path, name="train") as staging:
-            if started is None:
-                staging.put(ARGS, args_bytes(args.to_dict()))
-            elif started.numerics != args.numerics:
+            if held != started:
+                # Checkpoints of the shorter run count as well: whatever ends this process here.
+                staging.put(ARGS, args_bytes(held.to_dict()))
+            if started is not None and started.numerics != args.numerics:
                 observer.notice(_changed_numerics(started.numerics, args.numerics))
             if not (path / MODEL_FILE).exists():
                 encoder = copy_encoder(cache, config, staging)
                 staging.put_json(MODEL_FILE, model_record(cache, config, encoder))
-            yield RunWriter(staging, args.settings, observer=observer)
+            yield RunWriter(staging, held, observer=observer)
 
 
 def read_run_args(path: Path) -> RunArgs | None:
@@ -292,10 +303,22 @@ def read_run_args(path: Path) -> RunArgs | None:
         ManifestError: it is damaged or of another version.
     """
     file = path / ARGS
-    if not file.exists():
-        return None
+    return read_args_file(file) if file.exists() else None
+
+
+def read_args_file(file: Path) -> RunArgs:
+    """Reads an `args.yaml`, wherever it is and whatever it is called.
+
+    Raises:
+        InputDataError: there is no such file.
+        ManifestError: it is damaged or of another version.
+    """
     try:
-        return RunArgs.from_dict(read_args(path))
+        return RunArgs.from_dict(read_args(file.parent, file.name))
+    except FileNotFoundError as error:
+        raise InputDataError(
+            f"there is no file {file}", hint="name the args.yaml of a run: --config RUN/args.yaml"
+        ) from error
     except (ManifestError, OSError) as error:
         raise ManifestError(f"{file} is damaged or of another version: {error}") from error
 
@@ -320,12 +343,33 @@ def _refuse_foreign(path: Path) -> None:
     )
 
 
-def _refuse_difference(path: Path, made: RunSettings, asked: RunSettings) -> None:
-    if made == asked:
-        return
+def _continued(path: Path, made: RunArgs, asked: RunSettings) -> RunArgs:
+    """Returns what the folder holds from now on: the same run, or the same with more epochs.
+
+    Raises:
+        RunMismatchError: the run has other settings, or cannot be given other epochs.
+    """
+    differences = made.settings.differences(asked)
+    if not differences:
+        return made
+    before, now = made.settings.spec.epochs, asked.spec.epochs
+    if [name for name, *_ in differences] == ["spec.epochs"] and before < now:
+        if asked.spec.is_extensible:
+            return replace(
+                made,
+                # Where the initial weights are now may be said anew.
+                settings=replace(made.settings, spec=asked.spec),
+                extended_from=(*made.extended_from, before),
+            )
+        raise RunMismatchError(
+            f"{path} is a run of {before} `epochs` (--epochs), {now} are asked for: every learning "
+            "rate of its schedule follows from their number; nothing was changed",
+            hint=f"--init-from {shlex.quote(str(path))} with another --name trains on from its "
+            "weights. Runs with --min-lr as high as --lr, and --warmup-epochs, take more --epochs.",
+        )
     lines = [
         f"  {name}: {ours!r} in the folder, {theirs!r} asked for"
-        for name, ours, theirs in differing_fields(made, asked)
+        for name, ours, theirs in differences
     ]
     raise RunMismatchError(
         f"{path} holds a run with other settings; nothing was changed:\n" + "\n".join(lines),

@@ -8,20 +8,31 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ci2p_cache import __version__
 from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
-from ci2p_cache.errors import InputDataError, UsageError
+from ci2p_cache.errors import (
+    CheckpointError,
+    DigestError,
+    InputDataError,
+    ManifestError,
+    UsageError,
+)
+from ci2p_cache.models.baselines import EncoderViTConfig
+from ci2p_cache.models.ci2p_vit import ModelConfig
 from ci2p_cache.models.registry import AnyModelConfig, build_model, model_config
+from ci2p_cache.training.checkpoint import read_tensors
 from ci2p_cache.training.loaders import require_labels, splits_of
-from ci2p_cache.training.optim import parameter_layers
+from ci2p_cache.training.optim import freeze_layers, parameter_layers
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
     "data_digest",
+    "encoder_tensors",
     "model_config_for",
     "model_record",
     "require_layers",
@@ -32,8 +43,15 @@ __all__ = [
 _MODEL_RECORD_VERSION = 2
 
 
-def model_config_for(cache: Cache, spec: TrainSpec) -> AnyModelConfig:
+def model_config_for(
+    cache: Cache, spec: TrainSpec, *, num_classes: int | None = None
+) -> AnyModelConfig:
     """Returns the record of the model that reads this cache's latents, or its images.
+
+    Args:
+        cache: The cache.
+        spec: Names the model.
+        num_classes: Outputs; None: those of the cache.
 
     Raises:
         UnknownModelError: no model has the spec's name.
@@ -42,24 +60,69 @@ def model_config_for(cache: Cache, spec: TrainSpec) -> AnyModelConfig:
     """
     require_labels(cache)
     latent = cache.fingerprint.latent
-    return model_config(
+    config = model_config(
         spec.model,
-        num_classes=len(cache.classes),
+        num_classes=len(cache.classes) if num_classes is None else num_classes,
         latent_channels=latent.channels,
         pos_embed=spec.pos_embed,
         latent_size=latent.height,
         drop_path_rate=spec.drop_path,
     )
+    if not spec.train_encoder:
+        return config
+    if not isinstance(config, ModelConfig):
+        raise UsageError(
+            f"`train_encoder` (--train-encoder) takes vit or vitds, of any size; `model` is "
+            f"{spec.model}"
+        )
+    return EncoderViTConfig(
+        latent=config, encoder_width=len(encoder_tensors(cache)["g_a.0.weight"])
+    )
+
+
+def encoder_tensors(cache: Cache) -> dict[str, Tensor]:
+    """Returns what an `EncoderViT` takes over from a cache: its encoder's g_a, on CPU.
+
+    Raises:
+        UsageError: the encoder has other layers than that of bmshj2018-factorized.
+        DigestError: the cache's encoder is missing or damaged.
+    """
+    # Only here: it counts operations too, which takes parts of torch that training does without.
+    from ci2p_cache.models.complexity import tensor_shapes
+
+    path = cache.encoder_path
+    try:
+        found = read_tensors(path, cache.manifest.encoder)
+    except (OSError, CheckpointError, ManifestError) as error:
+        raise DigestError(f"{path} is damaged: {error}", hint=cache.repair_hint) from error
+    # CompressAI saves constants beside them.
+    tensors = {
+        name: tensor.float()
+        for name, tensor in found.items()
+        if name.startswith("g_a.") and not name.endswith(("bound", "pedestal"))
+    }
+    first, channels = tensors.get("g_a.0.weight"), cache.fingerprint.latent.channels
+    wanted = {} if first is None else tensor_shapes((len(first), channels))
+    shapes = {name.removeprefix("g_a."): tuple(each.shape) for name, each in tensors.items()}
+    if not shapes or shapes != wanted:
+        raise UsageError(
+            "`train_encoder` (--train-encoder) takes encoders with the layers of "
+            f"bmshj2018-factorized; that of {cache.path} is {cache.fingerprint.encoder.arch}"
+        )
+    return tensors
 
 
 def require_layers(config: AnyModelConfig, spec: TrainSpec) -> None:
-    """Raises UsageError where the spec wants layers of a model that does not say them.
+    """Raises UsageError where the spec wants layers of a model that does not have or say them.
 
-    Built for this, and only where `layer_decay` is on: better seconds than a run folder in vain.
+    Built for this, and only where an option is on: better seconds than a run folder in vain.
     """
-    if spec.layer_decay != 1:
+    if spec.layer_decay != 1 or spec.freeze:
         with torch.random.fork_rng(devices=[]):
-            parameter_layers(build_model(config))
+            model = build_model(config)
+        freeze_layers(model, spec.freeze)
+        if spec.layer_decay != 1:
+            parameter_layers(model)
 
 
 def train_and_val(cache: Cache, spec: TrainSpec, ranks: Ranks) -> tuple[Split, Split | None]:

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ci2p_cache.training.spec import TrainSpec
 __all__ = [
     "WeightAverage",
     "decay_at",
+    "freeze_layers",
     "load_optimizer_tensors",
     "lr_at",
     "make_optimizer",
@@ -25,10 +27,13 @@ __all__ = [
     "set_lr",
 ]
 
+_LEAVE = {"layer_decay": "leave `layer_decay` at 1", "freeze": "leave out `freeze` (--freeze)"}
 _BLOCK = re.compile(r"(blocks|last_blocks)\.(\d+)\.")
 
 
-def parameter_layers(model: nn.Module) -> dict[str, int]:
+def parameter_layers(
+    model: nn.Module, *, wanted_by: Literal["layer_decay", "freeze"] = "layer_decay"
+) -> dict[str, int]:
     """Returns the layer of every parameter, from 0 at the input, by its name.
 
     Layer-wise decay of the learning rate is BEiT's (Bao et al. 2022, arXiv 2106.08254): layers near
@@ -46,9 +51,9 @@ def parameter_layers(model: nn.Module) -> dict[str, int]:
     prefix, layers = next((each for each in known if each[1] is not None), ("", None))
     if layers is None:
         raise UsageError(
-            f"`layer_decay` needs to know the layers of a model, and {type(model).__name__} does "
+            f"`{wanted_by}` needs to know the layers of a model, and {type(model).__name__} does "
             "not say them: it has neither `blocks` nor timm's `group_matcher`",
-            hint="leave `layer_decay` at 1",
+            hint=_LEAVE[wanted_by],
         )
     inner = {f"{prefix}.{name}".lstrip("."): layer for name, layer in layers.items()}
     names = [name for name, _ in model.named_parameters()]
@@ -56,9 +61,9 @@ def parameter_layers(model: nn.Module) -> dict[str, int]:
     behind = [name for name in names[max(places, default=0) :] if name not in inner]
     if behind:
         raise UsageError(
-            f"`layer_decay` does not know the layer of {behind[0]}, which follows the model that "
+            f"`{wanted_by}` does not know the layer of {behind[0]}, which follows the model that "
             "says its own",
-            hint="leave `layer_decay` at 1",
+            hint=_LEAVE[wanted_by],
         )
     return {name: inner.get(name, 0) for name in names}
 
@@ -88,6 +93,29 @@ def _layers_of(module: nn.Module) -> dict[str, int] | None:
     return layers
 
 
+def freeze_layers(model: nn.Module, count: int) -> None:
+    """Keeps the weights of the first layers as they are: as many as `count`, from the input.
+
+    BatchNorm in them still normalises by its batches, and its statistics are estimated from the new
+    samples, as in the layers that are trained.
+
+    Raises:
+        UsageError: the model does not say its layers, or nothing but the last one would be left.
+    """
+    if not count:
+        return
+    layers = parameter_layers(model, wanted_by="freeze")
+    last = max(layers.values())
+    if count > last:
+        raise UsageError(
+            f"`freeze` (--freeze) is {count}; the model has {last + 1} layers, the last of which "
+            f"is trained: wanted at most {last}, which trains norm and head alone"
+        )
+    for name, parameter in model.named_parameters():
+        if layers[name] < count:
+            parameter.requires_grad_(False)
+
+
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _LR_SCALE = "lr_scale"
 """timm's name for the factor that a group of parameters puts on the learning rate."""
@@ -99,7 +127,7 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> Optimizer:
     Both run torch's fused kernels, which alone take a flag on the device that says "skip this
     step". Parameters of one dimension (biases, norms) do not decay unless the spec says so. With
     `layer_decay` d a layer's learning rate is d to the number of layers above it times that of the
-    last, as `parameter_layers` counts them.
+    last, as `parameter_layers` counts them. Parameters that take no gradients are left out.
 
     Raises:
         UsageError: `layer_decay` is not 1 and the model does not say its layers.
@@ -108,6 +136,8 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> Optimizer:
     last = max(layers.values(), default=0)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         decays = parameter.ndim > 1 or spec.decay_norm_and_bias
         groups.setdefault((layers.get(name, last), decays), []).append(parameter)
     kind = AdamW if spec.optimizer == "adamw" else Adam

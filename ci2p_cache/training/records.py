@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from ci2p_cache.errors import UsageError
 from ci2p_cache.record import Record, differing_fields
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EpochRecord",
+    "InitialWeights",
     "RunArgs",
     "RunSettings",
     "TrainObserver",
@@ -27,6 +29,18 @@ __all__ = [
     "best_epoch",
     "require_same_settings",
 ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitialWeights(Record):
+    """The weights that a run begins with instead of random ones."""
+
+    sha256: str
+    """Of the file that they are in."""
+    taken: int
+    """Tensors of the model that are in it: all but the new ones."""
+    new: tuple[str, ...]
+    """Names of the model's tensors that were drawn at random: those of another list of classes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +55,21 @@ class RunSettings(Record):
     """Digest of which samples the cache holds, their order, labels and validity."""
     loader: str
     """Kind of the loader: LatentLoader reads the cache, others may give other numbers."""
+    init_from: InitialWeights | None = None
+    """What the spec's `init_from` led to; None: random weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain JSON values; without `init_from`, as before there was any."""
+        return _without(Record.to_dict(self), init_from=None)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Rebuilds settings written by `to_dict`.
+
+        Raises:
+            ManifestError: a field is unknown, missing or of another type.
+        """
+        return super(RunSettings, cls).from_dict(_with(data, init_from=None))
 
     @property
     def digest(self) -> str:
@@ -48,6 +77,15 @@ class RunSettings(Record):
         fields = self.to_dict() | {"spec": self.spec.binding()}
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def differences(self, asked: RunSettings) -> list[tuple[str, Any, Any]]:
+        """Returns (field, value here, value there) for each field that binds and differs."""
+        found = differing_fields(self, asked)
+        return [each for each in found if each[0] != "spec.init_from"]
+
+    def with_epochs(self, epochs: int) -> RunSettings:
+        """Returns the settings of a run that is as long, and otherwise the same."""
+        return replace(self, spec=replace(self.spec, epochs=epochs))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,10 +100,43 @@ class RunArgs(Record):
     """Device, threads and versions at the start; others may change the last bits."""
     settings: RunSettings
     """What binds the folder."""
+    extended_from: tuple[int, ...] = ()
+    """What `epochs` was before, each time that the run was given more of them."""
 
     def __post_init__(self) -> None:
         if self.version != 1:
             raise UsageError(f"`version` is {self.version}; this ci2p-cache reads 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain JSON values; `extended_from` only where it says something."""
+        data = Record.to_dict(self) | {"settings": self.settings.to_dict()}
+        return _without(data, extended_from=())
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Rebuilds what `to_dict` wrote.
+
+        Raises:
+            ManifestError: a field is unknown, missing or of another type.
+        """
+        return super(RunArgs, cls).from_dict(_with(data, extended_from=()))
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Digests that checkpoints of the run may have: of its settings, now and before."""
+        settings = self.settings
+        earlier = (settings.with_epochs(each).digest for each in self.extended_from)
+        return (settings.digest, *earlier)
+
+
+def _without(data: dict[str, Any], **absent: Any) -> dict[str, Any]:
+    """Leaves out the fields that have these values."""
+    return {k: v for k, v in data.items() if k not in absent or v != absent[k]}
+
+
+def _with(data: Any, **absent: Any) -> Any:
+    """Puts back what `_without` left out; what is no mapping stays as it is."""
+    return {**absent, **data} if isinstance(data, Mapping) else data
 
 
 def require_same_settings(settings: RunSettings, ranks: Ranks) -> None:
@@ -83,9 +154,7 @@ def require_same_settings(settings: RunSettings, ranks: Ranks) -> None:
     wanted = ranks.share(json.dumps(settings.to_dict()).encode())
     lines = [
         f"  {name}: {ours!r} on rank 0, {theirs!r} on rank {ranks.rank}"
-        for name, ours, theirs in differing_fields(
-            RunSettings.from_dict(json.loads(wanted)), settings
-        )
+        for name, ours, theirs in RunSettings.from_dict(json.loads(wanted)).differences(settings)
     ]
     if lines:
         raise UsageError("the ranks were started with other settings:\n" + "\n".join(lines))
@@ -127,6 +196,8 @@ class TrainPlan:
     """Epochs done before; 0 in a new run."""
     steps_done: int
     """Steps of the next epoch done before."""
+    initial: InitialWeights | None
+    """The weights that it begins with; None: random ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

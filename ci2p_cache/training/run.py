@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache, open_cache
@@ -20,6 +22,7 @@ from ci2p_cache.outputs import refuse_url
 from ci2p_cache.runs.files import EpochRecord, best_epoch
 from ci2p_cache.training.checkpoint import Checkpoint, TrainState, checkpoint_path, share_checkpoint
 from ci2p_cache.training.folder import RunWriter, open_writer, run_path
+from ci2p_cache.training.initial import initial_weights
 from ci2p_cache.training.inputs import (
     data_digest,
     model_config_for,
@@ -31,6 +34,7 @@ from ci2p_cache.training.loaders import loader_name, make_loaders
 from ci2p_cache.training.metrics import opened_statistics
 from ci2p_cache.training.ranks import Ranks, StopSignal
 from ci2p_cache.training.records import (
+    InitialWeights,
     RunArgs,
     RunSettings,
     TrainObserver,
@@ -73,15 +77,19 @@ class Session:
     observer: TrainObserver
     """Receives plan, progress, epochs and notices; of rank 0 alone anybody listens."""
 
-    def learner(self, checkpoint: Checkpoint | None) -> Learner:
-        """Returns model, optimiser and averages, as they were saved or as the seed makes them.
+    def learner(self, checkpoint: Checkpoint | None, weights: Mapping[str, Tensor]) -> Learner:
+        """Returns model, optimiser and averages, as they were saved, or as the run begins.
+
+        It begins with the `weights`, and where they have none as the seed draws it.
 
         Raises:
             CheckpointError: the checkpoint does not fit the model.
         """
         if self.spec.precision == "bf16" and (text := bf16_notice(self.device)):
             self.observer.notice(text)
-        learner = Learner.drawn(self.config, self.spec, self.device)
+        learner = Learner.drawn(
+            self.config, self.spec, self.device, {} if checkpoint is not None else weights
+        )
         if checkpoint is not None:
             learner.restore(checkpoint, checkpoint_path(self.path, checkpoint.state.name))
         learner.share(self.ranks)
@@ -94,6 +102,7 @@ class Session:
         loaders: tuple[BatchLoader, BatchLoader | None],
         *,
         device: str,
+        initial: InitialWeights | None,
     ) -> TrainPlan:
         """Returns what `train` will do with the same arguments; `device` is the device's name."""
         spec, (loader, val) = self.spec, loaders
@@ -114,6 +123,7 @@ class Session:
             steps=len(loader),
             epochs_done=state.epoch,
             steps_done=state.step,
+            initial=initial,
         )
 
     def train(
@@ -263,7 +273,8 @@ def train(
         InputDataError: the cache holds no latent to train from, a label is missing, or, for a model
             on images, an image has changed since the cache was made.
         SourceError: the model reads images, and they are not there any more.
-        RunMismatchError: the folder holds a run with other settings, or something else.
+        RunMismatchError: the folder holds a run with other settings, or something else; a longer
+            run of the same settings is continued where the schedule allows it.
         LockedError: another process trains in the folder.
         CheckpointError: every checkpoint of the run is damaged.
         ShardError: the cache turned out to be damaged.
@@ -281,7 +292,7 @@ def train(
         if save_every_steps is not None and save_every_steps < 1:
             raise UsageError(f"`save_every_steps` is {save_every_steps}; it must be at least 1")
         cache, place = open_cache(cache_dir), ranks.device(device)
-        config, splits, settings = _checked(cache, spec, loader, resident, ranks)
+        config, splits, settings, weights = _checked(cache, spec, loader, resident, ranks, observer)
         refuse_url(runs_dir, what="run")
         path = run_path(Path(runs_dir), name, settings)
         stop = stack.enter_context(ranks.stop_signal())
@@ -318,12 +329,14 @@ def train(
             observer=observer,
         )
         stack.callback(_close, [each for each in loaders if each not in (None, loader)])
-        learner = run.learner(checkpoint)
-        # Its tensors are copied; no copy of the model's size stays in memory.
-        del checkpoint
+        learner = run.learner(checkpoint, weights)
+        # Their tensors are copied; no copy of the model's size stays in memory.
+        del checkpoint, weights
         if compile_model:
             learner.compile()
-        observer.planned(run.plan(begun, learner, loaders, device=how["device"]))
+        observer.planned(
+            run.plan(begun, learner, loaders, device=how["device"], initial=settings.init_from)
+        )
         ended = run.train(
             begun, learner, loaders, writer, threads=threads, save_every_steps=save_every_steps
         )
@@ -331,20 +344,30 @@ def train(
 
 
 def _checked(
-    cache: Cache, spec: TrainSpec, loader: BatchLoader | None, resident: Resident, ranks: Ranks
-) -> tuple[AnyModelConfig, tuple[Split, Split | None], RunSettings]:
-    """Returns model, splits and what binds the run; refuses before anything is written."""
+    cache: Cache,
+    spec: TrainSpec,
+    loader: BatchLoader | None,
+    resident: Resident,
+    ranks: Ranks,
+    observer: TrainObserver,
+) -> tuple[AnyModelConfig, tuple[Split, Split | None], RunSettings, dict[str, Tensor]]:
+    """Returns model, splits, what binds the run, and the weights that it begins with.
+
+    Refuses before anything is written.
+    """
     config = model_config_for(cache, spec)
     require_layers(config, spec)
     splits = train_and_val(cache, spec, ranks)
+    initial, weights = initial_weights(cache, spec, config, observer)
     settings = RunSettings(
         spec=spec,
         fingerprint=cache.fingerprint,
         data_sha256=data_digest(cache),
         loader=loader_name(config, loader, resident),
+        init_from=initial,
     )
     require_same_settings(settings, ranks)
-    return config, splits, settings
+    return config, splits, settings, weights
 
 
 def _close(loaders: list[BatchLoader]) -> None:

@@ -12,25 +12,29 @@ from ci2p_cache.record import Record
 
 __all__ = ["TrainSpec"]
 
-_VERSION = 2
+_VERSION = 3
 
 _WARMUP_SHARE = 0.1
 _WEIGHT_DECAY = 0.05
 
 # Panels of the help; what has none is for every day.
 _OPTIMISER, _REGULARISATION, _DATA = "Model and optimiser", "Regularisation", "Data"
+_FINE_TUNING = "Fine-tuning"
 
-_SINCE_VERSION_2: dict[str, float | int] = {
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "mix_probability": 1.0,
-    "latent_flip": 0.0,
-    "ema": 0.0,
-    "layer_decay": 1.0,
-    "folds": 0,
-    "fold": 0,
+_SINCE: dict[int, dict[str, Any]] = {
+    2: {
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "mix_probability": 1.0,
+        "latent_flip": 0.0,
+        "ema": 0.0,
+        "layer_decay": 1.0,
+        "folds": 0,
+        "fold": 0,
+    },
+    3: {"init_from": None, "freeze": 0, "train_encoder": False},
 }
-"""What version 1 did not have, with the values that change nothing."""
+"""What earlier versions did not have, by version, with the values that change nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,6 +162,18 @@ class TrainSpec(Record):
         panel=_DATA,
     )  # fmt: skip
     fold: int = option(0, "The part that validates, from 0.", low=0, panel=_DATA)
+    init_from: str | None = option(
+        None, "Begin with the weights of a run, a checkpoint in it, or an exported .pt2.",
+        metavar="RUN", panel=_FINE_TUNING,
+    )  # fmt: skip
+    freeze: int = option(
+        0, "Layers from the input that keep their weights: first what is before the blocks, then "
+        "each block.", low=0, panel=_FINE_TUNING,
+    )  # fmt: skip
+    train_encoder: bool = option(
+        False, "Train the encoder too, from the images; best with --init-from, at a low --lr.",
+        panel=_FINE_TUNING,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         _require(
@@ -192,33 +208,45 @@ class TrainSpec(Record):
             "`cutmix` are 0",
         )
         _require(self.folds != 1, "`folds` is 1; 0 switches it off, 2 or more divide the split")
+        _require(
+            not self.freeze or (self.init_from is not None and not self.train_encoder),
+            f"`freeze` (--freeze) is {self.freeze}: it keeps the weights of `init_from` "
+            "(--init-from), and does not go together with `train_encoder` (--train-encoder)",
+        )
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """Rebuilds a spec written by `to_dict`, of version 1 too: what came later is off there.
+        """Rebuilds a spec written by `to_dict`, of any version: what came later is off there.
 
         Raises:
             ManifestError: a field is unknown, missing, of another type or out of range.
         """
-        if (
-            isinstance(data, Mapping)
-            and data.get("version") == 1
-            and not _SINCE_VERSION_2.keys() & data.keys()
-        ):
-            data = {**data, **_SINCE_VERSION_2, "version": _VERSION}
+        if isinstance(data, Mapping) and type(made := data.get("version")) is int:
+            news = (own for version, own in _SINCE.items() if version > made)
+            news = (own for version, own in _SINCE.items() if version > made)
+            later = {name: value for own in news for name, value in own.items()}
+            if made >= 1 and later and not later.keys() & data.keys():
+                data = {**data, **later, "version": _VERSION}
         # By name: with slots a dataclass is another class than the one that `super()` knows.
         return super(TrainSpec, cls).from_dict(data)
 
     def binding(self) -> dict[str, Any]:
-        """Returns what a run folder is bound to: all fields, as version 1 wrote them.
+        """Returns what a run folder is bound to: the fields as version 1 wrote them.
 
         What came later is left out where it is off, so runs that were begun before it continue.
+        `init_from` is left out, because what it leads to binds and not where it is.
         """
+        off = {name: value for own in _SINCE.values() for name, value in own.items()}
         return {
             name: value
             for name, value in (self.to_dict() | {"version": 1}).items()
-            if name not in _SINCE_VERSION_2 or value != _SINCE_VERSION_2[name]
+            if name != "init_from" and (name not in off or value != off[name])
         }
+
+    @property
+    def is_extensible(self) -> bool:
+        """Whether no learning rate follows from `epochs`, so that a run can be given more."""
+        return self.min_lr == self.lr and self.warmup_epochs is not None
 
     @property
     def is_mixing(self) -> bool:

@@ -221,7 +221,7 @@ class OptimizerStep:
     _pending: list[tuple[TakenStep, Tensor, Tensor]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self._parameters = list(self.model.parameters())
+        self._parameters = [each for each in self.model.parameters() if each.requires_grad]
         if self.average is not None:
             self.average.follow(self.model)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ci2p_cache.errors import CheckpointError
@@ -22,6 +22,7 @@ from ci2p_cache.training.checkpoint import Checkpoint, TrainState
 from ci2p_cache.training.metrics import BatchNormStatistics, TrainTotals, validate
 from ci2p_cache.training.optim import (
     WeightAverage,
+    freeze_layers,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
@@ -46,14 +47,25 @@ class Learner:
     """Follows them; None where the spec has no `ema`."""
 
     @classmethod
-    def drawn(cls, config: AnyModelConfig, spec: TrainSpec, device: torch.device) -> Learner:
-        """Returns what a run begins with: a pure function of the spec's seed, moments at zero.
+    def drawn(
+        cls,
+        config: AnyModelConfig,
+        spec: TrainSpec,
+        device: torch.device,
+        weights: Mapping[str, Tensor],
+    ) -> Learner:
+        """Returns what a run begins with, moments at zero.
 
-        torch's own random numbers stay as they were.
+        A pure function of the spec's seed and of the `weights`, which take the place of those drawn
+        under the same names. torch's own random numbers stay as they were.
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(spec.seed)
-            model = build_model(config).to(device)
+            model = build_model(config)
+        if weights:
+            model.load_state_dict({**model.state_dict(), **weights})
+        model.to(device)
+        freeze_layers(model, spec.freeze)
         average = WeightAverage(model, spec.ema) if spec.ema else None
         return cls(model, make_optimizer(model, spec), average)
 

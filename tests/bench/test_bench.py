@@ -20,9 +20,8 @@ from ci2p_cache.bench import (
     bench_loading,
     bench_training,
     encode_rate,
-    matmul_flops,
 )
-from ci2p_cache.machine import bf16_notice
+from ci2p_cache.machine import BF16_GAIN, bf16_notice, has_bf16, matmul_flops
 from ci2p_cache.models.complexity import complexity
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
@@ -186,6 +185,20 @@ def test_where_bfloat16_is_computed_in_software_is_told(
         "--size", 64, "--precision", "bf16", *more,
     )  # fmt: skip
     assert ("no bfloat16 instructions" in ran.err) == (told is not None)
+    assert BF16_GAIN not in ran.err
+
+
+def test_a_new_float32_cache_says_once_what_bfloat16_would_give_here(
+    cache_dir: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    there = bool(has_bf16(torch.device("cpu")))
+    command = (
+        "encode", cache_dir.parent / "src", "--out", tmp_path / "out", "--encoder", "bundled",
+        "--size", 64, "--device", "cpu",
+    )  # fmt: skip
+    assert run(*command).err.count(BF16_GAIN) == there
+    assert BF16_GAIN not in run(*command).err
+    assert (BF16_GAIN in run("doctor", tmp_path).out) == there
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])

@@ -52,6 +52,7 @@ def test_bars_hold_the_median_against_the_same_arithmetic(encode: ModuleType) ->
         "whole bf16 none": Rates((16.0, 9.0, 15.0)),
         "g_a float32": Rates((10.0, 10.0, 10.0)),
         "g_a bf16": Rates((20.0, 20.0, 20.0)),
+        "other whole bf16 none": Rates((10.0, 10.0, 10.0)),
         "naive": Rates((4.0, 4.0, 4.0)),
     }
     rows = {(row[0], row[1]): row for row in encode._ratio_table(rates).rows}
@@ -61,7 +62,8 @@ def test_bars_hold_the_median_against_the_same_arithmetic(encode: ModuleType) ->
     assert rows["whole bf16 none", "g_a bf16"][-1] == "NO"
     assert rows["whole float32 none", "naive"][-1] == "yes"
     assert rows["whole bf16 none", "naive"][5:] == [">= 4", "5", "NO"]
-    assert len(rows) == 4
+    assert rows["whole bf16 none", "other whole bf16 none"][-1] == "yes"
+    assert len(rows) == 5
 
 
 def test_what_cannot_be_measured_is_refused_by_name(encode: ModuleType, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Views per second of stage one: the whole of it, g_a alone, and how one would do it naively.
 
-    python -m tests.benchmarks.encode IMAGES [--count 400] [--repeats 3] [--profile]
+    python -m tests.benchmarks.encode IMAGES [--count 400] [--repeats 3] [--other FOLDER]
 
 IMAGES is a folder of pictures, with or without classes; `count` files spread evenly over it are
 copied first, so that they are in the page cache. Every contestant is a process of its own, because
 allocator and threads belong to a process: it loads its encoder, warms up, and waits while the
 others have their turn. Turns rotate, one contestant at a time, on all cores this process may use.
+FOLDER is another clone of this project with an environment of its own in `.venv`: what it has in
+`whole` takes its turns too.
 
 Shapes: B views of a batch, H and W pixels.
 """
@@ -24,7 +26,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.benchmarks.encode_work import CONTESTANTS, Job, pixel_difference, serve
+from tests.benchmarks.encode_work import (
+    CONTESTANTS,
+    Job,
+    pixel_difference,
+    serve,
+    symbol_difference,
+)
 from tests.benchmarks.measure import Rates, Report, Table, machine, num_cores, take_turns
 from tests.benchmarks.pictures import SUFFIXES
 
@@ -32,8 +40,11 @@ __all__ = ["Settings", "main", "measure_encode"]
 
 BARS = (
     ("whole", "g_a", 0.8, 0.9),
+    ("whole bf16", "g_a bf16 compiled", 0.88, 0.95),
     ("whole float32", "naive", 2.0, 2.5),
     ("whole bf16", "naive", 4.0, 5.0),
+    ("whole float32", "other", 1.0, 1.1),
+    ("whole bf16", "other", 1.3, 1.4),
 )
 """Contestant, against which other, at least, aimed at: the project's own bars."""
 
@@ -49,23 +60,34 @@ class Settings:
     """Side of a view in pixels."""
     repeats: int = 3
     profile: bool = False
+    symbols: bool = False
     only: tuple[str, ...] = tuple(CONTESTANTS)
+    other: Path | None = None
+    """Another clone, with its `.venv`, whose whole stage is measured too."""
+
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        others = [f"other {key}" for key in self.only if key.startswith("whole")]
+        return (*self.only, *(others if self.other else ()))
 
 
 class Contestant:
     """A process that waits for its turns."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, clone: Path | None = None) -> None:
         environment = dict(os.environ)
         # Each has the threads that its name says; this variable would set them for all.
         environment.pop("OMP_NUM_THREADS", None)
         # As the command has it: where others use the cores too, threads that spin while they wait
         # for each other would make those that use several look ten times as slow.
         environment["GOMP_SPINCOUNT"] = "1000"
-        command = [sys.executable, "-W", "ignore", "-m", __spec__.name, "--worker"]
+        python = sys.executable
+        if clone is not None:
+            python, environment["PYTHONPATH"] = str(clone / ".venv/bin/python"), str(clone)
+        command = [python, "-W", "ignore", "-m", __spec__.name, "--worker"]
         self._process = subprocess.Popen(
             [*command, json.dumps(asdict(job))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=clone,
         )  # fmt: skip
 
     def hear(self) -> dict[str, float]:
@@ -95,15 +117,15 @@ def measure_encode(settings: Settings, folder: Path) -> Report:
     """Lets all contestants have their turns; `folder` is for copies and caches."""
     images = _copied(settings, folder / "images")
     found: dict[str, Contestant] = {}
-    turns: dict[str, list[dict[str, float]]] = {key: [] for key in settings.only}
+    turns: dict[str, list[dict[str, float]]] = {key: [] for key in settings.contestants}
     try:
         # One after another, so that none is warm only because the others were loading.
-        for key in settings.only:
+        for key in settings.contestants:
             job = Job(
-                key=key, images=str(images), out=str(folder / key.replace(" ", "_")),
-                count=settings.count, size=settings.size,
+                key=key.removeprefix("other "), images=str(images),
+                out=str(folder / key.replace(" ", "_")), count=settings.count, size=settings.size,
             )  # fmt: skip
-            found[key] = Contestant(job)
+            found[key] = Contestant(job, settings.other if key.startswith("other") else None)
             found[key].hear()
 
         def timed(key: str) -> float:
@@ -111,7 +133,7 @@ def measure_encode(settings: Settings, folder: Path) -> Report:
             turns[key].append(turn)
             return turn["views"] / turn["seconds"]
 
-        rates = take_turns(settings.only, timed, settings.repeats)
+        rates = take_turns(settings.contestants, timed, settings.repeats)
     finally:
         for contestant in found.values():
             contestant.close()
@@ -119,6 +141,10 @@ def measure_encode(settings: Settings, folder: Path) -> Report:
     if settings.profile:
         tables.append(_profile_table(turns))
     tables.append(_pixel_table(images, settings))
+    if settings.symbols:
+        head = ("of", "against", "symbols that differ", "by at most")
+        rows = symbol_difference(images, settings.size)
+        tables.append(Table("Symbols at step 1 by how g_a computes", head, rows))
     text = (
         f"{len(list(images.rglob('*.*'))):,} pictures, {settings.count} views of "
         f"{settings.size} px per turn, bundled encoder (bmshj2018-factorized, quality 5), "
@@ -153,7 +179,8 @@ def _rate_table(rates: dict[str, Rates], turns: dict[str, list[dict[str, float]]
     )  # fmt: skip
     for key, rate in rates.items():
         spent = statistics.median(1000 * turn["processor"] / turn["views"] for turn in turns[key])
-        table.rows.append([key, *rate.cells("{:,.1f}"), f"{spent:.1f}", CONTESTANTS[key]])
+        text = CONTESTANTS.get(key, "the same, in the other clone")
+        table.rows.append([key, *rate.cells("{:,.1f}"), f"{spent:.1f}", text])
     return table
 
 
@@ -162,10 +189,14 @@ def _ratio_table(rates: dict[str, Rates]) -> Table:
                                                     "bar", "aim", "held"))  # fmt: skip
     for key, rate in rates.items():
         for start, other, bar, aim in BARS:
+            if not key.startswith(start):
+                continue
             if other == "g_a":
                 # The same arithmetic: whole float32 none -> g_a float32.
-                other = f"g_a {key.split()[1]}" if key.startswith("whole") else other
-            if not key.startswith(start) or other not in rates:
+                other = f"g_a {key.split()[1]}"
+            elif other == "other":
+                other = f"other {key}"
+            if other not in rates:
                 continue
             ratio = rate.over(rates[other])
             held = "yes" if ratio.median >= bar else "NO"
@@ -185,7 +216,7 @@ def _profile_table(turns: dict[str, list[dict[str, float]]]) -> Table:
                "g_a waiting: share of the wall time in which a replica had no batch."],
     )  # fmt: skip
     for key, own in turns.items():
-        if not key.startswith("whole"):
+        if "whole" not in key:
             continue
         cells = []
         for part in parts:
@@ -219,6 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=Settings.repeats)
     parser.add_argument("--only", default=",".join(CONTESTANTS), help="some contestants, by name")
     parser.add_argument("--profile", action="store_true", help="where stage one's time goes")
+    parser.add_argument("--symbols", action="store_true", help="what bf16 and compiling change")
+    parser.add_argument("--other", type=Path, help="another clone, with its `.venv`")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -234,7 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown contestants {sorted(unknown)}; there are {list(CONTESTANTS)}")
     settings = Settings(
         images=asked.images, count=asked.count, size=asked.size, repeats=asked.repeats,
-        profile=asked.profile, only=only,
+        profile=asked.profile, symbols=asked.symbols, only=only,
+        other=asked.other and asked.other.absolute(),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         report = measure_encode(settings, Path(folder))

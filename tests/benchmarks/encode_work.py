@@ -6,6 +6,8 @@ Shapes: B views of a batch, H and W pixels.
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import json
 import os
 import shutil
@@ -37,15 +39,16 @@ from ci2p_cache.specs import ImageSpec, ViewSpec
 from tests.benchmarks.measure import num_cores
 from tests.support.encoders import reference_of
 
-__all__ = ["CONTESTANTS", "Job", "pixel_difference", "serve"]
+__all__ = ["CONTESTANTS", "Job", "pixel_difference", "serve", "symbol_difference"]
 
 CONTESTANTS = {
     "whole float32 none": "cc.encode: read, decode, g_a, round, zstd, commit; one view an image",
     "whole float32 flip": "cc.encode with the image and its mirror",
     "whole bf16 none": "cc.encode --precision bf16",
     "whole bf16 flip": "cc.encode --precision bf16 with the mirror",
-    "g_a float32": "g_a alone: a one-thread replica per core, batch 8 in memory, tuned allocator",
+    "g_a float32": "g_a alone as stage one runs it: a one-thread replica per core, tuned allocator",
     "g_a bf16": "the same in bf16",
+    "g_a bf16 compiled": "torch.compile of the same layers, on batches of 8",
     "g_a untuned": "g_a alone: torch's default threads on batches of 8, allocator as it comes",
     "naive": "a loop: Pillow, batch 1, model.g_a, torch's default threads, np.save per image",
     "compressai forward": "the same loop with model(x), as compressai.utils.eval_model times it: "
@@ -90,6 +93,8 @@ def serve(job: Job) -> None:
 
 def whole(job: Job, precision: str, views: str) -> Callable[[int], dict[str, float]]:
     """The whole of stage one, into a new folder each time; timed as its summary has it."""
+    # As the command does; the library leaves the caller's process alone.
+    tune_process("cpu")
 
     def turn(count: int) -> dict[str, float]:
         shutil.rmtree(job.out, ignore_errors=True)
@@ -113,14 +118,13 @@ def whole(job: Job, precision: str, views: str) -> Callable[[int], dict[str, flo
 
 def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
     """g_a on random pictures: nothing is read, rounded or written."""
-    encoder = load_encoder("bundled", precision="bf16" if how == "bf16" else "float32")
     # The network itself: FrozenEncoder's call would also copy y to NCHW float32.
-    g_a, dtype = encoder._g_a, encoder._dtype
+    g_a, dtype, batch = network(how)
     replicas = 1 if how == "untuned" else num_cores()
     if how != "untuned":
         tune_process()
     generator = torch.Generator().manual_seed(0)
-    shape = (BATCH, 3, job.size, job.size)
+    shape = (batch, 3, job.size, job.size)
     x_B3HW = torch.rand(shape, generator=generator).to(dtype, memory_format=torch.channels_last)
 
     def work(batches: int) -> None:
@@ -131,17 +135,52 @@ def bare(job: Job, how: str) -> Callable[[int], dict[str, float]]:
     pool = ThreadPoolExecutor(replicas, initializer=single_threaded if how != "untuned" else None)
 
     def turn(count: int) -> dict[str, float]:
-        batches = max(1, round(count / BATCH / replicas))
+        batches = max(1, round(count / batch / replicas))
         started, spent = time.perf_counter(), time.process_time()
         for future in [pool.submit(work, batches) for _ in range(replicas)]:
             future.result()
         return {
-            "views": batches * BATCH * replicas,
+            "views": batches * batch * replicas,
             "seconds": time.perf_counter() - started,
             "processor": time.process_time() - spent,
         }
 
     return turn
+
+
+def network(how: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.dtype, int]:
+    """g_a in the arithmetic that `how` begins with, its dtype, and images of a call."""
+    encoder = load_encoder("bundled", precision="bf16" if how.startswith("bf16") else "float32")
+    dtype = encoder._dtype
+    if how.endswith("compiled"):
+        plain = copy.deepcopy(encoder._model.g_a).to(dtype)
+        return torch.compile(plain, dynamic=False), dtype, BATCH
+    return encoder._g_a, dtype, BATCH if how == "untuned" else encoder._at_once or BATCH
+
+
+def symbol_difference(images: Path, size: int, limit: int = 128) -> list[list[str]]:
+    """How many symbols of pictures bf16 and compiling change, and by how much at most."""
+    single_threaded()
+    encoder = load_encoder("bundled")
+    pictures = [
+        transforms.pil_to_tensor(by_pillow(path, size))
+        for path in sorted(images.rglob("*.*"))[:limit]
+    ]
+    kinds = ("float32", "float32 compiled", "bf16", "bf16 compiled")
+    found: dict[str, list[torch.Tensor]] = {kind: [] for kind in kinds}
+    for kind in kinds:
+        g_a, dtype, _ = network(kind)
+        for start in range(0, len(pictures) // BATCH * BATCH, BATCH):
+            x_BCHW = torch.stack(pictures[start : start + BATCH]).to(torch.float32).div(255)
+            with torch.inference_mode():
+                y = g_a(x_BCHW.to(dtype, memory_format=torch.channels_last))
+            found[kind].append(encoder.quantize(y))
+    rows = []
+    for first, second in itertools.combinations(kinds, 2):
+        gap = (torch.cat(found[first]) - torch.cat(found[second])).abs()
+        share = float((gap > 0).double().mean())
+        rows.append([first, second, f"{share:.4%}", str(int(gap.max()))])
+    return rows
 
 
 def loop(job: Job) -> Callable[[int], dict[str, float]]:

@@ -30,10 +30,8 @@ from ci2p_cache.bench import (
     TrainReport,
     bench_loading,
     bench_training,
-    matmul_flops,
-    synchronise,
 )
-from ci2p_cache.machine import checked_device
+from ci2p_cache.machine import checked_device, matmul_flops, synchronise
 from ci2p_cache.models.complexity import complexity
 from tests.benchmarks.measure import Report, Table, machine
 from tests.benchmarks.pictures import SUFFIXES

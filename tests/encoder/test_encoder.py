@@ -7,6 +7,9 @@ import importlib.resources
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +204,30 @@ def test_bf16_is_near_float32_and_keeps_the_digest(bundled):
     assert rough.spec.precision == "bf16"
     assert rough.spec.weights_sha256 == bundled.spec.weights_sha256
     assert torch.equal(rough.decode(exact), bundled.decode(exact))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_g_a_in_place_and_in_parts_gives_the_bits_of_its_layers(precision):
+    encoder = load_encoder("bundled", precision=precision)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    plain = copy.deepcopy(encoder._model.g_a).to(dtype)
+    for count, size in ((1, 32), (5, 48), (15, 64)):
+        x = torch.rand((count, 3, size, size + 16), generator=torch.Generator().manual_seed(size))
+        with torch.inference_mode():
+            wanted = plain(x.to(dtype).contiguous(memory_format=torch.channels_last)).float()
+        # The first time a shape is met, convolutions of two libraries are compared.
+        for _ in range(2):
+            assert torch.equal(encoder(x), wanted)
+
+
+@pytest.mark.slow
+def test_g_a_gives_the_bits_of_its_layers_where_two_libraries_differ():
+    # Without FMA oneDNN rounds otherwise than BLAS, which torch prefers on one thread.
+    test = f"{__file__}::{test_g_a_in_place_and_in_parts_gives_the_bits_of_its_layers.__name__}"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
+    command += [f"{test}[float32]"]
+    subprocess.run(command, env=environment, check=True)
 
 
 def test_tf32_on_cpu_says_that_it_changes_nothing(bundled, caplog):

@@ -54,7 +54,8 @@ def records() -> dict[str, Record]:
     made: dict[str, Record] = {}
     for name in (
         "CacheStatus", "ConvertSummary", "DryRunReport", "EncodeSummary", "Evaluation",
-        "ExperimentSummary", "ReencodeSummary", "RepairSummary", "TrainSummary",
+        "ExperimentSummary", "ReencodeSummary", "RepairSummary", "SeedsSummary",
+        "TrainSummary",
     ):  # fmt: skip
         kind = CLASSES[name]
         values = {

@@ -59,6 +59,7 @@ EXCUSED = {
     ("docs/recipes.md", "ci2p-cache run pipelines/animals10.py:"): "a day",
     ("docs/recipes.md", "ci2p-cache run pipelines/imagenet.py:vitds imagenet/ --until"): "GPUs",
     ("docs/recipes.md", "torchrun"): _GPUS,
+    ("docs/recipes.md", "ci2p-cache report experiments/"): "needs the runs of the lines above",
     ("docs/contributing.md", "python3 -m venv"): "installs 6 GB, runs this very suite",
     ("docs/contributing.md", "bash findings/"): "installs packages",
     ("pipelines/README.md", "ci2p-cache run pipelines/flowers.py:"): _MINUTES,

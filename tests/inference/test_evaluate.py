@@ -22,7 +22,7 @@ from ci2p_cache.inference.scoring import (
     confusion_triples,
     expected_calibration_error,
 )
-from ci2p_cache.runs.evaluations import wilson_interval
+from ci2p_cache.runs.statistics import wilson_interval
 from tests.support.caches import data_digests
 from tests.support.commands import Ran
 from tests.support.pictures import write_image_folder
@@ -291,7 +291,7 @@ class TestDamaged:
     def test_pointers_that_lead_nowhere(self, copy: Path) -> None:
         pointer = copy / "checkpoints" / "last.json"
         name = folder_of(copy).name
-        pointer.write_text('{"best": "../../elsewhere"}')
+        pointer.write_text('{"last": "../../elsewhere"}')
         with pytest.raises(errors.CheckpointError, match=r"last\.json is damaged"):
             cc.evaluate(copy)
         pointer.write_text("[")

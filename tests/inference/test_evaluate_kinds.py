@@ -45,14 +45,14 @@ def test_a_run_of_any_kind_is_evaluated_as_it_was_validated(
     spec = dataclasses.replace(cc.TrainSpec(epochs=2, batch_size=6), **KINDS[kind])
     trained = cc.train(made / "shards", spec=spec, runs_dir=tmp_path, name="run", device="cpu")
     run = tmp_path / "run"
-    result = cc.evaluate(run, device="cpu")
+    result = cc.evaluate(run, device="cpu", checkpoint="best")
     assert (result.top1, result.nll) == (trained.best.val_top1, trained.best.val_loss)
     assert (result.recorded_top1, result.recorded_nll) == (result.top1, result.nll)
     assert result.samples == (4 if spec.folds else 6)
     assert (result.folds, result.fold) == (spec.folds, spec.fold)
-    classifier = cc.load_classifier(run, device="cpu")
+    classifier = cc.load_classifier(run, device="cpu", checkpoint="best")
     assert (run / "encoder.safetensors").exists() == (classifier.reads == "latents")
-    rows = pq.read_table(evaluation_of(run).with_suffix(".parquet")).to_pylist()
+    rows = pq.read_table(evaluation_of(run, which="best").with_suffix(".parquet")).to_pylist()
     split = "train" if spec.folds else "val"
     found = classifier.predict([made / "src" / split / row["key"] for row in rows], batch_size=6)
     # bf16 keeps three digits, and the batch decides how it adds.

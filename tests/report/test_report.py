@@ -28,7 +28,7 @@ from ci2p_cache.pictures.previews import draw_preview
 from ci2p_cache.pictures.reconstructions import LatentIllustrator
 from ci2p_cache.report import cache_page, charts, run_page
 from ci2p_cache.report.html import MAX_BYTES, write_report
-from ci2p_cache.runs.evaluations import wilson_interval
+from ci2p_cache.runs.statistics import wilson_interval
 from ci2p_cache.training.inputs import model_record
 from tests.support.nano import nano_models
 from tests.support.pictures import write_image_folder

@@ -96,6 +96,7 @@ def _call_everything(images: str, out: Path) -> None:
     cc.load_encoder("bundled")
     experiment = cc.Experiment(name="one", source=images, encode=options, train=spec)
     cc.run_experiment(experiment, out / "experiment", device="cpu")
+    cc.run_seeds(experiment, [1], out / "seeds", device="cpu", until="evaluate")
 
 
 def main() -> None:

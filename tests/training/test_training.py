@@ -346,7 +346,7 @@ def test_a_finished_run_returns_at_once_and_changes_nothing(
     assert summary.trained_epochs == 0
     assert summary.last.epoch == 3
     name = finished.name
-    assert f"`train --name {name} --overwrite {name}` trains it again" in notes.notices[0]
+    assert f"To train it again, add --name {name} --overwrite {name}" in notes.notices[0]
     assert files_below(finished) == before
 
 
