@@ -341,8 +341,9 @@ def vortex_batches(shelf: Shelf) -> Iterator[Batch]:
     def fetch(rows: list[int]) -> list[Any]:
         order = np.argsort(rows)
         indices = vortex.array(pa.array(np.array(rows)[order], pa.uint64()))
-        found = source.scan(["frame"], indices=indices).read_all().to_arrow_array().field("frame")
-        return [found[place].as_buffer() for place in np.argsort(order).tolist()]
+        found = source.scan(["frame"], indices=indices).read_all().to_arrow_table()["frame"]
+        frames = [value.as_buffer() for value in found]
+        return [frames[place] for place in np.argsort(order).tolist()]
 
     return shelf.decoded(fetch)
 
