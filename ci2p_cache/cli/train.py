@@ -44,6 +44,11 @@ def _read_config(context: typer.Context, file: Path | None) -> Any:
 def train(
     *,
     cache: choices.CacheArgument,
+    options: TrainSpec,
+    out: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
+    name: Annotated[
+        str | None, typer.Option(help="Run folder [default: model and a digest of settings].")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -52,11 +57,6 @@ def train(
             is_eager=True,
             callback=_read_config,
         ),
-    ] = None,
-    options: TrainSpec,
-    out: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(help="Run folder [default: model and a digest of settings].")
     ] = None,
     device: choices.DeviceOption = "auto",
     workers: Annotated[

@@ -148,14 +148,22 @@ def test_the_flags_of_train_are_these(run: Callable[..., Ran]) -> None:
         "model", "epochs", "batch_size", "accumulate", "optimizer", "lr", "min_lr",
         "warmup_epochs", "weight_decay", "clip_grad_norm", "label_smoothing", "drop_path",
         "pos_embed", "precision", "order", "seed", "mixup", "cutmix", "mix_probability",
-        "latent_flip", "ema", "layer_decay", "folds", "fold", "out", "name", "device", "workers",
-        "resident", "compile", "save_every", "from_images", "overwrite", "json",
+        "latent_flip", "ema", "layer_decay", "folds", "fold", "init_from", "freeze",
+        "train_encoder", "out", "name", "config", "device", "workers", "resident", "compile",
+        "save_every", "from_images", "overwrite", "json",
     ]  # fmt: skip
 
 
 PANELS = {
     "encode": ("Everyday", "Images", "Encoder", "Views", "Storage", "Machines"),
-    "train": ("Everyday", "Model and optimiser", "Regularisation", "Data", "Machines"),
+    "train": (
+        "Everyday",
+        "Model and optimiser",
+        "Regularisation",
+        "Data",
+        "Fine-tuning",
+        "Machines",
+    ),  # fmt: skip
     "bench train": ("Options",),
     "verify": ("Options",),
 }
