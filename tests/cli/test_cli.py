@@ -163,7 +163,7 @@ PANELS = {
         "Data",
         "Fine-tuning",
         "Machines",
-    ),  # fmt: skip
+    ),
     "bench train": ("Options",),
     "verify": ("Options",),
 }
