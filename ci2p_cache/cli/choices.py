@@ -19,6 +19,7 @@ __all__ = [
     "DeviceOption",
     "EncoderCacheOption",
     "JsonOption",
+    "OwnModelOption",
     "RunArgument",
     "archs",
     "checkpoints",
@@ -65,6 +66,10 @@ CheckpointOption = Annotated[
 CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)]
 RunArgument = Annotated[
     Path, typer.Argument(help="Run folder, or a checkpoint in it.", metavar="RUN")
+]
+OwnModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", help="The run's own model, if it has one; runs it.", metavar="FILE.py"),
 ]
 EncoderCacheOption = Annotated[
     str | None,

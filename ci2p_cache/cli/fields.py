@@ -126,8 +126,8 @@ def takes_options(
                 name: values.pop(declared.flag or name) for name, (*_, declared) in fields.items()
             }
             made: Any = values.get("config")
-            is_made = isinstance(made, record)
-            command(options=replace(made, **own) if is_made else record(**own), **values)
+            options = record(**own) if made is None else replace(made, **own)
+            command(options=options, **values)
 
         signature = inspect.signature(command, eval_str=True)
         parameters: list[inspect.Parameter] = []

@@ -71,7 +71,8 @@ def run(
     and report.html. The same command continues where it stopped. A recipe file is your own
     Python code and is imported; --set changes single fields of what it returns.
     """
-    from ci2p_cache.experiment.spec import load_experiment, split_location, with_changes
+    from ci2p_cache.experiment.spec import load_experiment, with_changes
+    from ci2p_cache.imported import split_location
 
     path, name = split_location(recipe)
     if name is None:

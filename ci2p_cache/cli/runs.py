@@ -26,6 +26,7 @@ _SHOWN_CONFUSIONS = 10
 def evaluate(
     run: choices.RunArgument,
     checkpoint: choices.CheckpointOption = "last",
+    model: choices.OwnModelOption = None,
     cache: Annotated[
         str | None, typer.Option(help="Cache folder or URL [default: the run's].", metavar="DIR")
     ] = None,
@@ -76,6 +77,7 @@ def evaluate(
             from_images=from_images,
             split=split,
             checkpoint=checkpoint,
+            model=model,
             device=device,
             batch_size=batch_size,
             threads=workers,
@@ -145,6 +147,7 @@ def predict(
     ],
     top: Annotated[int, typer.Option(help="Classes shown for each image.")] = 5,
     checkpoint: choices.CheckpointOption = "last",
+    model: choices.OwnModelOption = None,
     cache: choices.EncoderCacheOption = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     workers: Annotated[
@@ -171,7 +174,9 @@ def predict(
     tune_process(device)
     with ExitStack() as stack:
         line = stack.enter_context(render.ProgressLine("predict", unit="images"))
-        classifier = load_classifier(run, checkpoint=checkpoint, cache=cache, device=device)
+        classifier = load_classifier(
+            run, checkpoint=checkpoint, cache=cache, device=device, model=model
+        )
         for text in classifier.notices:
             render.notice(text)
         predictions = classifier.predict(
@@ -223,6 +228,7 @@ def export(
         typer.Option(help="full: images to logits. model: latents to logits."),
     ] = "full",
     checkpoint: choices.CheckpointOption = "last",
+    model: choices.OwnModelOption = None,
     cache: choices.EncoderCacheOption = None,
     check: Annotated[
         list[str] | None,
@@ -258,7 +264,7 @@ def export(
     render.status(f"exporting to {out} and running it; a minute or so")
     summary = export_model(
         run, out, to=format, what=what, checkpoint=checkpoint, cache=cache, images=check,
-        count=count, overwrite=overwrite is not None,
+        count=count, overwrite=overwrite is not None, model=model,
     )  # fmt: skip
     render.print_json(summary.to_dict()) if json else _print_export(summary)
 

@@ -13,7 +13,8 @@ import typer
 
 from ci2p_cache.cli import choices, render
 from ci2p_cache.cli.fields import takes_options
-from ci2p_cache.errors import CacheError, UsageError, command, stop_signals
+from ci2p_cache.errors import CacheError, RefusedError, UsageError, command, stop_signals
+from ci2p_cache.imported import pinned_location
 from ci2p_cache.training.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -44,11 +45,6 @@ def _read_config(context: typer.Context, file: Path | None) -> Any:
 def train(
     *,
     cache: choices.CacheArgument,
-    options: TrainSpec,
-    out: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(help="Run folder [default: model and a digest of settings].")
-    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -57,6 +53,11 @@ def train(
             is_eager=True,
             callback=_read_config,
         ),
+    ] = None,
+    options: TrainSpec,
+    out: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
+    name: Annotated[
+        str | None, typer.Option(help="Run folder [default: model and a digest of settings].")
     ] = None,
     device: choices.DeviceOption = "auto",
     workers: Annotated[
@@ -127,6 +128,7 @@ def train(
     tune_process(device)
     with joined_ranks(device) as ranks, ExitStack() as stack:
         _require_named(overwrite, name)
+        _require_named_model(config, options)
         observer = None
         if ranks.is_writer:
             line = stack.enter_context(render.ProgressLine("train", unit="steps"))
@@ -165,6 +167,17 @@ def _require_named(overwrite: str | None, name: str | None) -> None:
         raise UsageError(
             f"--overwrite names {overwrite!r}, --name is {name!r}",
             hint=f"--name {quoted} --overwrite {quoted} trains that run from the start",
+        )
+
+
+def _require_named_model(config: Any, options: TrainSpec) -> None:
+    """Refuses to run the code that an `args.yaml` names, which may come from a stranger."""
+    own = pinned_location(config.model) if isinstance(config, TrainSpec) else None
+    if own and config.model == options.model:
+        raise RefusedError(
+            f"--config names the model {own[0].name}:{own[1]}; its code runs only if you name the "
+            "file",
+            hint=f"repeat the command with --model FILE.py:{own[1]}",
         )
 
 

@@ -37,6 +37,7 @@ from ci2p_cache.encoding.progress import EncodeObserver, EncodeSummary
 from ci2p_cache.encoding.run import encode
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError, command
 from ci2p_cache.experiment.spec import EXPERIMENT, Experiment, read_experiment, refuse_other
+from ci2p_cache.imported import pinned_location
 from ci2p_cache.inference.scoring import evaluate
 from ci2p_cache.outputs import refuse_url
 from ci2p_cache.pictures.drawn import write_pictures
@@ -367,7 +368,11 @@ def _evaluate(
                 run, str(read_json(run / "checkpoints" / "last.json").get(checkpoint))
             )
         if found is None:
-            found = evaluate(run, cache=shards, checkpoint=checkpoint, device=device)
+            own = pinned_location(experiment.train.model)
+            found = evaluate(
+                run, cache=shards, checkpoint=checkpoint, device=device,
+                model=own[0] if own else None,
+            )  # fmt: skip
         scores = Scores(**{each.name: getattr(found, each.name) for each in fields(Scores)})
         outcome.append(f"top-1 {scores.top1:.2%} of {scores.samples:,} images")
         if found.top1_low <= 1 / len(found.per_class):

@@ -15,16 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
-import importlib.util
 import inspect
 import re
-import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +27,14 @@ from typing import Any, Literal
 
 from ci2p_cache.encoding.options import EncodeOptions
 from ci2p_cache.errors import ManifestError, RunMismatchError, UsageError, command
+from ci2p_cache.imported import (
+    import_file,
+    naming_errors,
+    needed_arguments,
+    pinned_location,
+    read_python,
+    split_location,
+)
 from ci2p_cache.record import Record, differing_fields, read_json
 from ci2p_cache.training.spec import TrainSpec
 
@@ -45,12 +48,13 @@ __all__ = [
     "recipe_command",
     "refuse_other",
     "settable_fields",
-    "split_location",
     "with_changes",
 ]
 
 EXPERIMENT = "experiment.json"
 """Name of the file that holds the resolved experiment."""
+
+_WHERE = "recipes are in pipelines/ of the clone: ci2p-cache run pipelines/smoke.py"
 
 HOW_TO_WRITE = "pipelines/README.md says how to write a recipe"
 """Hint where a file has none."""
@@ -60,7 +64,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 _SWITCH = {"true": True, "yes": True, "false": False, "no": False}
 
-_ONE_CALL = ("plan_only", "finalise", "shard_range", "retry_failed", "rescan", "reencode_changed")
+_ONE_CALL = (
+    *("plan_only", "finalise", "shard_range", "retry_failed", "rescan", "reencode_changed"),
+    "add_views",
+)
 """What speaks of one call of `encode`, and so of no experiment."""
 
 _FREE_FIELDS = {
@@ -163,7 +170,7 @@ def refuse_other(folder: Path, made: Experiment, asked: Experiment) -> None:
     """
     lines = [
         f"  {name}: {ours!r} in the folder, {theirs!r} asked for"
-        for name, ours, theirs in differing_fields(made, asked)
+        for name, ours, theirs in differing_fields(_without_paths(made), _without_paths(asked))
         if name not in _FREE_FIELDS
     ]
     if lines:
@@ -171,6 +178,13 @@ def refuse_other(folder: Path, made: Experiment, asked: Experiment) -> None:
             f"{folder} holds another experiment; nothing was changed:\n" + "\n".join(lines),
             hint="choose another --out, or leave it out and change --set name=NAME",
         )
+
+
+def _without_paths(experiment: Experiment) -> Experiment:
+    """Returns it with the bare name of a model of the user's own, whose digest binds its run."""
+    own, train = pinned_location(experiment.train.model), experiment.train
+    train = dataclasses.replace(train, model=f"{own[0].name}:{own[1]}" if own else train.model)
+    return dataclasses.replace(experiment, train=train)
 
 
 def settable_fields() -> tuple[str, ...]:
@@ -260,14 +274,6 @@ def _read(name: str, wanted: Any, text: str) -> Any:
         raise UsageError(f"`{name}` is {text!r}; wanted {kind}") from error
 
 
-def split_location(location: str) -> tuple[Path, str | None]:
-    """Cuts `FILE.py:NAME` into file and name; the name is None in a plain `FILE.py`."""
-    path, colon, name = location.rpartition(":")
-    if colon and path.endswith(".py") and "/" not in name:
-        return Path(path), name
-    return Path(location), None
-
-
 def list_recipes(path: str | Path) -> dict[str, str]:
     """Returns the recipes of a file, in its order: name and first line of the docstring.
 
@@ -313,12 +319,12 @@ def load_experiment(location: str) -> Experiment:
             f"{path} has no recipe {name!r}; it has {', '.join(known) or 'none'}",
             hint=recipe_command(path, close[0]) if close else None,
         )
-    if needed := _needed(function):
+    if needed := needed_arguments(function):
         raise UsageError(
             f"{path}:{name} wants the arguments {', '.join(needed)}; a recipe can be called "
             "without any"
         )
-    with _named(f"{path}:{name}", path):
+    with naming_errors(f"{path}:{name}", path):
         experiment = function()
     if not isinstance(experiment, Experiment):
         raise UsageError(
@@ -343,40 +349,7 @@ def recipe_command(path: Path, name: str) -> str:
 
 
 def _imported(path: Path) -> ModuleType:
-    """Imports a file by its path, under a name that no other module has."""
-    if not path.exists():
-        raise UsageError(
-            f"there is no file {path}",
-            hint="recipes are in pipelines/ of the clone: ci2p-cache run pipelines/smoke.py",
-        )
-    if not path.is_file() or path.suffix != ".py":
-        raise UsageError(f"{path} is no Python file; wanted FILE.py or FILE.py:NAME")
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    name = f"ci2p_cache_recipe_{digest}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses of the file look their module up.
-    sys.modules[name] = module
-    with _named(str(path), path):
-        spec.loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def _named(what: str, path: Path) -> Iterator[None]:
-    """Turns whatever a recipe raises into an error that names its line."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if isinstance(error, SyntaxError) and error.filename == str(path):
-            line = error.lineno
-        else:
-            frames = traceback.extract_tb(error.__traceback__)
-            line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
-        at = "" if line is None else f" in line {line}"
-        raise UsageError(f"{what} raises {type(error).__name__}{at}: {error}") from error
+    return import_file(path, read_python(path, hint=_WHERE))
 
 
 def _recipes(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -387,15 +360,5 @@ def _recipes(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:
         returns = function.__annotations__.get("return")
         text = returns if isinstance(returns, str) else getattr(returns, "__name__", "")
         is_public = text.rpartition(".")[2] == Experiment.__name__ and not name.startswith("_")
-        if is_public and not _needed(function):
+        if is_public and not needed_arguments(function):
             yield name, function
-
-
-def _needed(function: Callable[..., Any]) -> list[str]:
-    """Returns the names of the arguments that a call must give."""
-    return [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]

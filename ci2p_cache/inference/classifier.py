@@ -29,12 +29,12 @@ from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.names import Tally, as_key
 from ci2p_cache.images.reading import read_file
 from ci2p_cache.images.tree import DiskTree
-from ci2p_cache.inference.run_folder import load_model, load_run_encoder
+from ci2p_cache.inference.run_folder import load_model, load_run_encoder, open_model
 from ci2p_cache.machine import checked_device, ieee_float32, num_cores
 from ci2p_cache.record import Record
 from ci2p_cache.specs import Fingerprint
 from ci2p_cache.training.metrics import autocast
-from ci2p_cache.training.opened import RunFolder, open_run
+from ci2p_cache.training.opened import RunFolder
 
 if TYPE_CHECKING:
     from ci2p_cache.encoder.frozen import FrozenEncoder
@@ -359,6 +359,7 @@ def load_classifier(
     checkpoint: str | Path = "last",
     cache: str | Path | None = None,
     device: str | torch.device = "auto",
+    model: str | Path | None = None,
 ) -> Classifier:
     """Loads a trained model and its encoder from one run folder.
 
@@ -374,16 +375,18 @@ def load_classifier(
         cache: Where to take the encoder from instead of the run folder: for runs that were begun
             before run folders held a copy of it.
         device: auto (CUDA where there is one), cpu, cuda or cuda:1.
+        model: The file of the run's own model, `FILE.py`, if it has one; its code runs.
 
     Raises:
         InputDataError: there is no run, or no checkpoint yet.
+        RefusedError, RunMismatchError: the run has a model of its own, and no file or another one
+            is named.
         ManifestError: `args.yaml` or `model.json` is damaged; names the file.
         CheckpointError: the checkpoint is damaged, of another run, or does not fit the model.
-        UsageError: there is no such device.
+        UsageError: there is no such device, or the run's model needs no file.
     """
-    return Classifier(
-        open_run(path, checkpoint=checkpoint), device=checked_device(device), cache=cache
-    )
+    run = open_model(path, checkpoint=checkpoint, named=model)
+    return Classifier(run, device=checked_device(device), cache=cache)
 
 
 def find_pictures(names: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str | None]]:

@@ -125,6 +125,7 @@ def export_model(
     images: Iterable[str | os.PathLike[str]] | None = None,
     count: int = 16,
     overwrite: bool = False,
+    model: str | Path | None = None,
 ) -> ExportSummary:
     """Exports a trained model, with its encoder, to one file, and holds the file against eager.
 
@@ -142,10 +143,13 @@ def export_model(
         images: Pictures to check with, as `predict` takes them; None: random inputs.
         count: Number of inputs to check with; of pictures the first ones.
         overwrite: Whether a file at `out` is replaced, as a whole.
+        model: The file of the run's own model, `FILE.py`, if it has one; its code runs.
 
     Raises:
         UsageError: an argument cannot be used, or the encoder computes in bfloat16.
-        RefusedError: `out` is there already.
+        RefusedError: `out` is there already, or the run has a model of its own and no file is
+            named.
+        RunMismatchError: that file has changed since the run was started.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
         InputDataError: there is no run, checkpoint or encoder, or a picture cannot be read.
         ManifestError, CheckpointError, DigestError: something of the run is damaged; names it.
@@ -165,7 +169,7 @@ def export_model(
             hint=f"repeat the command with --format {other}, or give the file another suffix",
         )
     check_output(out, what=f"{to} export", suffixes=(_SUFFIXES[to],), overwrite=overwrite)
-    classifier = load_classifier(run, checkpoint=checkpoint, cache=cache, device="cpu")
+    classifier = load_classifier(run, checkpoint=checkpoint, cache=cache, device="cpu", model=model)
     graph, is_full = graph_of(classifier, what), what == "full"
     inputs = _inputs(classifier, images, count, is_full=is_full)
     staged = out.with_name(f".{out.stem}.{uuid4().hex[:8]}{_SUFFIXES[to]}")

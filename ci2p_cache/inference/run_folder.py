@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +12,35 @@ from torch import nn
 from ci2p_cache.cache.commit import sha256_file
 from ci2p_cache.cache.store import open_cache
 from ci2p_cache.errors import CheckpointError, DigestError, InputDataError, ManifestError
+from ci2p_cache.models.own_models import with_own_code
 from ci2p_cache.models.registry import build_model
 from ci2p_cache.record import differing_fields
-from ci2p_cache.runs.files import MODEL_FILE
+from ci2p_cache.runs.files import CODE, MODEL_FILE
 from ci2p_cache.training.checkpoint import MODEL, weights_of
-from ci2p_cache.training.opened import RunFolder
+from ci2p_cache.training.opened import RunFolder, open_run
 
 if TYPE_CHECKING:
     from ci2p_cache.encoder.frozen import FrozenEncoder
 
-__all__ = ["load_model", "load_run_encoder"]
+__all__ = ["load_model", "load_run_encoder", "open_model"]
+
+
+def open_model(path: str | Path, *, checkpoint: str | Path, named: str | Path | None) -> RunFolder:
+    """Opens a run whose model is going to run: one of the user's own only if its file is named.
+
+    Args:
+        path: As for `open_run`.
+        checkpoint: As for `open_run`.
+        named: The file of the run's own model, `FILE.py`; None: it has none.
+
+    Raises:
+        RefusedError: the run has a model of its own, and no file is named.
+        RunMismatchError: the file has changed since the run was started.
+        UsageError: the run's model needs no file, or the file cannot be used.
+        CacheError: whatever `open_run` raises.
+    """
+    run = open_run(path, checkpoint=checkpoint)
+    return replace(run, config=with_own_code(run.config, named, run=run.path, copy=run.path / CODE))
 
 
 def load_model(run: RunFolder, device: torch.device) -> nn.Module:

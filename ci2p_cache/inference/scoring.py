@@ -35,7 +35,7 @@ from ci2p_cache.errors import (
     RefusedError,
     UsageError,
 )
-from ci2p_cache.inference.run_folder import load_model
+from ci2p_cache.inference.run_folder import load_model, open_model
 from ci2p_cache.loader.batches import Batch, BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
 from ci2p_cache.machine import checked_device, ieee_float32
@@ -52,7 +52,7 @@ from ci2p_cache.runs.evaluations import (
 from ci2p_cache.runs.statistics import wilson_interval
 from ci2p_cache.training.inputs import data_digest, train_and_val
 from ci2p_cache.training.metrics import Validation, validate
-from ci2p_cache.training.opened import RunFolder, open_run
+from ci2p_cache.training.opened import RunFolder
 from ci2p_cache.training.ranks import Ranks
 
 __all__ = [
@@ -90,6 +90,7 @@ def evaluate(
     source: str | None = None,
     out: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    model: str | Path | None = None,
 ) -> Evaluation:
     """Evaluates a checkpoint, and writes the result and a row per image into its run.
 
@@ -115,6 +116,7 @@ def evaluate(
         out: Folder for the two files instead of `evaluations` in the run, which is then only read.
             Files of the same name there are not replaced.
         on_progress: Called with how many of how many images are done.
+        model: The file of the run's own model, `FILE.py`, if it has one; its code runs.
 
     Returns:
         What the JSON file holds.
@@ -127,11 +129,13 @@ def evaluate(
         SourceError: the images are not there any more.
         ShardError: the cache is damaged.
         UsageError: there is no such split or device, or `out` is in a cache.
-        RefusedError: `out` holds a file of that name already.
+        RefusedError: `out` holds a file of that name already, or the run has a model of its own
+            and no file is named.
+        RunMismatchError: that file has changed since the run was started.
         LockedError: another process evaluates this run.
         ResourceError: the results cannot be written.
     """
-    opened = open_run(run, checkpoint=checkpoint)
+    opened = open_model(run, checkpoint=checkpoint, named=model)
     spec = opened.args.settings.spec
     data, content = _open_data(opened, cache)
     is_own = content is None

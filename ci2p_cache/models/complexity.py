@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ci2p_cache.errors import UsageError
 from ci2p_cache.gdn import AnalysisTransform
+from ci2p_cache.models.own_models import OwnConfig
 from ci2p_cache.models.registry import AnyModelConfig, build_model, list_models, model_config
 from ci2p_cache.record import Record
 from ci2p_cache.specs import DOWNSAMPLING, SIZE_MULTIPLE_PX
@@ -260,12 +261,12 @@ def complexity_table(
 
 
 def trainable_parameters(config: AnyModelConfig) -> int:
-    """Counts the parameters of a model without drawing a weight.
+    """Counts the parameters of a model without drawing a weight, or running code of somebody's own.
 
     Raises:
         UsageError: the installed timm cannot build it.
     """
-    return _parameters(_built(config))
+    return config.parameters if isinstance(config, OwnConfig) else _parameters(_built(config))
 
 
 def tensor_shapes(what: AnyModelConfig | tuple[int, int]) -> dict[str, tuple[int, ...]]:

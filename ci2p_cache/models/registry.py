@@ -18,6 +18,7 @@
     timm:NAME       images                                any classifier of timm, not pretrained
     ci2p+timm:NAME  latents                               a ViT or DeiT of timm, its patch embedding
                                                           replaced by PatchReshape
+    FILE.py:NAME    either                                a class or function of the user's own
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ci2p_cache.errors import ManifestError, UnknownModelError, UsageError
+from ci2p_cache.imported import pinned_location
 from ci2p_cache.models.baselines import (
     CnnViT,
     CnnViTConfig,
@@ -38,6 +40,7 @@ from ci2p_cache.models.baselines import (
     PixelViTConfig,
 )
 from ci2p_cache.models.ci2p_vit import CI2PViT, ModelConfig
+from ci2p_cache.models.own_models import OwnConfig, OwnModel, own_config
 from ci2p_cache.models.timm_models import (
     CI2P_TIMM_PREFIX,
     TIMM_PREFIX,
@@ -60,7 +63,13 @@ __all__ = [
 ]
 
 AnyModelConfig = (
-    ModelConfig | PixelViTConfig | CnnViTConfig | EncoderViTConfig | TimmConfig | CI2PTimmConfig
+    ModelConfig
+    | PixelViTConfig
+    | CnnViTConfig
+    | EncoderViTConfig
+    | TimmConfig
+    | CI2PTimmConfig
+    | OwnConfig
 )
 """The record of any model; each has `name`, `num_classes` and `reads`."""
 
@@ -87,6 +96,7 @@ _KINDS: dict[str, tuple[type[AnyModelConfig], Callable[[Any], nn.Module]]] = {
     "encoder_vit": (EncoderViTConfig, EncoderViT),
     "timm": (TimmConfig, TimmClassifier),
     "ci2p_timm": (CI2PTimmConfig, build_ci2p_timm),
+    "own": (OwnConfig, OwnModel),
 }
 """`kind` of a record -> its class, and what builds its model."""
 
@@ -116,12 +126,19 @@ def model_config(
     """Returns the record of a model without building it; a checkpoint stores its `to_dict()`.
 
     Arguments are as for `create_model`. A model of timm is built and run once on the meta device,
-    to refuse what timm cannot build.
+    to refuse what timm cannot build; one of `FILE.py:NAME` on the CPU, with two inputs.
 
     Raises:
         UnknownModelError: no model has that name.
-        UsageError: an argument is of another type or out of range, or timm cannot build the model.
+        UsageError: an argument is of another type or out of range, or the model cannot be built or
+            does not run.
+        RunMismatchError: `name` ends in `#` and another sha256 than the file has.
     """
+    if pinned_location(str(name)) is not None:
+        return own_config(
+            name, num_classes=num_classes, latent_channels=latent_channels, pos_embed=pos_embed,
+            latent_size=latent_size, drop_path_rate=drop_path_rate,
+        )  # fmt: skip
     is_timm = str(name).startswith((TIMM_PREFIX, CI2P_TIMM_PREFIX))
     if pos_embed is True and (is_timm or name in _PIXEL_DIMS):
         raise UsageError(
@@ -146,8 +163,8 @@ def model_config(
         names = list_models()
         close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.4)
         raise UnknownModelError(
-            f"no model is named {name!r}; the models are {', '.join(names)}, {TIMM_PREFIX}NAME and "
-            f"{CI2P_TIMM_PREFIX}NAME",
+            f"no model is named {name!r}; the models are {', '.join(names)}, {TIMM_PREFIX}NAME, "
+            f"{CI2P_TIMM_PREFIX}NAME and FILE.py:NAME",
             hint=f"did you mean {close[0]}?" if close else None,
         )
     widths, depths = zip(*_SCALES[name], strict=True)
@@ -183,7 +200,8 @@ def build_model(config: AnyModelConfig) -> nn.Module:
     gives the same weights again, on one version of torch and timm. `model.config` is the record.
 
     Raises:
-        UsageError: the installed timm cannot build it.
+        UsageError: the installed timm, or the user's own code, cannot build it.
+        RefusedError: it is a model of somebody's own, and nobody has named its file.
     """
     return _KINDS[getattr(config, "kind", "")][1](config)
 
@@ -210,7 +228,9 @@ def create_model(
         model = create_model("ci2p+timm:deit_small_patch16_224", num_classes=10)
 
     Args:
-        name: One of `list_models()`, or `timm:` or `ci2p+timm:` and a name of timm's.
+        name: One of `list_models()`, `timm:` or `ci2p+timm:` and a name of timm's, or
+            `FILE.py:NAME`: a class or function of your own, whose attribute `reads` says "latents"
+            or "images". It is called with those of these arguments that it takes, and `image_size`.
         num_classes: Number of classes; 0 gives pooled features (B, D) instead of logits.
         latent_channels: M, the channels of the latents; 192 for CompressAI quality 1-5, 320 for
             6-8. Models on images do not look at it.
@@ -226,7 +246,9 @@ def create_model(
 
     Raises:
         UnknownModelError: no model has that name.
-        UsageError: an argument is of another type or out of range, or timm cannot build the model.
+        UsageError: an argument is of another type or out of range, or the model cannot be built or
+            does not run.
+        RunMismatchError: `name` ends in `#` and another sha256 than the file has.
     """
     config = model_config(
         name,

@@ -5,6 +5,7 @@
     runs/<name>/
       args.yaml       what binds the folder (RunSettings), and what it was started with
       model.json      everything needed to rebuild the model and to read its latents
+      model.py        a copy of the user's own model, if it has one; no command runs it unasked
       encoder.safetensors   the cache's, so that the folder alone classifies pictures
       summary.csv     a row per epoch
       tensorboard/    the same as events, and the loss and learning rate of each step
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARGS",
+    "CODE",
     "EXPORT_FACTS",
     "MODEL_FILE",
     "SUMMARY",
@@ -56,7 +58,7 @@ __all__ = [
     "training_seconds",
 ]
 
-ARGS, MODEL_FILE, SUMMARY = "args.yaml", "model.json", "summary.csv"
+ARGS, CODE, MODEL_FILE, SUMMARY = "args.yaml", "model.py", "model.json", "summary.csv"
 
 EXPORT_FACTS = "ci2p_cache.json"
 """Where an exported `.pt2` keeps what ONNX has as `metadata_props`."""

@@ -28,10 +28,12 @@ from ci2p_cache.errors import (
     RunMismatchError,
     UsageError,
 )
+from ci2p_cache.models.own_models import OwnConfig
 from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.record import read_regular
 from ci2p_cache.runs.files import (
     ARGS,
+    CODE,
     MODEL_FILE,
     SUMMARY,
     EpochRecord,
@@ -234,7 +236,7 @@ def run_path(runs_dir: Path, name: str | None, settings: RunSettings) -> Path:
     """
     if name is None:
         # Names of timm's models hold a colon: "timm:deit_tiny_patch16_224".
-        model = re.sub(r"[^A-Za-z0-9._-]+", "-", settings.spec.model)
+        model = re.sub(r"[^A-Za-z0-9._-]+", "-", settings.spec.model.partition("#")[0])
         name = f"{model[:90]}-{settings.digest[:8]}"
     if not _NAME.fullmatch(name):
         raise UsageError(
@@ -292,6 +294,8 @@ def open_writer(
                 observer.notice(_changed_numerics(started.numerics, args.numerics))
             if not (path / MODEL_FILE).exists():
                 encoder = copy_encoder(cache, config, staging)
+                if isinstance(config, OwnConfig) and config.code is not None:
+                    staging.put(CODE, config.code.content)
                 staging.put_json(MODEL_FILE, model_record(cache, config, encoder))
             yield RunWriter(staging, held, observer=observer)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ci2p_cache.errors import InterruptedRunError, UsageError
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.resident import Resident
 from ci2p_cache.machine import bf16_notice
+from ci2p_cache.models.own_models import OwnConfig
 from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.outputs import refuse_url
 from ci2p_cache.runs.files import EpochRecord, best_epoch
@@ -360,7 +361,7 @@ def _checked(
     splits = train_and_val(cache, spec, ranks)
     initial, weights = initial_weights(cache, spec, config, observer)
     settings = RunSettings(
-        spec=spec,
+        spec=replace(spec, model=config.bound_name) if isinstance(config, OwnConfig) else spec,
         fingerprint=cache.fingerprint,
         data_sha256=data_digest(cache),
         loader=loader_name(config, loader, resident),

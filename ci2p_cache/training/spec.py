@@ -53,7 +53,7 @@ class TrainSpec(Record):
     model: str = option(
         "vitds",
         "On latents: vit, vitds, these with _small or _tiny, ci2p+timm:NAME. On the images: "
-        "vit_b16, vit_s16, vit_ti16, cnn_vit (_small, _tiny), timm:NAME.",
+        "vit_b16, vit_s16, vit_ti16, cnn_vit (_small, _tiny), timm:NAME. Either: FILE.py:NAME.",
     )
     epochs: int = option(
         100, "Passes over the training images; the paper takes 300.", low=1, high=10**6
@@ -222,7 +222,6 @@ class TrainSpec(Record):
             ManifestError: a field is unknown, missing, of another type or out of range.
         """
         if isinstance(data, Mapping) and type(made := data.get("version")) is int:
-            news = (own for version, own in _SINCE.items() if version > made)
             news = (own for version, own in _SINCE.items() if version > made)
             later = {name: value for own in news for name, value in own.items()}
             if made >= 1 and later and not later.keys() & data.keys():

@@ -35,14 +35,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "record": {"errors"},
     "parquet": set(),
     "process": set(),
-    "specs": {"errors", "record"},
+    "specs": {"errors", "fields", "record"},
     "remote": {"errors"},
     "outputs": {"errors", "remote"},
     "images": {"errors", "parquet", "process", "record", "remote", "specs"},
     "gdn": set(),
+    "imported": {"errors"},
     "encoder": {"machine", "errors", "fields", "record", "specs", "gdn"},
     "cache": {"errors", "parquet", "record", "remote", "specs"},
-    "models": {"errors", "record", "specs", "gdn"},
+    "models": {"errors", "record", "specs", "gdn", "imported"},
     "encoding": {
         *("machine", "errors", "outputs", "record", "remote", "specs", "images", "encoder"),
         *("cache", "fields", "parquet", "process"),
@@ -76,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "experiment": {
         *("errors", "outputs", "record", "specs", "cache", "encoding", "pictures", "training"),
-        *("inference", "report", "runs"),
+        *("imported", "inference", "report", "runs"),
     },
 }
 """Room -> rooms it may import. Rooms not named here (the cli) stand on top of all."""
