@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,20 +89,23 @@ def limits(
             np.take(source, rows, axis=0, out=buffer, mode="clip")
             yield rows, buffer
 
+    ways: tuple[tuple[str, str, Literal["int8", "float32"], Any], ...] = (
+        ("", "", "int8", decoded),
+        (" float", ", then dequantise", "float32", lambda *each: dequantised(data, decoded(*each))),
+    )
     bare = [
         Contestant(
-            key=f"bare {codec}{end}", name=f"limit: pread + decode{text}, into one buffer",
-            stream=partial(stream, splits[codec], count), threads=count, gives=gives,
+            key=f"bare {codec}{end}{_suffix(count)}",
+            name=f"limit: pread + decode{text}, into one buffer",
+            stream=partial(stream, splits[codec], count),
+            threads=count,
+            gives=gives,
             **stored_as(splits[codec]) | {"checked": "every read"},
         )
         for codec in CODECS
         for count in threads
-        for end, text, gives, stream in (
-            (_suffix(count), "", "int8", decoded),
-            (f" float{_suffix(count)}", ", then dequantise", "float32",
-             lambda *args: dequantised(data, decoded(*args))),
-        )
-    ]  # fmt: skip
+        for end, text, gives, stream in ways
+    ]
     return [
         *bare,
         *(

@@ -73,7 +73,9 @@ def measure_loader(settings: Settings, folder: Path) -> Report:
     tune_process()
     data = _data(settings, folder)
     batch, shape = settings.batch, data.latents.shape[1:]
-    splits = {codec: write_cache(folder / codec, data, codec=codec) for codec in CODECS}
+    splits: dict[str, cc.Split] = {
+        codec: write_cache(folder / codec, data, codec=codec) for codec in CODECS
+    }
     many = max(1, settings.samples // MANY_SHARDS)
     splits["many"] = write_cache(folder / "many", data, codec="none", shard_samples=many)
     contestants, missing = _contestants(settings, data, splits, folder)

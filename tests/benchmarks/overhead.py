@@ -39,8 +39,8 @@ def overhead_table(splits: dict[str, cc.Split], folder: Path, data: Data) -> Tab
         table.rows.append(_row(name, count, alone, files, whole))
     for store in sorted(folder.iterdir()):
         if store.name.startswith(PEER):
-            whole = f"{tree_bytes(store) / count:,.0f}"
-            table.rows.append([store.name.removeprefix(PEER), "-", "-", "-", whole, "-"])
+            each = f"{tree_bytes(store) / count:,.0f}"
+            table.rows.append([store.name.removeprefix(PEER), "-", "-", "-", each, "-"])
     return table
 
 

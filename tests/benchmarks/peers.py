@@ -444,7 +444,8 @@ def indexed_batches(shelf: Shelf, is_loaded: bool) -> Iterator[Batch]:
     """Ours as a data set, in the fewest lines."""
     split, count = shelf.compressed, len(shelf.data.latents)
     if is_loaded:
-        batches = iter(DataLoader(split, batch_sampler=random_batches(count, shelf.batch)))
+        order: Any = random_batches(count, shelf.batch)
+        batches: Iterator[Any] = iter(DataLoader(split, batch_sampler=order))
     else:
         batches = (split[rows] for rows in random_batches(count, shelf.batch))
     for rows, (latents, _) in zip(random_batches(count, shelf.batch), batches, strict=True):
