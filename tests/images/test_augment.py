@@ -147,7 +147,9 @@ def test_batch_workers_and_order_change_no_byte_and_verify_repeats_every_view(
     cc.encode(source, tmp_path / "other", dataclasses.replace(other, shard_range=None))
     assert data_digests(tmp_path / "one") == data_digests(tmp_path / "other")
     cc.encode(source, tmp_path / "plain", with_options(views="crops:3"))
-    stored, plain = (cc.open_cache(tmp_path / n)["train"].latents[:] for n in ("one", "plain"))
+    stored, plain = (
+        np.asarray(cc.open_cache(tmp_path / name)["train"].latents[:]) for name in ("one", "plain")
+    )
     assert stored.shape == plain.shape
     assert (stored != plain).any(axis=(2, 3, 4)).mean() > 0.9
     assert cc.open_cache(tmp_path / "one").fingerprint.views.words == "crops:3, augmented: authors"

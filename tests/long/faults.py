@@ -33,8 +33,8 @@ def main() -> int:
                 return 1
             bench = EncodeBench(Path(folder) / "plain")
             if arguments.growth or arguments.add_views:
-                kind = GrowthBench if arguments.growth else MoreViewsBench
-                bench = kind(Path(folder) / "grown", warm)
+                grown = GrowthBench if arguments.growth else MoreViewsBench
+                bench = grown(Path(folder) / "grown", warm)
             bench.undisturbed(warm)
             points = spread(bench.calls, arguments.count)
             for kind in KINDS:
