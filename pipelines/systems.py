@@ -31,7 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention, unfold
 
 import ci2p_cache as cc
 from ci2p_cache.cli import render
-from ci2p_cache.cli.ending import told_errors
+from ci2p_cache.cli.ending import reported_errors
 from ci2p_cache.cli.watch import EncodeWatch, TrainWatch
 from ci2p_cache.models.baselines import IMAGENET_MEAN, IMAGENET_STD, Normalise
 
@@ -265,7 +265,7 @@ class _CeiT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         rates = _rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
-            Block(width, heads, qkv_bias=True, drop_path=rate, mlp_layer=_LocalMlp)  # type: ignore[arg-type]  # any module
+            Block(width, heads, qkv_bias=True, drop_path=rate, mlp_layer=_LocalMlp)
             for rate in rates
         )
         self.norm1, self.norm2, self.norm = (nn.LayerNorm(width) for _ in range(3))
@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     given = _parser().parse_args(arguments)
     columns = ["system", "parameters", "published", "", "GMAC", "published"]
-    with told_errors(go_on="run the same command again to continue"):
+    with reported_errors(go_on="run the same command again to continue"):
         if given.source is not None:
             columns += ["training loss", "top-1", "s/epoch"]
             options = cc.EncodeOptions(

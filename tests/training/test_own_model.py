@@ -184,8 +184,8 @@ def test_its_weights_begin_another_run_without_its_code(made: Path, tmp_path: Pa
     begun = dataclasses.replace(spec(made / "mine.py"), init_from=str(made / "runs" / "run"))
     cc.train(made / "shards", spec=begun, runs_dir=tmp_path, name="more", device="cpu")
     settings = yaml.safe_load((tmp_path / "more" / "args.yaml").read_text())["settings"]
-    assert settings["initial"]["taken"] == 9
-    assert settings["initial"]["new"] == []
+    assert settings["init_from"]["taken"] == 9
+    assert settings["init_from"]["new"] == []
 
 
 def test_a_recipe_names_one_on_images_and_continues_where_it_was_moved(
