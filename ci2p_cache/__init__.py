@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ci2p_cache.cache.dataset import SplitDataset
     from ci2p_cache.cache.split import Split
     from ci2p_cache.cache.store import Cache, open_cache
     from ci2p_cache.cache.survey import CacheStatus, status
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from ci2p_cache.process import tune_process
     from ci2p_cache.runs.evaluations import Evaluation
     from ci2p_cache.specs import (
+        AugmentSpec,
         EncoderSpec,
         Fingerprint,
         ImageSpec,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from ci2p_cache.training.spec import TrainSpec
 
 __all__ = [
+    "AugmentSpec",
     "Batch",
     "CI2PPatchEmbed",
     "Cache",
@@ -83,6 +86,7 @@ __all__ = [
     "ResidentLoader",
     "SeedsSummary",
     "Split",
+    "SplitDataset",
     "TrainSpec",
     "TrainSummary",
     "ViewSpec",
@@ -112,6 +116,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AugmentSpec": "specs",
     "Batch": "loader.batches",
     "CI2PPatchEmbed": "models.timm_models",
     "Cache": "cache.store",
@@ -143,6 +148,7 @@ _HOMES = {
     "ResidentLoader": "loader.resident",
     "SeedsSummary": "experiment.seeds",
     "Split": "cache.split",
+    "SplitDataset": "cache.dataset",
     "TrainSpec": "training.spec",
     "TrainSummary": "training.run",
     "ViewSpec": "specs",

@@ -412,5 +412,6 @@ def _timed(
         val_loader=None, save=lambda _: None, log=lambda _: None, should_stop=is_over,
         ranks=Ranks(), observer=TrainObserver(),
     ).run(TrainState(run="bench", sums={}))  # fmt: skip
-    steps, took, waited = (after - before for before, after in zip(*marks, strict=True))
+    # The loop asks more than once whether it is over.
+    steps, took, waited = (after - before for before, after in zip(*marks[:2], strict=True))
     return steps * loader.batch_size / took, waited / took, int(steps)

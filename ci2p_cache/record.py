@@ -49,6 +49,8 @@ class Record:
     Fields may be str, int, float, bool, None unions of these, Literals, other records,
     `tuple[X, ...]` and `dict[str, X]` of any of them, and Path where the record's own `to_dict`
     makes it a str. `repr` is short: it leaves out fields that have their default, and cuts values.
+    A field with the metadata `absent_where_none` is not in the dictionary where it is None, so that
+    records that know nothing of it, and their digests, stay as they were.
     """
 
     __slots__ = ()
@@ -60,7 +62,8 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain JSON values, nested records as dictionaries."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]  # a mixin
+        values: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]  # a mixin
+        return _without_absent(self, values)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -73,14 +76,17 @@ class Record:
             raise ManifestError(f"{cls.__name__} wants an object, got {type(data).__name__}")
         hints = _hints(cls)  # type: ignore[arg-type]  # mypy takes a class for not hashable
         names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        unknown, missing = sorted(set(map(str, data)) - set(names)), sorted(set(names) - set(data))
+        missing = sorted(set(names) - set(data) - _absent_where_none(cls))
+        unknown = sorted(set(map(str, data)) - set(names))
         if unknown or missing:
             raise ManifestError(
                 f"{cls.__name__} has unknown fields {_shown(unknown)} and lacks {missing}; "
                 "it was written by another version of ci2p-cache or is damaged"
             )
         values = {
-            name: _checked(f"{cls.__name__}.{name}", hints[name], data[name]) for name in names
+            name: _checked(f"{cls.__name__}.{name}", hints[name], data[name])
+            for name in names
+            if name in data
         }
         try:
             return cls(**values)
@@ -89,6 +95,21 @@ class Record:
 
 
 _R = TypeVar("_R", bound=Record)
+
+
+def _absent_where_none(cls: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls) if "absent_where_none" in f.metadata}
+
+
+def _without_absent(record: Record, values: dict[str, Any]) -> dict[str, Any]:
+    """Takes the absent fields out of a record's dictionary, and of the records right below it."""
+    for name in tuple(values):
+        value = getattr(record, name)
+        if value is None and name in _absent_where_none(type(record)):
+            del values[name]
+        elif isinstance(value, Record):
+            _without_absent(value, values[name])
+    return values
 
 
 def differing_fields(ours: Record, theirs: Record) -> list[tuple[str, Any, Any]]:

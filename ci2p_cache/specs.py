@@ -11,17 +11,20 @@ import hashlib
 import json
 import math
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Self
 
-from ci2p_cache.errors import UsageError
-from ci2p_cache.record import Record
+from ci2p_cache.errors import ManifestError, UsageError
+from ci2p_cache.fields import check_options, option
+from ci2p_cache.record import Record, read_yaml
 
 __all__ = [
     "DOWNSAMPLING",
     "FORMAT_VERSION",
     "FORMAT_VERSIONS",
     "MAX_LATENT_BYTES",
+    "AugmentSpec",
     "CodecName",
     "DType",
     "EncoderSpec",
@@ -98,6 +101,83 @@ class ImageSpec(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentSpec(Record):
+    """What happens to a random crop after it was resized, in the order of the fields.
+
+    Each step is torchvision's (transforms.v2); what no field names has torchvision's default.
+    """
+
+    min_area: float = option(0.08, "Least share of the image that a crop shows.", above=0, high=1)
+    rand_augment: int = option(
+        0, "Operations of RandAugment (Cubuk et al. 2020, arXiv 1909.13719).", low=0, high=16
+    )
+    magnitude: int = option(9, "Strength of these operations, of 30.", low=0, high=30)
+    trivial_augment: bool = option(
+        False, "One operation of any strength: TrivialAugment (Mueller and Hutter 2021)."
+    )
+    grey: float = option(0.0, "Chance of grey.", low=0, high=1)
+    blur: float = option(
+        0.0,
+        "Chance of a Gaussian blur, sigma 0.1 to 2.0 pixels; the kernel is a tenth of the side, as "
+        "in SimCLR (Chen et al. 2020, arXiv 2002.05709).",
+        low=0,
+        high=1,
+    )
+    solarize: float = option(0.0, "Chance of inverting what is above 127.", low=0, high=1)
+    erasing: float = option(
+        0.0, "Chance of a black rectangle: random erasing (Zhong et al. 2017).", low=0, high=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads a name, a JSON object of fields, or the path of a YAML file of fields.
+
+        Raises:
+            UsageError: it is none of these, or a field is unknown or out of range.
+        """
+        known, names = cls().to_dict(), ", ".join(_AUGMENTS)
+        try:
+            given = _AUGMENTS.get(text) or (
+                json.loads(text) if text.startswith("{") else read_yaml(Path(text), max_bytes=2**16)
+            )
+        except (OSError, ValueError, ManifestError) as error:
+            raise UsageError(
+                f"`augment` is {text!r}, none of {names}, and not to be read as YAML: {error}"
+            ) from error
+        unknown = sorted(map(repr, given.keys() - known.keys()))
+        _require(
+            not unknown,
+            f"`augment` has the unknown field {', '.join(unknown)}; wanted some of "
+            f"{', '.join(known)}",
+        )
+        try:
+            return cls.from_dict(known | given)
+        except ManifestError as error:
+            raise UsageError(f"`augment`: {error}") from error
+
+    def __str__(self) -> str:
+        default = type(self)().to_dict()
+        given = {name: value for name, value in self.to_dict().items() if value != default[name]}
+        named = [name for name, values in _AUGMENTS.items() if values == given]
+        return named[0] if named else json.dumps(given)
+
+
+_AUGMENTS: dict[str, dict[str, float]] = {
+    "authors": {
+        "rand_augment": 2, "grey": 0.2, "blur": 0.1, "solarize": 0.2, "erasing": 0.25,
+    },
+    "rand": {"rand_augment": 2},
+    "trivial": {"trivial_augment": True},
+}  # fmt: skip
+"""What has a name. authors: the code of the authors of CI2P-ViT, as far as it comes before an image
+is encoded and concerns one image; how many operations RandAugment makes, and how strong, is
+torchvision's default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ViewSpec(Record):
     """Which views of a training image are stored; other splits always store one."""
 
@@ -106,7 +186,9 @@ class ViewSpec(Record):
     num_crops: int = 0
     """Number of crops for `crops`, else 0."""
     seed: int = 0
-    """Seed of the crop boxes; 0 for the other kinds, whose values do not depend on it."""
+    """Seed of crops and augmentation; 0 for the other kinds, whose values do not depend on it."""
+    augment: AugmentSpec | None = field(default=None, metadata={"absent_where_none": True})
+    """What happens to each crop; None: nothing. Absent in JSON then."""
 
     def __post_init__(self) -> None:
         if self.kind == "crops":
@@ -119,32 +201,42 @@ class ViewSpec(Record):
                 self.num_crops == 0 and self.seed == 0,
                 f"`views` {self.kind} takes neither a count nor a seed",
             )
+            _require(
+                self.augment is None,
+                f"`augment` changes random crops, and `views` is {self.kind}; wanted crops:K",
+            )
 
     @classmethod
-    def parse(cls, text: str, *, seed: int = 0) -> Self:
+    def parse(cls, text: str, *, seed: int = 0, augment: AugmentSpec | None = None) -> Self:
         """Reads `none`, `flip` or `crops:K`.
 
         Args:
             text: One of these; K is the number of crops, 1 to 1024.
             seed: Seed of the boxes of crops; not looked at for the others.
+            augment: What happens to each crop.
 
         Raises:
-            UsageError: the text is none of these.
+            UsageError: the text is none of these, or `augment` has no crops.
         """
         if text in ("none", "flip"):
-            return cls(kind=typing.cast("Literal['none', 'flip']", text))
+            return cls(kind=typing.cast("Literal['none', 'flip']", text), augment=augment)
         kind, _, count = text.partition(":")
         _require(
             kind == "crops" and count.isascii() and count.isdigit(),
             f"`views` is {text!r}; wanted none, flip or crops:K, for example crops:4",
         )
-        return cls(kind="crops", num_crops=int(count), seed=seed)
+        return cls(kind="crops", num_crops=int(count), seed=seed, augment=augment)
 
     def num_views(self, split: str) -> int:
         """Returns how many views a sample of `split` has."""
         if split != "train":
             return 1
         return {"none": 1, "flip": 2, "crops": self.num_crops}[self.kind]
+
+    @property
+    def words(self) -> str:
+        """The views and what happens to them, for example `crops:4, augmented: authors`."""
+        return str(self) if self.augment is None else f"{self}, augmented: {self.augment}"
 
     def __str__(self) -> str:
         return f"crops:{self.num_crops}" if self.kind == "crops" else self.kind
@@ -270,6 +362,9 @@ class LayoutSpec(Record):
 
     val_fraction: float = 0.1
     """Share of each class that becomes `val` where the source has no split folders."""
+    split: Literal["stratified", "hashed"] = "stratified"
+    """How it is drawn. stratified: of the n images of a class, round(n * val_fraction). hashed:
+    each image for itself, with that chance."""
     seed: int = 0
     """Seed of the row order and of the validation split."""
     shard_samples: int = 1024
@@ -315,6 +410,8 @@ class LayoutSpec(Record):
         if format_version == 1:
             if self.codec == "lz4" or self.fold:
                 return "caches of format 1 have neither `codec` lz4 nor `fold`; convert it first"
+            if self.split != "hashed":
+                return "the split of caches of format 1 is `hashed`"
         elif not 1 <= self.level <= 9:
             return f"`level` is {self.level}; 1 to 9 are possible"
         if self.fold and not latent.is_symbols:

@@ -2,11 +2,10 @@
 
 Paper:    Zhao and Sun, "Compress image to patches for Vision Transformer", arXiv 2502.10120, and
           the code that they published. 300 epochs from scratch at 256 px.
-Command:  python pipelines/stratify.py animals10/ --out animals10.csv
-          ci2p-cache run pipelines/animals10.py:paper_vitds animals10.csv
+Command:  ci2p-cache run pipelines/animals10.py:paper_vitds animals10/
 Images:   animals10/{butterfly,cat,...}/*: 26,179 photographs in ten folders (the Italian names of
           the original archive will do, classes are folder names).
-Split:    there is no official one. Ours is the list of stratify.py: in each class the tenth of the
+Split:    there is no official one. Ours is the default of `encode`: in each class the tenth of the
           images with the smallest hash of seed 0 and path is `val`, exactly and for everyone.
 Hours:    not measured here. By arithmetic: encoding 49 min at 17 views/s (two CPU cores) for
           paper_*, 3.1 h for the eight crops of authors_*. The paper trained CI2P-ViT in 9 h and
@@ -21,9 +20,10 @@ What the paper's summary leaves open is ours in paper_*: batches of 128 (the aut
 warm-up of 20 epochs and a cosine down to 1.25e-6, no gradient clipping, no label smoothing.
 
 authors_* is the authors' code as far as a cache can carry it. What differs, because it comes before
-an encoder that is not linear and so before the cache: their random-resized crops are drawn again in
-each epoch, here K = 8 are stored and one is drawn; RandAugment, grey, blur, solarize and erasing
-are left out; Mixup and CutMix on pixels are left out, for mixing latents is another method. Their
+an encoder that is not linear and so before the cache: their random-resized crops, with RandAugment,
+grey, blur, solarize and erasing, are drawn again in each epoch, here K = 8 are stored and one is
+drawn; Mixup and CutMix on pixels are left out, for mixing latents is another method. How strong
+their RandAugment is could not be read: here it is torchvision's default (--augment authors). Their
 learning rate begins at a third of its peak, here at zero. Their 500 epochs let the cosine
 rise again after 300, which is not copied. Stage two reads the images themselves for vit_b16 and
 cnn_vit, in the order, the views and the split of the same cache. CNN-ViT is the paper's control
@@ -38,7 +38,12 @@ import ci2p_cache as cc
 
 _PAPER_ENCODE = cc.EncodeOptions(dtype="float16", size=256, views="flip")
 _AUTHORS_ENCODE = cc.EncodeOptions(
-    dtype="float16", size=256, resize_side=292, interpolation="bicubic", views="crops:8"
+    dtype="float16",
+    size=256,
+    resize_side=292,
+    interpolation="bicubic",
+    views="crops:8",
+    augment="authors",
 )
 
 _PAPER_TRAIN = cc.TrainSpec(

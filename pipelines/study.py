@@ -93,6 +93,9 @@ BASE = Plan(
     train={"model": "vitds_tiny"},
 )
 
+AUGMENT = {"augment": "authors"}
+"""What the b-bank rows do to each crop."""
+
 PLANS: dict[str, Plan] = {
     "a-seed1": Plan(what="the reference from another seed: what chance does", train={"seed": 1}),
     "a-float32": Plan(what="float32 y", encode={"dtype": "float32"}),
@@ -107,6 +110,9 @@ PLANS: dict[str, Plan] = {
         train={"latent_flip": 0.5},
     ),
     "b-crops4": Plan(what="four random-resized crops", encode={"views": "crops:4"}),
+    "b-bank4": Plan(what="four augmented crops", encode={"views": "crops:4", **AUGMENT}),
+    "b-bank8": Plan(what="eight augmented crops", encode={"views": "crops:8", **AUGMENT}),
+    "b-bank16": Plan(what="sixteen augmented crops", encode={"views": "crops:16", **AUGMENT}),
     "c-online": Plan(what="the encoder in the loop", is_online=True),
     "d-vit_tiny": Plan(what="CI2P-ViT, tiny", train={"model": "vit_tiny"}),
     "d-vit_ti16": Plan(what="ViT-Ti/16 on images", train={"model": "vit_ti16"}),
@@ -231,6 +237,8 @@ class Asked:
     def cache_dir(self, options: cc.EncodeOptions) -> Path:
         """Returns where a cache is; configurations that only train otherwise share one."""
         name = f"{options.dtype}-step{options.step:g}-{options.views.replace(':', '')}"
+        if options.augment is not None:
+            name += f"-{options.augment}"
         return self.out / "caches" / f"{name}-{options.size}"
 
     def run_dir(self, name: str, fold: int) -> Path:
@@ -245,8 +253,8 @@ def encode(asked: Asked, plan: Plan) -> cc.EncodeSummary:
     Crops are trained from and whole images validated, so crops take two caches.
     """
     options = asked.encode_options(plan)
-    made = [asked.encode_options(plan, views="none")] if options.views.startswith("crops") else []
-    for each in (*made, options):
+    whole = asked.encode_options(plan, views="none", augment=None)
+    for each in (whole, options) if options.views.startswith("crops") else (options,):
         out, on_auto = asked.cache_dir(each), asked.device == "auto"
         how = each if on_auto else dataclasses.replace(each, devices=asked.device)
         with render.ProgressLine(f"encode {out.name}", unit="images") as line:
@@ -345,7 +353,9 @@ def _classified(asked: Asked, name: str, fold: int) -> dict[str, bool]:
     # The first view of such a cache is a crop like the others; whole images are in another.
     _, val = train_and_val(cc.open_cache(cache_dir), asked.spec(plan, fold), Ranks())
     assert val is not None
-    whole = cc.open_cache(asked.cache_dir(asked.encode_options(plan, views="none")))["train"]
+    whole = cc.open_cache(asked.cache_dir(asked.encode_options(plan, views="none", augment=None)))[
+        "train"
+    ]
     device, keys, key_of = checked_device(asked.device), set(keys_of(val).values()), keys_of(whole)
     rows = np.asarray(sorted(row for row, key in key_of.items() if key in keys))
     model = load_model(open_run(run, checkpoint="last"), device)

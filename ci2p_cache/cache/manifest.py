@@ -56,6 +56,9 @@ _LOST = (
 )
 """What gets on where the manifest is damaged: no other file holds all of its fields."""
 
+_NOT_IN_FORMAT_1 = {"fold": False, "split": "hashed"}
+"""Fields of the layout that came with format 2, and what they are in a cache of format 1."""
+
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
 
@@ -197,7 +200,8 @@ class Manifest(Record):
         """Returns the fields as plain JSON values, those of its format version."""
         values = Record.to_dict(self)
         if self.format_version == 1:
-            del values["layout"]["fold"]
+            for name in _NOT_IN_FORMAT_1:
+                del values["layout"][name]
         return values
 
     @property
@@ -254,10 +258,10 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
-    """Adds what older caches lack: the order of the classes, `names_split`, in format 1 `fold`."""
-    names, splits, layout = data.get("classes"), data.get("splits"), data.get("layout")
+    """Adds what older caches lack: the order of the classes, `names_split`, `fold`, `split`."""
+    names, splits, layout = (data.get(name) for name in ("classes", "splits", "layout"))
     if data["format_version"] == 1 and isinstance(layout, dict):
-        data = {**data, "layout": {"fold": False, **layout}}
+        data = {**data, "layout": {**_NOT_IN_FORMAT_1, **layout}}
     if isinstance(names, list):
         data = {"class_order": class_order(list(map(str, names))), **data}
     if isinstance(splits, dict):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import zarr
     from torch import Tensor
     from torch.utils.data import ConcatDataset, Dataset
+
+    from ci2p_cache.cache.dataset import SplitDataset
 
     _Samples = Dataset[tuple[Tensor, int]]
 else:
@@ -154,6 +156,27 @@ class Split(_Samples):
         subset._is_subset = True
         return subset
 
+    def as_dataset(
+        self,
+        view: int | Literal["random"] = 0,
+        *,
+        transform: Callable[[Tensor], Any] | None = None,
+    ) -> SplitDataset:
+        """Returns the valid rows as a map-style dataset of (latent, label), one view of each.
+
+        Args:
+            view: 0 <= view < V; or random: each access draws one with torch's generator, which
+                DataLoader seeds anew in each worker and epoch.
+            transform: Applied to each latent, float32 (M, h, w).
+
+        Raises:
+            UsageError: there is no such view.
+        """
+        # A module of its own: it imports torch, and who only looks at a cache does not.
+        from ci2p_cache.cache.dataset import SplitDataset
+
+        return SplitDataset(self, view, transform)
+
     @overload
     def __getitem__(
         self, rows: slice | Sequence[int] | npt.NDArray[Any] | Tensor
@@ -259,21 +282,39 @@ class Split(_Samples):
                 f"subset{'' if self.cache.is_complete else ', or is not encoded yet'}",
                 hint="`split.valid_rows` lists the rows that hold one",
             )
-        stored = np.empty((len(rows), self.num_views, *self.latent.shape), self.latent.dtype)
-        if len(rows) == 1:
+        import torch
+
+        views = np.tile(np.arange(self.num_views), len(rows))
+        flat = self.read_views(np.repeat(rows, self.num_views), views)
+        y = flat.reshape(len(rows), *self.shape[1:])
+        return y, torch.from_numpy(self.labels[rows].astype(np.int64))
+
+    def read_views(self, rows: npt.NDArray[np.int64], views: npt.NDArray[np.int64]) -> Tensor:
+        """Reads one view of each row, dequantised.
+
+        Args:
+            rows: (n,), each 0 <= row < N and valid, with repetitions.
+            views: (n,), each 0 <= view < V.
+
+        Returns:
+            float32 (n, M, h, w), new memory on the CPU.
+
+        Raises:
+            ShardError: a shard is missing, damaged or not committed, or a row holds nothing.
+        """
+        stored = np.empty((len(rows), *self.latent.shape), self.latent.dtype)
+        if len(set(rows.tolist())) == 1:
             # Read by position: for a single row no file is mapped.
-            for view, out in enumerate(stored[0]):
-                self.read_into(int(rows[0]), view, out)
+            for row, view, out in zip(rows.tolist(), views.tolist(), stored, strict=True):
+                self.read_into(row, view, out)
         else:
-            views = np.tile(np.arange(self.num_views), len(rows))
-            flat = stored.reshape(-1, *self.latent.shape)
-            self.read_batch_into(np.repeat(rows, self.num_views), views, flat)
+            self.read_batch_into(rows, views, stored)
         import torch
 
         y = torch.from_numpy(stored.astype(np.float32, copy=False))
         if self.latent.is_symbols:
             y.mul_(self.scale).add_(torch.from_numpy(self.offset)[:, None, None])
-        return y, torch.from_numpy(self.labels[rows].astype(np.int64))
+        return y
 
     @property
     def num_views(self) -> int:

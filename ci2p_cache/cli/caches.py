@@ -372,7 +372,7 @@ def _print_card(card: CacheCard) -> None:
     lines = {
         "shards": f"{card.committed_shards} of {card.shards} committed",
         "latents": f"{latent.dtype} ({kind}) of {latent.channels} x {latent.height} x "
-        f"{latent.width}; views: {fingerprint.views}",
+        f"{latent.width}; views: {fingerprint.views.words}",
         "images": f"{crop}, EXIF {image.exif}, {image.decoder}",
         "encoder": f"{encoder.arch}, quality {encoder.quality}, {encoder.metric}, "
         f"{encoder.precision}; weights sha256 {encoder.weights_sha256[:16]}",

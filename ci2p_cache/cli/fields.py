@@ -126,7 +126,7 @@ def takes_options(
                 name: values.pop(declared.flag or name) for name, (*_, declared) in fields.items()
             }
             made: Any = values.get("config")
-            options = replace(made, **own) if isinstance(made, record) else record(**own)
+            options = record(**own) if made is None else replace(made, **own)
             command(options=options, **values)
 
         signature = inspect.signature(command, eval_str=True)

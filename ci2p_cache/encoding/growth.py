@@ -60,7 +60,7 @@ class Growth:
     plan: Plan
     """The plan of the cache; that of the growth begins with the same rows."""
     committed: frozenset[tuple[str, int]]
-    """Its shards that count."""
+    """Its shards that count and may be taken as they are; none where images get more views."""
     again: Rows
     """Rows whose originals must be read again; empty where all committed ones are carried."""
 
@@ -229,6 +229,9 @@ def begin_growth(root: Path, growth: Growth, plan: Plan, plan_sha256: str) -> bo
         "plan": plan_sha256,
         "again": {split: sorted(rows) for split, rows in growth.again.items()},
     }
+    views = {split: record.views for split, record in plan.splits.items()}
+    if any(views[split] != record.views for split, record in growth.plan.splits.items()):
+        notes["views"] = views
     begun = growth_of(root)
     if begun is not None and read_notes(begun) == notes:
         return True

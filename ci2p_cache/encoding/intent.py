@@ -57,6 +57,12 @@ _SORTED = (
 )
 
 
+_NO_VAL = (
+    "no class has enough images to give one to `val`, so there is no `val`: raise --val-fraction, "
+    "or draw each image for itself with --split hashed"
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Intent:
     """What a cache folder is to become, before anything is written to it."""
@@ -171,7 +177,10 @@ def find_intent(
         refuse_no_classes(images, counts)
         classes = images.classes, images.class_titles
         manifest = _manifest(images, encoder, plan, fingerprint, layout, classes, FORMAT_VERSION)
-        return Intent(manifest=manifest, is_begun=False, plan=plan, folder=root)
+        notices = [_NO_VAL] if _lacks_val(plan, layout, counts) else []
+        return Intent(
+            manifest=manifest, is_begun=False, plan=plan, folder=root, notices=tuple(notices)
+        )
     folder = growth_of(root) or root
     manifest = read_manifest(folder)
     layout = options.layout_spec(manifest.format_version)
@@ -184,10 +193,13 @@ def find_intent(
             hint=f"choose another --out folder, or repeat the command with --labels {labels}",
         )
     made = manifest.layout
+    if options.split == "auto":
+        layout = replace(layout, split=made.split)
     is_larger = made.limit is not None and (layout.limit or math.inf) > made.limit
     if (
         options.rescan
         or options.retry_failed
+        or options.add_views
         or (is_larger and replace(layout, limit=made.limit) == made)
     ):
         return _grown(root, images, options, encoder, fingerprint, layout)
@@ -209,6 +221,12 @@ def find_intent(
         folder=folder,
         notices=tuple(notices),
     )
+
+
+def _lacks_val(plan: Plan, layout: LayoutSpec, counts: Counter[tuple[str | None, int]]) -> bool:
+    """Whether a share of each class was asked for, and every class is too small to give one."""
+    was_drawn = layout.val_fraction > 0 and any(split is None for split, _ in counts)
+    return was_drawn and layout.split == "stratified" and "val" not in plan.splits
 
 
 def fingerprint_of(options: EncodeOptions, encoder: FrozenEncoder) -> Fingerprint:
@@ -289,7 +307,12 @@ def _grown(
     made = manifest.layout
     if made.limit is None or (layout.limit or math.inf) >= made.limit:
         made = replace(made, limit=layout.limit)
-    refuse_difference(root, replace(manifest, layout=made), fingerprint, layout)
+    had, wanted = manifest.fingerprint.views, fingerprint.views
+    adds_views = options.add_views and had.kind == "crops" and wanted.num_crops > had.num_crops
+    asked = replace(wanted, num_crops=had.num_crops) if adds_views else wanted
+    refuse_difference(
+        root, replace(manifest, layout=made), replace(fingerprint, views=asked), layout
+    )
     earlier = read_plan(root, manifest)
     cache = Intent(manifest=manifest, is_begun=True, plan=earlier, folder=root)
     commits, missing = committed_shards(root, cache)
@@ -300,6 +323,8 @@ def _grown(
             hint=command("verify", root, "--repair"),
         )
     plan, classes = earlier, (manifest.classes, manifest.class_titles)
+    if adds_views:
+        plan = earlier.with_views(layout, wanted, fingerprint.latent)
     notices: list[str] = []
     again: dict[str, frozenset[int]] = {}
     if options.rescan or layout != manifest.layout:
@@ -321,7 +346,8 @@ def _grown(
     if options.retry_failed:
         for split, failed in failed_rows(root, list(commits)).items():
             again[split] = again.get(split, frozenset()) | failed
-    if plan.num_samples == earlier.num_samples and not again and layout == manifest.layout:
+    is_larger = plan.num_samples > earlier.num_samples or adds_views
+    if not is_larger and not again and layout == manifest.layout:
         return replace(cache, notices=(*notices, f"nothing new for {root}"))
     return Intent(
         manifest=_manifest(
@@ -330,7 +356,9 @@ def _grown(
         is_begun=False,
         plan=plan,
         folder=root / GROWTH,
-        growth=Growth(plan=earlier, committed=frozenset(commits), again=again),
+        growth=Growth(
+            plan=earlier, committed=frozenset(() if adds_views else commits), again=again
+        ),
         notices=tuple(notices),
     )
 

@@ -14,6 +14,7 @@ from ci2p_cache.images.source import Labels, SourceOptions
 from ci2p_cache.record import Record
 from ci2p_cache.specs import (
     FORMAT_VERSION,
+    AugmentSpec,
     CodecName,
     DType,
     FormatName,
@@ -91,6 +92,12 @@ class EncodeOptions(Record):
     views: str = option(
         "flip", "Views of a training image: none, flip or crops:K; flip is the paper's."
     )
+    augment: str | None = option(
+        None,
+        "What happens to each crop: authors, rand, trivial, or a YAML file (docs/encoders.md).",
+        metavar="NAME|FILE",
+        panel=_VIEWS,
+    )
     dtype: DType = option("int8", "int8, int16: the codec's symbols. float16, float32: y itself.")
     step: float = option(
         1.0, "Quantisation step of the symbols; the codec's own is 1.", panel=_ENCODER
@@ -129,6 +136,12 @@ class EncodeOptions(Record):
     val_fraction: float = option(
         0.1, "Validation share of each class where SRC has no split folders; 0 for none."
     )
+    split: Literal["auto", "stratified", "hashed"] = option(
+        "auto",
+        "How val is drawn: stratified, an exact share of each class; or hashed, each image for "
+        "itself; auto: a cache keeps its own, a new one is stratified.",
+        panel=_IMAGES,
+    )
     seed: int = option(0, "Seed of row order, drawn split and crops.", panel=_IMAGES)
     limit: int | None = option(
         None, "Only that many images, spread over the source.", panel=_IMAGES
@@ -163,6 +176,11 @@ class EncodeOptions(Record):
     reencode_changed: bool = option(
         False, "With --rescan: encode changed images again.", panel=_IMAGES
     )
+    add_views: bool = option(
+        False,
+        "With --views crops:K: encode the crops that a cache of fewer lacks, and keep the others.",
+        panel=_VIEWS,
+    )
     plan_only: bool = option(False, "List SRC and write the plan; encode nothing.", panel=_MACHINES)
     shard_range: str | None = option(
         None,
@@ -182,6 +200,9 @@ class EncodeOptions(Record):
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.augment is not None:
+            # A file may change, or not be on another machine.
+            object.__setattr__(self, "augment", str(AugmentSpec.parse(self.augment)))
         self.image_spec("unknown")
         self.view_spec()
         self.layout_spec()
@@ -191,7 +212,7 @@ class EncodeOptions(Record):
         if self.shard_range is not None:
             if self.shard_range != "auto":
                 self.part()
-            for name in ("rescan", "retry_failed"):
+            for name in ("rescan", "retry_failed", "add_views"):
                 if getattr(self, name):
                     flag = name.replace("_", "-")
                     raise UsageError(
@@ -218,10 +239,15 @@ class EncodeOptions(Record):
             values |= {name: value for name, value in record.to_dict().items() if name in known}
         if made.image.resize_side == made.image.size:
             values["resize_side"] = None
+        if values["split"] == "stratified":
+            # What a new cache has, and this one keeps; so no command has to say it.
+            values["split"] = "auto"
         layout, version = manifest.layout, manifest.format_version
         if layout.level == default_level(version, layout.codec, fold=layout.fold):
             values["level"] = None
         labels: Labels = "auto" if manifest.classes else "none"
+        if made.views.augment is not None:
+            values["augment"] = str(made.views.augment)
         return cls(**values, views=str(made.views), labels=labels)
 
     def to_dict(self) -> dict[str, Any]:
@@ -251,14 +277,16 @@ class EncodeOptions(Record):
 
     def view_spec(self) -> ViewSpec:
         """Returns the part of the fingerprint that speaks of views."""
-        return ViewSpec.parse(self.views, seed=self.seed)
+        augment = None if self.augment is None else AugmentSpec.parse(self.augment)
+        return ViewSpec.parse(self.views, seed=self.seed, augment=augment)
 
     def layout_spec(self, format_version: int = FORMAT_VERSION) -> LayoutSpec:
         """Returns the fields that decide which sample is where, for a cache of that format."""
         level = self.level
         if level is None:
             level = default_level(format_version, self.codec, fold=self.fold)
-        return LayoutSpec(**self._shared(LayoutSpec) | {"level": level})
+        split = "stratified" if self.split == "auto" else self.split
+        return LayoutSpec(**self._shared(LayoutSpec) | {"level": level, "split": split})
 
     def _shared(self, spec: type[ImageSpec | LayoutSpec | SourceOptions]) -> dict[str, Any]:
         """Returns the options that a spec has a field of the same name for."""

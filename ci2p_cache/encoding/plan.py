@@ -4,6 +4,9 @@ A row is the rank of hash(seed, split, key), so rows are not sorted by class and
 cache is mixed; a bad image never moves another. Sources that are best read in
 sequence (tars, parquet) say so by `ImageRef.order`: their rows follow it, and are as mixed as they
 were written. Shards may cross archives.
+
+Where the source has no splits, `val` is an exact share of each class; older caches drew each image
+for itself. Rows that a plan has keep their split.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ PLAN_SCHEMA = pa.schema(
     ]
 )
 
-_LISTED_SCHEMA = pa.schema([("rank", pa.uint64()), *list(PLAN_SCHEMA)[-3:]])
+_LISTED_SCHEMA = pa.schema([("order", pa.uint64()), *list(PLAN_SCHEMA)[-3:]])
 
 _BLOCK_ROWS = 2**16
 """Listed samples that are Python objects at a time."""
@@ -146,6 +149,18 @@ class Plan:
                 PLAN_SCHEMA.get_field_index("path"), PLAN_SCHEMA.field("path"), column
             )
         return Plan(tables, self.splits)
+
+    def with_views(self, layout: LayoutSpec, views: ViewSpec, latent: LatentSpec) -> Plan:
+        """Returns the plan with other views, which may make other shards of the same rows."""
+        tables, records = {}, {}
+        for name, table in self.tables.items():
+            num_views, old = views.num_views(name), self.splits[name]
+            size = shard_rows(layout, latent, num_views)
+            tables[name] = _table(name, size, None, table)
+            records[name] = SplitRecord(
+                rows=old.rows, views=num_views, shard_rows=size, names_split=old.names_split
+            )
+        return Plan(tables, records)
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:
         """Returns the label of every row of a split, int32 (N,)."""
@@ -250,32 +265,30 @@ def build_plan(
         SourceError: there is no image, two of a split have the same key, a key or path is absolute,
             empty or holds "..", or a label is none of the classes.
     """
-    # In arrow's columns a sample takes about 80 bytes; as Python objects some 270.
-    rows: dict[str, list[tuple[int, str, int, bytes]]] = {}
-    listed: dict[str, list[pa.Table]] = {}
     plan = earlier.plan if earlier is not None else Plan({}, {})
-    for ref, split in _limited(_new_images(source, layout, earlier, counts), layout, plan):
-        rank = ref.order
-        if rank is None:
-            rank = _hash64(ref.key, f"row:{split}", layout.seed)
-        label = earlier.label(ref) if earlier is not None else ref.label
-        rows.setdefault(split, []).append((rank, ref.key, label, ref.path))
-        if len(rows[split]) == _BLOCK_ROWS:
-            listed.setdefault(split, []).append(_listed_table(rows.pop(split)))
-    names = {*rows, *listed, *plan.splits}
+    listed = _by_split(
+        _limited(_new_images(source, layout, earlier, counts), layout, plan), earlier
+    )
+    # Labels of a growth are those of the larger list of classes.
+    num_classes = None if earlier else len(source.classes)
+    undrawn = listed.pop(None, None)
+    if undrawn is not None:
+        # Of two images of one key, one could become train and the other val.
+        _refuse_unusable(source, undrawn, num_classes)
+        for name, found in _drawn(undrawn, layout, plan).items():
+            listed[name] = pa.concat_tables([found, *([listed[name]] if name in listed else ())])
+    names = {name for name in {*listed, *plan.splits} if name is not None}
     if not names:
         raise SourceError(f"{source.location()} holds no image")
     # One form for all index parts: readers of the whole folder take the schema of the first.
     names_split = all(record.names_split for record in plan.splits.values())
     tables, records = {}, {}
     for name in sorted(names, key=lambda n: (SPLIT_ORDER.index(n), n)):
-        found = pa.concat_tables([*listed.pop(name, ()), _listed_table(rows.pop(name, []))])
-        # By rank; should two have the same one, by key.
-        found = found.sort_by([(column, "ascending") for column in _LISTED_SCHEMA.names])
-        # Labels of a growth are those of the larger list of classes.
-        _refuse_unusable(source, name, found, None if earlier else len(source.classes))
+        found = listed.get(name, _listed_table([]))
+        _refuse_unusable(source, found, num_classes, split=name)
         num_views = views.num_views(name)
         size = shard_rows(layout, latent, num_views)
+        found = _in_row_order(name, found, layout.seed)
         tables[name] = _table(name, size, plan.tables.get(name), found)
         records[name] = SplitRecord(
             rows=len(tables[name]), views=num_views, shard_rows=size, names_split=names_split
@@ -287,12 +300,64 @@ def plan_of_rows(rows: Mapping[str, Iterable[Sample]], records: Mapping[str, Spl
     """Puts a plan together again from all samples of each split, in row order."""
     tables = {}
     for name, samples in rows.items():
-        listed = _listed_table([(0, each.key, each.label, each.path) for each in samples])
+        listed = _listed_table([(None, each.key, each.label, each.path) for each in samples])
         tables[name] = _table(name, records[name].shard_rows, None, listed)
     return Plan(tables, dict(records))
 
 
-def _listed_table(rows: list[tuple[int, str, int, bytes]]) -> pa.Table:
+def _by_split(
+    refs: Iterable[tuple[ImageRef, str | None]], earlier: EarlierRows | None
+) -> dict[str | None, pa.Table]:
+    """Returns the images by split, as listed; None are those without one yet."""
+    # In arrow's columns a sample takes about 80 bytes; as Python objects some 270.
+    rows: dict[str | None, list[tuple[int | None, str, int, bytes]]] = {}
+    blocks: dict[str | None, list[pa.Table]] = {}
+    for ref, split in refs:
+        label = earlier.label(ref) if earlier is not None else ref.label
+        rows.setdefault(split, []).append((ref.order, ref.key, label, ref.path))
+        if len(rows[split]) == _BLOCK_ROWS:
+            blocks.setdefault(split, []).append(_listed_table(rows.pop(split)))
+    for split, left in rows.items():
+        blocks.setdefault(split, []).append(_listed_table(left))
+    return {split: pa.concat_tables(own) for split, own in blocks.items()}
+
+
+def _drawn(listed: pa.Table, layout: LayoutSpec, plan: Plan) -> dict[str, pa.Table]:
+    """Divides images into train and val: of the n of a class, round(n * share) become val.
+
+    Rows that the plan has stay and count as what they are; new ones become val in the order of
+    their hashes, as many as the class lacks.
+    """
+    new = listed["label"].to_numpy()
+    held = [plan.labels(name) if name in plan.tables else new[:0] for name in ("train", "val")]
+    classes, number = np.unique(np.concatenate([new, *held]), return_inverse=True)
+    own, *earlier = np.split(number, np.cumsum([len(new), len(held[0])]))
+    num_new, num_train, num_val = (np.bincount(x, minlength=len(classes)) for x in (own, *earlier))
+    lacking = np.rint((num_new + num_train + num_val) * layout.val_fraction) - num_val
+    table = listed.append_column("hash", _hashes(listed["key"], "val", layout.seed))
+    order = pc.sort_indices(table, [(name, "ascending") for name in ("label", "hash", "key")])
+    place = np.empty(len(new), np.int64)
+    place[order.to_numpy()] = np.arange(len(new))
+    is_val = place - (np.cumsum(num_new) - num_new)[own] < lacking[own]
+    parts = {"train": listed.filter(pa.array(~is_val)), "val": listed.filter(pa.array(is_val))}
+    return {name: part for name, part in parts.items() if part.num_rows}
+
+
+def _in_row_order(split: str, listed: pa.Table, seed: int) -> pa.Table:
+    """Sorts by the order that the source gives, else by hash; should two be equal, by key."""
+    if listed["order"].null_count:
+        hashes = _hashes(listed["key"], f"row:{split}", seed)
+        listed = listed.set_column(0, "order", pc.coalesce(listed["order"], hashes))
+    return listed.sort_by([(column, "ascending") for column in _LISTED_SCHEMA.names])
+
+
+def _hashes(keys: pa.ChunkedArray, purpose: str, seed: int) -> pa.Array:
+    # A chunk at a time: all keys as Python objects would take more than the plan.
+    texts = (key for chunk in keys.chunks for key in chunk.to_pylist())
+    return pa.array(np.fromiter((_hash64(key, purpose, seed) for key in texts), np.uint64))
+
+
+def _listed_table(rows: list[tuple[int | None, str, int, bytes]]) -> pa.Table:
     columns = zip(*rows, strict=True) if rows else [()] * len(_LISTED_SCHEMA)
     arrays = [pa.array(c, t) for c, t in zip(columns, _LISTED_SCHEMA.types, strict=True)]
     return pa.table(arrays, schema=_LISTED_SCHEMA)
@@ -313,24 +378,24 @@ def _table(split: str, size: int, earlier: pa.Table | None, listed: pa.Table) ->
 
 
 def _refuse_unusable(
-    source: ImageSource, split: str, listed: pa.Table, num_classes: int | None
+    source: ImageSource, listed: pa.Table, num_classes: int | None, *, split: str | None = None
 ) -> None:
     """Refuses what a source of the user's own may give, and two images of one key.
 
     A batch could not say which of the two it holds.
     """
-    problem = _leads_out(listed)
+    problem, where = _leads_out(listed), "" if split is None else f" in split {split}"
     if problem is None and num_classes is not None:
         problem = _foreign_label(listed, num_classes)
     if problem is not None:
-        raise SourceError(f"what {source.location()} lists in split {split} {problem}")
+        raise SourceError(f"what {source.location()} lists{where} {problem}")
     keys = listed["key"]
     if len(pc.unique(keys)) == len(keys):
         return
     counts = pc.value_counts(keys).to_pylist()
     double = next(item["values"] for item in counts if item["counts"] > 1)
     raise SourceError(
-        f"{source.location()} lists {double!r} twice in split {split}; keys are unique in a split",
+        f"{source.location()} lists {double!r} twice{where}; keys are unique in a split",
         hint="rename one of them, or leave one out",
     )
 
@@ -340,26 +405,25 @@ def _new_images(
     layout: LayoutSpec,
     earlier: EarlierRows | None,
     counts: Counter[tuple[str | None, int]] | None,
-) -> Iterator[tuple[ImageRef, str]]:
+) -> Iterator[tuple[ImageRef, str | None]]:
     """Yields the images without a row yet, with their split; counts all of them.
 
-    Where the source has no splits, train or val is drawn by the hash of the key alone, so added
-    files move no other file.
+    The split is None where the source has none and all of a class have to be known: `_drawn`.
     """
     for ref in source.scan():
         if counts is not None:
             counts[ref.split, ref.label] += 1
-        split = ref.split or "train"
-        if ref.split is None and layout.val_fraction:
+        split = ref.split if ref.split or layout.val_fraction else "train"
+        if split is None and layout.split == "hashed":
             share = _hash64(ref.key, "val", layout.seed) / 2**64
             split = "val" if share < layout.val_fraction else "train"
-        if earlier is None or not earlier.holds(ref, split):
+        if earlier is None or not earlier.holds(ref, (split,) if split else ("train", "val")):
             yield ref, split
 
 
 def _limited(
-    refs: Iterable[tuple[ImageRef, str]], layout: LayoutSpec, plan: Plan
-) -> Iterable[tuple[ImageRef, str]]:
+    refs: Iterable[tuple[ImageRef, str | None]], layout: LayoutSpec, plan: Plan
+) -> Iterable[tuple[ImageRef, str | None]]:
     """Keeps as many images as the plan lacks up to `limit`, those of smallest hash.
 
     They are the same ones each time, spread over classes.
@@ -367,7 +431,7 @@ def _limited(
     if layout.limit is None:
         return refs
 
-    def rank(item: tuple[ImageRef, str]) -> tuple[int, bytes]:
+    def rank(item: tuple[ImageRef, str | None]) -> tuple[int, bytes]:
         return _hash64(item[0].key, "limit", layout.seed), item[0].path
 
     left = max(0, layout.limit - plan.num_samples)
@@ -410,19 +474,20 @@ class EarlierRows:
         """Returns the label that an image of the source has in the cache."""
         return self._to_label[ref.label] if ref.label >= 0 else ref.label
 
-    def holds(self, ref: ImageRef, split: str) -> bool:
-        """Whether the cache has a row for an image of the source; notes the image's path."""
-        if (split, ref.key) in self.moved:
-            name, row = self.moved[split, ref.key]
-            self.paths[name][row] = ref.path
-            return True
-        if ref.key not in self._rows.get(split, {}):
-            return False
-        row = self._rows[split][ref.key]
-        self.paths[split][row] = ref.path
-        if self._labels[split][row] != self.label(ref):
-            self.relabelled.add(ref.key)
-        return True
+    def holds(self, ref: ImageRef, splits: Sequence[str]) -> bool:
+        """Whether one of these splits has a row for an image of the source; notes its path."""
+        for split in splits:
+            if (split, ref.key) in self.moved:
+                name, row = self.moved[split, ref.key]
+                self.paths[name][row] = ref.path
+                return True
+            if ref.key in self._rows.get(split, {}):
+                row = self._rows[split][ref.key]
+                self.paths[split][row] = ref.path
+                if self._labels[split][row] != self.label(ref):
+                    self.relabelled.add(ref.key)
+                return True
+        return False
 
 
 def refuse_no_classes(source: ImageSource, counts: Counter[tuple[str | None, int]]) -> None:

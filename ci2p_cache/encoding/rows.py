@@ -9,7 +9,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -29,10 +29,11 @@ from ci2p_cache.cache.index import (
     read_sums,
     require_intact,
 )
+from ci2p_cache.cache.manifest import read_manifest
 from ci2p_cache.cache.split import Split
 from ci2p_cache.cache.store import Cache
 from ci2p_cache.encoding.plan import Sample, ShardPlan
-from ci2p_cache.errors import ImageDecodeError, ManifestError
+from ci2p_cache.errors import ImageDecodeError, ManifestError, SourceError
 from ci2p_cache.images.decoders import Decoders
 from ci2p_cache.images.source import ImageReader
 from ci2p_cache.record import read_sealed
@@ -50,11 +51,11 @@ class LoadedImage:
     row: IndexRow
     """What the index says of it, but for what only encoding shows."""
     views: torch.Tensor | None = None
-    """uint8 (V, 3, size, size); None where it could not be decoded."""
+    """uint8 (V, 3, size, size), those that are to be encoded; None where there are none."""
     is_carried: bool = False
-    """Whether its row was committed before and is taken over: nothing was read."""
+    """Whether its row was committed before and is taken over: read only if it gets more views."""
     stored: npt.NDArray[Any] | None = None
-    """Stored values (V, M, h, w) of a row that is carried over and valid."""
+    """Stored values (V, M, h, w) of a row that is carried over and valid; its first views."""
     clipped: npt.NDArray[np.float64] | None = None
     """Clipped values per channel (M,) of all rows of the shard that are carried over, at the first
     of them; None at the others."""
@@ -116,16 +117,40 @@ def read_ahead(
     for shard in shards:
         carried = carrier.load(shard.split, shard.shard) if carrier is not None else {}
         for sample in shard.samples:
-            if sample.row in carried:
-                future: Future[LoadedImage] = Future()
-                future.set_result(carried[sample.row])
-            else:
+            known = carried.get(sample.row)
+            if known is None:
                 future = pool.submit(load, shard.split, sample)
+            elif known.stored is not None and carrier and carrier.adds_views(shard.split):
+                future = pool.submit(_with_more_views, load, shard.split, sample, known)
+            else:
+                future = Future()
+                future.set_result(known)
             waiting.append((shard, sample, future))
             if len(waiting) >= most:
                 yield waiting.popleft()
     while waiting:
         yield waiting.popleft()
+
+
+def _with_more_views(
+    load: Callable[[str, Sample], LoadedImage], split: str, sample: Sample, known: LoadedImage
+) -> LoadedImage:
+    """Reads the original of a committed row for the views that it lacks.
+
+    Raises:
+        SourceError: the original is gone, or is not what was encoded.
+    """
+    loaded, stored = load(split, sample), known.stored
+    assert stored is not None, "a row without a latent gets no views"
+    if loaded.views is None or loaded.row.source_sha256 != known.row.source_sha256:
+        reason = loaded.row.error or "its sha256 is another one"
+        raise SourceError(
+            f"{loaded.row.path} is not what was encoded ({reason}), so it gets no more views; "
+            "the cache stays as it is",
+            hint="put the original back, then run the same command",
+        )
+    loaded.row.clipped = known.row.clipped
+    return replace(known, row=loaded.row, views=loaded.views[len(stored) :])
 
 
 class ShardValues(NamedTuple):
@@ -187,34 +212,46 @@ class Carrier:
         if notes is None:
             raise ManifestError(f"{folder / NOTES} is damaged")
         self._again = {split: set(rows) for split, rows in notes["again"].items()}
+        self._splits = read_manifest(folder).splits
 
     @classmethod
     def of(cls, folder: Path) -> Self | None:
         """Returns the carrier of a growth's folder; None where the folder is that of a cache."""
         return cls(folder) if folder.name == GROWTH else None
 
-    def rows(self, split: str, shard: int) -> Collection[int]:
-        """Returns the rows of a shard that are carried over."""
-        cache = self._cache
-        if split not in cache or shard >= cache[split].record.num_shards:
-            return ()
+    def adds_views(self, split: str) -> bool:
+        """Whether rows that are carried over get more views than they have."""
+        return split in self._cache and self._cache[split].num_views < self._splits[split].views
+
+    def _rows(self, split: str, shard: int) -> dict[int, set[int]]:
+        """Returns the rows of a shard that are carried over, by the cache's shard that has them.
+
+        Samples with more views may make smaller shards, so these are not always the same.
+        """
+        found: dict[int, set[int]] = {}
+        if split in self._cache:
+            own, again = self._cache[split].record, self._again.get(split, set())
+            for row in self._splits[split].rows_of(shard):
+                if row < own.rows and row not in again:
+                    found.setdefault(row // own.shard_rows, set()).add(row)
+        return {number: rows for number, rows in found.items() if self._counts(split, number)}
+
+    def _counts(self, split: str, shard: int) -> bool:
         try:
-            commit = cache[split].read_commit(shard)
+            commit = self._cache[split].read_commit(shard)
         except ManifestError:
-            return ()
-        if commit is None or not has_its_files(cache.path, commit):
-            return ()
-        return set(cache[split].record.rows_of(shard)) - self._again.get(split, set())
+            return False
+        return commit is not None and has_its_files(self._cache.path, commit)
 
     def count(self, split: str, shard: int) -> tuple[int, int]:
-        """Returns how many rows of a shard are carried over, valid ones and failed ones."""
-        rows = self.rows(split, shard)
-        if not rows:
-            return 0, 0
-        table = read_index(self._cache.path, split, shard, ["row", "status"])
-        good = table.filter(pc.equal(table["status"], "ok"))["row"].to_pylist()
-        num_good = sum(row in rows for row in good)
-        return num_good, len(rows) - num_good
+        """Returns how many rows of a shard need no original, valid ones and failed ones."""
+        num_good = num_failed = 0
+        for number, rows in self._rows(split, shard).items():
+            table = read_index(self._cache.path, split, number, ["row", "status"])
+            good = table.filter(pc.equal(table["status"], "ok"))["row"].to_pylist()
+            num_failed += len(rows) - sum(row in rows for row in good)
+            num_good += sum(row in rows for row in good)
+        return 0 if self.adds_views(split) else num_good, num_failed
 
     def load(self, split: str, shard: int) -> dict[int, LoadedImage]:
         """Reads what is carried over of a shard; each latent is checked against its crc32c.
@@ -222,9 +259,14 @@ class Carrier:
         Raises:
             ShardError: the shard of the cache is damaged.
         """
-        rows, latent = self.rows(split, shard), self._cache.fingerprint.latent
-        if not rows:
-            return {}
+        carried: dict[int, LoadedImage] = {}
+        for number, rows in self._rows(split, shard).items():
+            carried |= self._load(split, number, rows)
+        return carried
+
+    def _load(self, split: str, shard: int, rows: Collection[int]) -> dict[int, LoadedImage]:
+        """Reads some rows of a shard of the cache."""
+        latent = self._cache.fingerprint.latent
         with ThreadPoolExecutor(1, "carry") as pool:
             found = read_values(self._cache[split], shard, pool)
         carried: dict[int, LoadedImage] = {}

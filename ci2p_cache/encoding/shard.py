@@ -428,10 +428,13 @@ class ShardEncoder:
             shard.rows.append(loaded.row)
             if loaded.is_carried:
                 shard.carried.append(self._readers.submit(self._carry, shard, loaded))
-                continue
-            self._budget.count(loaded.row)
+                if loaded.views is None:
+                    continue
+            else:
+                self._budget.count(loaded.row)
             self._on_image(loaded.views is not None)
-            for number, view in enumerate(loaded.views if loaded.views is not None else ()):
+            first = 0 if loaded.stored is None else len(loaded.stored)
+            for number, view in enumerate(loaded.views if loaded.views is not None else (), first):
                 views.append(view)
                 slots.append((sample.row, number))
                 if len(views) == self._settings.batch_size:

@@ -64,7 +64,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 _SWITCH = {"true": True, "yes": True, "false": False, "no": False}
 
-_ONE_CALL = ("plan_only", "finalise", "shard_range", "retry_failed", "rescan", "reencode_changed")
+_ONE_CALL = (
+    *("plan_only", "finalise", "shard_range", "retry_failed", "rescan", "reencode_changed"),
+    "add_views",
+)
 """What speaks of one call of `encode`, and so of no experiment."""
 
 _FREE_FIELDS = {

@@ -1,27 +1,29 @@
 """Views: from a decoded image to the uint8 squares that g_a sees, and where each was cut.
 
-Everything is a pure function of its arguments: no global random state, and no dependence on which
-thread runs it or when.
+Everything is a pure function of its arguments, whatever was drawn before. Augmentation draws from
+torch's global state, which is set for each view and put back: one thread of a process at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 
 from ci2p_cache.images.decode import DecodedImage
-from ci2p_cache.specs import ImageSpec, ViewSpec
+from ci2p_cache.specs import AugmentSpec, ImageSpec, ViewSpec
 
 __all__ = ["CropBox", "image_views"]
 
 # Random-resized crops: Szegedy et al. 2015, "Going deeper with convolutions" (arXiv 1409.4842,
 # section 6), 8-100 % of the area and a ratio of sides between 3/4 and 4/3; ten attempts and the
 # central fallback as torchvision's RandomResizedCrop makes them.
-_SCALE = (0.08, 1.0)
+_MIN_AREA = 0.08
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _NUM_ATTEMPTS = 10
 _FLIP_PROBABILITY = 0.5
@@ -56,7 +58,7 @@ def image_views(
         image_spec: `size`, `resize_side` and `interpolation` are used; every resize is antialiased
             and works on uint8, as torchvision does it.
         view_spec: Which views `train` has: the centre square; the square and its mirror; or random
-            crops, drawn from (`seed`, `split`, `key`, number of the view) alone.
+            crops, drawn and augmented by (`seed`, `split`, `key`, number of the view) alone.
         split: Other splits than `train` have one view, the centre square.
         key: The sample's key within the split.
 
@@ -65,11 +67,16 @@ def image_views(
     """
     if split == "train" and view_spec.kind == "crops":
         height, width = image.pixels.shape[1:]
-        boxes = [
-            _random_box(height, width, _draws(view_spec.seed, split, key, view))
-            for view in range(view_spec.num_crops)
-        ]
-        return _stacked([_resized_crop(image.pixels, box, image_spec) for box in boxes]), boxes
+        augment, views = view_spec.augment, range(view_spec.num_crops)
+        min_area = _MIN_AREA if augment is None else augment.min_area
+        names = [f"{view_spec.seed}\0{split}\0{key}\0{view}" for view in views]
+        boxes = [_random_box(height, width, _draws(name), min_area) for name in names]
+        squares = [_resized_crop(image.pixels, box, image_spec) for box in boxes]
+        if augment is not None:
+            change = _augmentation(augment, image_spec.size)
+            pairs = zip(squares, names, strict=True)
+            squares = [_augmented(square, change, name) for square, name in pairs]
+        return _stacked(squares), boxes
     square, box = _centre_square(image.pixels, image_spec)
     if split == "train" and view_spec.kind == "flip":
         mirrored = CropBox(box.top, box.left, box.height, box.width, flip=True)
@@ -118,24 +125,57 @@ def _resize(pixels: torch.Tensor, size: list[int], spec: ImageSpec) -> torch.Ten
     return resized
 
 
-def _draws(seed: int, split: str, key: str, view: int) -> list[float]:
-    """Returns `_NUM_DRAWS` numbers in [0, 1) that only the arguments decide.
+@cache
+def _augmentation(spec: AugmentSpec, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns what is done to a square of `size` pixels; a step with the chance 0 draws as well."""
+    from torchvision.transforms import v2
+
+    steps: list[torch.nn.Module] = []
+    if spec.rand_augment:
+        steps.append(v2.RandAugment(spec.rand_augment, spec.magnitude))
+    if spec.trivial_augment:
+        steps.append(v2.TrivialAugmentWide())
+    blur = v2.GaussianBlur(2 * (size // 20) + 1)
+    steps += [v2.RandomGrayscale(spec.grey), v2.RandomApply([blur], spec.blur)]
+    steps += [v2.RandomSolarize(128, spec.solarize), v2.RandomErasing(spec.erasing)]
+    change: Callable[[torch.Tensor], torch.Tensor] = v2.Compose(steps)
+    return change
+
+
+def _augmented(
+    square: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor], name: str
+) -> torch.Tensor:
+    """Changes a square by draws that only `name` decides: seed, split, key and number of view."""
+    seed = int.from_bytes(_digest("augment", name)[:8], "little")
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which also seeds devices that do not exist here.
+        torch.default_generator.manual_seed(seed)
+        # In one order of memory: another one may blur with other roundings.
+        return change(square.contiguous())
+
+
+def _digest(purpose: str, name: str) -> bytes:
+    text = f"{purpose}\0{name}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _draws(name: str) -> list[float]:
+    """Returns `_NUM_DRAWS` numbers in [0, 1) that only `name` decides.
 
     Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") under a key of
     128 bits of BLAKE2b. Raw words are taken, as numpy promises them to stay; what its
     distributions make of them may change between versions.
     """
-    text = f"crops\0{seed}\0{split}\0{key}\0{view}"
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    words = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(_NUM_DRAWS)
+    key = int.from_bytes(_digest("crops", name), "little")
+    words = np.random.Philox(key=key).random_raw(_NUM_DRAWS)
     return [int(word >> 11) * 2.0**-53 for word in words.tolist()]
 
 
-def _random_box(height: int, width: int, draws: list[float]) -> CropBox:
+def _random_box(height: int, width: int, draws: list[float], min_area: float) -> CropBox:
     """Returns a random-resized crop of an image of `height` x `width` pixels."""
     box_height, box_width = _fallback_size(height, width)
     for attempt in range(_NUM_ATTEMPTS):
-        area = height * width * _between(_SCALE, draws[2 * attempt])
+        area = height * width * _between((min_area, 1.0), draws[2 * attempt])
         ratio = math.exp(_between(_LOG_RATIO, draws[2 * attempt + 1]))
         tried_width, tried_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < tried_width <= width and 0 < tried_height <= height:

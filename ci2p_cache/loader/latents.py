@@ -25,16 +25,18 @@ __all__ = ["LatentLoader"]
 _AT_HAND_BYTES_PER_SECOND = 2e9
 """Raw chunks that come this fast are in memory: page cache gives 6 to 10 GB/s, and the first touch,
 which checks them, or a disk's random reads 1.5 at most."""
+_AT_HAND_BUSY = 0.9
+"""Of the time that compressed chunks take, what their thread computes where no disk holds it up."""
 
 
 class LatentLoader(BatchLoader):
     """Loads batches from a cache; checksums are verified as chunks are read.
 
-    Compressed chunks are verified each time, raw ones (`--codec none`) when first touched. Raw ones
-    for a CPU that have proved to be in memory are copied when the batch is asked for, not ahead of
-    it: one buffer stays in the processor's cache and no thread has to wake (batches of 128, 49 kB
-    each, one core: 0.70 instead of 0.54 of a gather in memory). Should they become slow to come,
-    they are read ahead again.
+    Compressed chunks are verified each time, raw ones (`--codec none`) when first touched. Batches
+    for a CPU that have proved to be in memory are read when they are asked for, not ahead of it, if
+    the chunks are raw or one thread reads: one buffer stays in the processor's cache and no thread
+    has to wake (batches of 128, 49 kB each, one core: raw ones 0.70 instead of 0.54 of a gather in
+    memory). Should they become slow to come, they are read ahead again.
 
     Arguments and errors are those of `__init__`.
 
@@ -45,7 +47,8 @@ class LatentLoader(BatchLoader):
     def _prepare(self) -> None:
         self._free: list[_Buffer] = []
         self._used: _Buffer | None = None
-        self._may_be_at_hand = self.split.is_mapped and self.device.type == "cpu"
+        is_simple = self.split.is_mapped or self._threads == 1
+        self._may_be_at_hand = is_simple and self.device.type == "cpu"
         self._is_at_hand = False
 
     def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
@@ -63,29 +66,34 @@ class LatentLoader(BatchLoader):
 
         def finish() -> Tensor:
             self._give_back()
-            seconds = sum(future.result() for future in futures)
+            times = [future.result() for future in futures]
             pending.difference_update(futures)
-            self._judge(array.nbytes, seconds)
+            self._judge(array.nbytes, times)
             return self._hand_out(buffer, len(rows))
 
         return finish
 
-    def _read(self, rows: Rows, views: Rows, out: npt.NDArray[Any]) -> float:
-        """Reads some latents; returns the seconds that it took."""
-        started = time.perf_counter()
+    def _read(self, rows: Rows, views: Rows, out: npt.NDArray[Any]) -> tuple[float, float]:
+        """Reads some latents; returns the seconds that it took, and those of the processor."""
+        started, busy = time.perf_counter(), time.thread_time()
         self.split.read_batch_into(rows, views, out)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.thread_time() - busy
 
     def _read_now(self, rows: Rows, views: Rows) -> Tensor:
         """Reads a batch in the calling thread."""
         self._give_back()
         buffer = self._free.pop() if self._free else self._new_buffer()
         array = buffer.array[: len(rows)]
-        self._judge(array.nbytes, self._read(rows, views, array))
+        self._judge(array.nbytes, [self._read(rows, views, array)])
         return self._hand_out(buffer, len(rows))
 
-    def _judge(self, num_bytes: int, seconds: float) -> None:
-        self._is_at_hand = self._may_be_at_hand and num_bytes > seconds * _AT_HAND_BYTES_PER_SECOND
+    def _judge(self, num_bytes: int, times: list[tuple[float, float]]) -> None:
+        seconds, busy = (sum(each) for each in zip(*times, strict=True))
+        if self.split.is_mapped:
+            is_fast = num_bytes > seconds * _AT_HAND_BYTES_PER_SECOND
+        else:
+            is_fast = busy > seconds * _AT_HAND_BUSY
+        self._is_at_hand = self._may_be_at_hand and is_fast
 
     def _new_buffer(self) -> _Buffer:
         latent = self.split.latent

@@ -223,7 +223,6 @@ class TrainSpec(Record):
         """
         if isinstance(data, Mapping) and type(made := data.get("version")) is int:
             news = (own for version, own in _SINCE.items() if version > made)
-            news = (own for version, own in _SINCE.items() if version > made)
             later = {name: value for own in news for name, value in own.items()}
             if made >= 1 and later and not later.keys() & data.keys():
                 data = {**data, **later, "version": _VERSION}

@@ -198,7 +198,7 @@ def test_a_new_float32_cache_says_once_what_bfloat16_would_give_here(
     )  # fmt: skip
     assert run(*command).err.count(BF16_GAIN) == there
     assert BF16_GAIN not in run(*command).err
-    assert (BF16_GAIN in run("doctor", tmp_path).out) == there
+    assert (BF16_GAIN in run("doctor", tmp_path, "--json").out) == there
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])

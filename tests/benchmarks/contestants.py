@@ -29,6 +29,7 @@ __all__ = [
     "ours_read",
     "random_batches",
     "shuffled_blocks",
+    "stored_as",
     "zarr_rows",
 ]
 
@@ -46,16 +47,16 @@ class Contestant:
     key: str
     """Short name that ratios refer to."""
     name: str
-    codec: str
+    stream: Callable[[], Iterator[Batch]]
+    codec: str = "none"
     """What the bytes are compressed with."""
-    gives: Literal["int8", "float32"]
+    gives: Literal["int8", "float32"] = "int8"
     """int8: as stored. float32: dequantised on the CPU too."""
-    order: str
-    checked: str
+    order: str = RANDOM
+    checked: str = "never"
     """When a flipped bit would be noticed: every read, first read (since opening), never."""
     threads: int = 1
     """Threads that it is given, and cores that the whole process is pinned to."""
-    stream: Callable[[], Iterator[Batch]]
 
 
 def random_batches(count: int, batch: int) -> Iterator[npt.NDArray[np.int64]]:
@@ -79,7 +80,6 @@ def ours(
     split: cc.Split,
     *,
     batch: int,
-    codec: str,
     gives: Literal["int8", "float32"],
     threads: int = 1,
     recycle: bool = True,
@@ -95,19 +95,13 @@ def ours(
                     latents = found.stored if gives == "int8" else found.latents
                     yield found.rows.numpy(), latents.numpy()
 
+    name = "ours: LatentLoader" + ("" if recycle else ", batches that own their memory")
     return Contestant(
-        key=key,
-        name="ours: LatentLoader" + ("" if recycle else ", batches that own their memory"),
-        codec=codec,
-        gives=gives,
-        order=RANDOM,
-        checked=_checked(codec),
-        threads=threads,
-        stream=stream,
-    )
+        key=key, name=name, gives=gives, threads=threads, stream=stream, **stored_as(split)
+    )  # fmt: skip
 
 
-def ours_read(key: str, split: cc.Split, *, batch: int, codec: str) -> Contestant:
+def ours_read(key: str, split: cc.Split, *, batch: int) -> Contestant:
     """`Split.read_batch_into`: the checked read, without the loader and its threads around it."""
 
     def stream() -> Iterator[Batch]:
@@ -118,12 +112,11 @@ def ours_read(key: str, split: cc.Split, *, batch: int, codec: str) -> Contestan
             yield rows, buffer
 
     return Contestant(
-        key=key, name="ours: Split.read_batch_into", codec=codec, gives="int8", order=RANDOM,
-        checked=_checked(codec), stream=stream,
+        key=key, name="ours: Split.read_batch_into", stream=stream, **stored_as(split)
     )  # fmt: skip
 
 
-def ours_first(key: str, split: cc.Split, *, batch: int, codec: str) -> Contestant:
+def ours_first(key: str, split: cc.Split, *, batch: int) -> Contestant:
     """The same in an epoch that opens the cache anew: every chunk is touched for the first time."""
 
     def stream() -> Iterator[Batch]:
@@ -138,18 +131,20 @@ def ours_first(key: str, split: cc.Split, *, batch: int, codec: str) -> Contesta
                 yield rows, buffer
 
     return Contestant(
-        key=key, name="ours: Split.read_batch_into, opened anew each epoch", codec=codec,
-        gives="int8", order=RANDOM, checked="every read", stream=stream,
+        key=key, name="ours: Split.read_batch_into, opened anew each epoch", stream=stream,
+        checked="every read",
     )  # fmt: skip
 
 
-def _checked(codec: str) -> str:
-    return "first read" if codec == "none" else "every read"
+def stored_as(split: cc.Split) -> dict[str, Any]:
+    """How a store of ours is compressed, and when its reader checks it."""
+    layout = split.cache.manifest.layout
+    if split.is_mapped:
+        return {"codec": "none", "checked": "first read"}
+    return {"codec": f"{layout.codec} {layout.level}", "checked": "every read"}
 
 
-def zarr_rows(
-    split: cc.Split, *, batch: int, codec: str, pipeline: str | None = None
-) -> list[Contestant]:
+def zarr_rows(split: cc.Split, *, batch: int, pipeline: str | None = None) -> list[Contestant]:
     """zarr-python, or another codec pipeline under it, on one core."""
     library = "zarr" if pipeline is None else "zarrs"
     label = "zarr-python" if pipeline is None else "zarrs under zarr-python"
@@ -180,8 +175,8 @@ def zarr_rows(
 
     return [
         Contestant(
-            key=f"{library} {kind}", name=f"{label}, {text}", codec=codec, gives="int8",
-            order=order, checked="every read", stream=stream,
+            key=f"{library} {kind}", name=f"{label}, {text}", order=order, stream=stream,
+            **stored_as(split),
         )
         for kind, text, order, stream in (
             ("one", "one by one", RANDOM, one_by_one),

@@ -7,37 +7,34 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 import ci2p_cache as cc
-from tests.benchmarks.contestants import RANDOM, Batch, Contestant, random_batches
+from ci2p_cache.cache.codecs import CODECS
+from tests.benchmarks.contestants import Batch, Contestant, random_batches, stored_as
 from tests.benchmarks.stores import Data
 
 __all__ = ["limits"]
 
 
 def limits(
-    data: Data,
-    split: cc.Split,
-    plain: cc.Split,
-    folder: Path,
-    batch: int,
-    threads: list[int],
+    data: Data, splits: dict[str, cc.Split], folder: Path, batch: int, threads: list[int]
 ) -> list[Contestant]:
-    """What bounds any reader: of compressed chunks on some threads, of raw files, of memory."""
+    """What bounds any reader: of chunks on some threads, of raw files, of memory."""
     latents, shape = data.latents, data.latents.shape[1:]
+    plain = splits["none"]
     raw_path = folder / "latents.npy"
     np.save(raw_path, latents)
 
-    def decoded(threads: int = 1) -> Iterator[Batch]:
+    def decoded(split: cc.Split, threads: int) -> Iterator[Batch]:
         buffer = np.empty((batch, *shape), np.int8)
         outs = list(buffer.reshape(batch, -1).view(np.uint8))
         decode, pread = split._codec.decode_into, os.pread
@@ -92,26 +89,38 @@ def limits(
             np.take(source, rows, axis=0, out=buffer, mode="clip")
             yield rows, buffer
 
-    def row(key: str, name: str, stream: Callable[[], Iterator[Batch]], **more: Any) -> Contestant:
-        fields = {"codec": "none", "gives": "int8", "order": RANDOM, "checked": "never", **more}
-        return Contestant(key=key, name=name, stream=stream, **fields)
-
-    level = f"zstd {split.cache.manifest.layout.level}"
-    zstd = {"codec": level, "checked": "every read"}
+    ways: tuple[tuple[str, str, Literal["int8", "float32"], Any], ...] = (
+        ("", "", "int8", decoded),
+        (" float", ", then dequantise", "float32", lambda *each: dequantised(data, decoded(*each))),
+    )
+    bare = [
+        Contestant(
+            key=f"bare {codec}{end}{_suffix(count)}",
+            name=f"limit: pread + decode{text}, into one buffer",
+            stream=partial(stream, splits[codec], count),
+            threads=count,
+            gives=gives,
+            **stored_as(splits[codec]) | {"checked": "every read"},
+        )
+        for codec in CODECS
+        for count in threads
+        for end, text, gives, stream in ways
+    ]
     return [
+        *bare,
         *(
-            row(f"bare{_suffix(count)}", "limit: pread + zstd decode into one buffer",
-                partial(decoded, count), threads=count, **zstd)
-            for count in threads
+            Contestant(key=key, name=name, stream=stream)
+            for key, name, stream in (
+                ("pread", "limit: preadv into one buffer, no checksum", read),
+                ("gather", "limit: np.take in memory into one buffer", gathered),
+                ("gather fresh", "the same, into memory fresh from the kernel", fresh),
+                ("memmap", "np.memmap, np.take into one buffer", mapped),
+            )
         ),
-        row("bare float", "limit: the same, then dequantised into one buffer",
-            lambda: dequantised(data, decoded()), gives="float32", **zstd),
-        row("pread", "limit: preadv into one buffer, no checksum", read),
-        row("gather", "limit: np.take in memory into one buffer", gathered),
-        row("gather fresh", "the same, into memory fresh from the kernel", fresh),
-        row("gather float", "limit: np.take, then dequantised, each into one buffer",
-            lambda: dequantised(data, gathered()), gives="float32"),
-        row("memmap", "np.memmap, np.take into one buffer", mapped),
+        Contestant(
+            key="gather float", name="limit: np.take, then dequantised, each into one buffer",
+            stream=lambda: dequantised(data, gathered()), gives="float32",
+        ),
     ]  # fmt: skip
 
 

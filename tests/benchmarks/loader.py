@@ -13,6 +13,7 @@ that are not counted, so that nothing which was read ahead between turns is.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -23,15 +24,10 @@ from typing import Any
 import torch
 
 import ci2p_cache as cc
+from ci2p_cache.cache.codecs import CODECS
 from ci2p_cache.process import tune_process
 from tests.benchmarks.allocations import allocation_table
-from tests.benchmarks.contestants import (
-    Contestant,
-    ours,
-    ours_first,
-    ours_read,
-    zarr_rows,
-)
+from tests.benchmarks.contestants import Contestant, ours, ours_first, ours_read, zarr_rows
 from tests.benchmarks.limits import limits
 from tests.benchmarks.measure import Rates, Report, Table, machine, num_cores, take_turns
 from tests.benchmarks.overhead import overhead_table
@@ -42,7 +38,6 @@ from tests.benchmarks.workers import Worker
 
 __all__ = ["Settings", "main", "measure_loader"]
 
-GROUPS = ("ours", "limits", "zarr", "peers")
 MANY_SHARDS = 1000
 
 
@@ -68,7 +63,8 @@ class Settings:
     """Many short ones: where others use the machine, a long turn meets another speed."""
     seconds: float = 0.3
     """Of each timing."""
-    groups: tuple[str, ...] = GROUPS
+    only: str = ""
+    """Rows whose key this regular expression matches at its beginning; the others are left out."""
 
 
 def measure_loader(settings: Settings, folder: Path) -> Report:
@@ -77,16 +73,11 @@ def measure_loader(settings: Settings, folder: Path) -> Report:
     tune_process()
     data = _data(settings, folder)
     batch, shape = settings.batch, data.latents.shape[1:]
-    # As few shards as the format allows: it stops at 128 MiB of raw latents each.
-    splits = {
-        "zstd": write_cache(folder / "zstd", data, codec="zstd", shard_samples=1024),
-        "fast": write_cache(folder / "fast", data, codec="lz4", shard_samples=1024),
-        "none": write_cache(folder / "none", data, codec="none", shard_samples=2**20),
-        "many": write_cache(
-            folder / "many", data, codec="none",
-            shard_samples=max(1, settings.samples // MANY_SHARDS),
-        ),
-    }  # fmt: skip
+    splits: dict[str, cc.Split] = {
+        codec: write_cache(folder / codec, data, codec=codec) for codec in CODECS
+    }
+    many = max(1, settings.samples // MANY_SHARDS)
+    splits["many"] = write_cache(folder / "many", data, codec="none", shard_samples=many)
     contestants, missing = _contestants(settings, data, splits, folder)
     with ExitStack() as stack:
         workers = {
@@ -101,7 +92,7 @@ def measure_loader(settings: Settings, folder: Path) -> Report:
     table = rate_table(rates, missing, settings)
     by_key = {contestant.key: found for contestant, found in rates.items()}
     tables = [table, ratio_table(by_key), overhead_table(splits, folder, data)]
-    if "ours" in settings.groups:
+    if "ours zstd owned" in by_key:
         tables.append(allocation_table(splits["zstd"], batch))
     text = (
         f"{len(data.latents):,} latents {shape} int8, {data.distinct:,} of them distinct, "
@@ -132,35 +123,28 @@ def _contestants(
         for threads in settings.threads
         if threads not in possible
     ]
-    found: list[Contestant] = []
-    if "ours" in settings.groups:
-        for threads in possible:
-            n = "" if threads == 1 else f" {threads}"
-            for key, codec in (("zstd", "zstd"), ("fast", "lz4"), ("none", "none")):
-                more: dict[str, Any] = {"batch": batch, "codec": codec, "threads": threads}
-                found += [
-                    ours(f"ours {key} stored{n}", splits[key], gives="int8", **more),
-                    ours(f"ours {key}{n}", splits[key], gives="float32", **more),
-                ]
-        zstd, none, many = splits["zstd"], splits["none"], splits["many"]
-        found += [
-            ours("ours zstd owned", zstd, batch=batch, codec="zstd 1", gives="float32",
-                 recycle=False),
-            ours_read("ours zstd read", zstd, batch=batch, codec="zstd 1"),
-            ours_read("ours none read", none, batch=batch, codec="none"),
-            ours_first("ours none first", none, batch=batch, codec="none"),
-            ours("ours many stored", many, batch=batch, codec="none", gives="int8"),
-            ours("ours many", many, batch=batch, codec="none", gives="float32"),
-        ]  # fmt: skip
-    if "limits" in settings.groups:
-        found += limits(data, splits["zstd"], splits["none"], folder, batch, possible)
-    if "zarr" in settings.groups:
-        found += zarr_rows(splits["zstd"], batch=batch, codec="zstd 1")
-    if "peers" in settings.groups:
-        shelf = Shelf(data, folder, batch, splits["zstd"], "zstd 1", splits["none"])
-        others, lacking = peers(shelf, possible)
-        found, missing = found + others, missing + lacking
-    return found, missing
+    zstd, none, many = splits["zstd"], splits["none"], splits["many"]
+    found = [
+        ours("ours zstd owned", zstd, batch=batch, gives="float32", recycle=False),
+        ours_read("ours zstd read", zstd, batch=batch),
+        ours_read("ours none read", none, batch=batch),
+        ours_first("ours none first", none, batch=batch),
+        ours("ours many stored", many, batch=batch, gives="int8"),
+        ours("ours many", many, batch=batch, gives="float32"),
+        *limits(data, splits, folder, batch, possible),
+        *zarr_rows(zstd, batch=batch),
+    ]
+    for threads in possible:
+        n = "" if threads == 1 else f" {threads}"
+        for codec in CODECS:
+            more: dict[str, Any] = {"batch": batch, "threads": threads}
+            found += [
+                ours(f"ours {codec} stored{n}", splits[codec], gives="int8", **more),
+                ours(f"ours {codec}{n}", splits[codec], gives="float32", **more),
+            ]
+    others, lacking = peers(Shelf(data, folder, batch, zstd, none), possible)
+    chosen = [each for each in found + others if re.match(settings.only, each.key)]
+    return chosen, missing + lacking
 
 
 def rate_table(rates: dict[Contestant, Rates], missing: list[Missing], settings: Settings) -> Table:
@@ -171,19 +155,9 @@ def rate_table(rates: dict[Contestant, Rates], missing: list[Missing], settings:
         f"{settings.repeats} repeats of {settings.seconds:g} s",
         head,
     )
-    for contestant, found in rates.items():
-        table.rows.append(
-            [
-                contestant.key,
-                contestant.name,
-                contestant.codec,
-                contestant.gives,
-                contestant.order,
-                contestant.checked,
-                str(contestant.threads),
-                *found.cells(),
-            ]
-        )
+    for each, found in rates.items():
+        about = [each.key, each.name, each.codec, each.gives, each.order, each.checked]
+        table.rows.append([*about, str(each.threads), *found.cells()])
     for name, reason in ((lack.name, lack.reason) for lack in missing):
         table.rows.append([name, reason, *["-"] * (len(head) - 2)])
     return table
@@ -203,18 +177,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", default="1,2", help="of ours and of tensorstore")
     parser.add_argument("--repeats", type=int, default=default.repeats)
     parser.add_argument("--seconds", type=float, default=default.seconds)
-    parser.add_argument("--only", default=",".join(GROUPS), help="groups of rows")
+    parser.add_argument("--only", default=default.only, help="regular expression of rows' keys")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(argv)
-    groups = tuple(given.only.split(","))
-    if not set(groups) <= set(GROUPS):
-        parser.error(f"--only takes {', '.join(GROUPS)}")
     settings = Settings(
         cache=given.cache, images=given.images, limit=given.limit, size=given.size,
         samples=given.samples, batch=given.batch,
         threads=tuple(int(number) for number in given.threads.split(",")),
-        repeats=given.repeats, seconds=given.seconds, groups=groups,
+        repeats=given.repeats, seconds=given.seconds, only=given.only,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         report = measure_loader(settings, Path(folder))

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 
 import ci2p_cache as cc
+from tests.benchmarks.contestants import stored_as
 from tests.benchmarks.measure import Table
-from tests.benchmarks.stores import Data
+from tests.benchmarks.stores import PEER, Data
 
 __all__ = ["overhead_table"]
 
 CHECKSUM_BYTES = 4
-"""At the end of each zstd frame and of each raw chunk; counted as overhead."""
+"""At the end of each chunk and frame; counted as overhead."""
 
 
 def overhead_table(splits: dict[str, cc.Split], folder: Path, data: Data) -> Table:
@@ -22,33 +23,24 @@ def overhead_table(splits: dict[str, cc.Split], folder: Path, data: Data) -> Tab
         "Bytes on disk per sample",
         ("store", "samples alone", "container files", "overhead", "whole folder", "overhead"),
         notes=[
-            "Samples alone: zstd frames or raw latents, without checksums. Container files: ours "
+            "Samples alone: compressed or raw latents, without checksums. Container files: ours "
             "are the shards with their indexes and checksums; the whole folder adds row indexes, "
             "commit records, labels and statistics, and leaves the encoder's weights out."
         ],
     )
     count = len(data.latents)
     for key, split in splits.items():
-        layout = split.cache.manifest.layout
         shards = [split.open_shard(number) for number in range(split.record.num_shards)]
         sizes = [shard.index.entries[shard.stored, 1] for shard in shards]
         alone = int(sum(size.sum() for size in sizes)) - CHECKSUM_BYTES * count
         files = sum(shard.path.stat().st_size for shard in shards)
         whole = tree_bytes(folder / key) - split.cache.encoder_path.stat().st_size
-        codec = layout.codec if layout.codec == "none" else f"zstd {layout.level}"
-        name = f"ours, {codec}, {len(shards):,} shard{'s' * (len(shards) > 1)}"
+        name = f"ours, {stored_as(split)['codec']}, {len(shards):,} shard{'s' * (len(shards) > 1)}"
         table.rows.append(_row(name, count, alone, files, whole))
-    raw = data.latents.nbytes
-    for key, name in (
-        ("bin", "WebDataset tar, raw bytes"),
-        ("npy", "WebDataset tar, npy"),
-        ("mds", "MosaicML MDS"),
-        ("litdata", "LitData chunks"),
-        ("ffcv", "FFCV .beton"),
-    ):
-        if (folder / key).is_dir():
-            files = tree_bytes(folder / key)
-            table.rows.append(_row(name, count, raw, files, files))
+    for store in sorted(folder.iterdir()):
+        if store.name.startswith(PEER):
+            each = f"{tree_bytes(store) / count:,.0f}"
+            table.rows.append([store.name.removeprefix(PEER), "-", "-", "-", each, "-"])
     return table
 
 

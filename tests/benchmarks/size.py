@@ -156,10 +156,8 @@ def drawn_symbols(path: Path, count: int) -> npt.NDArray[np.int8]:
     return np.stack(found, axis=1).astype(np.int8)
 
 
-class FastLz4(CODECS["lz4"]):  # type: ignore[misc]  # a class all the same
-    """`lz4` packed by plain lz4."""
-
-    cname = "lz4"
+FastLz4 = type("FastLz4", (CODECS["lz4"],), {"cname": "lz4"})
+"""`lz4` packed by plain lz4."""
 
 
 def symbol_ways(symbols: npt.NDArray[np.int8], settings: Settings) -> list[Stored]:

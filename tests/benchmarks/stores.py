@@ -6,13 +6,17 @@ Shapes: N samples, M latent channels, h and w latent rows and columns.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+import zstandard
+from numcodecs.zstd import Zstd
 
 import ci2p_cache as cc
 from ci2p_cache.cache.codecs import codec_of
@@ -27,7 +31,10 @@ from ci2p_cache.encoding.plan import Sample, plan_of_rows
 from ci2p_cache.pictures.drawn import write_pictures
 from ci2p_cache.specs import FORMAT_VERSION, CodecName, LayoutSpec, ViewSpec, default_level
 
-__all__ = ["Data", "encoded", "generated", "read_data", "write_cache"]
+__all__ = ["PEER", "Data", "encoded", "frame_decoder", "generated", "read_data", "write_cache"]
+
+PEER = "peer: "
+"""Begins the names of the peers' folders."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,12 @@ class Data:
     distinct: int
     """How many of them are distinct; the rest repeats these, and is compressed on its own."""
 
+    @cached_property
+    def frames(self) -> list[bytes]:
+        """A zstd frame with checksum for each, as zarr and everyone's own code write them."""
+        encode = Zstd(level=1, checksum=True).encode
+        return [bytes(encode(latent)) for latent in self.latents]
+
     @property
     def scale(self) -> np.float32:
         return np.float32(self.base.manifest.scale)
@@ -53,6 +66,16 @@ class Data:
     def dequantised(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         values: npt.NDArray[np.float32] = self.latents[rows].astype(np.float32)
         return values * self.scale + self.offset
+
+
+def frame_decoder() -> Callable[[Any, npt.NDArray[np.uint8]], None]:
+    """Decodes a frame into an array, and checks it, with one context for all: for one thread."""
+    decompress = zstandard.ZstdDecompressor().decompress
+
+    def decode(frame: Any, out: npt.NDArray[np.uint8]) -> None:
+        out[:] = np.frombuffer(decompress(frame), np.uint8)
+
+    return decode
 
 
 def generated(folder: Path, *, per_class: int, size: int) -> cc.Cache:
@@ -84,7 +107,12 @@ def read_data(cache: cc.Cache, samples: int) -> Data:
 
 
 def write_cache(
-    folder: Path, data: Data, *, codec: CodecName, level: int | None = None, shard_samples: int
+    folder: Path,
+    data: Data,
+    *,
+    codec: CodecName,
+    level: int | None = None,
+    shard_samples: int = 1024,
 ) -> cc.Split:
     """Writes the latents as a cache of one view per sample, with the package's own writers."""
     base = data.base.manifest

@@ -14,11 +14,13 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from tests.support.caches import SMALL, data_digests, make_cache
+from tests.support.caches import SMALL, data_digests, keys_of, make_cache, with_options
 from tests.support.pictures import picture, write_image_folder
 from tests.support.seals import reseal, write_json
 
-KEPT: dict[str, Any] = {"shard_samples": 4, "val_fraction": 0.0, "views": "none"}
+KEPT: dict[str, Any] = {
+    "shard_samples": 4, "val_fraction": 0.0, "views": "none", "split": "hashed",
+}  # fmt: skip
 
 
 def encode_first(source: Path, out: Path, **changes: Any) -> None:
@@ -167,3 +169,20 @@ def test_training_loses_the_same_from_every_format_and_codec(tmp_path: Path) -> 
         found.append((losses, (run / "checkpoints" / last / "model.safetensors").read_bytes()))
     assert len(found[0][0]) == 2
     assert found == found[:1] * len(made)
+
+
+def test_the_command_of_before_goes_on_drawing_by_hash(pristine: Path, tmp_path: Path) -> None:
+    source, out, fresh = tmp_path / "src", tmp_path / "out", tmp_path / "fresh"
+    shutil.copytree(pristine / "src", source)
+    encode_first(source, out, val_fraction=0.25, views="flip")
+    assert "split" not in json.loads((out / "cache.json").read_text())["layout"]
+    for number in range(6):
+        picture(900 + number).save(source / "ant" / f"new{number}.jpg")
+    cc.encode(source, out, with_options(rescan=True))
+    assert version(out) == 1
+    assert "split" not in json.loads((out / "cache.json").read_text())["layout"]
+    cc.encode(source, fresh, with_options(split="hashed"))
+    grown, drawn = keys_of(out), keys_of(fresh)
+    assert {name: sorted(keys) for name, keys in grown.items()} == {
+        name: sorted(keys) for name, keys in drawn.items()
+    }

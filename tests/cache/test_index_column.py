@@ -17,7 +17,15 @@ from ci2p_cache.cache.manifest import read_manifest
 from ci2p_cache.cache.summary import describe_sample
 from ci2p_cache.parquet import parquet_bytes
 from tests.support import format_reader
-from tests.support.caches import SMALL, data_digests, flip, make_cache, make_old, with_options
+from tests.support.caches import (
+    SMALL,
+    data_digests,
+    flip,
+    keys_of,
+    make_cache,
+    make_old,
+    with_options,
+)
 from tests.support.pictures import picture, write_image_folder
 from tests.support.seals import reseal, write_json
 from tests.support.tiers import thinned
@@ -41,7 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def old_encoded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of real images as it was written before; read only."""
     root = tmp_path_factory.mktemp("old") / "shards"
-    cc.encode(source, root, SMALL)
+    cc.encode(source, root, with_options(split="hashed"))
     return make_old(root)
 
 
@@ -160,6 +168,13 @@ def test_an_old_cache_that_was_begun_or_grows_keeps_one_form(
     assert has_column(root) == {False}
     assert cc.verify(root) == []
     assert {s.names_split for s in read_manifest(root).splits.values()} == {False}
+    # It was drawn by hash, and so are its new images, as the same command drew them before.
+    assert read_manifest(root).layout.split == "hashed"
+    cc.encode(images, tmp_path / "fresh", with_options(split="hashed"))
+    found, fresh = keys_of(root), keys_of(tmp_path / "fresh")
+    assert {name: sorted(keys) for name, keys in found.items()} == {
+        name: sorted(keys) for name, keys in fresh.items()
+    }
 
     begun = tmp_path / "begun"
     shutil.copytree(old_encoded, begun)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class Listed:
 layouts = st.builds(
     LayoutSpec,
     val_fraction=st.floats(0, 0.9),
+    split=st.sampled_from(["stratified", "hashed"]),
     seed=seeds,
     shard_samples=st.integers(1, 7),
     limit=st.none() | st.integers(1, 40),
@@ -125,7 +127,7 @@ def test_the_plan_does_not_depend_on_the_order_of_listing(
 def test_added_files_move_no_other_files_split(
     found: list[str], added: list[str], layout: LayoutSpec
 ) -> None:
-    layout = dataclasses.replace(layout, limit=None)
+    layout = dataclasses.replace(layout, limit=None, split="hashed")
     more = [*found, *(key for key in added if key not in found)]
     before = planned(build_plan(Listed(found), layout, ViewSpec(), LATENT))
     after = planned(build_plan(Listed(more), layout, ViewSpec(), LATENT))
@@ -150,6 +152,16 @@ def test_rescanning_leaves_every_row_where_it_was(
     for split, part in before.items():
         assert after[split][: len(part)] == part
     assert sorted(key for part in after.values() for key, _, _ in part) == sorted(more)
+    if layout.split == "stratified":
+        assert_exact_shares(before, layout.val_fraction)
+        assert_exact_shares(after, layout.val_fraction)
+
+
+def assert_exact_shares(rows: Mapping[str, list[tuple[str, int, bytes]]], share: float) -> None:
+    counts = Counter((label, split) for split, part in rows.items() for _, label, _ in part)
+    for label in range(3):
+        in_all = counts[label, "train"] + counts[label, "val"]
+        assert counts[label, "val"] == round(in_all * share)
 
 
 @fewer

@@ -474,3 +474,50 @@ class TestDataLoader:
             go_on.set()
             reader.join(30)
         assert ended == 0
+
+
+class TestAsDataset:
+    def test_item_i_is_one_view_of_valid_row_i(self, train: cc.Split, val: cc.Split) -> None:
+        for split, view in ((train, 0), (train, 1), (val, 0)):
+            dataset = split.as_dataset(view)
+            assert len(dataset) == len(split.valid_rows)
+            assert dataset.targets == split.labels[split.valid_rows].tolist()
+            for (latent, label), row in zip(dataset, split.valid_rows, strict=True):
+                assert torch.equal(latent, split[row][0][view])
+                assert (label, type(label)) == (split.labels[row], int)
+            assert torch.equal(dataset[-1][0], split[split.valid_rows[-1]][0][view])
+            with pytest.raises(IndexError):
+                dataset[len(dataset)]
+
+    def test_random_draws_every_view_by_torchs_generator(self, train: cc.Split) -> None:
+        dataset = train.as_dataset("random")
+
+        def epoch(seed: int) -> list[torch.Tensor]:
+            torch.manual_seed(seed)
+            return [latent for latent, _ in DataLoader(dataset, batch_size=None)]
+
+        first, again, other = epoch(0), epoch(0), epoch(1)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+        views = [
+            [torch.equal(latent, view) for view in train[row][0]].index(True)
+            for latent, row in zip(first, train.valid_rows, strict=True)
+        ]
+        assert set(views) == {0, 1}
+
+    def test_transforms_see_latents_also_in_workers_and_for_subsets(self, train: cc.Split) -> None:
+        rows = train.valid_rows[3:9]
+        dataset = train.subset(rows).as_dataset(transform=torch.abs)
+        for start in (None, "fork"):
+            again = pickle.loads(pickle.dumps(dataset))
+            loader = DataLoader(
+                again, 4, num_workers=start is not None, multiprocessing_context=start
+            )
+            latents, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+            assert torch.equal(latents, train[rows][0][:, 0].abs())
+            assert torch.equal(labels, train[rows][1])
+
+    @pytest.mark.parametrize("view", [2, -1, True, "all"])
+    def test_a_view_that_is_not_there_is_refused(self, train: cc.Split, view: Any) -> None:
+        with pytest.raises(errors.UsageError, match="has views 0 to 1, or 'random'"):
+            train.as_dataset(view)

@@ -67,7 +67,7 @@ def test_encode_verify_inspect_train_one_after_another(
     assert "epoch 2/2" in trained.err
     assert trained.err.startswith(
         "plan: vitds_nano, 1,084,043 trainable parameters, float32 on cpu\n"
-        "  18 training images, 2 views each, 3 validation images, 3 classes\n"
+        "  19 training images, 2 views each, 2 validation images, 3 classes\n"
         f"  2 epochs of 3 steps of 8 images, into {tmp_path}/runs/one\n"
     )
     assert (tmp_path / "runs" / "one" / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -145,17 +145,25 @@ def test_the_flags_of_train_are_these(run: Callable[..., Ran]) -> None:
     """A new flag is a new promise: add it here, and say in the commit why it is worth one."""
     flags = [name for name in inspect.signature(train_command).parameters if name != "cache"]
     assert flags == [
-        "model", "epochs", "batch_size", "accumulate", "optimizer", "lr", "min_lr",
+        "config", "model", "epochs", "batch_size", "accumulate", "optimizer", "lr", "min_lr",
         "warmup_epochs", "weight_decay", "clip_grad_norm", "label_smoothing", "drop_path",
         "pos_embed", "precision", "order", "seed", "mixup", "cutmix", "mix_probability",
-        "latent_flip", "ema", "layer_decay", "folds", "fold", "out", "name", "device", "workers",
-        "resident", "compile", "save_every", "from_images", "overwrite", "json",
+        "latent_flip", "ema", "layer_decay", "folds", "fold", "init_from", "freeze",
+        "train_encoder", "out", "name", "device", "workers", "resident", "compile", "save_every",
+        "from_images", "overwrite", "json",
     ]  # fmt: skip
 
 
 PANELS = {
     "encode": ("Everyday", "Images", "Encoder", "Views", "Storage", "Machines"),
-    "train": ("Everyday", "Model and optimiser", "Regularisation", "Data", "Machines"),
+    "train": (
+        "Everyday",
+        "Model and optimiser",
+        "Regularisation",
+        "Data",
+        "Fine-tuning",
+        "Machines",
+    ),
     "bench train": ("Options",),
     "verify": ("Options",),
 }
@@ -166,7 +174,7 @@ def test_help_shows_each_option_in_one_panel_the_everyday_ones_first(
     run: Callable[..., Ran], command: str, wanted: tuple[str, ...]
 ) -> None:
     text = run(*command.split(), "--help").out
-    panels = dict(zip(*[iter(re.split(r"\n([A-Z][\w ]+):\n", text)[3:])] * 2, strict=True))
+    panels = dict(zip(*[iter(re.split(r"\n([A-Z][\w -]+):\n", text)[3:])] * 2, strict=True))
     assert tuple(panels) == wanted
     flags = re.findall(r"^  (?:-h, )?--([\w-]+)", text, re.M)
     assert len(flags) == len(set(flags))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ci2p_cache.cli.app import command_tree
 from tests.support.caches import make_cache
 from tests.support.commands import Ran
 
@@ -81,6 +83,17 @@ def test_the_new_name_wins(
     monkeypatch.setenv("CI2P_CACHE_ENCODE_DEVICE", "variable")
     assert "`device` is 'variable'" in run(*words).err
     assert "`device` is 'flag'" in run(*words, "--device=flag").err
+
+
+def test_the_variable_of_an_option_is_its_flag() -> None:
+    def options(part: Any) -> Iterator[Any]:
+        yield from (each for each in part.params if each.param_type_name == "option")
+        for inner in getattr(part, "commands", {}).values():
+            yield from options(inner)
+
+    flags = {option.opts[0]: option.name for option in options(command_tree())}
+    assert len(flags) > 80
+    assert {flag: flag.strip("-").replace("-", "_") for flag in flags} == flags
 
 
 def test_an_earlier_name_is_none_of_another_command_and_none_behind_two_dashes(

@@ -18,7 +18,13 @@ from tests.support.seals import reseal, write_json
 from tests.support.tiers import thinned
 
 OPTIONS = cc.EncodeOptions(
-    encoder="bundled", size=32, views="crops:2", shard_samples=4, val_fraction=0.25
+    encoder="bundled",
+    size=32,
+    views="crops:2",
+    shard_samples=4,
+    val_fraction=0.25,
+    split="stratified",
+    augment="trivial",
 )
 
 BOUND: dict[str, Any] = {
@@ -32,6 +38,14 @@ BOUND: dict[str, Any] = {
     "fingerprint.views.kind": "flip",
     "fingerprint.views.num_crops": 3,
     "fingerprint.views.seed": 7,
+    "fingerprint.views.augment.min_area": 0.2,
+    "fingerprint.views.augment.rand_augment": 1,
+    "fingerprint.views.augment.magnitude": 10,
+    "fingerprint.views.augment.trivial_augment": False,
+    "fingerprint.views.augment.grey": 0.5,
+    "fingerprint.views.augment.blur": 0.5,
+    "fingerprint.views.augment.solarize": 0.5,
+    "fingerprint.views.augment.erasing": 0.5,
     "fingerprint.encoder.arch": "mbt2018",
     "fingerprint.encoder.quality": 6,
     "fingerprint.encoder.metric": "ms-ssim",
@@ -43,6 +57,7 @@ BOUND: dict[str, Any] = {
     "fingerprint.latent.height": 6,
     "fingerprint.latent.width": 6,
     "layout.val_fraction": 0.5,
+    "layout.split": "hashed",
     "layout.seed": 1,
     "layout.shard_samples": 5,
     "layout.limit": 9,
@@ -61,6 +76,7 @@ FREE: dict[str, Any] = {
     "retry_failed": True,
     "rescan": True,
     "reencode_changed": True,
+    "add_views": True,
     "plan_only": True,
     "shard_range": "2/3",
     "finalise": True,
@@ -97,7 +113,7 @@ def test_no_field_is_forgotten_here(folders: tuple[Path, Path]) -> None:
     # Those of the source are refused where the source has no use for them; `labels` is bound by the
     # classes, see tests/images/test_layout_commands.py.
     of_source = {"root", "image_column", "label_column", "labels"}
-    assert others == {*FREE, *of_source, "encoder", "weights", "views"}
+    assert others == {*FREE, *of_source, "encoder", "weights", "views", "augment"}
 
 
 # A smaller limit is refused, a larger one takes in more: test_growth.py.
@@ -150,9 +166,9 @@ def test_the_options_that_bind_are_read_back_from_a_cache(
     source, _ = folders
     odd = cc.EncodeOptions(
         encoder="bundled", size=32, resize_side=80, interpolation="bicubic", exif="apply",
-        max_pixels=10_000_000, views="crops:2", dtype="int16", step=0.5, format="both",
-        codec="none",
-        level=3, shard_samples=5, val_fraction=0.5, seed=4, limit=7,
+        max_pixels=10_000_000, views="crops:2", augment='{"grey": 0.25}', dtype="int16", step=0.5,
+        format="both", codec="none",
+        level=3, shard_samples=5, val_fraction=0.5, split="hashed", seed=4, limit=7,
     )  # fmt: skip
     cc.encode(source, tmp_path / "out", odd)
     read = cc.EncodeOptions.of(cc.open_cache(tmp_path / "out").manifest)

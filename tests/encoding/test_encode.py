@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,7 +23,7 @@ import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.encoding.progress import EncodeObserver
 from ci2p_cache.record import sealed_bytes
-from tests.support.caches import SMALL, data_digests, with_options
+from tests.support.caches import SMALL, data_digests, keys_of, with_options
 from tests.support.pictures import picture, write_image_folder
 from tests.support.tiers import thinned
 from tests.support.warm import WarmParent
@@ -159,13 +159,14 @@ def test_rows_are_mixed_and_the_split_is_stable_when_files_are_added(
     shutil.copytree(image_folder, more)
     for i in range(40):
         picture(500 + i).save(more / "bee" / f"new{i}.jpg")
-    cc.encode(more, tmp_path / "shards", SMALL)
+    cc.encode(image_folder, tmp_path / "less", with_options(split="hashed"))
+    cc.encode(more, tmp_path / "shards", with_options(split="hashed"))
 
     def keys(root: Path, split: str) -> set[str]:
         return set(pq.read_table(sorted((root / "index").glob(f"{split}-*")))["key"].to_pylist())
 
-    assert keys(cache_dir, "val") <= keys(tmp_path / "shards", "val")
-    assert keys(cache_dir, "train") <= keys(tmp_path / "shards", "train")
+    for split in ("val", "train"):
+        assert keys(tmp_path / "less", split) <= keys(tmp_path / "shards", split)
 
 
 def test_split_folders_give_splits_with_one_class_list(tmp_path: Path) -> None:
@@ -231,6 +232,62 @@ def test_other_settings_are_refused_field_by_field_and_nothing_changes(
     with pytest.raises(errors.FingerprintMismatchError, match=field.removeprefix("max_")):
         cc.encode(image_folder, cache_dir, with_options(**{field: value}))
     assert data_digests(cache_dir) == before
+
+
+class TestWhichImagesBecomeVal:
+    COUNTS: ClassVar = {"ant": 14, "bee": 9, "cat": 3}
+
+    def counts(self, out: Path) -> dict[str, list[int]]:
+        cache = cc.open_cache(out)
+        return {
+            name: [int(np.sum(split.labels == label)) for label in range(3)]
+            for name, split in cache.items()
+        }
+
+    def test_each_class_gives_its_exact_share_and_again_when_the_cache_grows(
+        self, tmp_path: Path
+    ) -> None:
+        source = write_image_folder(tmp_path / "src", self.COUNTS)
+        cc.encode(source, tmp_path / "out", SMALL)
+        assert self.counts(tmp_path / "out") == {"train": [10, 7, 2], "val": [4, 2, 1]}
+        before = keys_of(tmp_path / "out")
+        for number in range(6):
+            picture(300 + number).save(source / "bee" / f"n{number}.jpg")
+        picture(400).save(source / "cat" / "n.jpg")
+        cc.encode(source, tmp_path / "out", with_options(rescan=True))
+        assert self.counts(tmp_path / "out") == {"train": [10, 11, 3], "val": [4, 4, 1]}
+        after = keys_of(tmp_path / "out")
+        assert all(after[name][: len(keys)] == keys for name, keys in before.items())
+        assert cc.verify(tmp_path / "out") == []
+        # A new listing finds nothing, and the same command continues without naming the method.
+        again = cc.encode(source, tmp_path / "out", with_options(rescan=True))
+        assert again.encoded_now == 0
+
+    def test_by_hash_only_where_that_is_asked_for(self, tmp_path: Path) -> None:
+        source = write_image_folder(tmp_path / "src", self.COUNTS)
+        cc.encode(source, tmp_path / "out", with_options(split="hashed", plan_only=True))
+        with pytest.raises(errors.FingerprintMismatchError, match="split: 'hashed' in the folder"):
+            cc.encode(source, tmp_path / "out", with_options(split="stratified"))
+        cc.encode(source, tmp_path / "out", SMALL)
+        assert cc.open_cache(tmp_path / "out").manifest.layout.split == "hashed"
+
+    def test_a_limit_leaves_the_shares_exact(self, tmp_path: Path) -> None:
+        source = write_image_folder(tmp_path / "src", self.COUNTS)
+        cc.encode(source, tmp_path / "out", with_options(limit=12))
+        found = self.counts(tmp_path / "out")
+        for train, val in zip(found["train"], found["val"], strict=True):
+            assert val == round((train + val) * 0.25)
+
+    def test_classes_too_small_for_a_share_are_said(self, tmp_path: Path) -> None:
+        source = write_image_folder(tmp_path / "src", {"ant": 2, "bee": 2})
+        notices: list[str] = []
+
+        class Observer(EncodeObserver):
+            def notice(self, text: str) -> None:
+                notices.append(text)
+
+        cc.encode(source, tmp_path / "out", with_options(plan_only=True), observer=Observer())
+        assert any("there is no `val`" in text for text in notices)
 
 
 @pytest.mark.slow

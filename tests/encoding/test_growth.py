@@ -17,6 +17,7 @@ import pytest
 
 import ci2p_cache as cc
 from ci2p_cache import errors
+from ci2p_cache.cache import manifest
 from ci2p_cache.cache.lock import LOCK, locked
 from tests.support.caches import data_digests, flip
 from tests.support.commands import Ran
@@ -542,11 +543,11 @@ class TestWhatWasThereStaysInForce:
     "changes",
     [
         {"format": "both", "views": "crops:2"},
-        {"dtype": "float16", "codec": "none", "views": "flip", "val_fraction": 0.4},
+        {"dtype": "float16", "codec": "none", "val_fraction": 0.4, "split": "hashed"},
         pytest.param({"format": "webdataset"}, marks=pytest.mark.slow),
         pytest.param({"executor": "processes"}, marks=pytest.mark.slow),
     ],
-    ids=["both crops", "float16 raw flip and val", "tars", "processes"],
+    ids=["both crops", "float16 raw and val", "tars", "processes"],
 )
 def test_a_grown_cache_holds_what_a_fresh_one_would(
     tmp_path: Path, changes: dict[str, Any]
@@ -584,3 +585,84 @@ def test_a_grown_cache_holds_what_a_fresh_one_would(
     ours, theirs = (pq.read_table(p / "stats/channels.parquet") for p in (out, tmp_path / "fresh"))
     for column in ("count", "min", "max", "zero_share", "clipped"):
         assert ours[column].equals(theirs[column]), column
+
+
+class TestMoreViews:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"augment": "authors", "val_fraction": 0.4, "max_errors": "1"},
+            {"format": "both", "codec": "none"},
+            pytest.param({"format": "webdataset"}, marks=pytest.mark.slow),
+            pytest.param({"executor": "processes"}, marks=pytest.mark.slow),
+        ],
+        ids=["augmented, val and a bad one", "both", "tars", "processes"],
+    )
+    def test_a_cache_that_got_them_is_the_one_that_always_had_them(
+        self, tmp_path: Path, changes: dict[str, Any]
+    ) -> None:
+        source, out, fresh = tmp_path / "src", tmp_path / "out", tmp_path / "fresh"
+        write_image_folder(source, dict.fromkeys(CLASSES, 5))
+        if "max_errors" in changes:
+            (source / "ant" / "002.jpg").write_bytes(b"\xff\xd8 no image")
+        encode(source, out, **changes, views="crops:2")
+        had = {(key, v): latent for v in (0, 1) for key, latent in views_of(out, v).items()}
+        summary, _ = encode(source, out, **changes, views="crops:5", add_views=True)
+        encode(source, fresh, **changes, views="crops:5")
+        assert data_digests(out) == data_digests(fresh)
+        assert summary.encoded_now == len(cc.open_cache(out)["train"].valid_rows)
+        assert had == {(key, v): latent for v in (0, 1) for key, latent in views_of(out, v).items()}
+        _, told = encode(source, out, **changes, views="crops:5", add_views=True)
+        assert "nothing new" in told
+
+    def test_smaller_shards_take_their_rows_from_larger_ones(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # As many rows as fit: 16 views of 192 * 2 * 2 bytes.
+        monkeypatch.setattr(manifest, "MAX_SHARD_BYTES", 16 * 768)
+        write_image_folder(tmp_path / "src", dict.fromkeys(CLASSES, 7))
+        encode(tmp_path / "src", tmp_path / "out", views="crops:2")
+        encode(tmp_path / "src", tmp_path / "out", views="crops:5", add_views=True)
+        encode(tmp_path / "src", tmp_path / "fresh", views="crops:5")
+        assert cc.open_cache(tmp_path / "out")["train"].record.shard_rows == 3
+        assert data_digests(tmp_path / "out") == data_digests(tmp_path / "fresh")
+
+    def test_an_original_that_changed_is_named_and_the_cache_stays(self, tmp_path: Path) -> None:
+        source, out = tmp_path / "src", tmp_path / "out"
+        write_image_folder(source, dict.fromkeys(CLASSES, 3))
+        encode(source, out, views="crops:2")
+        before = data_digests(out)
+        put(source / "ant" / "001.jpg", 77)
+        with pytest.raises(errors.SourceError, match=r"ant/001\.jpg is not what"):
+            encode(source, out, views="crops:3", add_views=True)
+        kept = {path: d for path, d in data_digests(out).items() if ".growth" not in path}
+        assert kept == before
+        assert cc.verify(out) == []
+
+    def test_they_are_given_where_that_is_asked_for_and_possible(self, tmp_path: Path) -> None:
+        source, out = tmp_path / "src", tmp_path / "out"
+        write_image_folder(source, dict.fromkeys(CLASSES, 3))
+        encode(source, out, views="crops:2")
+        before = data_digests(out)
+        for refused in (
+            {"views": "crops:3"},
+            {"views": "crops:1", "add_views": True},
+            {"views": "flip", "add_views": True},
+            {"views": "crops:3", "add_views": True, "augment": "rand"},
+            {"views": "crops:3", "add_views": True, "codec": "none"},
+        ):
+            with pytest.raises(errors.FingerprintMismatchError):
+                encode(source, out, **refused)
+        with pytest.raises(errors.UsageError, match="`add_views` changes the plan"):
+            encode(source, out, views="crops:3", add_views=True, shard_range="1/2")
+        assert data_digests(out) == before
+
+
+def views_of(out: Path, view: int) -> dict[str, bytes]:
+    """Key -> stored bytes of one view of each valid row."""
+    train = cc.open_cache(out)["train"]
+    return {
+        key: np.asarray(train.latents[entry["row"], view]).tobytes()
+        for key, entry in rows(out).items()
+        if entry["status"] == "ok"
+    }

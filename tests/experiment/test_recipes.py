@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -103,46 +102,6 @@ def test_smoke_runs_the_whole_path_and_then_has_nothing_to_do(
     own = run("run", PIPELINES / "smoke.py:smoke", tmp_path)
     assert own.code == 2
     assert "draws its own pictures" in own.err
-
-
-def test_a_stratified_list_has_exact_shares_and_encodes_as_it_says(tmp_path: Path) -> None:
-    write_image_folder(tmp_path / "img", {"ant": 10, "bee": 7, "a, b": 4})
-    words = [sys.executable, str(PIPELINES / "stratify.py"), str(tmp_path / "img")]
-    options = ["--out", str(tmp_path / "img.csv"), "--val-fraction", "0.3"]
-    shown = subprocess.run([*words, *options], capture_output=True, text=True, check=False)
-    assert shown.returncode == 0, shown.stderr
-    assert "15 train, 6 val" in shown.stdout
-    first = (tmp_path / "img.csv").read_bytes()
-    with (tmp_path / "img.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    shares = {
-        name: sum(row["label"] == name and row["split"] == "val" for row in rows)
-        for name in ("ant", "bee", "a, b")
-    }
-    assert shares == {"ant": 3, "bee": 2, "a, b": 1}
-    stratify = script("stratify")
-    again = stratify.stratified(tmp_path / "img", tmp_path / "img.csv", val_fraction=0.3, seed=0)
-    assert [tuple(row.values()) for row in rows] == again
-    other = stratify.stratified(tmp_path / "img", tmp_path / "img.csv", val_fraction=0.3, seed=1)
-    assert other != again
-    cache = cc.encode(
-        tmp_path / "img.csv", tmp_path / "out", cc.EncodeOptions(encoder="bundled", size=32)
-    )
-    assert cache.splits == {"train": 15, "val": 6}
-    assert first == (tmp_path / "img.csv").read_bytes()
-
-
-def test_a_list_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
-    stratify = script("stratify")
-    images = write_image_folder(tmp_path / "img", {"ant": 2})
-    with pytest.raises(cc.CacheError, match="not above"):
-        stratify.stratified(images, tmp_path / "other" / "a.csv", val_fraction=0.3, seed=0)
-    with pytest.raises(cc.CacheError, match="0 < share < 1"):
-        stratify.stratified(images, tmp_path / "a.csv", val_fraction=1, seed=0)
-    split = write_image_folder(tmp_path / "split" / "train", {"ant": 2}).parent
-    write_image_folder(split / "val", {"ant": 2})
-    with pytest.raises(cc.CacheError, match="split folders already"):
-        stratify.stratified(split, tmp_path / "a.csv", val_fraction=0.3, seed=0)
 
 
 def test_every_configuration_of_the_study_can_be_made() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.long.train_kills import run_kills
-from tests.support.encode_bench import KINDS, EncodeBench, GrowthBench, spread, tree
+from tests.support.encode_bench import KINDS, EncodeBench, GrowthBench, MoreViewsBench, spread, tree
 from tests.support.tiers import thinned
 from tests.support.warm import WarmParent
 
@@ -107,10 +107,12 @@ def test_killed_at_any_time_no_committed_shard_is_lost(warm: WarmParent, tmp_pat
         assert committed <= made.commits()
 
 
-@pytest.fixture(scope="module")
-def growth(warm: WarmParent, tmp_path_factory: pytest.TempPathFactory) -> GrowthBench:
-    """The originals of what is committed are gone: nothing could be made again."""
-    made = GrowthBench(tmp_path_factory.mktemp("growth"), warm)
+@pytest.fixture(scope="module", params=[GrowthBench, MoreViewsBench], ids=["images", "views"])
+def growth(
+    warm: WarmParent, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> GrowthBench:
+    """Of images the originals that are committed are gone: nothing could be made again."""
+    made: GrowthBench = request.param(tmp_path_factory.mktemp("growth"), warm)
     made.undisturbed(warm)
     return made
 

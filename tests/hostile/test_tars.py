@@ -242,4 +242,4 @@ def test_the_command_exits_3_and_writes_nothing_outside(run, tmp_path: Path) -> 
     pack(tmp_path / "two.tar", tar_bytes([*double, ("b.txt", b""), *double]))
     ran = run("encode", tmp_path / "two.tar", "--out", tmp_path / "out", "--encoder", "bundled")
     assert ran.code == 3
-    assert "lists 'a/1.jpg' twice in split" in ran.err
+    assert "lists 'a/1.jpg' twice; keys are unique" in ran.err

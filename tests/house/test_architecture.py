@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "record": {"errors"},
     "parquet": set(),
     "process": set(),
-    "specs": {"errors", "record"},
+    "specs": {"errors", "fields", "record"},
     "remote": {"errors"},
     "outputs": {"errors", "remote"},
     "images": {"errors", "parquet", "process", "record", "remote", "specs"},

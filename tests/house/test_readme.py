@@ -66,11 +66,11 @@ EXCUSED = {
     ("docs/contributing.md", "python3 -m venv"): "installs 6 GB, runs this very suite",
     ("docs/contributing.md", "bash findings/"): "installs packages",
     ("pipelines/README.md", "ci2p-cache run pipelines/flowers.py:"): _MINUTES,
-    ("pipelines/README.md", "ci2p-cache run pipelines/animals10.py:"): "a day of two cores",
     ("pipelines/README.md", "python pipelines/study.py flowers/ --"): "hours",
     ("pipelines/README.md", "python pipelines/systems.py"): "needs transformers, and minutes",
     ("pipelines/README.md", "python pipelines/train_codec.py"): "tests/encoder/test_train_codec.py",
     ("pipelines/README.md", "ci2p-cache encode data/"): "needs the codec of the line above",
+    ("pipelines/README.md", "pip install -e '.[systems]'"): "needs an extra, and minutes",
     ("ci2p_cache/cache/README.md", "shards/\n"): "a listing",
     ("ci2p_cache/cache/README.md", "{"): "held against real ones by tests/cache/test_format.py",
     ("ci2p_cache/encoder/bundled/README.md", "import sys"): "needs Kodak's 24 photographs",
@@ -79,10 +79,7 @@ EXCUSED = {
 }
 
 
-SLOW = (
-    "import torch", "ci2p-cache bench encode", "ci2p-cache evaluate", "ci2p-cache run",
-    "python pipelines/stratify",
-)  # fmt: skip
+SLOW = ("import torch", "ci2p-cache bench encode", "ci2p-cache evaluate", "ci2p-cache run")
 """How blocks begin that take many seconds: those of the slow tier, beside those of docs/."""
 
 

@@ -14,12 +14,13 @@ from PIL import Image
 
 from ci2p_cache.images.decode import DecodedImage, decode_image
 from ci2p_cache.images.views import CropBox, image_views
-from ci2p_cache.specs import ImageSpec, ViewSpec
+from ci2p_cache.specs import AugmentSpec, ImageSpec, ViewSpec
 from tests.support.pictures import picture
 from tests.support.tiers import thinned
 
 SPEC = ImageSpec(size=64, resize_side=64, decoder="x")
 FLIP, NONE = ViewSpec(kind="flip"), ViewSpec(kind="none")
+AUGMENTED = ViewSpec.parse("crops:4", seed=3, augment=AugmentSpec.parse("authors"))
 
 
 def decoded(width: int, height: int, seed: int = 1) -> DecodedImage:
@@ -210,7 +211,7 @@ def test_views_own_their_memory(view_spec: ViewSpec) -> None:
     assert torch.equal(image.pixels, before)
 
 
-@pytest.mark.parametrize("views", [NONE, FLIP, crops(4)])
+@pytest.mark.parametrize("views", [NONE, FLIP, crops(4), AUGMENTED])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("exif", thinned(["apply", "ignore"]))
 def test_how_pixels_are_strided_makes_no_difference_to_a_byte(

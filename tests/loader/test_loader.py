@@ -125,9 +125,14 @@ def test_threads_recycling_and_residence_change_no_batch(
 
 
 @pytest.mark.parametrize("recycle", [False, True])
-@pytest.mark.parametrize("fast_enough", [0.0, float("inf")])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("fast_enough", [-1.0, float("inf")])
 def test_chunks_at_hand_are_read_when_asked_for_and_change_no_batch(
-    cache: cc.Cache, recycle: bool, fast_enough: float, monkeypatch: pytest.MonkeyPatch
+    cache: cc.Cache,
+    recycle: bool,
+    threads: int,
+    fast_enough: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     readers = set()
     read = cc.Split.read_batch_into
@@ -136,15 +141,17 @@ def test_chunks_at_hand_are_read_when_asked_for_and_change_no_batch(
         readers.add(threading.current_thread())
         read(*arguments)
 
-    monkeypatch.setattr("ci2p_cache.loader.latents._AT_HAND_BYTES_PER_SECOND", fast_enough)
-    with cc.LatentLoader(cache["train"], batch_size=6, seed=1, recycle=recycle) as loader:
+    for limit in ("_AT_HAND_BYTES_PER_SECOND", "_AT_HAND_BUSY"):
+        monkeypatch.setattr(f"ci2p_cache.loader.latents.{limit}", fast_enough)
+    train = cache["train"]
+    with cc.LatentLoader(train, batch_size=6, seed=1, threads=threads, recycle=recycle) as loader:
         first = [(b.rows, b.stored.clone()) for b in loader]
         monkeypatch.setattr(cc.Split, "read_batch_into", watched)
         loader.set_epoch(0)
         again = [(b.rows, b.stored.clone()) for b in loader]
     for one, other in zip(first, again, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    at_hand = fast_enough == 0.0 and cache.manifest.layout.codec == "none"
+    at_hand = fast_enough < 0 and (train.is_mapped or threads == 1)
     assert (readers == {threading.current_thread()}) == at_hand
 
 

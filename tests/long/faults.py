@@ -1,6 +1,6 @@
 """Bar R2: every call of a small encode that changes the disk fails in turn; all must recover.
 
-python tests/long/faults.py [--count POINTS] [--growth]
+python tests/long/faults.py [--count POINTS] [--growth | --add-views]
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.support.encode_bench import KINDS, EncodeBench, GrowthBench, spread
+from tests.support.encode_bench import KINDS, EncodeBench, GrowthBench, MoreViewsBench, spread
 from tests.support.warm import WarmParent
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, help="only that many points, evenly spread")
-    parser.add_argument("--growth", action="store_true", help="of a cache that takes in images")
+    grows = parser.add_mutually_exclusive_group()
+    grows.add_argument("--growth", action="store_true", help="of a cache that takes in images")
+    grows.add_argument("--add-views", action="store_true", help="of a cache that gets more views")
     arguments = parser.parse_args()
     started = time.monotonic()
     failures = 0
@@ -29,9 +31,10 @@ def main() -> int:
             if not warm.has_shim:
                 print("no C compiler `cc` here, so no shim")
                 return 1
-            bench = (
-                GrowthBench(Path(folder), warm) if arguments.growth else EncodeBench(Path(folder))
-            )
+            bench = EncodeBench(Path(folder) / "plain")
+            if arguments.growth or arguments.add_views:
+                grown = GrowthBench if arguments.growth else MoreViewsBench
+                bench = grown(Path(folder) / "grown", warm)
             bench.undisturbed(warm)
             points = spread(bench.calls, arguments.count)
             for kind in KINDS:

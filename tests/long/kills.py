@@ -5,9 +5,10 @@ kill before left there; after each kill the command is repeated to the end on a 
 against an undisturbed run.
 
 With --growth the command takes new images into a complete cache, whose originals are gone: after
-each kill the cache is intact besides, either the old one or the larger one.
+each kill the cache is intact besides, either the old one or the larger one. With --add-views its
+images get more crops.
 
-python tests/long/kills.py [--count KILLS] [--growth]
+python tests/long/kills.py [--count KILLS] [--growth | --add-views]
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.support.encode_bench import EncodeBench, GrowthBench
+from tests.support.encode_bench import EncodeBench, GrowthBench, MoreViewsBench
 from tests.support.warm import WarmParent
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="number of kills")
-    parser.add_argument("--growth", action="store_true", help="of a cache that takes in images")
+    grows = parser.add_mutually_exclusive_group()
+    grows.add_argument("--growth", action="store_true", help="of a cache that takes in images")
+    grows.add_argument("--add-views", action="store_true", help="of a cache that gets more views")
     parser.add_argument("--seed", type=int, default=0, help="of the random times")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -38,11 +41,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         aside = Path(folder) / "aside"
         with WarmParent(Path(folder)) as warm:
-            bench = (
-                GrowthBench(Path(folder), warm, images=8, shard_samples=3)
-                if arguments.growth
-                else EncodeBench(Path(folder), images=16, shard_samples=2)
-            )
+            bench = EncodeBench(Path(folder) / "plain", images=16, shard_samples=2)
+            if arguments.growth or arguments.add_views:
+                kind = GrowthBench if arguments.growth else MoreViewsBench
+                bench = kind(Path(folder) / "grown", warm, images=8, shard_samples=3)
             bench.undisturbed(warm)
             spots: dict[str, int] = {}
             bench.fresh()

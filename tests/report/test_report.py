@@ -105,8 +105,9 @@ def folder(tmp_path_factory):
     source = write_image_folder(root / "images", {"ant": 9, "bee": 8, "cat": 7})
     (source / "bee" / "broken.jpg").write_bytes((source / "bee" / "000.jpg").read_bytes()[:300])
     options = cc.EncodeOptions(
-        encoder="bundled", size=64, val_fraction=0.4, shard_samples=8, max_errors="1"
-    )
+        encoder="bundled", size=64, val_fraction=0.4, split="hashed", shard_samples=8,
+        max_errors="1",
+    )  # fmt: skip
     cc.encode(source, root / "shards", options)
     return root
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import pyarrow.parquet
 
 import ci2p_cache as cc
 from ci2p_cache.cache.codecs import codec_of
@@ -46,7 +47,16 @@ from ci2p_cache.specs import (
 )
 from tests.support.seals import digest, reseal, write_json
 
-__all__ = ["SMALL", "data_digests", "flip", "make_cache", "make_old", "swap", "with_options"]
+__all__ = [
+    "SMALL",
+    "data_digests",
+    "flip",
+    "keys_of",
+    "make_cache",
+    "make_old",
+    "swap",
+    "with_options",
+]
 
 SMALL = cc.EncodeOptions(encoder="bundled", size=32, shard_samples=4, val_fraction=0.25)
 
@@ -62,6 +72,15 @@ def data_digests(root: Path) -> dict[str, str]:
         for path in sorted(root.rglob("*"))
         if path.is_file()
     }
+
+
+def keys_of(root: Path) -> dict[str, list[str]]:
+    """The keys of each split, in the order of their rows."""
+    table = pyarrow.parquet.read_table(root / PLAN)
+    found: dict[str, list[str]] = {}
+    for split, key in zip(table["split"].to_pylist(), table["key"].to_pylist(), strict=True):
+        found.setdefault(split, []).append(key)
+    return found
 
 
 def flip(path: Path, place: float = 0.5) -> None:
@@ -145,6 +164,8 @@ def make_cache(
         level=default_level(format_version, codec, fold=fold),
         fold=fold,
         shard_samples=shard_samples,
+        # What format 1 has; nothing is drawn where the splits are given.
+        split="hashed",
     )
     fingerprint = Fingerprint(
         image=ImageSpec(decoder=decoder_name(), size=16 * side, resize_side=16 * side),

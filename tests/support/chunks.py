@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
@@ -34,8 +34,9 @@ def compressors(
         return [ZstdCodec(level=level, checksum=True)]
     if kind == "none":
         return [Crc32cCodec()]
+    names: dict[str, Literal["zstd", "lz4hc"]] = {"zstd": "zstd", "lz4": "lz4hc"}
     blosc = BloscCodec(
-        typesize=item, cname={"zstd": "zstd", "lz4": "lz4hc"}[kind], clevel=level,
+        typesize=item, cname=names[kind], clevel=level,
         shuffle="bitshuffle", blocksize=math.prod(shape) * item,
     )  # fmt: skip
     return [blosc, Crc32cCodec()]

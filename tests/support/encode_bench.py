@@ -13,7 +13,7 @@ import ci2p_cache as cc
 from tests.support.pictures import picture, write_image_folder
 from tests.support.warm import Ended, WarmParent
 
-__all__ = ["KINDS", "EncodeBench", "GrowthBench", "spread", "tree"]
+__all__ = ["KINDS", "EncodeBench", "GrowthBench", "MoreViewsBench", "spread", "tree"]
 
 KINDS = ("EIO", "ENOSPC", "before", "after")
 
@@ -50,6 +50,7 @@ class EncodeBench:
         shard_samples: Images per shard.
         size: Side of the encoded square in pixels.
         format: Container of the latents.
+        views: Views of an image.
     """
 
     def __init__(
@@ -60,16 +61,18 @@ class EncodeBench:
         shard_samples: int = 3,
         size: int = 32,
         format: str = "zarr",
+        views: str = "none",
     ) -> None:
         self.folder = folder
         self.out = folder / "out"
         self._source = write_image_folder(folder / "src", {"ant": images, "bee": images})
         self._options = [
-            *("--encoder", "bundled", "--size", str(size), "--views", "none"),
+            *("--encoder", "bundled", "--size", str(size), "--views", views),
             *("--shard-samples", str(shard_samples), "--val-fraction", "0"),
             *("--device", "cpu:1", "--workers", "1", "--format", format),
         ]
-        self.num_shards = -(-2 * images // shard_samples)
+        self.num_images, self.shard_samples = 2 * images, shard_samples
+        self.num_shards = -(-self.num_images // shard_samples)
         self.whole: dict[str, str] = {}
         self.calls = 0
         self.told = ""
@@ -166,14 +169,17 @@ class GrowthBench(EncodeBench):
         ended = warm.run(*self.arguments)
         assert ended.code == 0, ended.told
         self.out.rename(self._before)
-        for seed, path in enumerate(sorted((folder / "src").rglob("*.jpg")), start=9000):
+        self.grow()
+        self.fresh()
+
+    def grow(self) -> None:
+        """Changes source and command, so that the cache is to grow."""
+        for seed, path in enumerate(sorted((self.folder / "src").rglob("*.jpg")), start=9000):
             # The originals of what is committed are gone, and others are there.
             path.unlink()
             picture(seed).save(path.with_name(f"new-{path.name}"))
         self._options.append("--rescan")
-        rows = 2 * (2 * options.get("images", 3))
-        self.num_shards = -(-rows // options.get("shard_samples", 4))
-        self.fresh()
+        self.num_shards = -(-2 * self.num_images // self.shard_samples)
 
     def fresh(self) -> None:
         super().fresh()
@@ -190,6 +196,17 @@ class GrowthBench(EncodeBench):
     def folder_of_commits(self) -> Path:
         growth = self.out / ".growth"
         return growth if (growth / "cache.json").exists() else self.out
+
+
+class MoreViewsBench(GrowthBench):
+    """A complete cache of one crop an image that gets two more; arguments as for `GrowthBench`."""
+
+    def __init__(self, folder: Path, warm: WarmParent, **options: Any) -> None:
+        super().__init__(folder, warm, **options, views="crops:1")
+
+    def grow(self) -> None:
+        self._options[self._options.index("crops:1")] = "crops:3"
+        self._options.append("--add-views")
 
 
 def _last(ended: Ended) -> str:

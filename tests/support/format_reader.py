@@ -36,8 +36,9 @@ FINGERPRINT_FIELDS = {
     "encoder": "arch quality metric weights_sha256 precision",
     "latent": "dtype step channels height width",
 }
+AUGMENT_FIELDS = "min_area rand_augment magnitude trivial_augment grey blur solarize erasing"
 LAYOUT_FIELDS = {1: "val_fraction seed shard_samples limit format codec level"}
-LAYOUT_FIELDS[2] = LAYOUT_FIELDS[1] + " fold"
+LAYOUT_FIELDS[2] = LAYOUT_FIELDS[1] + " fold split"
 SPLIT_FIELDS = "rows views shard_rows valid_rows bytes source_bytes clipped exif_turned names_split"
 FILE_FIELDS = "path bytes sha256"
 COMMIT_FIELDS = (
@@ -138,7 +139,9 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     fingerprint = manifest["fingerprint"]
     _require_fields(fingerprint, " ".join(["format_version", *FINGERPRINT_FIELDS]), path)
     for part, fields in FINGERPRINT_FIELDS.items():
-        _require_fields(fingerprint[part], fields, path)
+        _require_fields(fingerprint[part], fields, path, "augment" if part == "views" else "")
+    if "augment" in fingerprint["views"]:
+        _require_fields(fingerprint["views"]["augment"], AUGMENT_FIELDS, path)
     _require_fields(manifest["layout"], LAYOUT_FIELDS[manifest["format_version"]], path)
     for split in manifest["splits"].values():
         _require_fields({"names_split": False, **split}, SPLIT_FIELDS, path)

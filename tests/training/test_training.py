@@ -426,7 +426,7 @@ def test_the_plan_says_what_is_trained_and_a_finished_run_has_none(
         path=str(tmp_path / "run"), model="vitds_nano",
         parameters=sum(each.numel() for each in model.parameters()), train_images=24, val_images=8,
         classes=3, views=2, device="cpu", precision="float32", batch_size=5, accumulate=2, epochs=1,
-        steps=5, epochs_done=0, steps_done=0,
+        steps=5, epochs_done=0, steps_done=0, initial=None,
     )  # fmt: skip
 
 
@@ -747,7 +747,7 @@ def test_a_spec_survives_its_record_and_refuses_what_cannot_be() -> None:
         ({"latent_flip": 2}, "`latent_flip`"),
         ({"ema": 1}, "`ema` is 1; wanted a number, 0 <= value < 1"),
         ({"layer_decay": 0}, "`layer_decay`"),
-        ({"version": 3}, "`version` is 3"),
+        ({"version": 4}, "`version` is 4"),
     ):
         with pytest.raises(errors.UsageError, match=message):
             cc.TrainSpec(**fields)
@@ -760,7 +760,7 @@ def test_a_run_begun_before_the_spec_had_its_newer_fields_goes_on_and_takes_none
     args = yaml.safe_load((run / "args.yaml").read_text())
     spec = args["settings"]["spec"]
     newer = ("mixup", "cutmix", "mix_probability", "latent_flip", "ema", "layer_decay", "folds",
-             "fold")  # fmt: skip
+             "fold", "init_from", "freeze", "train_encoder")  # fmt: skip
     args["settings"]["spec"] = {k: v for k, v in spec.items() if k not in newer} | {"version": 1}
     replace_file(run / "args.yaml", yaml.safe_dump(args).encode())
     shutil.rmtree(run / "checkpoints" / "epoch-0003-step-000000")
