@@ -36,6 +36,7 @@ SETTINGS = {
 }
 _NO_BUCKET = "no bucket; tests/images/test_remote_sources.py and tests/cache have a server"
 _MINUTES = "minutes; tests/experiment/test_recipes.py makes it"
+_OWN = "needs the file above; tests/training/test_own_model.py"
 _GPUS = "several GPUs; tests/training/test_distributed.py"
 
 EXCUSED = {
@@ -48,6 +49,8 @@ EXCUSED = {
     ("docs/encoders.md", "python pipelines/train_codec.py"): "tests/encoder/test_train_codec.py",
     ("docs/encoders.md", "ci2p-cache encode data/"): "needs the codec of the line above",
     ("docs/training.md", "torchrun"): _GPUS,
+    ("docs/training.md", "ci2p-cache train shards/ --model mine.py"): _OWN,
+    ("docs/training.md", "ci2p-cache evaluate runs/mine.py"): _OWN,
     ("docs/machines.md", "sbatch"): "no Slurm; tests/encoding/test_cluster.py",
     ("docs/machines.md", "spec:"): "a manifest of Kubernetes",
     ("docs/object_stores.md", "ci2p-cache encode 's3:"): _NO_BUCKET,
@@ -64,6 +67,7 @@ EXCUSED = {
     ("docs/contributing.md", "bash findings/"): "installs packages",
     ("pipelines/README.md", "ci2p-cache run pipelines/flowers.py:"): _MINUTES,
     ("pipelines/README.md", "python pipelines/study.py flowers/ --"): "hours",
+    ("pipelines/README.md", "python pipelines/systems.py"): "needs transformers, and minutes",
     ("pipelines/README.md", "python pipelines/train_codec.py"): "tests/encoder/test_train_codec.py",
     ("pipelines/README.md", "ci2p-cache encode data/"): "needs the codec of the line above",
     ("pipelines/README.md", "pip install -e '.[systems]'"): "needs an extra, and minutes",
