@@ -88,6 +88,9 @@ class LatentLoader(BatchLoader):
         return self._hand_out(buffer, len(rows))
 
     def _judge(self, num_bytes: int, times: list[tuple[float, float]]) -> None:
+        if not num_bytes:
+            # Of the last batch of an epoch, a rank's slice may be empty.
+            return
         seconds, busy = (sum(each) for each in zip(*times, strict=True))
         if self.split.is_mapped:
             is_fast = num_bytes > seconds * _AT_HAND_BYTES_PER_SECOND

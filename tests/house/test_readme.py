@@ -70,7 +70,6 @@ EXCUSED = {
     ("pipelines/README.md", "python pipelines/systems.py"): "needs transformers, and minutes",
     ("pipelines/README.md", "python pipelines/train_codec.py"): "tests/encoder/test_train_codec.py",
     ("pipelines/README.md", "ci2p-cache encode data/"): "needs the codec of the line above",
-    ("pipelines/README.md", "pip install -e '.[systems]'"): "needs an extra, and minutes",
     ("ci2p_cache/cache/README.md", "shards/\n"): "a listing",
     ("ci2p_cache/cache/README.md", "{"): "held against real ones by tests/cache/test_format.py",
     ("ci2p_cache/encoder/bundled/README.md", "import sys"): "needs Kodak's 24 photographs",
