@@ -39,16 +39,14 @@ def status(
 
     found = look(path)
     if json:
-        data = {**found.to_dict(), "share": found.share}
-        render.print_json(data)
+        render.print_json({**found.to_dict(), "share": found.share})
         return
     _print_status(found, read_manifest(growth_of(path) or path))
 
 
 def _print_status(found: CacheStatus, manifest: Manifest) -> None:
-    state = "complete" if found.complete else "not complete"
-    if found.complete and found.missing:
-        state = "DAMAGED"
+    state = "DAMAGED" if found.missing else "complete"
+    state = state if found.complete else "not complete"
     render.heading(f"{found.path}: {found.share:.1%} of {found.rows:,} images committed, {state}")
     render.line(
         f"  shards        {found.committed:,} of {found.shards:,} committed, "
