@@ -661,8 +661,11 @@ class TestMoreViews:
 def views_of(out: Path, view: int) -> dict[str, bytes]:
     """Key -> stored bytes of one view of each valid row."""
     train = cc.open_cache(out)["train"]
-    return {
-        key: np.asarray(train.latents[entry["row"], view]).tobytes()
+    stored = {
+        key: np.empty(train.latent.shape, train.latent.dtype)
         for key, entry in rows(out).items()
         if entry["status"] == "ok"
     }
+    for key, latent in stored.items():
+        train.read_into(rows(out)[key]["row"], view, latent)
+    return {key: latent.tobytes() for key, latent in stored.items()}
