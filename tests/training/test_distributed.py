@@ -425,7 +425,7 @@ def test_torchrun_ends_all_ranks_when_one_is_killed_or_at_ctrl_c_and_they_go_on(
     assert told.count("continuing after") == 1
     assert numbers(folder / "runs" / "torchrun") == numbers(folder / "runs" / "torchrun-whole")
 
-    refused = launch(2, "ci2p_cache", *train_command(folder, "torchrun", **options | {"epochs": 4}))
+    refused = launch(2, "ci2p_cache", *train_command(folder, "torchrun", **options | {"seed": 4}))
     told, _ = refused.communicate(timeout=60)
     assert refused.returncode == 1
     assert told.count("error:") == told.count("holds a run with other settings") == 1
