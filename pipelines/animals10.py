@@ -7,8 +7,8 @@ Images:   animals10/{butterfly,cat,...}/*: 26,179 photographs in ten folders (th
           the original archive will do, classes are folder names).
 Split:    there is no official one. Ours is the default of `encode`: in each class the tenth of the
           images with the smallest hash of seed 0 and path is `val`, exactly and for everyone.
-Hours:    not measured here. By arithmetic: encoding 49 min at 17 views/s (two CPU cores) for
-          paper_*, 3.1 h for the eight crops of authors_*. The paper trained CI2P-ViT in 9 h and
+Hours:    not measured here. By arithmetic: encoding 17 min at 48 views/s (two CPU cores) for
+          paper_*, 1.1 h for the eight crops of authors_*. The paper trained CI2P-ViT in 9 h and
           ViT-B/16 in 20 h on one GPU of 24 GB.
 Disk:     not measured here. By arithmetic, float16 at 92.9 kB a view: 4.6 GB for paper_*, 18 GB
           for authors_*. As int8 (--set encode.dtype=int8) 0.6 GB and 2.1 GB.

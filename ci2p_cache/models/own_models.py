@@ -275,7 +275,7 @@ class OwnModel(nn.Module):
     """A model of the user's own, which refuses inputs of another shape than it was made for.
 
     Raises:
-        RefusedError: the record was read from a file, and nobody has named the model's code.
+        RefusedError: the record was read from a file, and the model's code was not named.
         UsageError: the code raises, or returns no module.
     """
 

@@ -201,7 +201,7 @@ def build_model(config: AnyModelConfig) -> nn.Module:
 
     Raises:
         UsageError: the installed timm, or the user's own code, cannot build it.
-        RefusedError: it is a model of somebody's own, and nobody has named its file.
+        RefusedError: it is a model of the user's own, and its file was not named.
     """
     return _KINDS[getattr(config, "kind", "")][1](config)
 

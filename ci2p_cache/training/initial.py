@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,5 +181,7 @@ def _tensor(entry: dict[str, Any], archive: zipfile.ZipFile, names: dict[str, st
     sizes, strides = ([each["as_int"] for each in about[name]] for name in ("sizes", "strides"))
     raw = bytearray(archive.read(names[_WEIGHTS + entry["path_name"]]))
     flat = torch.frombuffer(raw, dtype=_DTYPES[about["dtype"]])
+    if math.prod(sizes) > len(flat):
+        raise ValueError("a tensor repeats its values")
     start = about["storage_offset"]["as_int"]
     return flat.as_strided(sizes, strides, start).contiguous()

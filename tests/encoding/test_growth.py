@@ -612,8 +612,8 @@ class TestMoreViews:
         assert data_digests(out) == data_digests(fresh)
         assert summary.encoded_now == len(cc.open_cache(out)["train"].valid_rows)
         assert had == {(key, v): latent for v in (0, 1) for key, latent in views_of(out, v).items()}
-        _, told = encode(source, out, **changes, views="crops:5", add_views=True)
-        assert "nothing new" in told
+        _, notices = encode(source, out, **changes, views="crops:5", add_views=True)
+        assert "nothing new" in notices
 
     def test_smaller_shards_take_their_rows_from_larger_ones(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -479,6 +479,6 @@ def test_a_cold_training_loads_no_compressai(image_folder: Path, tmp_path: Path)
     runs = tmp_path / "runs"
     # torchvision is there: timm imports it.
     absent = {"compressai", "scipy", "torch._dynamo.convert_frame"}
-    told = loaded_by([[*words, "--out", str(runs)]], absent)
-    assert told == {"train": []}
+    loaded = loaded_by([[*words, "--out", str(runs)]], absent)
+    assert loaded == {"train": []}
     assert list(runs.iterdir())

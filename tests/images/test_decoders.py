@@ -203,11 +203,11 @@ def test_the_decoders_of_a_cold_command_are_its_forks_and_end_with_it(
         assert _wait_for(endless, seconds=120)
         assert len(set(group().values())) == 1, "the server is a fork, and its workers are"
         os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
-        told = run.communicate(timeout=60)[1]
+        said = run.communicate(timeout=60)[1]
         assert _wait_for(lambda: not group(), seconds=30), "one is left"
     if number != signal.SIGKILL:
         assert run.returncode == 128 + number
-        assert b"ci2p-cache encode" in told
+        assert b"ci2p-cache encode" in said
 
 
 CRASHED = "the decoder crashed on it (SIGSEGV)"

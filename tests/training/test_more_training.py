@@ -175,6 +175,21 @@ def test_other_initial_weights_are_another_run_and_their_place_is_not(
             cc.train(folder / "cache", spec=other, runs_dir=tmp_path, name=name, device="cpu")
 
 
+def edited(export: Path, edit: Callable[[dict[str, Any]], None]) -> bytes:
+    """Returns a `.pt2` in which the entry of each tensor was changed."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(export) as old, zipfile.ZipFile(made, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("model_weights_config.json"):
+                entries = json.loads(data)
+                for entry in entries["config"].values():
+                    edit(entry)
+                data = json.dumps(entries).encode()
+            new.writestr(name, data)
+    return made.getvalue()
+
+
 def test_an_export_gives_its_weights_and_a_damaged_one_is_refused(
     images: Path, tmp_path: Path
 ) -> None:
@@ -190,14 +205,11 @@ def test_an_export_gives_its_weights_and_a_damaged_one_is_refused(
         torch.equal(before[n], after[n]) for n in before if n.startswith(("blocks.", "head."))
     )
     content = (tmp_path / "run.pt2").read_bytes()
-    pickled = io.BytesIO()
-    with zipfile.ZipFile(tmp_path / "run.pt2") as old, zipfile.ZipFile(pickled, "w") as new:
-        for name in old.namelist():
-            data = old.read(name)
-            if name.endswith("weights_config.json"):
-                data = data.replace(b'"use_pickle": false', b'"use_pickle": true')
-            new.writestr(name, data)
-    for damaged in (content[: len(content) // 2], pickled.getvalue()):
+    # One value, repeated; with larger sizes it would fill the memory.
+    vast = {"sizes": [{"as_int": 2**10}] * 2, "strides": [{"as_int": 0}] * 2}
+    pickled = edited(tmp_path / "run.pt2", lambda entry: entry.update(use_pickle=True))
+    bomb = edited(tmp_path / "run.pt2", lambda entry: entry["tensor_meta"].update(vast))
+    for damaged in (content[: len(content) // 2], pickled, bomb):
         (tmp_path / "bad.pt2").write_bytes(damaged)
         with pytest.raises(
             errors.InputDataError, match="not a whole file of `export --format torch`"

@@ -255,9 +255,11 @@ def test_what_cannot_be_trained_is_refused_before_it_is(
 
 def test_a_setting_that_it_takes_no_notice_of_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text("def make(): ...")
-    with pytest.raises(errors.UsageError, match=r"`drop_path_rate`, and 0\.1 is asked for") as told:
+    with pytest.raises(
+        errors.UsageError, match=r"`drop_path_rate`, and 0\.1 is asked for"
+    ) as refused:
         cc.create_model(f"{tmp_path / 'm.py'}:make")
-    assert "train: --drop-path 0" in str(told.value.hint)
+    assert "train: --drop-path 0" in str(refused.value.hint)
 
 
 def test_a_name_may_hold_the_digest_that_the_file_must_have(made: Path) -> None:
