@@ -257,7 +257,7 @@ def test_a_setting_that_it_takes_no_notice_of_is_refused(tmp_path: Path) -> None
     (tmp_path / "m.py").write_text("def make(): ...")
     with pytest.raises(
         errors.UsageError, match=r"`drop_path_rate`, and 0\.1 is asked for"
-    ) as refused:
+    ) as caught:
         cc.create_model(f"{tmp_path / 'm.py'}:make")
     assert "train: --drop-path 0" in str(refused.value.hint)
 
