@@ -259,7 +259,7 @@ def test_a_setting_that_it_takes_no_notice_of_is_refused(tmp_path: Path) -> None
         errors.UsageError, match=r"`drop_path_rate`, and 0\.1 is asked for"
     ) as caught:
         cc.create_model(f"{tmp_path / 'm.py'}:make")
-    assert "train: --drop-path 0" in str(refused.value.hint)
+    assert "train: --drop-path 0" in str(caught.value.hint)
 
 
 def test_a_name_may_hold_the_digest_that_the_file_must_have(made: Path) -> None:
