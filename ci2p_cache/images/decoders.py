@@ -385,9 +385,6 @@ def _fork(control: int) -> None:
 
     # Handlers of this process must not run in the server, not even for a moment.
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    # What no collection touches stays shared. Nor may one there close this process's files: their
-    # descriptors are other files' by then.
-    gc.freeze()
     try:
         if os.fork() == 0:
             _become_server(control)
@@ -398,6 +395,9 @@ def _fork(control: int) -> None:
 
 
 def _become_server(control: int) -> NoReturn:
+    # What no collection touches stays shared. Nor may one close the files of the process before:
+    # their descriptors will be other files'.
+    gc.freeze()
     try:
         for number in signal.valid_signals():
             if callable(signal.getsignal(number)):
