@@ -113,6 +113,12 @@ PLANS: dict[str, Plan] = {
     "b-bank4": Plan(what="four augmented crops", encode={"views": "crops:4", **AUGMENT}),
     "b-bank8": Plan(what="eight augmented crops", encode={"views": "crops:8", **AUGMENT}),
     "b-bank16": Plan(what="sixteen augmented crops", encode={"views": "crops:16", **AUGMENT}),
+    "b-fresh": Plan(
+        what="augmented crops, new in every epoch: the encoder in the loop",
+        encode={"views": "crops:1", **AUGMENT},
+        train={"fresh_views": True},
+        is_online=True,
+    ),
     "c-online": Plan(what="the encoder in the loop", is_online=True),
     "d-vit_tiny": Plan(what="CI2P-ViT, tiny", train={"model": "vit_tiny"}),
     "d-vit_ti16": Plan(what="ViT-Ti/16 on images", train={"model": "vit_ti16"}),
@@ -268,7 +274,7 @@ def train(asked: Asked, name: str, fold: int) -> cc.TrainSummary:
     spec, cache_dir = asked.spec(plan, fold), asked.cache_dir(asked.encode_options(plan))
     with contextlib.ExitStack() as stack:
         loader = None
-        if plan.is_online:
+        if plan.is_online and not spec.fresh_views:
             split, _ = train_and_val(cc.open_cache(cache_dir), spec, Ranks())
             device = checked_device(asked.device)
             loader = stack.enter_context(
