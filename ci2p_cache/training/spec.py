@@ -164,8 +164,8 @@ class TrainSpec(Record):
     )  # fmt: skip
     fold: int = option(0, "The part that validates, from 0.", low=0, panel=_DATA)
     fresh_views: bool = option(
-        False, "New crops in each epoch, cut from the images as the cache's crops are; with latents, "
-        "the encoder runs in each step.", panel=_DATA,
+        False, "New crops in each epoch, cut from the images as the cache's are; with latents, the "
+        "encoder runs in each step.", panel=_DATA,
     )  # fmt: skip
     init_from: str | None = option(
         None, "Begin with the weights of a run, a checkpoint in it, or an exported .pt2.",

@@ -93,7 +93,7 @@ def test_fresh_views_are_refused_where_no_crops_are_cut(
     assert "(--fresh-views) cuts new crops; split 'train'" in refused.err
     assert "--views crops:1" in refused.err
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(errors.UsageError, match="split 'val' of .* the centre square"):
+    with pytest.raises(errors.UsageError, match=r"split 'val' of .* the centre square"):
         cc.PixelLoader(cc.open_cache(folder / "one")["val"], batch_size=2, views="fresh")
     with cc.OnlineLoader(cc.open_cache(folder / "one")["train"], batch_size=5) as given:
         with pytest.raises(errors.UsageError, match="a loader of its own"):
