@@ -7,9 +7,9 @@ Command:  python pipelines/study.py flowers/ --jobs 2          all configuration
           python pipelines/study.py flowers/ --table           print the table, run nothing
 Hours:    on one of two AVX2 cores (96 px, --jobs 2): 12 minutes for each of nine cached
           configurations, 17 for vit_tiny, 30 for vit_ti16 and about as long with the encoder in
-          the loop, 65 for cnn_vit_tiny. Together 4 to 5 hours of one core, half of that with
-          --jobs 2 on two; never run in one piece.
-Disk:     up to 16 GB of checkpoints, 230 MB for each of 65 runs; the caches take 0.2 GB.
+          the loop, 65 for cnn_vit_tiny, 8 for e-encoder. Together 5 to 6 hours of one core, half
+          of that with --jobs 2 on two; never run in one piece.
+Disk:     up to 22 GB of checkpoints, 230 MB for each of 95 runs; the caches take 0.3 GB.
 Hardware: two CPU cores; `--device cuda --size 256 --epochs 30` where there is a GPU (not tried).
 Expect:   pipelines/README.md has the table, and what follows from it.
 

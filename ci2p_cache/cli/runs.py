@@ -322,7 +322,7 @@ def report(
       ci2p-cache report runs/one runs/two --out both.html   side by side
       ci2p-cache report shards/ --no-pictures               in a second
       ci2p-cache report runs/* --table latex                a table of the runs
-      ci2p-cache report runs/* --table csv --over-seeds     over their seeds
+      ci2p-cache report runs/* --table csv --over-seeds     over seeds
 
     The page is one file under 5 MB, without scripts; it opens without a network. Several runs are
     compared with the first. Run `ci2p-cache evaluate` before: classes, confusions, calibration,
