@@ -47,6 +47,8 @@ class System:
     """Parameters, as they were rounded there."""
     gmacs: float | None
     """None: not given there."""
+    source: str
+    """Where these two were read, 2026-11-30."""
     size: int = 224
     num_classes: int = 1000
 
@@ -54,17 +56,26 @@ class System:
 _HERE = Path(__file__)
 
 SYSTEMS = (
-    System("ViT-B/16", "vit_b16", "arXiv 2010.11929", 86, None),
-    System("DeiT-B", "timm:deit_base_patch16_224", "arXiv 2012.12877", 86, None),
-    System("Swin-B", "timm:swin_base_patch4_window7_224", "arXiv 2103.14030", 88, 15.4),
-    System("TNT-B", "timm:tnt_b_patch16_224", "arXiv 2103.00112", 65.6, 14.1),
-    System("CvT-21", f"{_HERE}:cvt_21", "arXiv 2103.15808", 32, 7.1),
-    System("T2T-ViT_t-24", f"{_HERE}:t2t_vit_t_24", "arXiv 2101.11986", 64.1, 15.0),
-    System("CPVT-B", f"{_HERE}:cpvt_b", "arXiv 2102.10882", 86, None),
-    System("CeiT-S", f"{_HERE}:ceit_s", "arXiv 2103.11816", 24.2, 4.5),
-    System("CI2P-ViT", "vit", "arXiv 2502.10120", 88.96, 8.4768, 256, 0),
-    System("CI2P-ViTds", "vitds", "arXiv 2502.10120", 49.7, 6.6303, 256, 0),
-)
+    System("ViT-B/16", "vit_b16", "arXiv 2010.11929", 86, None, "the paper, table 1"),
+    System("DeiT-B", "timm:deit_base_patch16_224", "arXiv 2012.12877", 86, None,
+           "github.com/facebookresearch/deit, README_deit.md"),
+    System("Swin-B", "timm:swin_base_patch4_window7_224", "arXiv 2103.14030", 88, 15.4,
+           "github.com/microsoft/Swin-Transformer, README.md"),
+    System("TNT-B", "timm:tnt_b_patch16_224", "arXiv 2103.00112", 65.6, 14.1,
+           "github.com/huawei-noah/Efficient-AI-Backbones, tnt_pytorch/readme.md"),
+    # 32 M in table 3 and in github.com/microsoft/CvT, README.md, which has 7.1 too.
+    System("CvT-21", f"{_HERE}:cvt_21", "arXiv 2103.15808", 31.54, 7.1,
+           "the paper, section 4.1 (parameters) and table 3"),
+    System("T2T-ViT_t-24", f"{_HERE}:t2t_vit_t_24", "arXiv 2101.11986", 64.1, 15.0,
+           "github.com/yitu-opensource/T2T-ViT, README.md"),
+    System("CPVT-B", f"{_HERE}:cpvt_b", "arXiv 2102.10882", 86, None,
+           "not read there: two other texts quote it"),
+    System("CeiT-S", f"{_HERE}:ceit_s", "arXiv 2103.11816", 24.2, 4.5,
+           "github.com/coeusguo/ceit, README.md; GMAC not read there: another paper's table "
+           "quotes it"),
+    System("CI2P-ViT", "vit", "arXiv 2502.10120", 88.96, 8.4768, "the paper", 256, 0),
+    System("CI2P-ViTds", "vitds", "arXiv 2502.10120", 49.7, 6.6303, "the paper", 256, 0),
+)  # fmt: skip
 """The larger sizes, those whose parameters are published."""
 
 

@@ -299,6 +299,12 @@ def report(
         Literal["markdown", "csv", "latex"] | None,
         typer.Option(help="A table of the runs instead: .md, .csv or .tex."),
     ] = None,
+    over_seeds: Annotated[
+        bool,
+        typer.Option(
+            "--over-seeds", help="In the table, one row for runs that differ in their seed alone."
+        ),
+    ] = False,
     source: Annotated[
         Path | None, typer.Option(help="Where the images are now, if they were moved.")
     ] = None,
@@ -316,6 +322,7 @@ def report(
       ci2p-cache report runs/one runs/two --out both.html   side by side
       ci2p-cache report shards/ --no-pictures               in a second
       ci2p-cache report runs/* --table latex                a table of the runs
+      ci2p-cache report runs/* --table csv --over-seeds     over seeds
 
     The page is one file under 5 MB, without scripts; it opens without a network. Several runs are
     compared with the first. Run `ci2p-cache evaluate` before: classes, confusions, calibration,
@@ -326,8 +333,10 @@ def report(
     if table is not None:
         if json or source is not None or not pictures:
             raise UsageError("--table takes none of --json, --source and --no-pictures")
-        _table(paths, out, table)
+        _table(paths, out, table, over_seeds)
         return
+    if over_seeds:
+        raise UsageError("--over-seeds is for a table; add --table markdown")
     from ci2p_cache.pictures.reconstructions import LatentIllustrator
     from ci2p_cache.report.html import write_report
 
@@ -343,12 +352,12 @@ def report(
         render.line("next: open it in a browser")
 
 
-def _table(paths: list[str], out: Path | None, format: TableFormat) -> None:
+def _table(paths: list[str], out: Path | None, format: TableFormat, over_seeds: bool) -> None:
     from ci2p_cache.report.tables import run_table, write_table
 
     if out is not None:
-        write_table(paths, out, format=format)
+        write_table(paths, out, format=format, over_seeds=over_seeds)
         render.line(f"written: {out}")
         return
-    for line in run_table(paths, format=format).splitlines():
+    for line in run_table(paths, format=format, over_seeds=over_seeds).splitlines():
         render.line(line)

@@ -134,7 +134,7 @@ def train(
             line = stack.enter_context(render.ProgressLine("train", unit="steps"))
             observer = TrainWatch(line)
         loader = None
-        if from_images and not options.train_encoder:
+        if from_images and not (options.train_encoder or options.fresh_views):
             loader = stack.enter_context(_online_loader(cache, options, ranks, device, workers))
         summary = run(
             cache,

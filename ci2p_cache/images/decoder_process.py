@@ -144,10 +144,12 @@ def _work(channel: socket.socket, memory: int) -> None:
     limit = _bound_memory(image_spec)
     names = ("width", "height", "mode", "format", "orientation")
 
-    def views_of(data: bytes, key: str) -> tuple[torch.Tensor, dict[str, Any]]:
+    def views_of(data: bytes, key: str, numbers: list[int]) -> tuple[torch.Tensor, dict[str, Any]]:
         _bound_time()
         image = decode_image(data, image_spec, planar=False)
-        views, boxes = image_views(image, image_spec, view_spec, split=asked["split"], key=key)
+        views, boxes = image_views(
+            image, image_spec, view_spec, split=asked["split"], key=key, numbers=numbers
+        )
         facts = {name: getattr(image, name) for name in names}
         return views, facts | {"boxes": [asdict(box) for box in boxes]}
 
@@ -157,12 +159,12 @@ def _work(channel: socket.socket, memory: int) -> None:
         data = os.pread(memory, asked["bytes"], 0)
         try:
             if "key" in asked:
-                views, answer = views_of(data, asked["key"])
+                views, answer = views_of(data, asked["key"], asked["numbers"])
             elif "keys" in asked:
                 ends = [0, *accumulate(asked["sizes"])]
                 parts = [data[start:end] for start, end in pairwise(ends)]
-                found = zip(parts, asked["keys"], strict=True)
-                views = torch.stack([views_of(*each)[0] for each in found])
+                found = zip(parts, asked["keys"], asked["numbers"], strict=True)
+                views = torch.cat([views_of(part, key, [one])[0] for part, key, one in found])
             else:
                 _bound_time()
                 views = decode_image(data, image_spec).pixels

@@ -129,13 +129,16 @@ class Decoders:
             for worker in self._all:
                 worker.hang_up()
 
-    def decode(self, data: bytes, *, split: str, key: str) -> ViewedImage:
+    def decode(
+        self, data: bytes, *, split: str, key: str, numbers: Sequence[int] | None = None
+    ) -> ViewedImage:
         """Decodes one image and cuts its views.
 
         Args:
             data: The whole file.
             split: The sample's split; `train` has more views.
             key: The sample's key; random crops are drawn from it.
+            numbers: Of the views to cut; None: all that are stored. A crop may have any number.
 
         Raises:
             ImageDecodeError: the content cannot be decoded, or the decoder died of it, twice.
@@ -143,24 +146,30 @@ class Decoders:
             ResourceError: a worker was killed from outside (SIGKILL: the kernel does so when memory
                 runs out), or none can be started.
         """
-        answer = self._answer(data, {"split": split, "key": key})
+        if numbers is None:
+            numbers = range(self._view_spec.num_views(split))
+        answer = self._answer(data, {"split": split, "key": key, "numbers": [*numbers]})
         return ViewedImage(**answer)
 
-    def views(self, images: Sequence[tuple[bytes, str]], *, split: str) -> Tensor:
-        """Cuts the views of a few images at once, which takes less time than one by one.
+    def views(
+        self, images: Sequence[tuple[bytes, str]], *, split: str, numbers: Sequence[int]
+    ) -> Tensor:
+        """Cuts one view of each of a few images at once: less time than one by one.
 
         Args:
             images: The whole file and the key of each, `MOST_AT_ONCE` at most.
             split: Their split.
+            numbers: Of the view of each image; as `decode` takes them.
 
         Returns:
-            uint8 (N, V, 3, size, size), 0-255, contiguous. Errors are those of `decode`, of any of
+            uint8 (N, 3, size, size), 0-255, contiguous. Errors are those of `decode`, of any of
             the images.
         """
         assert len(images) <= MOST_AT_ONCE, "their keys fit into a message"
         keys, sizes = [key for _, key in images], [len(data) for data, _ in images]
         data = b"".join(data for data, _ in images)
-        views: Tensor = self._answer(data, {"split": split, "keys": keys, "sizes": sizes})["views"]
+        asked = {"split": split, "keys": keys, "sizes": sizes, "numbers": [*numbers]}
+        views: Tensor = self._answer(data, asked)["views"]
         return views
 
     def pixels(self, data: bytes) -> Tensor:
@@ -244,7 +253,7 @@ class _Worker:
         self._send({"image": image_spec.to_dict(), "views": view_spec.to_dict()})
 
     def ask(self, data: bytes, wanted: dict[str, Any]) -> dict[str, Any]:
-        """Lets the worker decode: views of a `split` and `key`, or several keys, or all pixels.
+        """Lets the worker decode: views of a `key`, one each of several `keys`, or all pixels.
 
         Returns:
             `retires`, and `views` and what else is known of the image, or `raised` or `bug`; or
@@ -260,9 +269,7 @@ class _Worker:
         if "retires" in answer and not {"raised", "bug"} & answer.keys():
             if "split" in wanted:
                 size = self._image_spec.size
-                shape = [self._view_spec.num_views(wanted["split"]), 3, size, size]
-                if "keys" in wanted:
-                    shape = [len(wanted["keys"]), *shape]
+                shape = [len(wanted["numbers"]), 3, size, size]
             else:
                 shape = answer.pop("shape")
                 assert math.prod(shape) <= 3 * self._image_spec.max_pixels, "a worker refuses more"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -49,7 +49,13 @@ class CropBox:
 
 
 def image_views(
-    image: DecodedImage, image_spec: ImageSpec, view_spec: ViewSpec, *, split: str, key: str
+    image: DecodedImage,
+    image_spec: ImageSpec,
+    view_spec: ViewSpec,
+    *,
+    split: str,
+    key: str,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, list[CropBox]]:
     """Cuts the views of one image.
 
@@ -61,15 +67,18 @@ def image_views(
             crops, drawn and augmented by (`seed`, `split`, `key`, number of the view) alone.
         split: Other splits than `train` have one view, the centre square.
         key: The sample's key within the split.
+        numbers: Of the views to cut; None: all that are stored. A crop may have any number from 0.
 
     Returns:
         uint8 (V, 3, size, size), 0-255, contiguous; and one box per view.
     """
+    if numbers is None:
+        numbers = range(view_spec.num_views(split))
     if split == "train" and view_spec.kind == "crops":
         height, width = image.pixels.shape[1:]
-        augment, views = view_spec.augment, range(view_spec.num_crops)
+        augment = view_spec.augment
         min_area = _MIN_AREA if augment is None else augment.min_area
-        names = [f"{view_spec.seed}\0{split}\0{key}\0{view}" for view in views]
+        names = [f"{view_spec.seed}\0{split}\0{key}\0{number}" for number in numbers]
         boxes = [_random_box(height, width, _draws(name), min_area) for name in names]
         squares = [_resized_crop(image.pixels, box, image_spec) for box in boxes]
         if augment is not None:
@@ -78,10 +87,8 @@ def image_views(
             squares = [_augmented(square, change, name) for square, name in pairs]
         return _stacked(squares), boxes
     square, box = _centre_square(image.pixels, image_spec)
-    if split == "train" and view_spec.kind == "flip":
-        mirrored = CropBox(box.top, box.left, box.height, box.width, flip=True)
-        return _stacked([square, square.flip(2)]), [box, mirrored]
-    return _stacked([square]), [box]
+    boxes = [replace(box, flip=number == 1) for number in numbers]
+    return _stacked([square.flip(2) if each.flip else square for each in boxes]), boxes
 
 
 def _stacked(squares: list[torch.Tensor]) -> torch.Tensor:

@@ -24,17 +24,32 @@ from torch import Tensor
 from ci2p_cache.cache.split import Split
 from ci2p_cache.encoder.frozen import FrozenEncoder
 from ci2p_cache.encoder.load import load_saved_encoder
-from ci2p_cache.errors import ImageDecodeError, InputDataError
+from ci2p_cache.errors import ImageDecodeError, InputDataError, UsageError, command
 from ci2p_cache.images.decoders import MOST_AT_ONCE, Decoders
 from ci2p_cache.images.locate import open_reader
 from ci2p_cache.images.source import ImageReader
 from ci2p_cache.loader.batches import BatchLoader, Shuffle
 from ci2p_cache.loader.order import Rows
 
-__all__ = ["OnlineLoader", "PixelLoader", "SourceLoader"]
+__all__ = ["OnlineLoader", "PixelLoader", "SourceLoader", "require_crops"]
 
 _AT_ONCE_BYTES = 2**23
 """Of files that are read before they are decoded."""
+
+
+def require_crops(split: Split) -> None:
+    """Refuses a split whose views are no random crops: an epoch cannot have new ones.
+
+    Raises:
+        UsageError: it is such a split.
+    """
+    views = split.cache.fingerprint.views
+    if split.name != "train" or views.kind != "crops":
+        raise UsageError(
+            f"`fresh_views` (--fresh-views) cuts new crops; split {split.name!r} of "
+            f"{split.cache.path} has {views if split.name == 'train' else 'the centre square'}",
+            hint=command("encode", "IMAGES", "--out", "NEW_FOLDER", "--views", "crops:1"),
+        )
 
 
 class SourceLoader(BatchLoader):
@@ -48,7 +63,7 @@ class SourceLoader(BatchLoader):
         seed: int = 0,
         device: str | torch.device = "cpu",
         shuffle: Shuffle = True,
-        views: Literal["random"] | int = "random",
+        views: Literal["random", "fresh"] | int = "random",
         drop_last: bool = False,
         threads: int | None = None,
         recycle: bool = False,
@@ -64,7 +79,8 @@ class SourceLoader(BatchLoader):
             seed: Seed of the order and of the views.
             device: Where batches are put.
             shuffle: Whether to shuffle, and how.
-            views: random, or the number of one view.
+            views: random, the number of one view, or fresh: new crops in each epoch, the crops
+                number e in epoch e, which the cache need not hold.
             drop_last: Whether to leave out the last, smaller batch.
             threads: Threads that read and decode; None: one per core.
             recycle: Whether the memory of a batch is used again for later ones.
@@ -74,19 +90,22 @@ class SourceLoader(BatchLoader):
             world_size: Number of processes that share the batches.
 
         Raises:
-            UsageError: a value is out of range.
+            UsageError: a value is out of range, or the split has no crops that could be `fresh`.
             InputDataError: the split holds no latent; while iterating: an image has changed since,
                 or cannot be decoded.
             SourceError: the images are not there any more.
         """
         self._source = source
+        self._is_fresh = views == "fresh"
+        if self._is_fresh:
+            require_crops(split)
         super().__init__(
             split,
             batch_size=batch_size,
             seed=seed,
             device=device,
             shuffle=shuffle,
-            views=views,
+            views="random" if views == "fresh" else views,
             drop_last=drop_last,
             threads=threads,
             recycle=recycle,
@@ -110,6 +129,10 @@ class SourceLoader(BatchLoader):
         # First: a decoder without end would hold up its thread.
         self._decoders.close()
         super().close()
+
+    def _sequence(self, epoch: int) -> tuple[Rows, Rows]:
+        rows, views = super()._sequence(epoch)
+        return rows, np.full_like(views, epoch) if self._is_fresh else views
 
     def _start(self, rows: Rows, views: Rows) -> Callable[[], Tensor]:
         starts = range(0, len(rows), MOST_AT_ONCE)
@@ -142,9 +165,8 @@ class SourceLoader(BatchLoader):
             images.append(self._read(row))
             done = len(found) + len(images)
             if done == len(rows) or sum(len(data) for data, _ in images) > _AT_ONCE_BYTES:
-                decoded = self._decoded(images, rows[len(found) : done])
-                chosen = views[len(found) : done].tolist()
-                found += [each[view] for each, view in zip(decoded, chosen, strict=True)]
+                part = slice(len(found), done)
+                found += self._decoded(images, rows[part], views[part].tolist())
                 images = []
         return found
 
@@ -160,16 +182,19 @@ class SourceLoader(BatchLoader):
             )
         return data, entry["key"]
 
-    def _decoded(self, images: list[tuple[bytes, str]], rows: Rows) -> Sequence[Tensor]:
-        """Returns the views of each image; an error names the one that cannot be decoded."""
+    def _decoded(
+        self, images: list[tuple[bytes, str]], rows: Rows, views: list[int]
+    ) -> Sequence[Tensor]:
+        """Returns a view of each image; an error names the one that cannot be decoded."""
         name = self.split.name
         if len(images) > 1:
             with suppress(ImageDecodeError):
-                return list(self._decoders.views(images, split=name))
+                return list(self._decoders.views(images, split=name, numbers=views))
         found = []
-        for row, (data, key) in zip(rows.tolist(), images, strict=True):
+        for row, view, (data, key) in zip(rows.tolist(), views, images, strict=True):
             try:
-                found.append(self._decoders.decode(data, split=name, key=key).views)
+                image = self._decoders.decode(data, split=name, key=key, numbers=[view])
+                found.append(image.views[0])
             except ImageDecodeError as error:
                 raise ImageDecodeError(f"{key} (row {row} of split {name!r}): {error}") from error
         return found

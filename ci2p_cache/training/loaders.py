@@ -16,7 +16,7 @@ from ci2p_cache.cache.store import Cache
 from ci2p_cache.errors import InputDataError, UsageError, command
 from ci2p_cache.loader.batches import BatchLoader
 from ci2p_cache.loader.latents import LatentLoader
-from ci2p_cache.loader.pixels import PixelLoader
+from ci2p_cache.loader.pixels import OnlineLoader, PixelLoader, require_crops
 from ci2p_cache.loader.resident import Resident, ResidentLoader, choose_resident
 from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.training.ranks import Ranks
@@ -69,20 +69,33 @@ def splits_of(cache: Cache, spec: TrainSpec) -> tuple[Split, Split | None]:
     return train.subset(rows[~validates]), train.subset(rows[validates])
 
 
-def loader_name(config: AnyModelConfig, given: BatchLoader | None, resident: Resident) -> str:
+def loader_name(
+    config: AnyModelConfig,
+    spec: TrainSpec,
+    train: Split,
+    *,
+    given: BatchLoader | None,
+    resident: Resident,
+) -> str:
     """Returns the kind of the loader that a run is bound to, its own or the one `given`.
 
     Raises:
         UsageError: the given loader hands out latents and the model reads images, or the reverse;
-            or images stay in memory.
+            images stay in memory; or the spec's `fresh_views` has no crops to cut, or another
+            loader.
     """
-    if resident == "yes" and config.reads == "images":
+    kind = _own_kind(config.reads, spec)
+    if resident == "yes" and kind is not LatentLoader:
         raise UsageError(
-            "`resident` is yes, which keeps latents in memory; the model reads images",
+            "`resident` is yes, which keeps latents in memory; this run reads the images",
             hint="leave it out (train: without --resident)",
         )
+    if spec.fresh_views:
+        require_crops(train)
     if given is None:
-        return (LatentLoader if config.reads == "latents" else PixelLoader).__name__
+        return kind.__name__
+    if spec.fresh_views:
+        raise UsageError("`fresh_views` has a loader of its own; leave out the one given")
     if isinstance(given, PixelLoader) != (config.reads == "images"):
         raise UsageError(
             f"{config.name} reads {config.reads}, which {type(given).__name__} does not hand out",
@@ -90,6 +103,13 @@ def loader_name(config: AnyModelConfig, given: BatchLoader | None, resident: Res
             "images that the cache was made of",
         )
     return type(given).__name__
+
+
+def _own_kind(reads: Literal["latents", "images"], spec: TrainSpec) -> type[BatchLoader]:
+    """Returns the kind of loader that a run makes for its training split."""
+    if reads == "images":
+        return PixelLoader
+    return OnlineLoader if spec.fresh_views else LatentLoader
 
 
 def make_loaders(
@@ -114,7 +134,6 @@ def make_loaders(
         SourceError: the images are not there any more.
     """
     train, val = splits
-    own: type[BatchLoader] = LatentLoader if reads == "latents" else PixelLoader
 
     def made(kind: type[BatchLoader], split: Split, **options: Any) -> BatchLoader:
         return kind(
@@ -129,14 +148,15 @@ def make_loaders(
         )
 
     if given is None:
-        kind = own
-        if reads == "latents":
+        kind = _own_kind(reads, spec)
+        if kind is LatentLoader:
             stays, reason = choose_resident(train, device, resident)
-            kind = ResidentLoader if stays else own
+            kind = ResidentLoader if stays else kind
             if reason:
                 observer.notice(reason)
         shuffle = True if spec.order == "random" else spec.order
-        given = made(kind, train, seed=spec.seed, shuffle=shuffle)
+        fresh = {"views": "fresh"} if spec.fresh_views else {}
+        given = made(kind, train, seed=spec.seed, shuffle=shuffle, **fresh)
     has = (given.seed, given.batch_size, given.split.name, given.split.cache.path)
     wanted = (spec.seed, spec.batch_size, train.name, train.cache.path)
     if has != wanted or given.device.type != device.type:
@@ -162,4 +182,5 @@ def make_loaders(
             "the folds validate on the first crop of each image, not on the image itself: the "
             "cache holds nothing else of the train split. Compare such runs only with each other."
         )
+    own = LatentLoader if reads == "latents" else PixelLoader
     return given, made(own, val, shuffle=False, views=0)

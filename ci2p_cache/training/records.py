@@ -179,7 +179,7 @@ class TrainPlan:
     classes: int
     """Outputs of the model."""
     views: int
-    """Stored views of a training image, one of which an epoch takes; validation takes the first."""
+    """Views of a training image, one of which an epoch takes: those stored, or one per epoch."""
     device: str
     """Name of the device; of several ranks also how many."""
     precision: str

@@ -115,7 +115,7 @@ class Session:
             train_images=loader.num_samples,
             val_images=0 if val is None else val.num_samples,
             classes=self.config.num_classes,
-            views=loader.split.num_views,
+            views=spec.epochs if spec.fresh_views else loader.split.num_views,
             device=device,
             precision=spec.precision,
             batch_size=spec.batch_size,
@@ -364,7 +364,7 @@ def _checked(
         spec=replace(spec, model=config.bound_name) if isinstance(config, OwnConfig) else spec,
         fingerprint=cache.fingerprint,
         data_sha256=data_digest(cache),
-        loader=loader_name(config, loader, resident),
+        loader=loader_name(config, spec, splits[0], given=loader, resident=resident),
         init_from=initial,
     )
     require_same_settings(settings, ranks)

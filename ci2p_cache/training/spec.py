@@ -12,7 +12,7 @@ from ci2p_cache.record import Record
 
 __all__ = ["TrainSpec"]
 
-_VERSION = 3
+_VERSION = 4
 
 _WARMUP_SHARE = 0.1
 _WEIGHT_DECAY = 0.05
@@ -33,6 +33,7 @@ _SINCE: dict[int, dict[str, Any]] = {
         "fold": 0,
     },
     3: {"init_from": None, "freeze": 0, "train_encoder": False},
+    4: {"fresh_views": False},
 }
 """What earlier versions did not have, by version, with the values that change nothing."""
 
@@ -162,6 +163,10 @@ class TrainSpec(Record):
         panel=_DATA,
     )  # fmt: skip
     fold: int = option(0, "The part that validates, from 0.", low=0, panel=_DATA)
+    fresh_views: bool = option(
+        False, "New crops in each epoch, cut from the images as the cache's are; with latents, the "
+        "encoder runs in each step.", panel=_DATA,
+    )  # fmt: skip
     init_from: str | None = option(
         None, "Begin with the weights of a run, a checkpoint in it, or an exported .pt2.",
         metavar="RUN", panel=_FINE_TUNING,

@@ -148,9 +148,9 @@ def test_the_flags_of_train_are_these(run: Callable[..., Ran]) -> None:
         "config", "model", "epochs", "batch_size", "accumulate", "optimizer", "lr", "min_lr",
         "warmup_epochs", "weight_decay", "clip_grad_norm", "label_smoothing", "drop_path",
         "pos_embed", "precision", "order", "seed", "mixup", "cutmix", "mix_probability",
-        "latent_flip", "ema", "layer_decay", "folds", "fold", "init_from", "freeze",
-        "train_encoder", "out", "name", "device", "workers", "resident", "compile", "save_every",
-        "from_images", "overwrite", "json",
+        "latent_flip", "ema", "layer_decay", "folds", "fold", "fresh_views", "init_from",
+        "freeze", "train_encoder", "out", "name", "device", "workers", "resident", "compile",
+        "save_every", "from_images", "overwrite", "json",
     ]  # fmt: skip
 
 

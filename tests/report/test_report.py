@@ -454,6 +454,43 @@ class TestTables:
         for words in (("--out", tmp_path / "t.csv"), ("--json",)):
             assert run("report", *runs, "--table", "markdown", *words).code == 2
 
+    @pytest.fixture
+    def seeds(self, tmp_path):
+        """Two configurations, one of two seeds and one of one; 100 images."""
+        labels, rows = [0, 1] * 50, list(range(100))
+        made = []
+        for name, seed, lr, right in (("a0", 0, 0.1, 60), ("a1", 1, 0.1, 70), ("b0", 0, 0.2, 90)):
+            made.append(write_run(tmp_path / name, seed=seed, lr=lr))
+            predicted = [label if row < right else 1 - label for row, label in enumerate(labels)]
+            write_evaluation(
+                made[-1], rows=rows, keys=[f"{row}.jpg" for row in rows], labels=labels,
+                predicted=predicted, confidence=[0.9] * 100,
+            )  # fmt: skip
+        return made
+
+    def test_over_seeds_each_configuration_has_a_row(self, run, seeds, tmp_path):
+        ran = run("report", *seeds, "--table", "csv", "--over-seeds")
+        assert ran.code == 0, ran.err
+        first, second = csv.DictReader(io.StringIO(ran.out))
+        assert (first["runs"], first["seeds"], second["runs"]) == ("a0, a1", "2", "b0")
+        assert float(first["mean_top1"]) == pytest.approx(0.65)
+        assert float(first["deviation_top1"]) == pytest.approx(0.05 * 2**0.5)
+        assert (first["over_first"], first["over_first_low"]) == ("", "")
+        assert (second["seeds"], second["mean_top1"], second["deviation_top1"]) == ("1", "0.9", "")
+        gains = [float(second[f"over_first{end}"]) for end in ("_low", "", "_high")]
+        # 20 images gain a whole point, ten half of one.
+        assert gains == pytest.approx([0.17, 0.25, 0.33], abs=0.015)
+        out = tmp_path / "t.md"
+        assert run("report", *seeds, "--table", "markdown", "--over-seeds", "--out", out).code == 0
+        _, _, first, second = out.read_text().splitlines()
+        assert "| 2 | 65.0 | 7.1 | - |" in first
+        assert re.search(r"\| 1 \| 90\.0 \| - \| \+25\.0 \[\+1\d\.\d, \+3\d\.\d\] \|", second)
+        ran = run("report", *seeds, "--table", "latex", "--over-seeds")
+        assert "2 & 65.0 & 7.1 & - &" in ran.out
+        ran = run("report", seeds[0], seeds[2], "--table", "csv", "--over-seeds")
+        assert (ran.code, "differ in their seed alone" in ran.err) == (3, True)
+        assert run("report", *seeds, "--over-seeds").code == 2
+
     def test_a_table_of_no_run_is_refused(self, run, cache, tmp_path):
         assert "no run folder is given" in run("report", cache.path, "--table", "csv").err
         begun = without_epochs(tmp_path / "begun", has_summary=True)

@@ -300,7 +300,7 @@ def test_settings_of_before_have_their_digest_and_are_read(folder: Path, tmp_pat
     made = copy_run(folder / "runs" / "old", tmp_path / "old")
     args = yaml.safe_load((made / "args.yaml").read_text())
     spec = args["settings"]["spec"]
-    for name in ("init_from", "freeze", "train_encoder"):
+    for name in ("init_from", "freeze", "train_encoder", "fresh_views"):
         del spec[name]
     spec["version"] = 2
     replace_file(made / "args.yaml", yaml.safe_dump(args, sort_keys=False).encode())

@@ -747,7 +747,7 @@ def test_a_spec_survives_its_record_and_refuses_what_cannot_be() -> None:
         ({"latent_flip": 2}, "`latent_flip`"),
         ({"ema": 1}, "`ema` is 1; wanted a number, 0 <= value < 1"),
         ({"layer_decay": 0}, "`layer_decay`"),
-        ({"version": 4}, "`version` is 4"),
+        ({"version": 5}, "`version` is 5"),
     ):
         with pytest.raises(errors.UsageError, match=message):
             cc.TrainSpec(**fields)
@@ -760,7 +760,7 @@ def test_a_run_begun_before_the_spec_had_its_newer_fields_goes_on_and_takes_none
     args = yaml.safe_load((run / "args.yaml").read_text())
     spec = args["settings"]["spec"]
     newer = ("mixup", "cutmix", "mix_probability", "latent_flip", "ema", "layer_decay", "folds",
-             "fold", "init_from", "freeze", "train_encoder")  # fmt: skip
+             "fold", "init_from", "freeze", "train_encoder", "fresh_views")  # fmt: skip
     args["settings"]["spec"] = {k: v for k, v in spec.items() if k not in newer} | {"version": 1}
     replace_file(run / "args.yaml", yaml.safe_dump(args).encode())
     shutil.rmtree(run / "checkpoints" / "epoch-0003-step-000000")
