@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields, replace
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +39,11 @@ from ci2p_cache.training.opened import SHARED_KEY, SHARED_VERSION, RunFolder
 if TYPE_CHECKING:
     from ci2p_cache.inference.classifier import Classifier
 
-__all__ = ["CARD", "check_share", "put_in_place", "write_share"]
+__all__ = ["check_share", "put_in_place", "write_share"]
 
-CARD = "README.md"
+_CARD = "README.md"
 
-_FILES = (SHARED, MODEL, ENCODER, CODE, CARD)
+_FILES = (SHARED, MODEL, ENCODER, CODE, _CARD)
 
 _MAX_WEIGHTS_BYTES = 2**36
 
@@ -66,7 +67,7 @@ def check_share(out: Path, *, overwrite: bool) -> None:
     if there and not overwrite:
         raise RefusedError(
             f"{out / there[0]} is there already; nothing was changed",
-            hint=f"--overwrite {out.name} replaces {', '.join(_FILES)}; other files stay",
+            hint=f"--overwrite {shlex.quote(out.name)} replaces an export; other files stay",
         )
 
 
@@ -86,7 +87,7 @@ def write_share(classifier: Classifier, encoder: Path | None, folder: Path) -> N
             record = staging.put(ENCODER, read_regular(encoder, max_bytes=_MAX_WEIGHTS_BYTES))
         if isinstance(run.config, OwnConfig) and run.config.code is not None:
             staging.put(CODE, run.config.code.content)
-        staging.put(CARD, _card(classifier).encode())
+        staging.put(_CARD, _card(classifier).encode())
         staging.put_json(SHARED, _config(run, weights_record, record))
 
 
@@ -218,7 +219,7 @@ def _body(classifier: Classifier, accuracy: str) -> str:
         ("reads", "images" if classifier.reads == "images" else
          f"latents {latent.shape} as {latent.dtype}, made of the images by the encoder beside it"),
         ("pictures", f"RGB; shorter side to {image.resize_side} px ({image.interpolation}, "
-         f"antialiased), centre {image.size} x {image.size} px, values 0 to 1, no mean or std"),
+         f"antialiased), centre {image.size} x {image.size} px, values 0 to 1, neither mean nor std"),
     ]  # fmt: skip
     if classifier.reads == "latents":
         what = f"{encoder.arch}, quality {encoder.quality}, {encoder.metric}, frozen; "
@@ -231,9 +232,8 @@ def _body(classifier: Classifier, accuracy: str) -> str:
         len(names) > _SHOWN_CLASSES
     )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    settings = {field.name: getattr(spec, field.name) for field in fields(spec)}
-    own = " with `--model model.py`; read it first" * isinstance(run.config, OwnConfig)
-    listing = yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False)
+    own = "Add `--model model.py`, its code, which you read first. "
+    own *= isinstance(run.config, OwnConfig)
     return f"""# {run.path.name}
 
 An image classifier with {len(names)} classes, trained with ci2p-cache {__version__}.
@@ -251,7 +251,7 @@ classifier = cc.load_classifier("THIS_FOLDER")
 print(classifier.predict(["photo.jpg"])[0].guesses)
 ```
 
-It opens with ci2p-cache alone{own}, not with transformers or timm.
+{own}It opens with ci2p-cache, not with transformers or timm.
 
 ## Accuracy
 
@@ -272,7 +272,7 @@ Classes:
 ## Training settings
 
 ```yaml
-{listing}```
+{yaml.safe_dump(spec.to_dict(), sort_keys=False)}```
 
 ## Not stated
 
