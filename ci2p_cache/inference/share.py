@@ -219,7 +219,7 @@ def _body(classifier: Classifier, accuracy: str) -> str:
         ("reads", "images" if classifier.reads == "images" else
          f"latents {latent.shape} as {latent.dtype}, made of the images by the encoder beside it"),
         ("pictures", f"RGB; shorter side to {image.resize_side} px ({image.interpolation}, "
-         f"antialiased), centre {image.size} x {image.size} px, values 0 to 1, neither mean nor std"),
+         f"antialiased), centre {image.size} x {image.size} px, values 0 to 1, no mean or std"),
     ]  # fmt: skip
     if classifier.reads == "latents":
         what = f"{encoder.arch}, quality {encoder.quality}, {encoder.metric}, frozen; "

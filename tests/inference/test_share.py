@@ -113,7 +113,8 @@ def test_training_begins_with_its_weights_as_with_the_runs(made: Path, tmp_path:
 def test_any_model_gives_its_own_bits(made: Path, tmp_path: Path, kind: str) -> None:
     own = tmp_path / "mine.py"
     own.write_text(OWN)
-    source, options = made / "elsewhere/shared", {}
+    source = made / "elsewhere/shared"
+    options: dict[str, Any] = {}
     if kind != "shared":
         changes: dict[str, Any] = {
             "ema": {"ema": 0.9}, "own": {"model": f"{own}:Small", "drop_path": 0.0},
