@@ -49,6 +49,52 @@ _MAX_WEIGHTS_BYTES = 2**36
 
 _SHOWN_CLASSES = 200
 
+_CARD_TEXT = """# {name}
+
+An image classifier with {num_classes} classes, trained with ci2p-cache {version}.
+
+## Use
+
+```
+ci2p-cache predict THIS_FOLDER photo.jpg
+```
+
+```python
+import ci2p_cache as cc
+
+classifier = cc.load_classifier("THIS_FOLDER")
+guesses = classifier.predict(["photo.jpg"])[0].guesses
+```
+
+{own}It opens with ci2p-cache, not with transformers or timm.
+
+## Accuracy
+
+{accuracy}
+
+## Model and data
+
+| | |
+|---|---|
+{table}
+
+Classes:
+
+```json
+{classes}
+```
+{more}
+## Training settings
+
+```yaml
+{settings}```
+
+## Not stated
+
+Where the images came from, their license, and the license of this model. Whoever shares it adds
+them here, and sets `license` above.
+"""
+
 
 def check_share(out: Path, *, overwrite: bool) -> None:
     """Refuses a place where a folder to share must not or cannot be written.
@@ -234,48 +280,14 @@ def _body(classifier: Classifier, accuracy: str) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     own = "Add `--model model.py`, its code, which you read first. "
     own *= isinstance(run.config, OwnConfig)
-    return f"""# {run.path.name}
-
-An image classifier with {len(names)} classes, trained with ci2p-cache {__version__}.
-
-## Use
-
-```
-ci2p-cache predict THIS_FOLDER photo.jpg
-```
-
-```python
-import ci2p_cache as cc
-
-classifier = cc.load_classifier("THIS_FOLDER")
-print(classifier.predict(["photo.jpg"])[0].guesses)
-```
-
-{own}It opens with ci2p-cache, not with transformers or timm.
-
-## Accuracy
-
-{accuracy}
-
-## Model and data
-
-| | |
-|---|---|
-{table}
-
-Classes:
-
-```json
-{json.dumps(names[:_SHOWN_CLASSES], ensure_ascii=False)}
-```
-{more}
-## Training settings
-
-```yaml
-{yaml.safe_dump(spec.to_dict(), sort_keys=False)}```
-
-## Not stated
-
-Where the images came from, their license, and the license of this model. Whoever shares it adds
-them here, and sets `license` above.
-"""
+    return _CARD_TEXT.format(
+        name=run.path.name,
+        num_classes=len(names),
+        version=__version__,
+        own=own,
+        accuracy=accuracy,
+        table=table,
+        classes=json.dumps(names[:_SHOWN_CLASSES], ensure_ascii=False),
+        more=more,
+        settings=yaml.safe_dump(spec.to_dict(), sort_keys=False),
+    )

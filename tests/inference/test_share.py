@@ -116,9 +116,10 @@ def test_any_model_gives_its_own_bits(made: Path, tmp_path: Path, kind: str) -> 
     source = made / "elsewhere/shared"
     options: dict[str, Any] = {}
     if kind != "shared":
-        changes: dict[str, Any] = {
-            "ema": {"ema": 0.9}, "own": {"model": f"{own}:Small", "drop_path": 0.0},
-        }.get(kind, {"model": kind})  # fmt: skip
+        changes: dict[str, Any] = {"model": f"{own}:Small" if kind == "own" else kind}
+        changes |= {"drop_path": 0.0} if kind == "own" else {}
+        if kind == "ema":
+            changes = {"ema": 0.9}
         spec = dataclasses.replace(SPEC, epochs=1, **changes)
         source = Path(cc.train(made / "shards", spec=spec, runs_dir=tmp_path, device="cpu").path)
         options = {"model": own} if kind == "own" else {}
