@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ci2p_cache.models.registry import create_model, list_models
     from ci2p_cache.process import tune_process
     from ci2p_cache.runs.evaluations import Evaluation
+    from ci2p_cache.runs.files import EpochRecord
     from ci2p_cache.specs import (
         AugmentSpec,
         EncoderSpec,
@@ -49,7 +50,13 @@ if TYPE_CHECKING:
         LayoutSpec,
         ViewSpec,
     )
-    from ci2p_cache.training.records import TrainSummary
+    from ci2p_cache.training.records import (
+        TakenStep,
+        TrainObserver,
+        TrainPlan,
+        TrainProgress,
+        TrainSummary,
+    )
     from ci2p_cache.training.run import train
     from ci2p_cache.training.spec import TrainSpec
 
@@ -69,6 +76,7 @@ __all__ = [
     "EncodeProgress",
     "EncodeSummary",
     "EncoderSpec",
+    "EpochRecord",
     "Evaluation",
     "Experiment",
     "ExperimentSummary",
@@ -87,6 +95,10 @@ __all__ = [
     "SeedsSummary",
     "Split",
     "SplitDataset",
+    "TakenStep",
+    "TrainObserver",
+    "TrainPlan",
+    "TrainProgress",
     "TrainSpec",
     "TrainSummary",
     "ViewSpec",
@@ -131,6 +143,7 @@ _HOMES = {
     "EncodeProgress": "encoding.progress",
     "EncodeSummary": "encoding.progress",
     "EncoderSpec": "specs",
+    "EpochRecord": "runs.files",
     "Evaluation": "runs.evaluations",
     "Experiment": "experiment.spec",
     "ExperimentSummary": "experiment.run",
@@ -149,6 +162,10 @@ _HOMES = {
     "SeedsSummary": "experiment.seeds",
     "Split": "cache.split",
     "SplitDataset": "cache.dataset",
+    "TakenStep": "training.records",
+    "TrainObserver": "training.records",
+    "TrainPlan": "training.records",
+    "TrainProgress": "training.records",
     "TrainSpec": "training.spec",
     "TrainSummary": "training.run",
     "ViewSpec": "specs",

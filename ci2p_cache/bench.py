@@ -409,8 +409,8 @@ def _timed(
     model = model.to(loader.device)
     Trainer(
         spec=spec, model=model, optimizer=make_optimizer(model, spec), train_loader=loader,
-        val_loader=None, save=lambda _: None, log=lambda _: None, should_stop=is_over,
-        ranks=Ranks(), observer=TrainObserver(),
+        val_loader=None, save=lambda _: None, should_stop=is_over, ranks=Ranks(),
+        observer=TrainObserver(),
     ).run(TrainState(run="bench", sums={}))  # fmt: skip
     # The loop asks more than once whether it is over.
     steps, took, waited = (after - before for before, after in zip(*marks[:2], strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,11 +21,13 @@ __all__ = [
     "JsonOption",
     "OwnModelOption",
     "RunArgument",
+    "TrackOption",
     "archs",
     "checkpoints",
     "devices",
     "models",
     "splits",
+    "trackers",
     "views",
 ]
 
@@ -55,6 +57,12 @@ views = _of("none", "flip", "crops:")
 checkpoints = _of("best", "last")
 splits = _of("train", "val", "test")
 
+
+def trackers(text: str) -> list[Any]:
+    """Reads what `--track` names; `train` refuses what it does not know."""
+    return [] if text == "none" else text.split(",")
+
+
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")
 ]
@@ -66,6 +74,15 @@ CheckpointOption = Annotated[
 CacheArgument = Annotated[Path, typer.Argument(help="Cache folder.", metavar="DIR", readable=False)]
 RunArgument = Annotated[
     Path, typer.Argument(help="Run folder, or a checkpoint in it.", metavar="RUN")
+]
+TrackOption = Annotated[
+    str,
+    typer.Option(
+        help="Where numbers go beside summary.csv: tensorboard, csv, wandb, or none.",
+        metavar="NAME,...",
+        rich_help_panel="Machines",
+        autocompletion=_of("tensorboard", "csv", "wandb", "none"),
+    ),
 ]
 OwnModelOption = Annotated[
     Path | None,

@@ -51,6 +51,7 @@ def run(
         ),
     ] = None,
     device: choices.DeviceOption = "auto",
+    track: choices.TrackOption = "tensorboard",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run; write nothing.")
     ] = False,
@@ -96,7 +97,8 @@ def run(
     if dry_run:
         _print_plan(experiment, out, json=json)
         return
-    _run(experiment, out, numbers, json=json, until=until, device=device, cache_dir=cache)
+    how = {"until": until, "device": device, "cache_dir": cache, "track": choices.trackers(track)}
+    _run(experiment, out, numbers, json=json, **how)
 
 
 def _list(path: Path, *, json: bool) -> None:

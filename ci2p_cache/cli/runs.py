@@ -219,9 +219,14 @@ if TYPE_CHECKING:
 
 def export(
     run: choices.RunArgument,
-    out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2.", metavar="FILE")],
+    out: Annotated[
+        Path, typer.Option(help="File to write, .onnx or .pt2, or a folder.", metavar="FILE")
+    ],
     format: Annotated[
-        Literal["onnx", "torch"], typer.Option(help="torch: a .pt2 of torch.export.")
+        Literal["onnx", "torch", "huggingface"],
+        typer.Option(
+            help="torch: a .pt2 of torch.export. huggingface: a folder with a model card."
+        ),
     ] = "onnx",
     what: Annotated[
         Literal["full", "model"],
@@ -241,18 +246,22 @@ def export(
     ] = None,
     json: choices.JsonOption = False,
 ) -> None:
-    """Export encoder and model as one file for other programs, checked against eager.
+    """Export encoder and model for other programs or people, checked against eager.
 
     \b
       ci2p-cache export runs/vitds-1a2b3c4d --out flowers.onnx
       ci2p-cache export runs/vitds-1a2b3c4d --out flowers.pt2 --format torch
       ci2p-cache export runs/vitds-1a2b3c4d --out head.onnx --what model
       ci2p-cache export runs/vitds-1a2b3c4d --out flowers.onnx --check photos/
+      ci2p-cache export runs/vitds-1a2b3c4d --out flowers --format huggingface
 
     The graph takes float32 images (batch, 3, size, size) in [0, 1] and gives logits; classes, size
     and fingerprint are in its metadata. The file is run, in onnxruntime or torch, before it is
-    renamed into place; a file that is there already is refused. Needs
+    renamed into place; a file that is there already is refused. ONNX needs
     `pip install 'ci2p-cache[export]'`.
+
+    huggingface writes config.json, the weights, the encoder and a model card into a folder, which
+    `predict`, `evaluate`, `export` and `train --init-from` take in the place of the run.
     """
     from ci2p_cache.inference.export import export_model
 

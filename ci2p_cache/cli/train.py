@@ -88,6 +88,7 @@ def train(
             help="Also save every so many steps.", metavar="STEPS", rich_help_panel="Machines"
         ),
     ] = None,
+    track: choices.TrackOption = "tensorboard",
     from_images: Annotated[
         bool,
         typer.Option(
@@ -115,8 +116,9 @@ def train(
       torchrun --nproc-per-node 4 -m ci2p_cache train shards/            4 GPUs
 
     Writes OUT/NAME/ with args.yaml, summary.csv, TensorBoard events, curves.png and checkpoints
-    (best and last). The same command continues where it stopped, in the middle of an epoch if need
-    be, and gives the same numbers as if it had never stopped.
+    (best and last); --track csv adds steps.csv, --track wandb logs to Weights & Biases. The same
+    command continues where it stopped, in the middle of an epoch if need be, and gives the same
+    numbers as if it had never stopped.
     Models on images read the images that the cache was made of, in the same order and views.
     The paper is Zhao and Sun, arXiv 2502.10120.
     """
@@ -129,10 +131,10 @@ def train(
     with joined_ranks(device) as ranks, ExitStack() as stack:
         _require_named(overwrite, name)
         _require_named_model(config, options)
-        observer = None
+        observers = []
         if ranks.is_writer:
             line = stack.enter_context(render.ProgressLine("train", unit="steps"))
-            observer = TrainWatch(line)
+            observers.append(TrainWatch(line))
         loader = None
         if from_images and not (options.train_encoder or options.fresh_views):
             loader = stack.enter_context(_online_loader(cache, options, ranks, device, workers))
@@ -148,7 +150,8 @@ def train(
             compile_model=compile,
             save_every_steps=save_every,
             loader=loader,
-            observer=observer,
+            observers=observers,
+            track=choices.trackers(track),
             ranks=ranks,
         )
         if not ranks.is_writer:
@@ -239,5 +242,6 @@ def _print_summary(summary: TrainSummary, curves: Path) -> None:
     render.line(f"  numbers     {summary.path}/summary.csv")
     render.line(f"  best        {summary.best_checkpoint}")
     render.line(f"  last        {summary.last_checkpoint}")
-    render.line(f"  live        tensorboard --logdir {Path(summary.path).parent}")
+    if Path(summary.path, "tensorboard").is_dir():
+        render.line(f"  live        tensorboard --logdir {Path(summary.path).parent}")
     render.line(f"next: {command('evaluate', summary.path)}")

@@ -55,9 +55,10 @@ class TrainWatch(_Watch, TrainObserver):
         """Prints model, data, steps and run folder."""
         self._classes = plan.classes
         views = f", {plan.views} views each" if plan.views > 1 else ""
-        parts = f" (in {plan.accumulate} parts)" if plan.accumulate > 1 else ""
+        spec = plan.spec
+        parts = f" (in {spec.accumulate} parts)" if spec.accumulate > 1 else ""
         render.status(
-            f"plan: {plan.model}, {plan.parameters:,} trainable parameters, {plan.precision} on "
+            f"plan: {spec.model}, {plan.parameters:,} trainable parameters, {spec.precision} on "
             f"{plan.device}"
         )
         render.status(
@@ -65,7 +66,7 @@ class TrainWatch(_Watch, TrainObserver):
             f"images, {plan.classes} classes"
         )
         render.status(
-            f"  {plan.epochs} epochs of {plan.steps} steps of {plan.batch_size} images{parts}, "
+            f"  {spec.epochs} epochs of {plan.steps} steps of {spec.batch_size} images{parts}, "
             f"into {plan.path}"
         )
         if plan.initial is not None:
@@ -75,7 +76,7 @@ class TrainWatch(_Watch, TrainObserver):
             )
         if plan.epochs_done or plan.steps_done:
             render.status(
-                f"  continuing after {plan.epochs_done} of {plan.epochs} epochs and "
+                f"  continuing after {plan.epochs_done} of {spec.epochs} epochs and "
                 f"{plan.steps_done} of {plan.steps} steps"
             )
 

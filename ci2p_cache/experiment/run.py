@@ -52,6 +52,7 @@ from ci2p_cache.runs.evaluations import (
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver, TrainSummary
 from ci2p_cache.training.run import train
+from ci2p_cache.training.trackers import DEFAULT_TRACKERS, Tracker
 
 __all__ = [
     "ExperimentSummary",
@@ -161,6 +162,7 @@ def run_experiment(
     on_event: Callable[[StageEvent], None] | None = None,
     encode_observer: EncodeObserver | None = None,
     train_observer: TrainObserver | None = None,
+    track: Sequence[Tracker] = DEFAULT_TRACKERS,
     ranks: Ranks | None = None,
 ) -> ExperimentSummary:
     """Runs a whole experiment in one folder.
@@ -180,6 +182,7 @@ def run_experiment(
         on_event: Called when a stage starts and ends; on rank 0.
         encode_observer: Receives stage one's progress.
         train_observer: Receives stage two's progress and epochs.
+        track: As for `train`.
         ranks: The ranks to train with, joined; None: as the environment says.
 
     Raises:
@@ -220,7 +223,8 @@ def run_experiment(
                     runs_dir=root / "runs",
                     name=experiment.name,
                     device=device,
-                    observer=train_observer,
+                    observers=[] if train_observer is None else [train_observer],
+                    track=track,
                     ranks=ranks,
                 )
                 last, best = trained.last, trained.best

@@ -33,6 +33,7 @@ from ci2p_cache.record import Record
 from ci2p_cache.runs.statistics import mean_and_deviation
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver, TrainSummary
+from ci2p_cache.training.trackers import DEFAULT_TRACKERS, Tracker
 
 __all__ = ["SeedsSummary", "run_seeds"]
 
@@ -79,6 +80,7 @@ def run_seeds(
     on_event: Callable[[StageEvent], None] | None = None,
     encode_observer: EncodeObserver | None = None,
     train_observer: TrainObserver | None = None,
+    track: Sequence[Tracker] = DEFAULT_TRACKERS,
     ranks: Ranks | None = None,
 ) -> SeedsSummary:
     """Runs an experiment once per seed, all from one cache, and reports on them together.
@@ -97,6 +99,7 @@ def run_seeds(
         on_event: Called when a stage starts and ends; on rank 0.
         encode_observer: Receives stage one's progress.
         train_observer: Receives stage two's progress and epochs.
+        track: As for `train`.
         ranks: The ranks to train with, joined; None: as the environment says.
 
     Raises:
@@ -127,6 +130,7 @@ def run_seeds(
                     on_event=on_event,
                     encode_observer=encode_observer,
                     train_observer=train_observer,
+                    track=track,
                     ranks=ranks,
                 )
             )

@@ -1,4 +1,4 @@
-"""`export_model`: a trained run as one file for other programs, checked before it counts.
+"""`export_model`: a trained run as a file or folder for others, checked before it counts.
 
 ::
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ci2p_cache import __version__
-from ci2p_cache.cache.staging import disk_errors, sync_folder
+from ci2p_cache.cache.staging import disk_errors, remove_path
 from ci2p_cache.errors import (
     ImageDecodeError,
     InputDataError,
@@ -41,6 +41,8 @@ from ci2p_cache.errors import (
     UsageError,
 )
 from ci2p_cache.inference.classifier import Classifier, find_pictures, load_classifier
+from ci2p_cache.inference.run_folder import encoder_file
+from ci2p_cache.inference.share import check_share, put_in_place, write_share
 from ci2p_cache.outputs import check_output
 from ci2p_cache.record import Record
 from ci2p_cache.runs.files import EXPORT_FACTS
@@ -58,7 +60,7 @@ __all__ = [
 
 Format = Literal["onnx", "torch"]
 
-_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "huggingface": ""}
 
 _MAX_BATCH = 2**16
 
@@ -99,26 +101,26 @@ class ExportSummary(Record):
     """What was exported, and how it was checked."""
 
     path: str
-    """The file."""
-    format: Literal["onnx", "torch"]
-    """onnx, or torch for a `.pt2` that `torch.export.load` reads."""
+    """The file or folder."""
+    format: Literal["onnx", "torch", "huggingface"]
+    """onnx, torch for a `.pt2` that `torch.export.load` reads, huggingface for a folder."""
     what: Literal["full", "model"]
     """full: from images. model: from what the model reads."""
     bytes: int
-    """Size of the file."""
+    """Size of the file, or of all files."""
     input_shape: tuple[int, ...]
     """Shape of one input; the batch may be of any size."""
     checkpoint: str
     """The checkpoint folder."""
     check: ExportCheck
-    """How far apart the file and eager are."""
+    """How far apart what was written and eager are."""
 
 
 def export_model(
     run: str | Path,
     out: str | Path,
     *,
-    to: Literal["onnx", "torch"] = "onnx",
+    to: Literal["onnx", "torch", "huggingface"] = "onnx",
     what: Literal["full", "model"] = "full",
     checkpoint: str | Path = "last",
     cache: str | Path | None = None,
@@ -127,22 +129,25 @@ def export_model(
     overwrite: bool = False,
     model: str | Path | None = None,
 ) -> ExportSummary:
-    """Exports a trained model, with its encoder, to one file, and holds the file against eager.
+    """Exports a trained model, with its encoder, and holds what it wrote against eager.
 
-    The file computes in float32, whatever the run was trained in. It is run in onnxruntime or torch
-    on the CPU before it is renamed into place, see `check_export`.
+    A file computes in float32, whatever the run was trained in. It is run in onnxruntime or torch
+    on the CPU before it is renamed into place, see `check_export`. A folder to share is one that
+    `load_classifier`, `evaluate` and `TrainSpec.init_from` take in the place of the run.
 
     Args:
         run: A run folder, or a checkpoint folder inside one.
-        out: The file, .onnx or .pt2; folders above it are made.
-        to: onnx, or torch for a `.pt2` of `torch.export.save`.
+        out: The file, .onnx or .pt2, or the folder; folders above it are made.
+        to: onnx, torch for a `.pt2` of `torch.export.save`, or huggingface for a folder with
+            `config.json`, `model.safetensors` and a model card.
         what: full: images float32 (B, 3, size, size) in [0, 1] to logits. model: dequantised
-            latents (B, M, h, w) to logits; of models that read images both are the same.
+            latents (B, M, h, w) to logits; of models that read images both are the same. A folder
+            is always full.
         checkpoint: last, best, or a checkpoint folder or its name.
         cache: Where to take the encoder from instead of the run folder.
         images: Pictures to check with, as `predict` takes them; None: random inputs.
         count: Number of inputs to check with; of pictures the first ones.
-        overwrite: Whether a file at `out` is replaced, as a whole.
+        overwrite: Whether a file at `out` is replaced, as a whole; of a folder, an earlier export.
         model: The file of the run's own model, `FILE.py`, if it has one; its code runs.
 
     Raises:
@@ -157,36 +162,49 @@ def export_model(
         ResourceError: the file cannot be written.
     """
     out = Path(out)
-    if to not in ("onnx", "torch") or what not in ("full", "model") or count < 1:
+    if to not in _SUFFIXES or what not in ("full", "model") or count < 1:
         raise UsageError(
-            f"`to` is {to!r}, `what` {what!r}, `count` {count}; wanted onnx or torch, full or "
-            "model, and at least 1"
+            f"`to` is {to!r}, `what` {what!r}, `count` {count}; wanted onnx, torch or huggingface, "
+            "full or model, and at least 1"
         )
+    if to == "huggingface" and what != "full":
+        raise UsageError("`what` is model; a huggingface folder holds the encoder too: full")
     other = next((kind for kind, end in _SUFFIXES.items() if end == out.suffix.lower()), to)
-    if other != to:
+    if other != to and other != "huggingface":
         raise UsageError(
             f"{out} is named as an export to {other}, and the format is {to}",
             hint=f"repeat the command with --format {other}, or give the file another suffix",
         )
-    check_output(out, what=f"{to} export", suffixes=(_SUFFIXES[to],), overwrite=overwrite)
+    if to == "huggingface":
+        check_share(out, overwrite=overwrite)
+    else:
+        check_output(out, what=f"{to} export", suffixes=(_SUFFIXES[to],), overwrite=overwrite)
     classifier = load_classifier(run, checkpoint=checkpoint, cache=cache, device="cpu", model=model)
-    graph, is_full = graph_of(classifier, what), what == "full"
+    is_full = what == "full"
+    graph = None if to == "huggingface" else graph_of(classifier, what)
     inputs = _inputs(classifier, images, count, is_full=is_full)
     staged = out.with_name(f".{out.stem}.{uuid4().hex[:8]}{_SUFFIXES[to]}")
     try:
         with disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            # A .pt2 stores it, and no picture of the user may leave with the model.
-            example = torch.zeros((2, *inputs.shape[1:]))
-            write_exported(graph, example, staged, to, _metadata(classifier, what))
-            check = check_export(open_exported(staged, to), classifier, inputs, is_full=is_full)
-            size = staged.stat().st_size
-            with staged.open("rb") as file:
-                os.fsync(file.fileno())
-            staged.replace(out)
-            sync_folder(out.parent)
+            opened: Exported
+            if to == "huggingface" or graph is None:
+                encoder = (
+                    None if classifier.reads == "images" else encoder_file(classifier.run, cache)
+                )
+                write_share(classifier, encoder, staged)
+                opened = _Shared(load_classifier(staged, device="cpu", model=model))
+            else:
+                # A .pt2 stores it, and no picture of the user may leave with the model.
+                example = torch.zeros((2, *inputs.shape[1:]))
+                write_exported(graph, example, staged, to, _metadata(classifier, what))
+                opened = open_exported(staged, to)
+            check = check_export(opened, classifier, inputs, is_full=is_full)
+            files = [staged] if staged.is_file() else list(staged.iterdir())
+            size = sum(each.stat().st_size for each in files)
+            put_in_place(staged, out)
     finally:
-        staged.unlink(missing_ok=True)
+        remove_path(staged)
     return ExportSummary(
         path=str(out),
         format=to,
@@ -241,7 +259,7 @@ def _metadata(classifier: Classifier, what: str) -> dict[str, str]:
         "software": f"ci2p-cache {__version__}",
         "model": run.config.name,
         "run": run.path.name,
-        "checkpoint": run.checkpoint.name,
+        "checkpoint": run.state.name,
         "input": about[reads],
         "input_size": str(image.size),
         "resize": f"shorter side to {image.resize_side}, {image.interpolation}, antialiased on "
@@ -396,6 +414,17 @@ class _Onnx:
 
     def _run(self, session: Any, output: str, inputs: Tensor) -> Tensor:
         return torch.from_numpy(session.run([output], {self._input: inputs.numpy()})[0])
+
+
+class _Shared:
+    """A folder to share, opened as a run."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.logits = classifier.__call__
+        self._classifier = classifier
+
+    def stored(self, inputs: Tensor) -> Tensor | None:
+        return self._classifier.stored(self._classifier.latents(inputs))
 
 
 class _Program:

@@ -16,13 +16,13 @@ from ci2p_cache.models.own_models import with_own_code
 from ci2p_cache.models.registry import build_model
 from ci2p_cache.record import differing_fields
 from ci2p_cache.runs.files import CODE, MODEL_FILE
-from ci2p_cache.training.checkpoint import MODEL, weights_of
+from ci2p_cache.training.checkpoint import MODEL
 from ci2p_cache.training.opened import RunFolder, open_run
 
 if TYPE_CHECKING:
     from ci2p_cache.encoder.frozen import FrozenEncoder
 
-__all__ = ["load_model", "load_run_encoder", "open_model"]
+__all__ = ["encoder_file", "load_model", "load_run_encoder", "open_model"]
 
 
 def open_model(path: str | Path, *, checkpoint: str | Path, named: str | Path | None) -> RunFolder:
@@ -51,7 +51,7 @@ def load_model(run: RunFolder, device: torch.device) -> nn.Module:
     Raises:
         CheckpointError: the weights are damaged or do not fit the model; names the file.
     """
-    weights = weights_of(run.checkpoint)
+    weights, _ = run.weights()
     with torch.random.fork_rng(devices=[]):
         model = build_model(run.config)
     try:
@@ -81,8 +81,7 @@ def load_run_encoder(
     # Only here: evaluating from a cache must run where compressai is not installed.
     from ci2p_cache.encoder.load import load_saved_encoder
 
-    wanted = run.file.fingerprint.encoder
-    path = _own_copy(run) if cache is None else open_cache(cache, partial=True).encoder_path
+    wanted, path = run.file.fingerprint.encoder, encoder_file(run, cache)
     encoder = load_saved_encoder(path, precision=wanted.precision, device=device)
     differences = differing_fields(wanted, encoder.spec)
     if differences:
@@ -94,17 +93,24 @@ def load_run_encoder(
     return encoder
 
 
-def _own_copy(run: RunFolder) -> Path:
+def encoder_file(run: RunFolder, cache: str | Path | None) -> Path:
+    """Returns the encoder's file: the run's own, checked by its digest, or that of the cache.
+
+    Raises:
+        InputDataError, DigestError, NotACacheError, IncompleteCacheError: as `load_run_encoder`.
+    """
+    if cache is not None:
+        return open_cache(cache, partial=True).encoder_path
     record = run.file.encoder
     if record is None:
         raise InputDataError(
             f"{run.path} holds no encoder: it was begun by a ci2p-cache that did not copy it there",
-            hint=f"name the cache that it was trained from: --cache {run.args.cache}",
+            hint=f"name the cache that it was trained from: --cache {run.args.cache or 'DIR'}",
         )
     path = run.path / record.path
     hint = (
-        f"take it from the cache: --cache {run.args.cache}   (or put the file back: it is the "
-        "cache's encoder.safetensors)"
+        f"take it from the cache: --cache {run.args.cache or 'DIR'}   (or put the file back: it is "
+        "the cache's encoder.safetensors)"
     )
     try:
         digest = sha256_file(path)

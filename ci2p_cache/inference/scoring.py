@@ -143,7 +143,7 @@ def evaluate(
     chosen = _chosen_split(data, opened, split, is_own=is_own)
     name = evaluation_name(
         split,
-        opened.checkpoint.name,
+        opened.state.name,
         cache_sha256=content,
         from_images=from_images and opened.config.reads == "latents",
     )
@@ -194,6 +194,11 @@ def evaluate(
 
 def _folder(run: RunFolder, out: str | Path | None, name: str) -> Path:
     """Returns where the two files go; refuses what must not or cannot be written."""
+    if out is None and run.shared is not None:
+        raise UsageError(
+            f"{run.path} is a folder to share; no evaluation is written into it",
+            hint="say where to write the two files: --out DIR",
+        )
     if out is None:
         folder = run.path / EVALUATIONS
         refuse_link(folder, run.path)
@@ -257,7 +262,7 @@ def _evaluation(run: RunFolder, columns: dict[str, Any], validation: Validation)
     return {
         "run": run.path.name,
         "model": run.config.name,
-        "checkpoint": run.checkpoint.name,
+        "checkpoint": run.state.name,
         "epoch": state.epoch,
         "step": state.step,
         "folds": spec.folds,
@@ -335,6 +340,8 @@ def _open_data(run: RunFolder, cache: str | Path | None) -> tuple[Cache, str | N
     the run's cache is still where it was, their latents differ.
     """
     settings = run.args.settings
+    if cache is None and run.shared is not None:
+        raise UsageError(f"{run.path} does not say where its cache is: --cache DIR")
     try:
         data = open_cache(cache or run.args.cache)
     except NotACacheError as error:

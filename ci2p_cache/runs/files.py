@@ -9,6 +9,7 @@
       encoder.safetensors   the cache's, so that the folder alone classifies pictures
       summary.csv     a row per epoch
       tensorboard/    the same as events, and the loss and learning rate of each step
+      steps.csv, wandb.json, wandb/   where they are asked for, see training/trackers.py
       checkpoints/    see training/checkpoint.py
       evaluations/    what `evaluate` found, see evaluations.py
       .lock           only while somebody trains here
@@ -42,6 +43,7 @@ __all__ = [
     "CODE",
     "EXPORT_FACTS",
     "MODEL_FILE",
+    "SHARED",
     "SUMMARY",
     "EpochRecord",
     "ModelFile",
@@ -52,6 +54,7 @@ __all__ = [
     "mean_wait_share",
     "num_parameters",
     "read_args",
+    "read_model",
     "read_model_file",
     "read_summary",
     "summary_csv",
@@ -59,6 +62,9 @@ __all__ = [
 ]
 
 ARGS, CODE, MODEL_FILE, SUMMARY = "args.yaml", "model.py", "model.json", "summary.csv"
+
+SHARED = "config.json"
+"""What a folder to share has in the place of the first three; see `inference/share.py`."""
 
 EXPORT_FACTS = "ci2p_cache.json"
 """Where an exported `.pt2` keeps what ONNX has as `metadata_props`."""
@@ -139,9 +145,6 @@ def read_model_file(run: Path) -> tuple[ModelFile, AnyModelConfig]:
         InputDataError: there is none.
         ManifestError: it is damaged, of another version, or contradicts itself; names the file.
     """
-    # Only here: it takes torch, for which whatever else reads a run folder has no use.
-    from ci2p_cache.models.registry import config_from_dict
-
     path = run / MODEL_FILE
     hint = f"rm {path}, then run the same `train` command again: it writes the file anew"
     try:
@@ -160,12 +163,24 @@ def read_model_file(run: Path) -> tuple[ModelFile, AnyModelConfig]:
             hint="use the version of ci2p-cache that wrote it",
         )
     try:
-        fields = {"encoder": None} | {k: v for k, v in data.items() if k != "model"}
-        file = ModelFile.from_dict(fields)
-        config = config_from_dict(data.get("model", {}))
-        _check(file, config)
+        return read_model(data)
     except ManifestError as error:
         raise ManifestError(f"{path} is damaged: {error}", hint=hint) from error
+
+
+def read_model(data: Mapping[str, Any]) -> tuple[ModelFile, AnyModelConfig]:
+    """Reads the content of a `model.json`; returns it and the record of the model in it.
+
+    Raises:
+        ManifestError: it is damaged, or contradicts itself.
+    """
+    # Only here: it takes torch, for which whatever else reads a run folder has no use.
+    from ci2p_cache.models.registry import config_from_dict
+
+    fields = {"encoder": None} | {k: v for k, v in data.items() if k != "model"}
+    file = ModelFile.from_dict(fields)
+    config = config_from_dict(data.get("model", {}))
+    _check(file, config)
     return file, config
 
 

@@ -239,22 +239,26 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return weights_and_digest(folder)[0]
 
 
-def weights_and_digest(folder: Path) -> tuple[dict[str, Tensor], str]:
+def weights_and_digest(
+    folder: Path, listed: Mapping[str, FileRecord] | None = None
+) -> tuple[dict[str, Tensor], str]:
     """Returns the weights that a checkpoint's accuracy is of, on CPU, and their file's sha256.
 
-    These are the averages where the run makes them, and otherwise the model's own.
+    These are the averages where the run makes them, and otherwise the model's own. `listed` are the
+    files of the folder by name; None: what its `digests.json` lists.
 
     Raises:
         CheckpointError: the folder or its weights are missing, damaged or of another version.
     """
     try:
-        listed = listed_files(folder)
-        name = AVERAGE if AVERAGE in listed else MODEL
-        return read_tensors(folder / name, listed[name]), listed[name].sha256
+        files = listed_files(folder) if listed is None else listed
+        name = AVERAGE if AVERAGE in files else MODEL
+        return read_tensors(folder / name, files[name]), files[name].sha256
     except _DAMAGES as error:
+        again = "name another one; run `train` again to pass over damaged ones"
         raise CheckpointError(
             f"{folder} is not a whole checkpoint: {error}",
-            hint="name another one; run `train` again to pass over damaged ones",
+            hint=again if listed is None else "get the folder again where it came from",
         ) from error
 
 

@@ -10,11 +10,10 @@ import hashlib
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ci2p_cache.cache.commit import FileRecord
 from ci2p_cache.cache.lock import locked
@@ -36,7 +35,6 @@ from ci2p_cache.runs.files import (
     CODE,
     MODEL_FILE,
     SUMMARY,
-    EpochRecord,
     args_bytes,
     read_args,
     summary_csv,
@@ -44,8 +42,6 @@ from ci2p_cache.runs.files import (
 from ci2p_cache.training.checkpoint import Checkpoint, CheckpointStore, TrainState
 from ci2p_cache.training.inputs import model_record
 from ci2p_cache.training.records import RunArgs, RunSettings, TrainObserver
-from ci2p_cache.training.spec import TrainSpec
-from ci2p_cache.training.step import TakenStep
 from ci2p_cache.training.trainer import Learner
 
 __all__ = [
@@ -94,27 +90,11 @@ def copy_encoder(cache: Cache, config: AnyModelConfig, staging: StagingArea) -> 
 
 
 _OWN_WORK = {".lock", ".staging"}
-_BOARD_TAGS = {
-    "epoch": "epoch",
-    "train/loss": "train_loss",
-    "train/top1": "train_top1",
-    "train/lr": "lr",
-    "train/grad_norm": "grad_norm",
-    "train/skipped_steps": "skipped_steps",
-    "val/loss": "val_loss",
-    "val/top1": "val_top1",
-    "val/top5": "val_top5",
-    "speed/images_per_second": "images_per_second",
-    "speed/wait_share": "wait_share",
-}
-"""Tag of TensorBoard -> field of `EpochRecord`. All events are at the number of steps done before
-them: those of an epoch behind those of its steps, so one number purges what a resumed run repeats.
-"""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class RunWriter:
-    """The run folder as it is written: checkpoints, `summary.csv` and TensorBoard events.
+    """The run folder as it is written: checkpoints and `summary.csv`.
 
     The observer receives epochs that are safe on disk.
     """
@@ -122,11 +102,9 @@ class RunWriter:
     def __init__(self, staging: StagingArea, args: RunArgs, *, observer: TrainObserver) -> None:
         self._staging = staging
         self._observer = observer
-        self._spec = spec = args.settings.spec
-        self._store = CheckpointStore(staging, runs=args.digests, has_average=spec.ema > 0)
-        self._events = staging.root / "tensorboard"
-        self._board: Any = None
-        self._num_epochs = self._steps = 0
+        has_average = args.settings.spec.ema > 0
+        self._store = CheckpointStore(staging, runs=args.digests, has_average=has_average)
+        self._num_epochs = 0
 
     def load(self) -> Checkpoint | None:
         """Reads the newest whole checkpoint; what was written beyond it is dropped.
@@ -145,54 +123,6 @@ class RunWriter:
         self._num_epochs = len(history)
         return checkpoint
 
-    def open_board(self, state: TrainState, *, steps: int) -> None:
-        """Opens the TensorBoard events for what follows `state`; an epoch has so many `steps`.
-
-        Raises:
-            ResourceError: the file cannot be written.
-        """
-        # Takes seconds, and reading a finished run needs none of it.
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
-
-        self._steps, done = steps, state.epoch * steps + state.step
-        with disk_errors(self._events):
-            # What a resumed run trains again replaces the old.
-            self._board = SummaryWriter(str(self._events), purge_step=done)
-            if not done:
-                # `add_hparams` would open a second run beside this one.
-                made = hparams(  # type: ignore[no-untyped-call]  # torch stub
-                    _hyper_parameters(self._spec), dict.fromkeys(_BOARD_TAGS)
-                )
-                # The third says that the run has ended.
-                for part in made[:2]:
-                    self._board.file_writer.add_summary(part)
-        if state.history and not state.step:
-            # A process killed between its checkpoint and this may not have written it.
-            self._add(state.history[-1])
-
-    def _add(self, record: EpochRecord) -> None:
-        """Writes an epoch's events through to the file."""
-        with disk_errors(self._events):
-            for tag, name in _BOARD_TAGS.items():
-                value = getattr(record, name)
-                if value is not None:
-                    self._board.add_scalar(tag, value, record.epoch * self._steps)
-            self._board.flush()
-
-    def log(self, steps: Sequence[TakenStep]) -> None:
-        """Writes steps through to TensorBoard's events.
-
-        Raises:
-            ResourceError: the file cannot be written.
-        """
-        with disk_errors(self._events):
-            for each in steps:
-                done = (each.epoch - 1) * self._steps + each.step
-                self._board.add_scalar("train/loss_step", each.loss, done)
-                self._board.add_scalar("train/lr_step", each.lr, done)
-            self._board.flush()
-
     def save(self, state: TrainState, learner: Learner) -> None:
         """Writes a checkpoint, and the epoch that has ended with it, if one has.
 
@@ -204,28 +134,7 @@ class RunWriter:
         if new:
             self._num_epochs = len(state.history)
             self._staging.put(SUMMARY, summary_csv(state.history))
-            self._add(new[0])
             self._observer.epoch(new[0])
-
-    def close(self) -> None:
-        """Closes the files.
-
-        Raises:
-            ResourceError: what was not written yet cannot be.
-        """
-        if self._board is not None:
-            with disk_errors(self._events):
-                self._board.close()
-
-
-def _hyper_parameters(spec: TrainSpec) -> dict[str, int | float | str]:
-    """Returns the spec as TensorBoard's tables take it, defaults filled in."""
-    fields = spec.to_dict() | {"weight_decay": spec.decay, "warmup_epochs": spec.num_warmup_epochs}
-    return {
-        name: value if type(value) in (int, float, str) else str(value)
-        for name, value in fields.items()
-        if name != "version"
-    }
 
 
 def run_path(runs_dir: Path, name: str | None, settings: RunSettings) -> Path:

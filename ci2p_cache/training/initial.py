@@ -2,7 +2,7 @@
 
 ::
 
-    RUN, RUN/checkpoints/epoch-...  --weights_and_digest--+
+    RUN, RUN/checkpoints/epoch-...  --RunFolder.weights---+
     FILE.pt2                        --zip and JSON--------+--> tensors of the model by name
     the cache's encoder             --encoder_tensors-----+
 
@@ -30,7 +30,6 @@ from ci2p_cache.errors import InputDataError, ManifestError, UsageError
 from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.record import read_regular
 from ci2p_cache.runs.files import EXPORT_FACTS
-from ci2p_cache.training.checkpoint import weights_and_digest
 from ci2p_cache.training.inputs import encoder_tensors, model_config_for
 from ci2p_cache.training.opened import open_run
 from ci2p_cache.training.records import InitialWeights, TrainObserver
@@ -129,7 +128,7 @@ def _of_run(path: Path) -> _Source:
         run = open_run(path)
     except InputDataError as error:
         raise InputDataError(f"`init_from` (--init-from): {error}", hint=error.hint) from error
-    tensors, digest = weights_and_digest(run.checkpoint)
+    tensors, digest = run.weights()
     encoder = run.file.fingerprint.encoder.weights_sha256
     reads = run.config.reads
     return _Source(

@@ -1,4 +1,7 @@
-"""`open_run`: a run folder opened for use, and which of its checkpoints is meant."""
+"""`open_run`: a run folder opened for use, and which of its checkpoints is meant.
+
+A folder to share (`export --format huggingface`) opens as a run with one checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ci2p_cache.errors import CheckpointError, InputDataError, ManifestError, UsageError
+from torch import Tensor
+
+from ci2p_cache.cache.commit import FileRecord
+from ci2p_cache.errors import (
+    CacheError,
+    CheckpointError,
+    InputDataError,
+    ManifestError,
+    UsageError,
+)
 from ci2p_cache.models.registry import AnyModelConfig
 from ci2p_cache.record import read_json
-from ci2p_cache.runs.files import ARGS, ModelFile, read_model_file
+from ci2p_cache.runs.files import ARGS, SHARED, ModelFile, read_model, read_model_file
 from ci2p_cache.training.checkpoint import (
     CHECKPOINTS,
+    MODEL,
     NAME,
     TrainState,
     checkpoint_path,
     read_state,
+    weights_and_digest,
 )
 from ci2p_cache.training.folder import read_run_args
 from ci2p_cache.training.records import RunArgs
 
-__all__ = ["RunFolder", "open_run"]
+__all__ = ["SHARED_KEY", "SHARED_VERSION", "RunFolder", "open_run"]
+
+SHARED_KEY, SHARED_VERSION = "ci2p_cache", 1
+"""Where the `config.json` of a folder to share has what it is opened by, and its version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,18 +57,28 @@ class RunFolder:
     """The folder of the chosen checkpoint."""
     state: TrainState
     """Where training stood there."""
+    shared: dict[str, FileRecord] | None = None
+    """The files of a folder to share, by name, which is its own checkpoint; None: it is a run."""
+
+    def weights(self) -> tuple[dict[str, Tensor], str]:
+        """Returns the chosen weights, on CPU, and the sha256 of their file.
+
+        Raises:
+            CheckpointError: they are missing, damaged or of another version.
+        """
+        return weights_and_digest(self.checkpoint, self.shared)
 
 
 def open_run(path: str | Path, *, checkpoint: str | Path = "last") -> RunFolder:
-    """Opens a run folder, or a checkpoint folder inside one.
+    """Opens a run folder, a checkpoint folder inside one, or a folder to share.
 
     Args:
         path: `runs/NAME`, or `runs/NAME/checkpoints/epoch-...`, which chooses the checkpoint.
         checkpoint: last, best (highest validation top-1), or a checkpoint folder or its name. Not
-            looked at where `path` is a checkpoint folder.
+            looked at where `path` is a checkpoint folder or a folder to share.
 
     Raises:
-        InputDataError: there is no run, or it has no checkpoint yet.
+        InputDataError: there is no run, or it has no checkpoint yet, or is of another library.
         ManifestError: `args.yaml` or `model.json` is damaged; names the file.
         CheckpointError: the checkpoint is missing, damaged or of another run; names it.
     """
@@ -59,6 +86,8 @@ def open_run(path: str | Path, *, checkpoint: str | Path = "last") -> RunFolder:
     if path.parent.name == CHECKPOINTS and not (path / ARGS).exists():
         path, checkpoint = path.parent.parent, path
     args = read_run_args(path)
+    if args is None and (path / SHARED).exists():
+        return _shared(path)
     if args is None:
         raise InputDataError(f"{path} is no run folder: it has no {ARGS}", hint=_hint(path))
     file, config = read_model_file(path)
@@ -73,6 +102,38 @@ def open_run(path: str | Path, *, checkpoint: str | Path = "last") -> RunFolder:
             hint="name one of this run's own: --checkpoint best, or last",
         )
     return RunFolder(path=path, args=args, file=file, config=config, checkpoint=folder, state=state)
+
+
+def _shared(path: Path) -> RunFolder:
+    """Opens a folder to share, which may come from a stranger."""
+    data = read_json(path / SHARED)
+    own = data.get(SHARED_KEY)
+    if not isinstance(own, dict):
+        known = data.get("model_type") or data.get("architecture") or data.get("architectures")
+        raise InputDataError(
+            f"{path / SHARED} is not of ci2p-cache but of {str(known or 'something else')[:80]!r}",
+            hint="name a run, or a folder of `ci2p-cache export --format huggingface`",
+        )
+    if own.get("version") != SHARED_VERSION:
+        raise ManifestError(
+            f"{path / SHARED} has `version` {str(own.get('version'))[:40]}; this ci2p-cache reads "
+            f"{SHARED_VERSION}",
+            hint="use the version of ci2p-cache that wrote it",
+        )
+    try:
+        labels = data["id2label"]
+        classes = [labels[str(number)] for number in range(len(labels))]
+        args, state = RunArgs.from_dict(own["args"]), TrainState.from_dict(own["state"])
+        file, config = read_model(own["model"] | {"classes": classes})
+        weights = FileRecord.from_dict(own["weights"])
+    except (CacheError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ManifestError(
+            f"{path / SHARED} is damaged: {error!r}", hint="get the folder again where it came from"
+        ) from error
+    return RunFolder(
+        path=path, args=args, file=file, config=config, checkpoint=path, state=state,
+        shared={MODEL: weights},
+    )  # fmt: skip
 
 
 def _hint(path: Path) -> str:

@@ -1,11 +1,14 @@
-"""What training reports while it runs and at its end, and what binds a run folder."""
+"""What training reports while it runs and at its end, to whom, and what binds a run folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from ci2p_cache.errors import UsageError
@@ -20,8 +23,10 @@ if TYPE_CHECKING:
 __all__ = [
     "EpochRecord",
     "InitialWeights",
+    "Observers",
     "RunArgs",
     "RunSettings",
+    "TakenStep",
     "TrainObserver",
     "TrainPlan",
     "TrainProgress",
@@ -168,10 +173,10 @@ class TrainPlan:
 
     path: str
     """The run folder."""
-    model: str
-    """Name of the model."""
+    spec: TrainSpec
+    """How it trains."""
     parameters: int
-    """Numbers in it that are trained."""
+    """Numbers in the model that are trained."""
     train_images: int
     """Images of an epoch."""
     val_images: int
@@ -182,22 +187,39 @@ class TrainPlan:
     """Views of a training image, one of which an epoch takes: those stored, or one per epoch."""
     device: str
     """Name of the device; of several ranks also how many."""
-    precision: str
-    """float32 or bf16."""
-    batch_size: int
-    """Images per step, of all ranks."""
-    accumulate: int
-    """Parts that a rank cuts its batch into."""
-    epochs: int
-    """Epochs of the whole run."""
     steps: int
     """Steps of an epoch."""
     epochs_done: int
     """Epochs done before; 0 in a new run."""
     steps_done: int
     """Steps of the next epoch done before."""
+    last: EpochRecord | None
+    """The last of the epochs done; a killed process may not have reported it."""
     initial: InitialWeights | None
     """The weights that it begins with; None: random ones."""
+
+    @property
+    def done(self) -> int:
+        """Steps done before, of all epochs: what a tracker holds beyond them is repeated."""
+        return self.epochs_done * self.steps + self.steps_done
+
+
+@dataclass(slots=True)
+class TakenStep:
+    """A step that was taken or skipped; the last two fields are known once it is reported."""
+
+    epoch: int
+    """From 1."""
+    step: int
+    """Its place in the epoch, from 0."""
+    rows: list[int]
+    """Rows of its batch, in the train split."""
+    lr: float
+    """Its learning rate."""
+    loss: float = math.nan
+    """Mean over its batch, on all ranks."""
+    is_skipped: bool = False
+    """Whether it was left out because loss or gradients were not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,19 +248,77 @@ class TrainProgress:
 
 
 class TrainObserver:
-    """Receives what a run has to say; the base class ignores it. Called in the caller's thread."""
+    """Receives what a run reports; this base class ignores it.
+
+    Of several ranks, rank 0 alone reports. All methods are called in the thread that called
+    `train`, one after another, so time spent in them is training time. What a method raises ends
+    the run as an error in it does: the last checkpoint stays, and the same call continues from it.
+    The exception gets a note that names observer and method.
+
+    A resumed run begins at its last checkpoint. What a killed process reported beyond it is
+    reported again: `plan.done` says from which step on.
+    """
 
     def notice(self, text: str) -> None:
-        """Takes one sentence that the user should read."""
+        """Takes one sentence that the user should read; the first may come before the plan."""
 
     def planned(self, plan: TrainPlan) -> None:
         """Takes what will be trained, before the first step; a finished run has none."""
+
+    def steps(self, steps: Sequence[TakenStep]) -> None:
+        """Takes the steps since the last call, in order; at most 50, before a checkpoint has them.
+
+        In the first 50 steps of a run it comes every 10.
+        """
 
     def progress(self, progress: TrainProgress) -> None:
         """Takes the state of the run, about once a second."""
 
     def epoch(self, record: EpochRecord) -> None:
         """Takes an epoch that has ended, after it is safe on disk."""
+
+    def ended(self, error: BaseException | None) -> None:
+        """Takes the end: None of a finished run, otherwise what stopped it.
+
+        It comes once after `planned`, also where that failed, and to all observers.
+        """
+
+
+class Observers(TrainObserver):
+    """Several observers as one, each called in their order."""
+
+    def __init__(self, observers: Sequence[TrainObserver]) -> None:
+        self._observers = observers
+        for event in ("notice", "planned", "steps", "progress", "epoch"):
+            setattr(self, event, partial(self._report, event))
+
+    def _report(self, event: str, about: Any) -> None:
+        for each in self._observers:
+            self._call(each, event, about)
+
+    def _call(self, observer: TrainObserver, event: str, about: Any) -> None:
+        try:
+            getattr(observer, event)(about)
+        except Exception as error:
+            error.add_note(f"raised by the observer {type(observer).__name__}, in `{event}`")
+            raise
+
+    def ended(self, error: BaseException | None) -> None:
+        """Reports the end to all, also where one of them raises."""
+        with ExitStack() as stack:
+            for each in reversed(self._observers):
+                stack.callback(self._call, each, "ended", error)
+
+    @contextmanager
+    def observed(self, plan: TrainPlan) -> Iterator[None]:
+        """Reports the plan, and how the block ends."""
+        try:
+            self.planned(plan)
+            yield
+        except BaseException as error:
+            self.ended(error)
+            raise
+        self.ended(None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

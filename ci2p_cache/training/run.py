@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from ci2p_cache.training.metrics import opened_statistics
 from ci2p_cache.training.ranks import Ranks, StopSignal
 from ci2p_cache.training.records import (
     InitialWeights,
+    Observers,
     RunArgs,
     RunSettings,
     TrainObserver,
@@ -45,6 +46,7 @@ from ci2p_cache.training.records import (
     require_same_settings,
 )
 from ci2p_cache.training.spec import TrainSpec
+from ci2p_cache.training.trackers import DEFAULT_TRACKERS, Tracker, make_trackers
 from ci2p_cache.training.trainer import Learner, Trainer
 
 __all__ = [
@@ -75,8 +77,8 @@ class Session:
     """The ranks that train together."""
     stop: StopSignal
     """Notes the signals that come to this rank."""
-    observer: TrainObserver
-    """Receives plan, progress, epochs and notices; of rank 0 alone anybody listens."""
+    observer: Observers
+    """Receives what there is to report; on ranks other than 0 there is none in it."""
 
     def learner(self, checkpoint: Checkpoint | None, weights: Mapping[str, Tensor]) -> Learner:
         """Returns model, optimiser and averages, as they were saved, or as the run begins.
@@ -106,24 +108,21 @@ class Session:
         initial: InitialWeights | None,
     ) -> TrainPlan:
         """Returns what `train` will do with the same arguments; `device` is the device's name."""
-        spec, (loader, val) = self.spec, loaders
+        loader, val = loaders
         trained = (each for each in learner.model.parameters() if each.requires_grad)
         return TrainPlan(
             path=str(self.path),
-            model=spec.model,
+            spec=self.spec,
             parameters=sum(each.numel() for each in trained),
             train_images=loader.num_samples,
             val_images=0 if val is None else val.num_samples,
             classes=self.config.num_classes,
             views=spec.epochs if spec.fresh_views else loader.split.num_views,
             device=device,
-            precision=spec.precision,
-            batch_size=spec.batch_size,
-            accumulate=spec.accumulate,
-            epochs=spec.epochs,
             steps=len(loader),
             epochs_done=state.epoch,
             steps_done=state.step,
+            last=state.history[-1] if state.history else None,
             initial=initial,
         )
 
@@ -161,36 +160,29 @@ class Session:
             if writer is not None:
                 writer.save(state, learner)
 
-        try:
-            if writer is not None:
-                writer.open_board(state, steps=len(loaders[0]))
-            with opened_statistics(
-                learner.modules,
-                loaders[0].split,
-                self.spec,
-                device=self.device,
-                reads=self.config.reads,
-                threads=threads,
+        with opened_statistics(
+            learner.modules,
+            loaders[0].split,
+            self.spec,
+            device=self.device,
+            reads=self.config.reads,
+            threads=threads,
+            ranks=self.ranks,
+        ) as statistics:
+            state = Trainer(
+                spec=self.spec,
+                model=learner.model,
+                optimizer=learner.optimizer,
+                average=learner.average,
+                statistics=statistics,
+                train_loader=loaders[0],
+                val_loader=loaders[1],
+                save=save,
+                should_stop=should_stop,
                 ranks=self.ranks,
-            ) as statistics:
-                state = Trainer(
-                    spec=self.spec,
-                    model=learner.model,
-                    optimizer=learner.optimizer,
-                    average=learner.average,
-                    statistics=statistics,
-                    train_loader=loaders[0],
-                    val_loader=loaders[1],
-                    save=save,
-                    log=writer.log if writer is not None else lambda _: None,
-                    should_stop=should_stop,
-                    ranks=self.ranks,
-                    observer=self.observer,
-                    save_every_steps=save_every_steps,
-                ).run(state)
-        finally:
-            if writer is not None:
-                writer.close()
+                observer=self.observer,
+                save_every_steps=save_every_steps,
+            ).run(state)
         if state.epoch < self.spec.epochs:
             raise InterruptedRunError(
                 f"training stopped after {state.epoch} of {self.spec.epochs} epochs and "
@@ -230,7 +222,8 @@ def train(
     compile_model: bool = False,
     save_every_steps: int | None = None,
     loader: BatchLoader | None = None,
-    observer: TrainObserver | None = None,
+    observers: Sequence[TrainObserver] = (),
+    track: Sequence[Tracker] = DEFAULT_TRACKERS,
     ranks: Ranks | None = None,
 ) -> TrainSummary:
     """Trains a model from a cache of latents, or a baseline on the images that it was made of.
@@ -261,7 +254,9 @@ def train(
         save_every_steps: Steps between checkpoints inside an epoch; None: only at its end.
         loader: Gives the training batches instead of the cache, for the encoder in the loop: of the
             spec's seed and batch size, on the same device and for this rank. The caller closes it.
-        observer: Receives plan, progress, epochs and notices; on rank 0.
+        observers: Receive plan, steps, progress, epochs, notices and the end; on rank 0.
+        track: Where the numbers of steps and epochs go beside `summary.csv`: tensorboard and csv
+            into the run folder, wandb to Weights & Biases. It may change when a run is resumed.
         ranks: The ranks to train with, joined; None: as the environment says.
 
     Returns:
@@ -269,6 +264,7 @@ def train(
 
     Raises:
         UsageError: an argument or a setting cannot be used.
+        MissingDependencyError: `track` names wandb, which is not installed.
         UnknownModelError: no model has that name.
         NotACacheError, IncompleteCacheError, ManifestError: the cache cannot be opened.
         InputDataError: the cache holds no latent to train from, a label is missing, or, for a model
@@ -284,12 +280,11 @@ def train(
         ResourceError: writing failed, or another rank was killed; run it again.
         InterruptedRunError: stopped by a signal; run it again to continue.
     """
-    spec, observer = spec or TrainSpec(), observer or TrainObserver()
+    spec, reporting = spec or TrainSpec(), [*make_trackers(track), *observers]
     with ExitStack() as stack:
         if ranks is None:
             ranks = stack.enter_context(Ranks.from_environment().joined(device))
-        if not ranks.is_writer:
-            observer = TrainObserver()
+        observer = Observers(reporting if ranks.is_writer else ())
         if save_every_steps is not None and save_every_steps < 1:
             raise UsageError(f"`save_every_steps` is {save_every_steps}; it must be at least 1")
         cache, place = open_cache(cache_dir), ranks.device(device)
@@ -335,12 +330,11 @@ def train(
         del checkpoint, weights
         if compile_model:
             learner.compile()
-        observer.planned(
-            run.plan(begun, learner, loaders, device=how["device"], initial=settings.init_from)
-        )
-        ended = run.train(
-            begun, learner, loaders, writer, threads=threads, save_every_steps=save_every_steps
-        )
+        plan = run.plan(begun, learner, loaders, device=how["device"], initial=settings.init_from)
+        with observer.observed(plan):
+            ended = run.train(
+                begun, learner, loaders, writer, threads=threads, save_every_steps=save_every_steps
+            )
     return run.summary(begun, ended)
 
 

@@ -44,9 +44,10 @@ from ci2p_cache.loader.order import rank_slice
 from ci2p_cache.training.metrics import TrainTotals, autocast
 from ci2p_cache.training.optim import WeightAverage, lr_at, set_lr
 from ci2p_cache.training.ranks import Ranks
+from ci2p_cache.training.records import TakenStep
 from ci2p_cache.training.spec import TrainSpec
 
-__all__ = ["Mix", "OptimizerStep", "TakenStep", "draw_mix", "flipped", "mixed"]
+__all__ = ["Mix", "OptimizerStep", "draw_mix", "flipped", "mixed"]
 
 _CUTMIX_SHARE = 0.5
 """Share of CutMix in mixed batches when both methods are on; the authors' and timm's default."""
@@ -176,22 +177,6 @@ def flipped(
 
 
 _MAX_IN_A_ROW = 10
-
-
-@dataclass(slots=True)
-class TakenStep:
-    """A step that was taken or skipped; the last two fields are known once `read` returns it."""
-
-    epoch: int
-    """From 1."""
-    step: int
-    """Its place in the epoch, from 0."""
-    rows: list[int]
-    """Rows of its batch."""
-    lr: float
-    loss: float = math.nan
-    """Mean over its batch, on all ranks."""
-    is_skipped: bool = False
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from ci2p_cache.training.optim import (
 from ci2p_cache.training.ranks import Ranks
 from ci2p_cache.training.records import TrainObserver, TrainProgress
 from ci2p_cache.training.spec import TrainSpec
-from ci2p_cache.training.step import OptimizerStep, TakenStep
+from ci2p_cache.training.step import OptimizerStep
 
 __all__ = ["Learner", "Trainer", "early_notice"]
 
@@ -187,13 +187,11 @@ class Trainer:
     """Unshuffled, the first view; None where the cache has no validation split."""
     save: Callable[[TrainState], None]
     """Saves a checkpoint of model, optimiser and average with this state; on rank 0."""
-    log: Callable[[Sequence[TakenStep]], None]
-    """Takes the steps of this run in order, some at a time, before a checkpoint that has them."""
     should_stop: Callable[[], bool]
     """Asked after each step and before each validation batch; gives all ranks the same answer."""
     ranks: Ranks
     observer: TrainObserver
-    """Receives progress and skipped steps; the caller reports epochs, in `save`."""
+    """Receives steps, progress and notices; the caller reports epochs, in `save`."""
     save_every_steps: int | None = None
     """Steps between checkpoints inside an epoch; None saves at the end of epochs only."""
     average: WeightAverage | None = None
@@ -260,7 +258,7 @@ class Trainer:
                         f"step {bad.step} of epoch {bad.epoch} was skipped: loss or gradients were "
                         f"not finite on rows {bad.rows} of the train split"
                     )
-                self.log(taken)
+                self.observer.steps(taken)
                 sums = totals.read()
                 loss, top1 = (sums[name] / max(sums["images"], 1) for name in ("loss", "top1"))
             seconds = time.perf_counter() - started

@@ -150,7 +150,7 @@ def test_the_flags_of_train_are_these(run: Callable[..., Ran]) -> None:
         "pos_embed", "precision", "order", "seed", "mixup", "cutmix", "mix_probability",
         "latent_flip", "ema", "layer_decay", "folds", "fold", "fresh_views", "init_from",
         "freeze", "train_encoder", "out", "name", "device", "workers", "resident", "compile",
-        "save_every", "from_images", "overwrite", "json",
+        "save_every", "track", "from_images", "overwrite", "json",
     ]  # fmt: skip
 
 

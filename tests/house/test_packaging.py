@@ -198,7 +198,7 @@ def test_every_dependency_is_imported_and_every_import_is_a_dependency() -> None
     declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
     extras = {
         canonicalize_name(Requirement(line).name)
-        for name in ("remote", "ray", "export")
+        for name in ("remote", "ray", "export", "track")
         for line in PROJECT["optional-dependencies"][name]
     }
     # What type checkers bring themselves is imported by nothing that runs.

@@ -470,7 +470,7 @@ class TestTraining:
         with pytest.raises(errors.InterruptedRunError, match="1 of 2 epochs"):
             cc.train(
                 cache_dir, spec=spec, runs_dir=tmp_path / "cut", device="cpu",
-                observer=InterruptAfterOneEpoch(),
+                observers=[InterruptAfterOneEpoch()],
             )  # fmt: skip
         resumed = cc.train(cache_dir, spec=spec, runs_dir=tmp_path / "cut", device="cpu")
         assert Path(resumed.path).name == Path(whole.path).name

@@ -96,7 +96,7 @@ def do(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         try:
             summary = cc.train(
                 cache, spec=spec, runs_dir=folder / "runs", name=job["name"], device="cpu",
-                threads=1, loader=None if reads_images else loader, observer=notes,
+                threads=1, loader=None if reads_images else loader, observers=[notes],
             )  # fmt: skip
             result["summary"] = summary.to_dict()
         except Exception as error:

@@ -49,7 +49,9 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def go_on(cache_dir: Path, run: Path) -> Notes:
     notes = Notes()
-    cc.train(cache_dir, spec=SPEC, runs_dir=run.parent, name=run.name, device="cpu", observer=notes)
+    cc.train(
+        cache_dir, spec=SPEC, runs_dir=run.parent, name=run.name, device="cpu", observers=[notes]
+    )
     return notes
 
 
@@ -147,7 +149,7 @@ def test_a_checkpoint_of_another_run_is_not_taken(
     shutil.rmtree(foreign)
     copy_run(finished / "checkpoints" / NEWEST, foreign)
     notes = Notes()
-    cc.train(cache_dir, spec=other, runs_dir=tmp_path, name="run", device="cpu", observer=notes)
+    cc.train(cache_dir, spec=other, runs_dir=tmp_path, name="run", device="cpu", observers=[notes])
     assert "another run" in notes.notices[0]
     assert not same_files(foreign, finished / "checkpoints" / NEWEST)
 

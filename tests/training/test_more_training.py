@@ -76,7 +76,7 @@ def begun(cache: Path, runs: Path, spec: cc.TrainSpec) -> tuple[Path, Plans]:
     """A run without a step that changes a weight, and its plan: what it begins with is left."""
     seen = Plans()
     spec = dataclasses.replace(spec, lr=1e-30, min_lr=0, weight_decay=0, epochs=1)
-    made = cc.train(cache, spec=spec, runs_dir=runs, name="begun", device="cpu", observer=seen)
+    made = cc.train(cache, spec=spec, runs_dir=runs, name="begun", device="cpu", observers=[seen])
     return Path(made.path), seen
 
 

@@ -101,7 +101,7 @@ def test_stopped_and_resumed_from_a_moved_file_it_gives_the_same_bits(
     made: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(errors.InterruptedRunError):
-        train(made, tmp_path, "run", observer=Stops())
+        train(made, tmp_path, "run", observers=[Stops()])
     run = train(made, tmp_path, "run", copied(made / "mine.py", tmp_path / "elsewhere"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         ours, theirs = (folder_of(each, "last") / name for each in (run, made / "runs" / "run"))

@@ -121,7 +121,7 @@ def test_the_same_command_gives_the_same_bits_in_the_same_folder_name(
     state = torch.random.get_rng_state()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     notes = Notes()
-    summary = cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observer=notes)
+    summary = cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observers=[notes])
     assert Path(summary.path).name == finished.name
     assert finished.name.startswith("vitds_nano-")
     assert_same_run(Path(summary.path), finished)
@@ -222,7 +222,7 @@ def test_killed_at_a_random_moment_and_resumed_gives_the_same_bits(
     process.send_signal(signal.SIGKILL)
     process.wait()
     notes = Notes()
-    summary = cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observer=notes)
+    summary = cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observers=[notes])
     assert_same_run(Path(summary.path), finished)
     assert not [notice for notice in notes.notices if "damaged" in notice]
     left = {path.name for path in Path(summary.path).iterdir()}
@@ -266,7 +266,9 @@ def test_stopped_again_and_again_by_ctrl_c_it_still_gives_the_same_bits(
             if stopped:
                 timer.start()
             try:
-                cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observer=observer)
+                cc.train(
+                    cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observers=[observer]
+                )
             finally:
                 timer.cancel()
                 if stopped:
@@ -295,7 +297,7 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_that_was_saved(
             time.sleep(10)
 
     with pytest.raises(KeyboardInterrupt):
-        cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observer=Impatient())
+        cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observers=[Impatient()])
     assert len(rows_of(tmp_path / finished.name)) == 1
     cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu")
     assert_same_run(tmp_path / finished.name, finished)
@@ -312,7 +314,7 @@ def test_a_write_that_fails_leaves_no_half_checkpoint_and_the_run_goes_on_later(
 
     try:
         with pytest.raises(errors.ResourceError, match=r"optimizer|model") as caught:
-            cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observer=Filling())
+            cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observers=[Filling()])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.exit_code == 6
@@ -342,7 +344,9 @@ def test_a_finished_run_returns_at_once_and_changes_nothing(
     cache_dir: Path, finished: Path
 ) -> None:
     before, notes = files_below(finished), Notes()
-    summary = cc.train(cache_dir, spec=SPEC, runs_dir=finished.parent, device="cpu", observer=notes)
+    summary = cc.train(
+        cache_dir, spec=SPEC, runs_dir=finished.parent, device="cpu", observers=[notes]
+    )
     assert summary.trained_epochs == 0
     assert summary.last.epoch == 3
     name = finished.name
@@ -401,7 +405,9 @@ def test_tensorboard_holds_every_step_once_after_a_failure_and_the_settings(
     assert [step for step, _ in before] == list(range(10))
     notes = Notes()
     with eventful(cache_dir, spec) as loader:
-        cc.train(cache_dir, spec=spec, runs_dir=tmp_path, name="run", loader=loader, observer=notes)
+        cc.train(
+            cache_dir, spec=spec, runs_dir=tmp_path, name="run", loader=loader, observers=[notes]
+        )
     assert [(plan.epochs_done, plan.steps_done) for plan in notes.plans] == [(0, 8)]
     board = board_of(run)
     after = [(event.step, event.value) for event in board.Scalars("train/loss_step")]
@@ -419,14 +425,16 @@ def test_the_plan_says_what_is_trained_and_a_finished_run_has_none(
 ) -> None:
     spec, notes = changed(epochs=1, accumulate=2), Notes()
     for _ in range(2):
-        cc.train(cache_dir, spec=spec, runs_dir=tmp_path, name="run", device="cpu", observer=notes)
+        cc.train(
+            cache_dir, spec=spec, runs_dir=tmp_path, name="run", device="cpu", observers=[notes]
+        )
     model = cc.create_model("vitds_nano", num_classes=3, latent_channels=4, latent_size=4)
     (plan,) = notes.plans
     assert plan == TrainPlan(
-        path=str(tmp_path / "run"), model="vitds_nano",
+        path=str(tmp_path / "run"), spec=spec,
         parameters=sum(each.numel() for each in model.parameters()), train_images=24, val_images=8,
-        classes=3, views=2, device="cpu", precision="float32", batch_size=5, accumulate=2, epochs=1,
-        steps=5, epochs_done=0, steps_done=0, initial=None,
+        classes=3, views=2, device="cpu", steps=5, epochs_done=0, steps_done=0, last=None,
+        initial=None,
     )  # fmt: skip
 
 
@@ -505,7 +513,7 @@ def test_a_change_of_threads_is_told(cache_dir: Path, finished: Path, tmp_path: 
     args["numerics"]["cpu_threads"] = "64"
     replace_file(tmp_path / finished.name / "args.yaml", yaml.safe_dump(args).encode())
     notes = Notes()
-    cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observer=notes)
+    cc.train(cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", observers=[notes])
     assert "cpu_threads 64 -> 1" in notes.notices[0]
 
 
@@ -545,7 +553,7 @@ def test_a_batch_of_nan_leaves_weights_and_statistics_as_they_were(
     with eventful(cache_dir, spec, {(0, 4): poison}) as loader:
         summary = cc.train(
             cache_dir, spec=spec, runs_dir=tmp_path, loader=loader, save_every_steps=4,
-            observer=notes, device="cpu",
+            observers=[notes], device="cpu",
         )  # fmt: skip
         loader.set_epoch(0)
         rows = [batch.rows.tolist() for batch in loader][4]
@@ -817,7 +825,7 @@ def test_a_resident_split_gives_the_same_bits(
 ) -> None:
     notes = Notes()
     summary = cc.train(
-        cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", resident="yes", observer=notes
+        cache_dir, spec=SPEC, runs_dir=tmp_path, device="cpu", resident="yes", observers=[notes]
     )
     assert any("they are kept there" in notice for notice in notes.notices)
     assert_same_run(Path(summary.path), finished)
@@ -840,11 +848,11 @@ def test_a_compiled_model_trains_to_nearly_the_same_numbers_and_goes_on_uncompil
     with pytest.raises(errors.InterruptedRunError):
         cc.train(
             cache_dir, spec=spec, runs_dir=tmp_path / "compiled", device="cpu",
-            compile_model=True, observer=StopAfterOne(),
+            compile_model=True, observers=[StopAfterOne()],
         )  # fmt: skip
     notes = Notes()
     summary = cc.train(
-        cache_dir, spec=spec, runs_dir=tmp_path / "compiled", device="cpu", observer=notes
+        cache_dir, spec=spec, runs_dir=tmp_path / "compiled", device="cpu", observers=[notes]
     )
     assert any("compiled" in notice for notice in notes.notices)
     wanted, got = (
