@@ -521,3 +521,18 @@ class TestAsDataset:
     def test_a_view_that_is_not_there_is_refused(self, train: cc.Split, view: Any) -> None:
         with pytest.raises(errors.UsageError, match="has views 0 to 1, or 'random'"):
             train.as_dataset(view)
+
+    @pytest.mark.parametrize("is_prefetched", [True, False])
+    def test_timms_loader_for_images_is_refused(
+        self, train: cc.Split, *, is_prefetched: bool
+    ) -> None:
+        # It would round the latents to uint8, or resize them.
+        from timm.data import create_loader
+
+        dataset = train.as_dataset(transform=torch.abs)
+        with pytest.raises(errors.UsageError, match="`transform` cannot be replaced"):
+            create_loader(
+                dataset, input_size=train.latent.shape, batch_size=2, num_workers=0,
+                use_prefetcher=is_prefetched, device=torch.device("cpu"),
+            )  # fmt: skip
+        assert dataset.transform is torch.abs
