@@ -238,7 +238,7 @@ def watch(program: Path, killed: int, start: str) -> int:
     import multiprocessing
 
     import torch
-    from timm.data import Mixup
+    from timm.data.mixup import Mixup
 
     import ci2p_cache as cc
 
