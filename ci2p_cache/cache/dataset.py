@@ -49,13 +49,26 @@ class SplitDataset(Dataset[tuple[Any, int]]):
             )
         self.split = split
         self.view = view
-        self.transform = transform
+        self._transform = transform
 
     def __repr__(self) -> str:
         return f"SplitDataset({self.split!r}, view={self.view!r}, transform={self.transform!r})"
 
     def __len__(self) -> int:
         return len(self.split.valid_rows)
+
+    @property
+    def transform(self) -> Callable[[Tensor], Any] | None:
+        """What is applied to each latent. It cannot be replaced: timm's loaders try, for images."""
+        return self._transform
+
+    @transform.setter
+    def transform(self, _: Any) -> None:
+        raise UsageError(
+            "`transform` cannot be replaced; timm's create_loader sets one for images, and rounds "
+            "latents to uint8",
+            hint="give `transform` to `as_dataset`, and the dataset to torch's DataLoader",
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -93,5 +106,5 @@ class SplitDataset(Dataset[tuple[Any, int]]):
         else:
             views = np.full(len(rows), self.view, np.int64)
         latents = self.split.read_views(rows, views)
-        shown = latents if self.transform is None else map(self.transform, latents)
+        shown = latents if self._transform is None else map(self._transform, latents)
         return list(zip(shown, self.split.labels[rows].tolist(), strict=True))

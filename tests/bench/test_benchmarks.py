@@ -79,7 +79,8 @@ def test_a_peer_that_is_not_installed_is_a_row_and_no_failure(
     monkeypatch.setattr("tests.benchmarks.peers.installed", lambda name: None)
     split = write_cache(tmp_path / "zstd", data, codec="zstd", shard_samples=10)
     found, missing = peers(Shelf(data, tmp_path, 4, split, split), [1])
-    assert {each.key for each in found} == {"npy files", "ours DataLoader", "ours indexed"}
+    ours = {"ours DataLoader", "ours as_dataset", "ours indexed"}
+    assert {each.key for each in found} == {"npy files", *ours}
     assert {lack.reason for lack in missing} == {"not installed"}
     table = loader.rate_table({}, missing, loader.Settings())
     assert [row[:2] for row in table.rows] == [[lack.name, "not installed"] for lack in missing]

@@ -42,6 +42,7 @@ TARGETS = (
     Target("ours zstd stored 2", "tensorstore zstd 2", 1.0),
     Target("ours zstd stored 2", "spdl 2", 1.0),
     Target("ours zstd", "ours DataLoader", None),
+    Target("ours zstd", "ours as_dataset", None),
     Target("ours zstd", "ours indexed", None),
     Target("ours zstd", "ours zstd owned", None),
     Target("ours zstd stored 2", "ours zstd stored", 1.7),

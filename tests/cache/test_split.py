@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Subset, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 import ci2p_cache as cc
 from ci2p_cache import errors
@@ -521,3 +527,31 @@ class TestAsDataset:
     def test_a_view_that_is_not_there_is_refused(self, train: cc.Split, view: Any) -> None:
         with pytest.raises(errors.UsageError, match="has views 0 to 1, or 'random'"):
             train.as_dataset(view)
+
+    def test_distributed_samplers_share_the_rows_out(self, train: cc.Split) -> None:
+        dataset = train.as_dataset()
+        taken = []
+        for rank in range(2):
+            sampler = DistributedSampler(dataset, num_replicas=2, rank=rank, drop_last=True)
+            latents, _ = (
+                torch.cat(parts)
+                for parts in zip(*DataLoader(dataset, 3, sampler=sampler), strict=True)
+            )
+            assert torch.equal(latents, train[train.valid_rows[list(sampler)]][0][:, 0])
+            taken += list(sampler)
+        assert len(set(taken)) == len(taken) == len(dataset) // 2 * 2
+
+    @pytest.mark.parametrize("is_prefetched", [True, False])
+    def test_timms_loader_for_images_is_refused(
+        self, train: cc.Split, *, is_prefetched: bool
+    ) -> None:
+        # It would round the latents to uint8, or resize them.
+        from timm.data import create_loader
+
+        dataset = train.as_dataset(transform=torch.abs)
+        with pytest.raises(errors.UsageError, match="`transform` cannot be replaced"):
+            create_loader(
+                dataset, input_size=train.latent.shape, batch_size=2, num_workers=0,
+                use_prefetcher=is_prefetched, device=torch.device("cpu"),
+            )  # fmt: skip
+        assert dataset.transform is torch.abs

@@ -37,6 +37,7 @@ SETTINGS = {
 _NO_BUCKET = "no bucket; tests/images/test_remote_sources.py and tests/cache have a server"
 _MINUTES = "minutes; tests/experiment/test_recipes.py makes it"
 _OWN = "needs the file above; tests/training/test_own_model.py"
+_LOOPS = "needs other packages; tests/long/loops.py runs it"
 _GPUS = "several GPUs; tests/training/test_distributed.py"
 
 EXCUSED = {
@@ -58,6 +59,9 @@ EXCUSED = {
     ("docs/training.md", "WANDB_MODE=offline"): "needs wandb; tests/long/trackers.py",
     ("docs/training.md", "hf upload"): "needs an account; tests/inference/test_share.py",
     ("docs/training.md", "hf download"): "needs an account; tests/inference/test_share.py",
+    ("docs/loops.md", "import lightning"): _LOOPS,
+    ("docs/loops.md", "from torch import nn"): _LOOPS,
+    ("docs/loops.md", "from pathlib import Path\n\nimport torch\nfrom accelerate"): _LOOPS,
     ("docs/machines.md", "sbatch"): "no Slurm; tests/encoding/test_cluster.py",
     ("docs/machines.md", "spec:"): "a manifest of Kubernetes",
     ("docs/object_stores.md", "ci2p-cache encode 's3:"): _NO_BUCKET,
