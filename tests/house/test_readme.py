@@ -37,6 +37,7 @@ SETTINGS = {
 _NO_BUCKET = "no bucket; tests/images/test_remote_sources.py and tests/cache have a server"
 _MINUTES = "minutes; tests/experiment/test_recipes.py makes it"
 _OWN = "needs the file above; tests/training/test_own_model.py"
+_READERS = "packages of their own; tests/long/readers.py"
 _GPUS = "several GPUs; tests/training/test_distributed.py"
 
 EXCUSED = {
@@ -55,6 +56,9 @@ EXCUSED = {
     ("docs/training.md", "torchrun"): _GPUS,
     ("docs/training.md", "ci2p-cache train shards/ --model mine.py"): _OWN,
     ("docs/training.md", "ci2p-cache evaluate runs/mine.py"): _OWN,
+    ("docs/training.md", "import json, numpy as np, onnx"): "tests/inference/test_export.py",
+    ("docs/beside_other_tools.md", "import numpy as np, tensorstore"): _READERS,
+    ("docs/beside_other_tools.md", "import datasets"): _READERS,
     ("docs/machines.md", "sbatch"): "no Slurm; tests/encoding/test_cluster.py",
     ("docs/machines.md", "spec:"): "a manifest of Kubernetes",
     ("docs/object_stores.md", "ci2p-cache encode 's3:"): _NO_BUCKET,
