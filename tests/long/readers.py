@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 READERS = ("zarr", "tensorstore", "webdataset", "datasets", "pandas", "duckdb")
 
+PAGES = ("storage", "beside_other_tools")
+
 KINDS = {
     "int8": {"format": "both"},
     "folded": {"fold": True, "codec": "lz4"},
@@ -36,7 +38,7 @@ KINDS = {
     "float32": {"dtype": "float32"},
 }
 
-READ = '''
+READ = """
 import glob, json, sys
 from pathlib import Path
 
@@ -73,7 +75,7 @@ for name in sys.argv[2:]:
         keys = [sample["__key__"] for sample in webdataset.WebDataset(tars, shardshuffle=False)]
         assert list(map(int, keys)) == wanted["rows"].tolist()
     print(name, "alike")
-'''
+"""
 
 
 def main() -> int:
@@ -112,16 +114,16 @@ def make_caches(folder: Path) -> None:
 def snippets(folder: Path) -> dict[str, tuple[Path, str]]:
     """Returns what the pages print for readers without ours: where it is run, and the lines."""
     found = {}
+    pages = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES))
     for page, place in (
-        *((ROOT / name, folder) for name in ("README.md", "docs/storage.md")),
-        (ROOT / "docs/beside_other_tools.md", folder),
+        *((page, folder) for page in pages),
         (folder / "int8/README.md", folder / "int8"),
     ):
         blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.M)
         for number, block in enumerate(blocks, 1):
             # What needs ours, or the lines before it.
             if "import ci2p_cache" not in block and not block.startswith("codes ="):
-                found[f"{page.relative_to(page.parents[1])} {number}"] = (place, block)
+                found[f"{page.parent.name}/{page.name} {number}"] = (place, block)
     return found
 
 
@@ -135,15 +137,15 @@ def trial(folder: Path, python: str, venv: Path) -> list[str]:
     ).stdout.split()
     wanted = (*READERS, "numpy", "pyarrow")
     print("==", *(each for each in listed if each.partition("==")[0] in wanted), flush=True)
-    left_out = {"PYTHONPATH"}
     environment = {
-        **{name: value for name, value in os.environ.items() if name not in left_out},
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "HF_HUB_OFFLINE": "1", "HF_HOME": str(venv), "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     if not (folder / "shards").exists():
         (folder / "shards").symlink_to("int8")
     tries = {"values": (folder, READ, [str(folder), *KINDS])} | {
-        name: (place, "import pandas\n" + code, []) for name, (place, code) in snippets(folder).items()
+        name: (place, "import pandas\n" + code, [])
+        for name, (place, code) in snippets(folder).items()
     }
     failed = []
     for name, (place, code, words) in tries.items():
