@@ -38,6 +38,7 @@ _NO_BUCKET = "no bucket; tests/images/test_remote_sources.py and tests/cache hav
 _MINUTES = "minutes; tests/experiment/test_recipes.py makes it"
 _OWN = "needs the file above; tests/training/test_own_model.py"
 _LOOPS = "needs other packages; tests/long/loops.py runs it"
+_READERS = "packages of their own; tests/long/readers.py"
 _GPUS = "several GPUs; tests/training/test_distributed.py"
 
 EXCUSED = {
@@ -62,6 +63,9 @@ EXCUSED = {
     ("docs/loops.md", "import lightning"): _LOOPS,
     ("docs/loops.md", "from torch import nn"): _LOOPS,
     ("docs/loops.md", "from pathlib import Path\n\nimport torch\nfrom accelerate"): _LOOPS,
+    ("docs/training.md", "import json, numpy as np, onnx"): "tests/inference/test_export.py",
+    ("docs/beside_other_tools.md", "import numpy as np, tensorstore"): _READERS,
+    ("docs/beside_other_tools.md", "import datasets"): _READERS,
     ("docs/machines.md", "sbatch"): "no Slurm; tests/encoding/test_cluster.py",
     ("docs/machines.md", "spec:"): "a manifest of Kubernetes",
     ("docs/object_stores.md", "ci2p-cache encode 's3:"): _NO_BUCKET,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 import ci2p_cache as cc
 from ci2p_cache import errors
 from ci2p_cache.inference.export import check_export
-from tests.support.commands import Ran, needs
+from tests.support.commands import REPO, Ran, needs
 from tests.support.trained import make_run
 
 pytestmark = [
@@ -43,7 +46,11 @@ def views(classifier: cc.Classifier, made: Path) -> Tensor:
 
 @pytest.mark.slow
 def test_onnx_from_images_to_logits(
-    run: Callable[..., Ran], made: Path, classifier: cc.Classifier, tmp_path: Path
+    run: Callable[..., Ran],
+    made: Path,
+    classifier: cc.Classifier,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "model.onnx"
     ran = run("export", made / "runs" / "run", "--out", out, "--check", made / "src", "--count",
@@ -75,6 +82,17 @@ def test_onnx_from_images_to_logits(
     assert metadata["input_size"] == "64"
     assert metadata["fingerprint"] == classifier.fingerprint.digest
     assert list(tmp_path.iterdir()) == [out]
+    # The docs' own preparation of a picture is that of `predict`.
+    page = (REPO / "docs" / "training.md").read_text("utf-8")
+    (code,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "onnx" in b)
+    photo = next((made / "src" / "val").rglob("*.jpg"))
+    shutil.copyfile(photo, tmp_path / "photo.jpg")
+    out.rename(tmp_path / "vitds.onnx")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert abs(names["images"][0] * 255 - classifier.read(photo).numpy()).max() < 1.5
+    assert names["logits"].shape == (1, 3)
 
 
 @pytest.mark.slow

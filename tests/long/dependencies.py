@@ -11,8 +11,8 @@ and Pillow have to write the same bytes and to lose the same in training.
 
 uv comes from pip, and installs wheels alone. What is resolved is the project with its extras
 `test`, `remote`, `ray` and `export`; a floor that no release satisfies, or that another package
-rules out, is named, for it promises what no one can install. The extra `bench` is left out: it is
-for people who measure.
+rules out, is named, for it promises what no one can install. The extras `bench` and `systems` are
+for people who measure: they are not installed, but all extras together have to resolve.
 
 python tests/long/dependencies.py [--python PYTHON ...] [--versions {lowest,newest} ...]
     [--keep FOLDER] [--only-resolve] [--tests TESTS ...]
@@ -160,19 +160,23 @@ class Trial:
             raise SystemExit(f"failed: {' '.join(command)}")
 
     def resolve(self) -> list[str]:
-        """Finds every package's version, the indirect ones' too; returns floors not met."""
-        self.check(
+        """Finds every package's version, the indirect ones' too; returns what cannot be had."""
+        command = (
             *("uv", "pip", "compile", "--quiet", "--no-annotate", "--no-header"),
             *("--only-binary", ":all:"),
             *("--resolution", "highest" if self.kind == "newest" else "lowest-direct"),
-            *(word for extra in EXTRAS for word in ("--extra", extra)),
-            *("--output-file", str(self.folder / "resolved.txt"), "pyproject.toml"),
+            *("pyproject.toml", "--output-file"),
         )
+        extras = (word for extra in EXTRAS for word in ("--extra", extra))
+        self.check(*command, str(self.folder / "resolved.txt"), *extras)
         lines = (self.folder / "resolved.txt").read_text("utf-8").split()
         pairs = (line.partition("==") for line in lines)
         self.versions = {name: Version(version) for name, _, version in pairs}
         missed = print_versions(self.versions, self._markers, newest=self.kind == "newest")
-        return [f"{self.name}: floor that cannot be had: {each}" for each in missed]
+        failed = [f"{self.name}: floor that cannot be had: {each}" for each in missed]
+        if self.run(*command, str(self.folder / "together.txt"), "--all-extras"):
+            failed.append(f"{self.name}: all extras together")
+        return failed
 
     def install(self) -> None:
         """Installs what was resolved, and the project as pip would from a clone."""
