@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,10 +18,12 @@ from typing import Any
 
 from ci2p_cache.cache.commit import CommitRecord, FileRecord
 from ci2p_cache.cache.paths import commit_path
-from ci2p_cache.errors import DiskFullError, ManifestError, ResourceError
+from ci2p_cache.errors import DiskFullError, LockedError, ManifestError, ResourceError
 from ci2p_cache.record import json_bytes, sealed_bytes
 
-__all__ = ["StagingArea", "disk_errors", "refuse_link", "remove_path", "sync_folder"]
+__all__ = [
+    "StagingArea", "disk_errors", "refuse_link", "remove_path", "remove_staged", "sync_folder",
+]  # fmt: skip
 
 
 @contextmanager
@@ -44,8 +47,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 class StagingArea:
     """A folder inside the cache where files are written before they are renamed into place.
 
-    Opening it removes what a killed process of the same name left there; closing it removes the
-    folder. The caller holds the lock that makes it the only user of that name.
+    Opening it removes what earlier holders of that name staged; closing it removes the folder. The
+    caller holds the lock that makes it the only user of the name. Each area has a folder of its
+    own: a process whose lock was taken over while it was suspended finds its folder gone.
 
     Args:
         root: The cache folder; staging is in it because a rename must not cross file systems.
@@ -55,14 +59,14 @@ class StagingArea:
     def __init__(self, root: Path, *, name: str = "all") -> None:
         self.root = root
         self.name = name
-        self._folder = root / ".staging" / name
+        self._folder = root / ".staging" / f"{name}-{secrets.token_hex(4)}"
 
     def __enter__(self) -> StagingArea:
         try:
             with disk_errors(self._folder):
                 if self._folder.parent.is_symlink() or not self._folder.parent.is_dir():
                     remove_path(self._folder.parent)
-                remove_path(self._folder)
+                remove_staged(self.root, self.name)
                 self._make_folder(self._folder)
         except ResourceError:
             self.__exit__()
@@ -86,6 +90,7 @@ class StagingArea:
             DiskFullError: no space is left; the staged bytes are removed.
             ResourceError: another write error.
             ManifestError: a folder on the way is a link.
+            LockedError: the staging folder is gone, so another process has taken over.
         """
         target = self.root / path
         staged = self._folder / path.replace("/", "__")
@@ -104,7 +109,13 @@ class StagingArea:
                     remove_path(target)
                 staged.replace(target)
                 sync_folder(target.parent)
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ESTALE):
+                    raise LockedError(
+                        f"another process took over {self.root}, or removed its .staging, while "
+                        f"this one was suspended; {path} was not written",
+                        hint="if no other process works there, run the same command again",
+                    ) from error
                 staged.unlink(missing_ok=True)
                 raise
         return FileRecord(path=path, bytes=size, sha256=digest.hexdigest())
@@ -154,6 +165,13 @@ def refuse_link(folder: Path, root: Path) -> None:
             f"{folder} is a link; a cache must be in one folder",
             hint=f"put the folder itself in its place, or move all of {root}",
         )
+
+
+def remove_staged(root: Path, name: str) -> None:
+    """Removes what was staged under a name, by whichever process."""
+    for path in (root / ".staging").glob(f"{name}*"):
+        if path.name == name or path.name.startswith(f"{name}-"):
+            remove_path(path)
 
 
 def remove_path(path: Path) -> None:
