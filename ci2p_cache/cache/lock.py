@@ -99,10 +99,10 @@ def locked(
     with disk_errors(path):
         descriptor = _acquire(path, what, waits_for)
     ended, beats = threading.Event(), None
+    holder = LockHolder(
+        host=socket.gethostname(), pid=os.getpid(), what=what, scope=_scope(descriptor)
+    )
     try:
-        holder = LockHolder(
-            host=socket.gethostname(), pid=os.getpid(), what=what, scope=_scope(descriptor)
-        )
         text = json.dumps(holder.to_dict()).encode()
         with disk_errors(path):
             _write(descriptor, text)
@@ -116,7 +116,7 @@ def locked(
                 beats.join()
             # Unlinked while still held: whoever opened it meanwhile sees another inode and retries.
             with disk_errors(path):
-                if _is_at(path, descriptor):
+                if _named_in(path) in (holder, LockHolder()):
                     path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
@@ -129,15 +129,16 @@ def lock_holder(path: Path) -> LockHolder | None:
     a killed process left behind is free.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = _open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
-        return _live_holder(descriptor, path, fcntl.LOCK_SH)
+        holder, lives = _judge(descriptor, path, fcntl.LOCK_SH)
     except OSError:
         return None
     finally:
         os.close(descriptor)
+    return holder if lives else None
 
 
 def live_ranges(root: Path) -> list[tuple[ShardRange, LockHolder]]:
@@ -189,34 +190,42 @@ def _acquire(path: Path, what: str, waits_for: Callable[[LockHolder], bool]) -> 
 def _cleared(path: Path) -> LockHolder | None:
     """Returns who holds a lock file that is there; one without a live holder is removed."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = _open(path, os.O_RDWR)
     except FileNotFoundError:
         return None
     try:
-        holder = _live_holder(descriptor, path, fcntl.LOCK_EX)
-        if holder is None and _is_at(path, descriptor):
+        holder, lives = _judge(descriptor, path, fcntl.LOCK_EX)
+        if lives:
+            return holder
+        # Another may have removed it, and made its own: a new file, with another name in it. On
+        # some file systems an open file seems to be whatever has its name by now.
+        if _is_at(path, descriptor) and _named_in(path) == holder:
             path.unlink(missing_ok=True)
-        return holder
+        return None
     finally:
         os.close(descriptor)
 
 
-def _live_holder(descriptor: int, path: Path, how: int) -> LockHolder | None:
-    """Returns who holds an open lock file; None where its holder is dead. It may lock the file."""
+def _open(path: Path, how: int) -> int:
+    return os.open(path, how | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _judge(descriptor: int, path: Path, how: int) -> tuple[LockHolder, bool]:
+    """Returns whom an open lock file names, and whether that process lives; may lock the file."""
     scope = ""
     try:
         fcntl.flock(descriptor, how | fcntl.LOCK_NB)
         scope = _scope(descriptor)
     except BlockingIOError:
-        return _read_holder(descriptor)
+        return _read_holder(descriptor), True
     except OSError as error:
         if error.errno not in _NO_FLOCK:
             raise
     holder = _read_holder(descriptor)
     if holder.pid and holder.scope == scope:
-        return None
+        return holder, False
     silent = abs(_now(path.parent) - os.fstat(descriptor).st_mtime)
-    return holder if silent < (_SILENT_SECONDS if holder.pid else _UNNAMED_SECONDS) else None
+    return holder, silent < (_SILENT_SECONDS if holder.pid else _UNNAMED_SECONDS)
 
 
 def _now(folder: Path) -> float:
@@ -258,6 +267,18 @@ def _beat(descriptor: int, text: bytes, ended: threading.Event) -> None:
     while not ended.wait(_BEAT_SECONDS):
         with suppress(OSError):
             _write(descriptor, text)
+
+
+def _named_in(path: Path) -> LockHolder | None:
+    """Returns whom a lock file names, opened anew; None where it is missing."""
+    try:
+        descriptor = _open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        return _read_holder(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_holder(descriptor: int) -> LockHolder:

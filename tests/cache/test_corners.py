@@ -184,8 +184,9 @@ class TestLock:
             os.utime(path, (0, 0))
             with locked(path, what="repair"):
                 assert json.loads(path.read_text())["what"] == "repair"
-            path.write_text("of a third")
-        assert path.read_text() == "of a third"
+            third = json.loads(path.read_text()) | {"pid": 4711}
+            path.write_text(json.dumps(third))
+        assert json.loads(path.read_text()) == third
 
     def test_another_failure_to_lock_is_a_resource_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
