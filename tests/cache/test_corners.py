@@ -184,7 +184,7 @@ class TestLock:
             os.utime(path, (0, 0))
             with locked(path, what="repair"):
                 assert json.loads(path.read_text())["what"] == "repair"
-            third = json.loads(path.read_text()) | {"pid": 4711}
+                third = json.loads(path.read_text()) | {"pid": 4711}
             path.write_text(json.dumps(third))
         assert json.loads(path.read_text()) == third
 

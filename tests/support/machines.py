@@ -73,6 +73,8 @@ class Machine:
         """Ends the machine as a power cut does, but for its disk."""
         os.kill(int(self._pid), signal.SIGKILL)
         self._unshare.wait()
+        # The kernel takes it down a while after its other end.
+        subprocess.run(["ip", "link", "delete", self.name], stderr=subprocess.DEVNULL, check=False)
 
     def cut(self) -> None:
         """Pulls the network cable; all goes on."""
