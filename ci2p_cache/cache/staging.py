@@ -95,7 +95,7 @@ class StagingArea:
         target = self.root / path
         staged = self._folder / path.replace("/", "__")
         digest, size = hashlib.sha256(), 0
-        with disk_errors(target):
+        with self._held(target):
             try:
                 with staged.open("wb") as file:
                     for part in (parts,) if isinstance(parts, bytes) else parts:
@@ -109,16 +109,25 @@ class StagingArea:
                     remove_path(target)
                 staged.replace(target)
                 sync_folder(target.parent)
-            except BaseException as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ESTALE):
-                    raise LockedError(
-                        f"another process took over {self.root}, or removed its .staging, while "
-                        f"this one was suspended; {path} was not written",
-                        hint="if no other process works there, run the same command again",
-                    ) from error
+            except BaseException:
                 staged.unlink(missing_ok=True)
                 raise
         return FileRecord(path=path, bytes=size, sha256=digest.hexdigest())
+
+    @contextmanager
+    def _held(self, target: Path) -> Iterator[None]:
+        """Raises what a failed write means: that it may be continued, or is another's by now."""
+        with disk_errors(target):
+            try:
+                yield
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+                raise LockedError(
+                    f"another process took over {self.root}, or removed its .staging, while this "
+                    f"one was suspended; {target.relative_to(self.root)} was not written",
+                    hint="if no other process works there, run the same command again",
+                ) from error
 
     def _make_folder(self, folder: Path) -> None:
         """Makes a folder below the root, and the root itself, where it is not there yet."""
@@ -146,12 +155,31 @@ class StagingArea:
         return self.put(path, sealed_bytes(data))
 
     def scratch(self, name: str) -> Path:
-        """Returns a new, empty folder, which is removed when the area is closed."""
+        """Returns a new, empty folder, which is removed when the area is closed.
+
+        Raises:
+            LockedError: as `put` has it.
+            ResourceError: as `put` has it.
+        """
         folder = self._folder / f"scratch-{name}"
-        with disk_errors(folder):
+        with self._held(folder):
             remove_path(folder)
             folder.mkdir()
         return folder
+
+    def put_folder(self, scratch: Path, path: str) -> None:
+        """Renames a scratch folder, whose files were put, into place; what is there is replaced.
+
+        Raises:
+            LockedError: as `put` has it.
+            ResourceError: as `put` has it.
+        """
+        target = self.root / path
+        remove_path(target)
+        with self._held(target):
+            self._make_folder(target.parent)
+            scratch.rename(target)
+            sync_folder(target.parent)
 
     def commit(self, record: CommitRecord) -> None:
         """Makes a shard count: its record is written last, after all files that it lists."""

@@ -232,7 +232,7 @@ class _Trials:
             mount = self._mounts[at]
             return self._warm[at].start(
                 *("train", mount / "out", "--model", "vitds_tiny", "--epochs", 100_000),
-                *("--batch-size", 16, "--save-every", 1, "--runs", mount / "runs"),
+                *("--batch-size", 16, "--save-every", 1, "--out", mount / "runs"),
                 *("--name", "run", "--device", "cpu", "--workers", 1),
             )
 

@@ -78,6 +78,7 @@ def main() -> int:
         cc.encode(source, folder / "one", options)
         nodes = _cluster(folder)
         problems = [*_encode(folder, source, nodes), *_train(folder, nodes)]
+        subprocess.run(["umount", "--lazy", folder / "mnt"], check=True)
     for problem in problems:
         print(f"  {problem}")
     print("0 problems" if not problems else f"{len(problems)} problems")
@@ -213,7 +214,7 @@ def _busy_node(out: Path, nodes: dict[str, Machine]) -> str:
 def _train(folder: Path, nodes: dict[str, Machine]) -> Iterator[str]:
     runs = folder / "mnt" / "runs"
     words = ("--model", "vitds_tiny", "--epochs", 3, "--batch-size", 32, "--save-every", 1,
-             "--device", "cpu", "--workers", 1, "--name", "run", "--runs")  # fmt: skip
+             "--device", "cpu", "--workers", 1, "--name", "run", "--out")  # fmt: skip
     alone = launch(2, "ci2p_cache", "train", folder / "one", *words, folder / "alone")
     told, _ = alone.communicate(timeout=LIMIT_SECONDS)
     assert alone.returncode == 0, told

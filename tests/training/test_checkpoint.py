@@ -162,13 +162,10 @@ def test_a_damaged_pointer_is_told_and_written_again(cache_dir: Path, run: Path)
 
 
 def test_what_a_killed_save_left_is_removed(cache_dir: Path, finished: Path, run: Path) -> None:
-    (run / "checkpoints" / ".partial").mkdir()
-    (run / "checkpoints" / ".partial" / "model.safetensors").write_bytes(b"half")
     (run / ".staging" / "train").mkdir(parents=True)
     (run / ".staging" / "train" / "args.yaml").write_bytes(b"half")
     replace_file(run / "summary.csv", b"torn")
     go_on(cache_dir, run)
-    assert not (run / "checkpoints" / ".partial").exists()
     assert not (run / ".staging").exists()
     assert rows_of(run) == rows_of(finished)
 
