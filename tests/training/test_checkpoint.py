@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 
 import ci2p_cache as cc
 from ci2p_cache import errors
-from ci2p_cache.training.records import EpochRecord
+from ci2p_cache.runs.files import EpochRecord
 from tests.support.caches import make_cache
 from tests.support.tiers import thinned
 from tests.training.test_training import Notes, copy_run, replace_file, rows_of
