@@ -15,7 +15,8 @@ hangs where a rank has no images. Rank 0 alone writes, prints and holds locks.
 
 A rank that ends early closes its connections, which ends the collective that the others are in;
 they then read from torchrun's store what it died of. So an error on any rank is raised on all of
-them, and rank 0 prints it. No timeout is involved, so rank 0 may take its time to save.
+them, and rank 0 prints it. No timeout is involved, so rank 0 may take its time to save. A machine
+that can no longer be reached closes nothing: there the kernel asks, see `_keep_alive`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -182,10 +184,35 @@ class _Link:
             dist.destroy_process_group(self.words)
 
 
+def _open_files() -> set[str]:
+    try:
+        return set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    except OSError:
+        return set()
+
+
+def _keep_alive(files: set[str]) -> None:
+    """Ends connections whose other end does not answer for 45 s; it answers while it is busy.
+
+    gloo asks nothing itself, and a connection that only waits for data would wait on. One that has
+    sent data ends when the kernel gives up to repeat it (`net.ipv4.tcp_retries2`).
+    """
+    for name in files:
+        # Not every file is a socket, nor every socket one of TCP.
+        with (
+            contextlib.suppress(OSError),
+            socket.fromfd(int(name), socket.AF_INET, socket.SOCK_STREAM) as connection,
+        ):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
+
+
 def _connect(device: str, ranks: Ranks) -> _Link:
     """Joins the process group that torchrun's variables name; nccl besides gloo on CUDA."""
     # Before connecting: if torchrun were killed in between, this rank would never know.
-    parent = os.getppid()
+    parent, files = os.getppid(), _open_files()
     # Not every build of torch has them; a single process does not need them.
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -217,6 +244,7 @@ def _connect(device: str, ranks: Ranks) -> _Link:
             hint="start torchrun again: the run continues",
         ) from error
     assert not isinstance(words, int)
+    _keep_alive(_open_files() - files)
     return _Link(store, words, StopSignal(), parent)
 
 

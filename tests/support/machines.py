@@ -39,8 +39,8 @@ def run_apart(needs: Sequence[str]) -> None:
     if os.geteuid() or missing:
         print(f"it needs root and the commands {', '.join(missing) or 'that it has'}")
         sys.exit(1)
-    environment = os.environ | {_INSIDE: "1"}
-    sys.exit(subprocess.run([*_UNSHARE, sys.executable, *sys.argv], env=environment).returncode)
+    # In place of this process: whatever ends it then ends all.
+    os.execvpe("unshare", [*_UNSHARE, sys.executable, *sys.argv], os.environ | {_INSIDE: "1"})
 
 
 class Machine:
