@@ -232,7 +232,7 @@ def _now(folder: Path) -> float:
     """Returns the time by the clock of a folder's file system."""
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            _write(file.fileno(), b"now")
+            file.write(b"now")
             return os.fstat(file.fileno()).st_mtime
     except OSError:
         # Of a user who may only read, or on a full disk.
