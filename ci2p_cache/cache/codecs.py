@@ -138,9 +138,11 @@ class _Raw(ChunkCodec):
 class _Blosc(ChunkCodec):
     """A Blosc buffer, as c-blosc 1 has it, of one block with its bits shuffled; and its crc32c.
 
-    Bit 0 of all values, then bit 1 and so on: the high bits of small symbols hold little. One
-    block, because several cost bytes and, with zstd, a decoder for each; lz4hc has several above
-    256 KiB.
+    Bit 0 of all values, then bit 1 and so on: the high bits of small symbols hold little. Symbols
+    of one byte are shuffled in pairs: c-blosc 1.21 puts those back in order in 8 instead of 17 us
+    for 49 kB. That costs no bytes with zstd and 1.5 % with lz4, of symbols without spatial
+    correlation 3 and 6 %. Folded ones are not, since they are for small caches. One block, because
+    several cost bytes and, with zstd, a decoder for each; lz4hc has several above 256 KiB.
     """
 
     is_raw = False
@@ -151,9 +153,14 @@ class _Blosc(ChunkCodec):
     """Its number in the header."""
 
     @property
+    def _type_bytes(self) -> int:
+        """Returns what Blosc takes for the size of a value."""
+        return self.item_bytes if self.fold else max(2, self.item_bytes)
+
+    @property
     def zarr_metadata(self) -> list[dict[str, Any]]:
         options = {
-            "typesize": self.item_bytes,
+            "typesize": self._type_bytes,
             "cname": self.cname,
             "clevel": self.level,
             "shuffle": "bitshuffle",
@@ -166,7 +173,7 @@ class _Blosc(ChunkCodec):
         source = np.ascontiguousarray(_folded(values) if self.fold else values)
         stored = np.empty(source.nbytes + _HEADER.size, np.uint8)
         size = _blosc().blosc_compress_ctx(
-            self.level, _BITSHUFFLE, self.item_bytes, source.nbytes, source.ctypes.data,
+            self.level, _BITSHUFFLE, self._type_bytes, source.nbytes, source.ctypes.data,
             stored.ctypes.data, stored.nbytes, self.cname.encode(), self.chunk_bytes, 1,
         )  # fmt: skip
         assert size > 0, "it fits with the overhead, and the compressors are built in"
@@ -192,10 +199,11 @@ class _Blosc(ChunkCodec):
         """Checks what Blosc believes of a buffer: its sizes, and which decoder it is for."""
         if len(data) < _HEADER.size:
             raise ValueError(f"a Blosc buffer of {len(data)} bytes")
-        version, _, flags, item_bytes, size, _, stored_bytes = _HEADER.unpack_from(data)
+        version, _, flags, type_bytes, size, _, stored_bytes = _HEADER.unpack_from(data)
         if size != self.chunk_bytes:
             raise ValueError(f"the Blosc buffer holds {size} bytes, wanted {self.chunk_bytes}")
-        if (version, stored_bytes, item_bytes) != (2, len(data), self.item_bytes):
+        is_ours = type_bytes in (self.item_bytes, self._type_bytes)  # the former until 2026-11-30
+        if not is_ours or (version, stored_bytes) != (2, len(data)):
             raise ValueError("the Blosc buffer has another header than ours")
         if flags >> 5 != self._code:
             raise ValueError("the Blosc buffer is not of this codec")
@@ -230,7 +238,7 @@ class _BloscZstd(_Blosc):
 
 
 class _BloscLz4(_Blosc):
-    """`lz4`: read 1.6 times as fast as zstd, a sixth larger; packed by lz4hc."""
+    """`lz4`: read 1.6 times as fast as zstd, a fifth larger; packed by lz4hc."""
 
     cname = "lz4hc"
     _code = 1

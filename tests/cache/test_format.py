@@ -218,7 +218,7 @@ def test_every_allowed_python_and_library_writes_these_bytes(caches: dict[str, P
     """Who changes them: a cache is no longer finished and repaired to one sequence of bytes."""
     wanted = ("int8", "int16", "float16", *FORMAT_1)
     assert {kind: digest_of_what_is_not_computed(caches[kind]) for kind in wanted} == {
-        "int8": "8faff78676f6518b7c2c461619be6c4dedf8d07034791966fe96e68bd0de04dc",
+        "int8": "4b314aa050171843c746d6556a0fe1f03b509629ac6b46eae99de70384e954ea",
         "int16": "5830fb26c232806818c2178857dd45fa83b0d7f72ed779efac485d469db8d238",
         "float16": "cf51e697462cc9555d51af0c3810b1c6a04de91d024c18b3dcd0009069cff3cf",
         "first int8": "d1f2a7f0acbf62b8acf1c531933f6c1b6ca1cdb573191c96e9a61c95d070f7b8",
@@ -272,7 +272,8 @@ def test_the_arrays_metadata_are_the_pages(caches: dict[str, Path], kind: str) -
     item = np.dtype(latent["dtype"]).itemsize
     raw = item * latent["channels"] * latent["height"] * latent["width"]
     blosc = {
-        "typesize": item, "cname": {"zstd": "zstd", "lz4": "lz4hc"}.get(layout["codec"]),
+        "typesize": item if layout.get("fold") else max(2, item),
+        "cname": {"zstd": "zstd", "lz4": "lz4hc"}.get(layout["codec"]),
         "clevel": layout["level"], "shuffle": "bitshuffle", "blocksize": raw,
     }  # fmt: skip
     codecs: list[Any] = [{"name": "blosc", "configuration": blosc}, {"name": "crc32c"}]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import google_crc32c
+import numcodecs
 import numpy as np
 import pytest
 import zarr
@@ -218,7 +219,7 @@ def test_a_blosc_header_that_is_not_ours_is_refused_whatever_its_checksum(kind: 
     codec.decode_into(sealed(bytes(buffer)), out)
     other = blosc_chunk({"zstd": "lz4", "lz4": "zstd"}[kind], bytes(600))
     fields = HEADER.unpack_from(buffer)
-    changed = [(0, 3), (3, 2), (4, 601), (4, 0), (4, 2**31 - 1), (6, 16), (6, 2**32 - 1)]
+    changed = [(0, 3), (3, 0), (3, 4), (4, 601), (4, 0), (4, 2**31 - 1), (6, 16), (6, 2**32 - 1)]
     hostile = [other, buffer[:15], buffer + b"x", b""]
     for place, value in changed:
         header = HEADER.pack(*fields[:place], value, *fields[place + 1 :])
@@ -229,6 +230,17 @@ def test_a_blosc_header_that_is_not_ours_is_refused_whatever_its_checksum(kind: 
     for short in (b"", b"abc", b"abcdef"):
         with pytest.raises(ValueError, match=r"crc32c|of 0 bytes"):
             codec.decode_into(short, out)
+
+
+@pytest.mark.parametrize("kind", ["zstd", "lz4"])
+def test_symbols_that_were_not_shuffled_in_pairs_are_read(kind: str) -> None:
+    symbols = np.random.default_rng(0).integers(-3, 4, 600).astype("int8")
+    cname = {"zstd": "zstd", "lz4": "lz4hc"}[kind]
+    blosc = numcodecs.Blosc(cname, clevel=1, shuffle=numcodecs.Blosc.BITSHUFFLE, blocksize=600)
+    out = np.empty(600, np.uint8)
+    for chunk in (bytes(blosc.encode(symbols)), bytes(blosc.encode(symbols.view("int16")))):
+        chunk_codec(kind, (600,)).decode_into(sealed(chunk), out)
+        assert (out.view("int8") == symbols).all()
 
 
 @pytest.mark.parametrize("kind", ["zstd", "lz4"])

@@ -36,7 +36,7 @@ def compressors(
         return [Crc32cCodec()]
     names: dict[str, Literal["zstd", "lz4hc"]] = {"zstd": "zstd", "lz4": "lz4hc"}
     blosc = BloscCodec(
-        typesize=item, cname=names[kind], clevel=level,
+        typesize=max(2, item), cname=names[kind], clevel=level,
         shuffle="bitshuffle", blocksize=math.prod(shape) * item,
     )  # fmt: skip
     return [blosc, Crc32cCodec()]

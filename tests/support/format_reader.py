@@ -195,10 +195,11 @@ def _unzstd(frame: bytes, where: Path) -> bytes:
 def _unblosc(buffer: bytes, codec: str, size: int, item_bytes: int, where: Path) -> bytes:
     """Decodes a Blosc buffer, after its header was held against what it must be."""
     _require(len(buffer) >= 16, "a Blosc buffer without header", where)
-    version, _, flags, item, raw, _, stored = struct.unpack("<BBBBIII", buffer[:16])
-    got = (version, flags >> 5, item, raw, stored)
-    want = (2, {"lz4": 1, "zstd": 4}[codec], item_bytes, size, len(buffer))
+    version, _, flags, type_bytes, raw, _, stored = struct.unpack("<BBBBIII", buffer[:16])
+    got = (version, flags >> 5, raw, stored)
+    want = (2, {"lz4": 1, "zstd": 4}[codec], size, len(buffer))
     _require(got == want, f"a Blosc header of {got}, not {want}", where)
+    _require(type_bytes in (item_bytes, max(2, item_bytes)), f"typesize {type_bytes}", where)
     try:
         return bytes(numcodecs.blosc.decompress(buffer))
     except RuntimeError as error:
