@@ -33,6 +33,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -184,35 +185,37 @@ class _Link:
             dist.destroy_process_group(self.words)
 
 
-def _open_files() -> set[str]:
-    try:
-        return set(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    except OSError:
-        return set()
+def _sockets() -> dict[str, int]:
+    """Returns the sockets of this process: the kernel's name for each, and its descriptor."""
+    found = {}
+    for path in Path("/proc/self/fd").glob("*"):
+        # The folder's own is closed by now.
+        with contextlib.suppress(OSError):
+            found[os.readlink(path)] = int(path.name)  # noqa: PTH115
+    return {name: number for name, number in found.items() if name.startswith("socket:")}
 
 
-def _keep_alive(files: set[str]) -> None:
-    """Ends connections whose other end does not answer for 45 s; it answers while it is busy.
+def _keep_alive(descriptor: int) -> None:
+    """Ends a connection whose other end does not answer for 45 s; it answers while it is busy.
 
     gloo asks nothing itself, and a connection that only waits for data would wait on. One that has
     sent data ends when the kernel gives up to repeat it (`net.ipv4.tcp_retries2`).
     """
-    for name in files:
-        # Not every file is a socket, nor every socket one of TCP.
-        with (
-            contextlib.suppress(OSError),
-            socket.fromfd(int(name), socket.AF_INET, socket.SOCK_STREAM) as connection,
-        ):
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
+    with (
+        # One between processes of a machine has nothing to set.
+        contextlib.suppress(OSError),
+        socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection,
+    ):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
 
 
 def _connect(device: str, ranks: Ranks) -> _Link:
     """Joins the process group that torchrun's variables name; nccl besides gloo on CUDA."""
     # Before connecting: if torchrun were killed in between, this rank would never know.
-    parent, files = os.getppid(), _open_files()
+    parent, before = os.getppid(), _sockets()
     # Not every build of torch has them; a single process does not need them.
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -244,7 +247,9 @@ def _connect(device: str, ranks: Ranks) -> _Link:
             hint="start torchrun again: the run continues",
         ) from error
     assert not isinstance(words, int)
-    _keep_alive(_open_files() - files)
+    made = _sockets()
+    for name in made.keys() - before.keys():
+        _keep_alive(made[name])
     return _Link(store, words, StopSignal(), parent)
 
 
