@@ -54,6 +54,8 @@ _SILENT_SECONDS = 60.0
 _UNNAMED_SECONDS = 1.0
 """Between creating the file and writing the name; a killed process may leave it so."""
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_GONE = (errno.ENOENT, errno.ESTALE)
+"""Said of an open file too, where another machine has removed it."""
 _MAX_HOLDER_BYTES = 4096
 
 
@@ -191,19 +193,20 @@ def _cleared(path: Path) -> LockHolder | None:
     """Returns who holds a lock file that is there; one without a live holder is removed."""
     try:
         descriptor = _open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return None
-    try:
-        holder, lives = _judge(descriptor, path, fcntl.LOCK_EX)
-        if lives:
-            return holder
-        # Another may have removed it, and made its own: a new file, with another name in it. On
-        # some file systems an open file seems to be whatever has its name by now.
-        if _is_at(path, descriptor) and _named_in(path) == holder:
-            path.unlink(missing_ok=True)
-        return None
-    finally:
-        os.close(descriptor)
+        try:
+            holder, lives = _judge(descriptor, path, fcntl.LOCK_EX)
+            if lives:
+                return holder
+            # Another may have removed it, and made its own: a new file, with another name in it. On
+            # some file systems an open file seems to be whatever has its name by now.
+            if _is_at(path, descriptor) and _named_in(path) == holder:
+                path.unlink()
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+    return None
 
 
 def _open(path: Path, how: int) -> int:
@@ -252,9 +255,9 @@ def _is_at(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE):
-            return False
-        raise
+        if error.errno not in _GONE:
+            raise
+        return False
 
 
 def _write(descriptor: int, text: bytes) -> None:

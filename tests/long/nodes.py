@@ -35,6 +35,8 @@ from tests.support.pictures import write_image_folder
 from tests.support.rank_jobs import launch, numbers
 
 LIMIT_SECONDS = 1900
+_REASONS = ("cannot be reached", "connection to the C10d store has failed")
+"""What a rank says, and what its torchrun says where it is the first to notice."""
 _ports = itertools.count(29500)
 """A run that has just been lost may still keep its own."""
 
@@ -148,7 +150,7 @@ def _trial(
     if 0 in codes:
         yield f"exits {codes}, so it had ended before: {texts}"
     for node, text in zip(nodes if is_cut else nodes[:1], texts, strict=False):
-        if "cannot be reached" not in text:
+        if not any(why in text for why in _REASONS):
             yield f"{node.name} does not say why it ended: {text[-2000:]}"
     if not is_cut:
         # It comes back.
