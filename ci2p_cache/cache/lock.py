@@ -100,10 +100,9 @@ def locked(
     """
     with disk_errors(path):
         descriptor = _acquire(path, what, waits_for)
+        scope = _scope(descriptor)
     ended, beats = threading.Event(), None
-    holder = LockHolder(
-        host=socket.gethostname(), pid=os.getpid(), what=what, scope=_scope(descriptor)
-    )
+    holder = LockHolder(host=socket.gethostname(), pid=os.getpid(), what=what, scope=scope)
     try:
         text = json.dumps(holder.to_dict()).encode()
         with disk_errors(path):
