@@ -12,7 +12,7 @@ three times, and the kernel keeps the locks of each mount apart, which is measur
   ends with 4 and writes nothing;
 - a trainer that works for longer than a minute keeps its lock.
 
-In the end the bytes are those of an undisturbed run. Needs root and bindfs (Debian: bindfs).
+In the end the bytes are those of an undisturbed run. Needs root, bindfs and iproute2.
 
 python tests/long/shared_fs.py [--count STARTS]
 """
@@ -24,7 +24,6 @@ import fcntl
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.support.encode_bench import EncodeBench, tree
+from tests.support.machines import run_apart
 from tests.support.warm import Child, WarmParent
 
 SILENT_SECONDS = 60
@@ -48,9 +48,8 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20, help="double starts, and races")
     parser.add_argument("--seed", type=int, default=0, help="of the random delays")
     arguments = parser.parse_args()
-    if os.geteuid() or not shutil.which("bindfs"):
-        print("it needs root and bindfs")
-        return 1
+    # The mounts end with this script.
+    run_apart(["bindfs"])
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         shared = root / "shared"
