@@ -74,7 +74,7 @@ def main() -> int:
         options = cc.EncodeOptions(
             encoder="bundled", size=64, shard_samples=2, devices="cpu:1", workers=1
         )
-        source = write_image_folder(folder / "src", {"ant": 160, "bee": 160})
+        source = write_image_folder(folder / "src", {"ant": 480, "bee": 480})
         cc.encode(source, folder / "one", options)
         nodes = _cluster(folder)
         problems = [*_encode(folder, source, nodes), *_train(folder, nodes)]
@@ -138,10 +138,10 @@ def _encode(folder: Path, source: Path, nodes: dict[str, Machine]) -> Iterator[s
     with _watched(folder / "shared" / "out" / "commits") as commits:
         print(_told("sbatch", *array, script, source, out, *options).strip(), flush=True)
         drained = _busy_node(out, nodes)
-        _show("ci2p-cache", "status", out)
         task = _told("squeue", "--noheader", "--format=%i", "--nodelist", drained).split()[0]
         _show("scontrol", "update", f"nodename={drained}", "state=drain", "reason=maintenance")
         _show("scontrol", "requeue", task)
+        _show("ci2p-cache", "status", out)
         lost = _busy_node(out, {name: node for name, node in nodes.items() if name != drained})
         nodes.pop(lost).lose()
         print(f"{lost} is lost", flush=True)
