@@ -39,8 +39,9 @@ def run_apart(needs: Sequence[str]) -> None:
     if os.geteuid() or missing:
         print(f"it needs root and the commands {', '.join(missing) or 'that it has'}")
         sys.exit(1)
-    # In place of this process: whatever ends it then ends all.
-    os.execvpe("unshare", [*_UNSHARE, sys.executable, *sys.argv], os.environ | {_INSIDE: "1"})
+    # Whatever ends this process then ends all.
+    command = ["setpriv", "--pdeathsig", "KILL", *_UNSHARE, sys.executable, *sys.argv]
+    sys.exit(subprocess.run(command, env=os.environ | {_INSIDE: "1"}, check=False).returncode)
 
 
 class Machine:
