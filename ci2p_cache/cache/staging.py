@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,10 +18,12 @@ from typing import Any
 
 from ci2p_cache.cache.commit import CommitRecord, FileRecord
 from ci2p_cache.cache.paths import commit_path
-from ci2p_cache.errors import DiskFullError, ManifestError, ResourceError
+from ci2p_cache.errors import DiskFullError, LockedError, ManifestError, ResourceError
 from ci2p_cache.record import json_bytes, sealed_bytes
 
-__all__ = ["StagingArea", "disk_errors", "refuse_link", "remove_path", "sync_folder"]
+__all__ = [
+    "StagingArea", "disk_errors", "refuse_link", "remove_path", "remove_staged", "sync_folder",
+]  # fmt: skip
 
 
 @contextmanager
@@ -44,8 +47,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 class StagingArea:
     """A folder inside the cache where files are written before they are renamed into place.
 
-    Opening it removes what a killed process of the same name left there; closing it removes the
-    folder. The caller holds the lock that makes it the only user of that name.
+    Opening it removes what earlier holders of that name staged; closing it removes the folder. The
+    caller holds the lock that makes it the only user of the name. Each area has a folder of its
+    own: a process whose lock was taken over while it was suspended finds its folder gone.
 
     Args:
         root: The cache folder; staging is in it because a rename must not cross file systems.
@@ -55,14 +59,14 @@ class StagingArea:
     def __init__(self, root: Path, *, name: str = "all") -> None:
         self.root = root
         self.name = name
-        self._folder = root / ".staging" / name
+        self._folder = root / ".staging" / f"{name}-{secrets.token_hex(4)}"
 
     def __enter__(self) -> StagingArea:
         try:
             with disk_errors(self._folder):
                 if self._folder.parent.is_symlink() or not self._folder.parent.is_dir():
                     remove_path(self._folder.parent)
-                remove_path(self._folder)
+                remove_staged(self.root, self.name)
                 self._make_folder(self._folder)
         except ResourceError:
             self.__exit__()
@@ -86,11 +90,12 @@ class StagingArea:
             DiskFullError: no space is left; the staged bytes are removed.
             ResourceError: another write error.
             ManifestError: a folder on the way is a link.
+            LockedError: the staging folder is gone, so another process has taken over.
         """
         target = self.root / path
         staged = self._folder / path.replace("/", "__")
         digest, size = hashlib.sha256(), 0
-        with disk_errors(target):
+        with self._held(target):
             try:
                 with staged.open("wb") as file:
                     for part in (parts,) if isinstance(parts, bytes) else parts:
@@ -108,6 +113,21 @@ class StagingArea:
                 staged.unlink(missing_ok=True)
                 raise
         return FileRecord(path=path, bytes=size, sha256=digest.hexdigest())
+
+    @contextmanager
+    def _held(self, target: Path) -> Iterator[None]:
+        """Raises what a failed write means: that it may be continued, or is another's by now."""
+        with disk_errors(target):
+            try:
+                yield
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+                raise LockedError(
+                    f"another process took over {self.root}, or removed its .staging, while this "
+                    f"one was suspended; {target.relative_to(self.root)} was not written",
+                    hint="if no other process works there, run the same command again",
+                ) from error
 
     def _make_folder(self, folder: Path) -> None:
         """Makes a folder below the root, and the root itself, where it is not there yet."""
@@ -135,12 +155,31 @@ class StagingArea:
         return self.put(path, sealed_bytes(data))
 
     def scratch(self, name: str) -> Path:
-        """Returns a new, empty folder, which is removed when the area is closed."""
+        """Returns a new, empty folder, which is removed when the area is closed.
+
+        Raises:
+            LockedError: as `put` has it.
+            ResourceError: as `put` has it.
+        """
         folder = self._folder / f"scratch-{name}"
-        with disk_errors(folder):
+        with self._held(folder):
             remove_path(folder)
             folder.mkdir()
         return folder
+
+    def put_folder(self, scratch: Path, path: str) -> None:
+        """Renames a scratch folder, whose files were put, into place; what is there is replaced.
+
+        Raises:
+            LockedError: as `put` has it.
+            ResourceError: as `put` has it.
+        """
+        target = self.root / path
+        remove_path(target)
+        with self._held(target):
+            self._make_folder(target.parent)
+            scratch.rename(target)
+            sync_folder(target.parent)
 
     def commit(self, record: CommitRecord) -> None:
         """Makes a shard count: its record is written last, after all files that it lists."""
@@ -154,6 +193,13 @@ def refuse_link(folder: Path, root: Path) -> None:
             f"{folder} is a link; a cache must be in one folder",
             hint=f"put the folder itself in its place, or move all of {root}",
         )
+
+
+def remove_staged(root: Path, name: str) -> None:
+    """Removes what was staged under a name, by whichever process."""
+    for path in (root / ".staging").glob(f"{name}*"):
+        if path.name == name or path.name.startswith(f"{name}-"):
+            remove_path(path)
 
 
 def remove_path(path: Path) -> None:

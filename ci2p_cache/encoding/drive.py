@@ -12,9 +12,7 @@ Workers in other processes, a crew, are known by numbers from 0, and each of the
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import closing
@@ -25,7 +23,7 @@ from ci2p_cache import errors
 from ci2p_cache.cache.codecs import CODECS
 from ci2p_cache.cache.commit import CommitRecord
 from ci2p_cache.cache.containers import tar_sample_bytes
-from ci2p_cache.cache.staging import remove_path
+from ci2p_cache.cache.staging import remove_staged
 from ci2p_cache.encoding.intent import committed_shards
 from ci2p_cache.encoding.rows import Carrier
 from ci2p_cache.encoding.shard import refuse_more_bad
@@ -163,8 +161,7 @@ class _Drive:
 
     def _start(self, device: str) -> None:
         work, number = self._work, len(self._workers)
-        # A lost actor may work for a while on a machine that cannot be reached.
-        name = f"{work.staging.name}-{socket.gethostname()}-{os.getpid()}-{number}"
+        name = f"{work.staging.name}-{number}"
         job = Job(
             root=str(work.root.absolute()),
             source=work.images.location(),
@@ -248,4 +245,5 @@ class _Drive:
         self._start(worker.device)
 
     def _remove_staging(self, worker: _Worker) -> None:
-        remove_path(self._work.staging.root / ".staging" / worker.name)
+        # A lost actor may work for a while on a machine that cannot be reached.
+        remove_staged(self._work.staging.root, worker.name)

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ci2p_cache.cache.commit import FileRecord
-from ci2p_cache.cache.staging import StagingArea, disk_errors, remove_path, sync_folder
+from ci2p_cache.cache.staging import StagingArea, remove_path
 from ci2p_cache.errors import CheckpointError, ManifestError, ResourceError
 from ci2p_cache.record import Record, json_bytes, read_json, read_regular, regular_file
 from ci2p_cache.runs.files import EpochRecord, best_epoch
@@ -297,9 +297,6 @@ def place_of(name: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-_PARTIAL = f"{CHECKPOINTS}/.partial"
-
-
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint in memory; all tensors on CPU."""
@@ -340,7 +337,6 @@ class CheckpointStore:
         state, root = checkpoint.state, self._staging.root
         if state.name == self._newest:
             return
-        remove_path(root / _PARTIAL)
         contents = {
             MODEL: _tensor_bytes(checkpoint.model),
             OPTIMIZER: _tensor_bytes(checkpoint.optimizer),
@@ -348,21 +344,19 @@ class CheckpointStore:
         }
         if self._has_average:
             contents[AVERAGE] = _tensor_bytes(checkpoint.average)
-        target = checkpoint_path(root, state.name)
+        scratch = self._staging.scratch("checkpoint")
+        within = scratch.relative_to(root).as_posix()
         try:
             files = []
             for name, content in contents.items():
-                written = self._staging.put(f"{_PARTIAL}/{name}", content)
+                written = self._staging.put(f"{within}/{name}", content)
                 files.append({"path": name, "bytes": written.bytes, "sha256": written.sha256})
-            self._staging.put_json(f"{_PARTIAL}/{DIGESTS}", {"version": VERSION, "files": files})
+            self._staging.put_json(f"{within}/{DIGESTS}", {"version": VERSION, "files": files})
             # Only a damaged folder can be there: the run would have continued from a good one.
-            remove_path(target)
-            with disk_errors(target):
-                (root / _PARTIAL).rename(target)
-                sync_folder(self._folder)
+            self._staging.put_folder(scratch, f"{CHECKPOINTS}/{state.name}")
         except ResourceError:
             # A full disk is not left fuller.
-            shutil.rmtree(root / _PARTIAL, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
             raise
         self._newest = state.name
         pointer = {"version": VERSION, "last": state.name, "best": state.best_name}
@@ -377,7 +371,6 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints, and none of them is whole.
         """
-        remove_path(self._staging.root / _PARTIAL)
         names = {*self._names(), *self._pointed_to(observer)}
         damaged: list[str] = []
         for name in sorted(names, key=place_of, reverse=True):

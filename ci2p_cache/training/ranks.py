@@ -15,7 +15,8 @@ hangs where a rank has no images. Rank 0 alone writes, prints and holds locks.
 
 A rank that ends early closes its connections, which ends the collective that the others are in;
 they then read from torchrun's store what it died of. So an error on any rank is raised on all of
-them, and rank 0 prints it. No timeout is involved, so rank 0 may take its time to save.
+them, and rank 0 prints it. No timeout is involved, so rank 0 may take its time to save. A machine
+that can no longer be reached closes nothing: there the kernel asks, see `_keep_alive`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -182,10 +185,37 @@ class _Link:
             dist.destroy_process_group(self.words)
 
 
+def _sockets() -> dict[str, int]:
+    """Returns the sockets of this process: the kernel's name for each, and its descriptor."""
+    found = {}
+    for path in Path("/proc/self/fd").glob("*"):
+        # The folder's own is closed by now.
+        with contextlib.suppress(OSError):
+            found[os.readlink(path)] = int(path.name)  # noqa: PTH115
+    return {name: number for name, number in found.items() if name.startswith("socket:")}
+
+
+def _keep_alive(descriptor: int) -> None:
+    """Ends a connection whose other end does not answer for 45 s; it answers while it is busy.
+
+    gloo asks nothing itself, and a connection that only waits for data would wait on. One that has
+    sent data ends when the kernel gives up to repeat it (`net.ipv4.tcp_retries2`).
+    """
+    with (
+        # One between processes of a machine has nothing to set.
+        contextlib.suppress(OSError),
+        socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection,
+    ):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
+
+
 def _connect(device: str, ranks: Ranks) -> _Link:
     """Joins the process group that torchrun's variables name; nccl besides gloo on CUDA."""
     # Before connecting: if torchrun were killed in between, this rank would never know.
-    parent = os.getppid()
+    parent, before = os.getppid(), _sockets()
     # Not every build of torch has them; a single process does not need them.
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -217,6 +247,9 @@ def _connect(device: str, ranks: Ranks) -> _Link:
             hint="start torchrun again: the run continues",
         ) from error
     assert not isinstance(words, int)
+    made = _sockets()
+    for name in made.keys() - before.keys():
+        _keep_alive(made[name])
     return _Link(store, words, StopSignal(), parent)
 
 

@@ -3,16 +3,18 @@
 #
 #   sbatch --array=1-16 pipelines/cluster/slurm_encode.sh imagenet/ shards/ [options of encode]
 #
-# Tried: the four tasks of an array run by hand as a loop, with the variables that Slurm sets, on two
-# CPU cores; the result has the bytes of one process (tests/encoding/test_cluster.py). Not tried: under Slurm.
+# Tried: Slurm 22.05 with four nodes on one machine without GPUs, one of them drained and one lost in
+# mid-run; the result has the bytes of one process (tests/long/slurm.py). Not tried: GPUs.
 # A task that was killed is submitted again with the same array; what is committed is not encoded
 # again. `ci2p-cache status shards/` says what is left and who works on it.
 #
 #SBATCH --job-name=ci2p-encode
+#SBATCH --ntasks=1
 #SBATCH --gpus-per-task=1
 #SBATCH --cpus-per-task=16
 #SBATCH --time=04:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
 source_images=$1 out=$2
 shift 2

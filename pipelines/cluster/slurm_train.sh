@@ -3,9 +3,10 @@
 #
 #   sbatch --nodes=2 pipelines/cluster/slurm_train.sh shards/ --model vitds --name big
 #
-# Tried: bash -n. The ranks themselves are tested with torchrun and gloo on one machine
-# (tests/training/test_distributed.py). Not tried: under Slurm, between machines, nccl. A job that was
-# preempted continues where it stopped when it is submitted again with the same --name.
+# Tried: Slurm 22.05 with two nodes on one machine without GPUs (gloo), one of them lost in mid-run;
+# Slurm started the job again, and it gave the numbers of an undisturbed run (tests/long/slurm.py).
+# Not tried: GPUs, nccl. A job that was preempted continues where it stopped when it is submitted
+# again with the same --name.
 #
 #SBATCH --job-name=ci2p-train
 #SBATCH --nodes=2
@@ -14,6 +15,7 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun torchrun \

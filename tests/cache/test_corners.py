@@ -127,7 +127,8 @@ class TestCommit:
             with StagingArea(tmp_path, name="two") as staging:
                 assert staging.put_json("a", {"b": 1}).bytes == (tmp_path / "a").stat().st_size
                 assert list(staging.scratch("x").iterdir()) == []
-            assert (tmp_path / ".staging" / "one").is_dir()
+            assert len(list(tmp_path.glob(".staging/one-*"))) == 1
+            (tmp_path / ".staging" / "three").mkdir()
             monkeypatch.setattr(
                 "ci2p_cache.cache.staging.remove_path",
                 lambda path: (_ for _ in ()).throw(OSError(errno.EACCES, "no")),
@@ -162,17 +163,36 @@ class TestLock:
             elif calls[0] == 2:
                 path.unlink()
                 path.write_text("another's")
+                os.utime(path, (0, 0))
 
         monkeypatch.setattr("fcntl.flock", flock)
         with locked(path, what="encode"):
             assert json.loads(path.read_text())["pid"] == os.getpid()
-        assert calls[0] == 3
+        assert calls[0] == 4
+
+    def test_without_flock_the_age_of_the_file_decides(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def flock(descriptor: int, how: int) -> None:
+            raise OSError(errno.ENOLCK, "no locks here")
+
+        monkeypatch.setattr("fcntl.flock", flock)
+        path = tmp_path / ".lock"
+        with locked(path, what="encode"):
+            with pytest.raises(errors.LockedError, match=f"encode on host .*{os.getpid()}"):
+                locked(path, what="repair").__enter__()
+            os.utime(path, (0, 0))
+            with locked(path, what="repair"):
+                assert json.loads(path.read_text())["what"] == "repair"
+                third = json.loads(path.read_text()) | {"pid": 4711}
+            path.write_text(json.dumps(third))
+        assert json.loads(path.read_text()) == third
 
     def test_another_failure_to_lock_is_a_resource_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def flock(descriptor: int, how: int) -> None:
-            raise OSError(errno.ENOLCK, "no locks here")
+            raise OSError(errno.EIO, "no locks here")
 
         monkeypatch.setattr("fcntl.flock", flock)
         with pytest.raises(errors.ResourceError, match="no locks here"):

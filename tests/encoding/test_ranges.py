@@ -170,7 +170,7 @@ def test_a_killed_range_is_gone_on_with_and_the_others_are_not_touched(
     # Between the files of its shard and the commit.
     ended = warm.run(*command, root=planned, at=15, kind="before")
     assert ended.code == -signal.SIGKILL, ended.told
-    assert list(planned.glob(".staging/2-2-of-2/*"))
+    assert list(planned.glob(".staging/2-2-of-2-*/*"))
     assert cc.status(planned).working == ()
     lost = planned / ".lock.2-2-of-2"
     assert lost.exists()

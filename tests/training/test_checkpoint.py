@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 
 import ci2p_cache as cc
 from ci2p_cache import errors
+from ci2p_cache.runs.files import EpochRecord
 from tests.support.caches import make_cache
 from tests.support.tiers import thinned
 from tests.training.test_training import Notes, copy_run, replace_file, rows_of
@@ -164,15 +165,28 @@ def test_a_damaged_pointer_is_told_and_written_again(cache_dir: Path, run: Path)
 
 
 def test_what_a_killed_save_left_is_removed(cache_dir: Path, finished: Path, run: Path) -> None:
-    (run / "checkpoints" / ".partial").mkdir()
-    (run / "checkpoints" / ".partial" / "model.safetensors").write_bytes(b"half")
     (run / ".staging" / "train").mkdir(parents=True)
     (run / ".staging" / "train" / "args.yaml").write_bytes(b"half")
     replace_file(run / "summary.csv", b"torn")
     go_on(cache_dir, run)
-    assert not (run / "checkpoints" / ".partial").exists()
     assert not (run / ".staging").exists()
     assert rows_of(run) == rows_of(finished)
+
+
+def test_a_trainer_whose_folder_was_taken_over_saves_nothing(
+    cache_dir: Path, tmp_path: Path
+) -> None:
+    class TakesOver(Notes):
+        def epoch(self, record: EpochRecord) -> None:
+            # What another machine does, where this one was suspended for more than a minute.
+            shutil.rmtree(tmp_path / "run" / ".staging")
+
+    with pytest.raises(errors.LockedError, match="another process took over"):
+        cc.train(
+            cache_dir, spec=SPEC, runs_dir=tmp_path, name="run", device="cpu", observer=TakesOver()
+        )
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert saved == {"last.json", "epoch-0001-step-000000"}
 
 
 def test_moments_go_back_to_the_memory_order_of_their_parameters() -> None:
