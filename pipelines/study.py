@@ -300,7 +300,7 @@ def train(asked: Asked, name: str, fold: int) -> cc.TrainSummary:
         line = stack.enter_context(render.ProgressLine(f"{name} fold {fold}", unit="steps"))
         return cc.train(
             cache_dir, spec=spec, runs_dir=run.parent, name=run.name, device=asked.device,
-            loader=loader, observer=TrainWatch(line),
+            loader=loader, observers=[TrainWatch(line)],
         )  # fmt: skip
 
 

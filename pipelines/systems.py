@@ -325,7 +325,7 @@ def _train(system: System, given: argparse.Namespace) -> tuple[str, ...]:
     with render.ProgressLine("train", unit="steps") as line:
         done = cc.train(
             given.out / "shards", spec=spec, runs_dir=given.out / "runs", name=name,
-            device=given.device, observer=TrainWatch(line),
+            device=given.device, observers=[TrainWatch(line)],
         )  # fmt: skip
     last = done.last
     assert last.val_top1 is not None

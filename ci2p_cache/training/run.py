@@ -117,7 +117,7 @@ class Session:
             train_images=loader.num_samples,
             val_images=0 if val is None else val.num_samples,
             classes=self.config.num_classes,
-            views=spec.epochs if spec.fresh_views else loader.split.num_views,
+            views=self.spec.epochs if self.spec.fresh_views else loader.split.num_views,
             device=device,
             steps=len(loader),
             epochs_done=state.epoch,

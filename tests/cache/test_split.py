@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -532,7 +532,9 @@ class TestAsDataset:
         dataset = train.as_dataset()
         taken = []
         for rank in range(2):
-            sampler = DistributedSampler(dataset, num_replicas=2, rank=rank, drop_last=True)
+            sampler: DistributedSampler[Any] = DistributedSampler(
+                dataset, num_replicas=2, rank=rank, drop_last=True
+            )
             latents, _ = (
                 torch.cat(parts)
                 for parts in zip(*DataLoader(dataset, 3, sampler=sampler), strict=True)
@@ -546,12 +548,12 @@ class TestAsDataset:
         self, train: cc.Split, *, is_prefetched: bool
     ) -> None:
         # It would round the latents to uint8, or resize them.
-        from timm.data import create_loader
+        from timm.data.loader import create_loader
 
         dataset = train.as_dataset(transform=torch.abs)
         with pytest.raises(errors.UsageError, match="`transform` cannot be replaced"):
             create_loader(
-                dataset, input_size=train.latent.shape, batch_size=2, num_workers=0,
+                cast(Any, dataset), input_size=train.latent.shape, batch_size=2, num_workers=0,
                 use_prefetcher=is_prefetched, device=torch.device("cpu"),
             )  # fmt: skip
         assert dataset.transform is torch.abs

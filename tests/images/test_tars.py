@@ -275,7 +275,7 @@ class TestRead:
             spec = cc.TrainSpec(model="vitds_nano", epochs=2, batch_size=8)
             cc.train(
                 caches[name], spec=spec, runs_dir=tmp_path, name=name, device="cpu",
-                observer=told,
+                observers=[told],
             )  # fmt: skip
             losses.append(told.seen)
         assert len(losses[0]) == 2

@@ -183,7 +183,12 @@ def test_a_trainer_whose_folder_was_taken_over_saves_nothing(
 
     with pytest.raises(errors.LockedError, match="another process took over"):
         cc.train(
-            cache_dir, spec=SPEC, runs_dir=tmp_path, name="run", device="cpu", observer=TakesOver()
+            cache_dir,
+            spec=SPEC,
+            runs_dir=tmp_path,
+            name="run",
+            device="cpu",
+            observers=[TakesOver()],
         )
     saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert saved == {"last.json", "epoch-0001-step-000000"}

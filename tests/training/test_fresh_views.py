@@ -73,7 +73,7 @@ def test_a_run_with_fresh_views_that_was_stopped_ends_with_the_same_weights(
         with pytest.raises(errors.InterruptedRunError):
             cc.train(
                 folder / "one", spec=spec, runs_dir=tmp_path, name="again", device="cpu",
-                observer=Stopping(),
+                observers=[Stopping()],
             )  # fmt: skip
     again = cc.train(folder / "one", spec=spec, runs_dir=tmp_path, name="again", device="cpu")
     assert again.trained_epochs == 1
