@@ -81,7 +81,6 @@ EXCUSED = {
     ("docs/contributing.md", "python3 -m venv"): "installs 6 GB, runs this very suite",
     ("docs/contributing.md", "bash findings/"): "installs packages",
     ("pipelines/README.md", "ci2p-cache run pipelines/flowers.py:"): _MINUTES,
-    ("pipelines/README.md", "ci2p-cache report seeds/"): "needs the runs of the lines above",
     ("pipelines/README.md", "python pipelines/study.py flowers/ --"): "hours",
     ("pipelines/README.md", "python pipelines/systems.py"): "needs transformers, and minutes",
     ("pipelines/README.md", "python pipelines/train_codec.py"): "tests/encoder/test_train_codec.py",
