@@ -444,7 +444,7 @@ class LayoutSpec(Record):
 def default_level(format_version: int, codec: CodecName, *, fold: bool) -> int:
     """Returns the compression level where none is asked for.
 
-    Measured in bytes, packing and reading together (tests/benchmarks/size.py): zstd 2 is 3 %
+    Measured in bytes, packing and reading together (tests/benchmarks/size.py): zstd 2 is 1 %
     smaller than 1 on symbols and as fast, and 5 packs at a third of its rate for 1 % more. On
     folded symbols 1 is the smaller one. lz4 is lz4hc: 1 is 3 % larger than 3, 5 is 1 % smaller and
     slow. Format 1 has plain zstd frames, of level 1.
