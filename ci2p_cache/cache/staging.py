@@ -167,6 +167,19 @@ class StagingArea:
             folder.mkdir()
         return folder
 
+    def remove(self, path: str) -> None:
+        """Removes a file or a folder, unless the staging folder is gone: it is moved there first.
+
+        Raises:
+            LockedError: as `put` has it.
+            ResourceError: it cannot be removed.
+        """
+        away = self._folder / "removed"
+        remove_path(away)
+        with self._held(self.root / path):
+            (self.root / path).rename(away)
+        remove_path(away)
+
     def put_folder(self, scratch: Path, path: str) -> None:
         """Renames a scratch folder, whose files were put, into place; what is there is replaced.
 
@@ -175,7 +188,8 @@ class StagingArea:
             ResourceError: as `put` has it.
         """
         target = self.root / path
-        remove_path(target)
+        if os.path.lexists(target):
+            self.remove(path)
         with self._held(target):
             self._make_folder(target.parent)
             scratch.rename(target)

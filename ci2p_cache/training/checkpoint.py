@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ci2p_cache.cache.commit import FileRecord
-from ci2p_cache.cache.staging import StagingArea, remove_path
+from ci2p_cache.cache.staging import StagingArea
 from ci2p_cache.errors import CheckpointError, ManifestError, ResourceError
 from ci2p_cache.record import Record, json_bytes, read_json, read_regular, regular_file
 from ci2p_cache.runs.files import EpochRecord, best_epoch
@@ -437,7 +437,7 @@ class CheckpointStore:
             keep |= {previous, best_name(state.history[: place_of(previous)[0]])}
         for name in self._names():
             if name not in keep:
-                remove_path(self._folder / name)
+                self._staging.remove(f"{CHECKPOINTS}/{name}")
 
 
 def share_checkpoint(checkpoint: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
