@@ -85,14 +85,21 @@ def range_lock(root: Path, part: ShardRange) -> Path:
 
 @contextmanager
 def locked(
-    path: Path, *, what: str, waits_for: Callable[[LockHolder], bool] = lambda _: False
-) -> Iterator[None]:
-    """Holds the lock file `path` while the block runs.
+    path: Path,
+    *,
+    what: str,
+    waits_for: Callable[[LockHolder], bool] = lambda _: False,
+    is_kept: bool = True,
+) -> Iterator[Callable[[], None]]:
+    """Holds the lock file `path` while the block runs; a thread writes it again and again.
+
+    Yields the function that starts the thread, for `is_kept` False.
 
     Args:
         path: The lock file; its folder exists. Removed when the block ends.
         what: What the holder does, for the loser's message, for example "encode".
         waits_for: Says of a holder whether to wait for its end.
+        is_kept: Whether the thread starts at once; if not, it is wanted within seconds.
 
     Raises:
         LockedError: another process holds it; the message names its host and process id.
@@ -108,12 +115,13 @@ def locked(
         with disk_errors(path):
             _write(descriptor, text)
         beats = threading.Thread(target=_beat, args=(descriptor, text, ended), daemon=True)
-        beats.start()
-        yield
+        if is_kept:
+            beats.start()
+        yield beats.start
     finally:
         try:
             ended.set()
-            if beats is not None:
+            if beats is not None and beats.ident is not None:
                 beats.join()
             # Unlinked while still held: whoever opened it meanwhile sees another inode and retries.
             with disk_errors(path):

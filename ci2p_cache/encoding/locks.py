@@ -16,7 +16,7 @@ from __future__ import annotations
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,13 +82,20 @@ class Hold:
 
 
 @contextmanager
-def held(root: Path, part: ShardRange | None = None, *, what: str = "encode") -> Iterator[Hold]:
+def held(
+    root: Path,
+    part: ShardRange | None = None,
+    *,
+    what: str = "encode",
+    first: Callable[[], None] = lambda: None,
+) -> Iterator[Hold]:
     """Holds a folder, or a range of it, while the block runs.
 
     Args:
         root: The cache folder; it exists.
         part: The range; None for all of the folder.
         what: What the holder of a whole folder does, for the loser's message.
+        first: Called once the folder is held, before the locks have threads.
 
     Raises:
         LockedError: another process works on the folder, or on a range that overlaps.
@@ -101,8 +108,8 @@ def held(root: Path, part: ShardRange | None = None, *, what: str = "encode") ->
 
     with ExitStack() as locks:
         with ExitStack() as moment:
-            lock = locked(root / LOCK, what=what, waits_for=waits_for)
-            (locks if part is None else moment).enter_context(lock)
+            lock = locked(root / LOCK, what=what, waits_for=waits_for, is_kept=False)
+            keep = (locks if part is None else moment).enter_context(lock)
             live = live_ranges(root)
             others = [each for each in live if part is None or part.overlaps(each[0])]
             if others:
@@ -113,6 +120,8 @@ def held(root: Path, part: ShardRange | None = None, *, what: str = "encode") ->
                     + f": {others[0][1]}; this {what} changed nothing",
                     hint=command("status", root, note="says what is left to do"),
                 )
+            first()
+            keep()
             _sweep(root, [each.label for each, _ in live])
             settle(root)
             if part is not None:

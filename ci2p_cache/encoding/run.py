@@ -80,11 +80,10 @@ def encode(
     with (
         interruptible(f"interrupted; every committed shard in {root} is safe"),
         _made(root),
-        held(root, part) as hold,
-    ):
         # Who loses the race for the folder hears it at once: torch, which takes seconds to import,
         # comes only afterwards. It comes with the decoders' server, before what starts threads.
-        start_decoder_server()
+        held(root, part, first=start_decoder_server) as hold,
+    ):
         if overwrite:
             _clear(root)
         from ci2p_cache.encoding.resume import resume
