@@ -133,7 +133,7 @@ def write_share(classifier: Classifier, encoder: Path | None, folder: Path) -> N
             record = staging.put(ENCODER, read_regular(encoder, max_bytes=_MAX_WEIGHTS_BYTES))
         if isinstance(run.config, OwnConfig) and run.config.code is not None:
             staging.put(CODE, run.config.code.content)
-        staging.put(_CARD, _card(classifier).encode())
+        staging.put(_CARD, _card(classifier).encode("utf-8", "replace"))
         staging.put_json(SHARED, _config(run, weights_record, record))
 
 
@@ -159,8 +159,6 @@ def _config(run: RunFolder, weights: FileRecord, encoder: FileRecord | None) -> 
     image, classes = run.file.fingerprint.image, run.file.classes
     state = replace(run.state, history=run.state.history[-1:])
     model = replace(run.file, encoder=encoder).to_dict() | {"model": run.config.to_dict()}
-    # These stand in `id2label`, where their owner may change them.
-    del model["classes"]
     return {
         "library_name": "ci2p-cache",
         "model_type": "ci2p-cache",

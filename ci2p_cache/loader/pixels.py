@@ -173,7 +173,13 @@ class SourceLoader(BatchLoader):
     def _read(self, row: int) -> tuple[bytes, str]:
         """Returns a source image and its key."""
         entry = {name: self._index[name][row].as_py() for name in self._index.column_names}
-        data = self._images.read(entry["path_bytes"])
+        try:
+            data = self._images.read(entry["path_bytes"])
+        except ImageDecodeError as error:
+            raise ImageDecodeError(
+                f"{entry['key']} (row {row} of split {self.split.name!r}): {error}",
+                hint="put the image back, or train from the cache without the images",
+            ) from error
         if hashlib.sha256(data).hexdigest() != entry["source_sha256"]:
             raise InputDataError(
                 f"{entry['key']} (row {row} of split {self.split.name!r}) has changed since the "

@@ -52,6 +52,8 @@ def seed_groups(runs: Sequence[RunData]) -> list[SeedGroup]:
 
     Empty where none of them has two seeds, or a run was not validated.
     """
+    if not all(np.isfinite(_top1(run)) for run in runs):
+        return []
     found: dict[Any, list[RunData]] = {}
     for run in runs:
         left_out = (_SEED, *_NOT_BINDING)
@@ -68,7 +70,7 @@ def seed_groups(runs: Sequence[RunData]) -> list[SeedGroup]:
             )
         )
     is_seeded = any(len(set(group.seeds)) > 1 for group in groups)
-    return groups if is_seeded and all(np.isfinite(group.mean) for group in groups) else []
+    return groups if is_seeded else []
 
 
 def _top1(run: RunData) -> float:

@@ -121,10 +121,8 @@ def _shared(path: Path) -> RunFolder:
             hint="use the version of ci2p-cache that wrote it",
         )
     try:
-        labels = data["id2label"]
-        classes = [labels[str(number)] for number in range(len(labels))]
         args, state = RunArgs.from_dict(own["args"]), TrainState.from_dict(own["state"])
-        file, config = read_model(own["model"] | {"classes": classes})
+        file, config = read_model(own["model"] | _classes(data["id2label"], own["model"]))
         weights = FileRecord.from_dict(own["weights"])
     except (CacheError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ManifestError(
@@ -134,6 +132,16 @@ def _shared(path: Path) -> RunFolder:
         path=path, args=args, file=file, config=config, checkpoint=path, state=state,
         shared={MODEL: weights},
     )  # fmt: skip
+
+
+def _classes(labels: dict[str, str], model: dict[str, Any]) -> dict[str, list[str]]:
+    """Returns names and titles of the classes; one that was renamed has its name for a title."""
+    classes = [labels[str(number)] for number in range(len(labels))]
+    if len({*filter(None, classes)}) < len(classes):
+        raise ValueError("`id2label` has a name twice, or an empty one")
+    known = zip(classes, model["classes"], model["class_titles"], strict=False)
+    titles = [title if name == old else name for name, old, title in known]
+    return {"classes": classes, "class_titles": titles}
 
 
 def _hint(path: Path) -> str:

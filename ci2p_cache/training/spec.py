@@ -168,7 +168,7 @@ class TrainSpec(Record):
         "encoder runs in each step.", panel=_DATA,
     )  # fmt: skip
     init_from: str | None = option(
-        None, "Begin with the weights of a run, a checkpoint in it, or an exported .pt2.",
+        None, "Begin with the weights of a run, a checkpoint in it, or an export of it.",
         metavar="RUN", panel=_FINE_TUNING,
     )  # fmt: skip
     freeze: int = option(

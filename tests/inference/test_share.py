@@ -146,7 +146,16 @@ def test_classes_are_those_of_id2label_and_nothing_private_is_in_it(
         assert str(made) not in text
         assert "device" not in text
     rewrite_json(shared / "config.json", id2label={"0": "Ameise", "1": "Biene", "2": "Katze"})
-    assert cc.load_classifier(shared, device="cpu").classes == ("Ameise", "Biene", "Katze")
+    renamed = cc.load_classifier(shared, device="cpu")
+    assert renamed.classes == ("Ameise", "Biene", "Katze")
+    (found,) = renamed.predict([next((made / "src").rglob("*.jpg"))])
+    assert {(each.name, each.title) for each in found.guesses} == {
+        ("Ameise", "Ameise"), ("Biene", "Biene"), ("Katze", "Katze"),
+    }  # fmt: skip
+    for names in (("Ameise", "Ameise", "cat"), ("", "bee", "cat")):
+        rewrite_json(shared / "config.json", id2label=dict(zip("012", names, strict=True)))
+        with pytest.raises(errors.ManifestError, match="a name twice, or an empty one"):
+            cc.load_classifier(shared, device="cpu")
 
 
 @needs("huggingface_hub")

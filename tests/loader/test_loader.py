@@ -403,13 +403,17 @@ def test_twenty_steps_from_the_cache_and_with_the_encoder_in_the_loop_lose_the_s
     assert np.mean(cached[-5:]) < np.mean(cached[:5])
 
 
-def test_the_online_loader_refuses_an_image_that_has_changed(tmp_path: Path) -> None:
+def test_the_online_loader_names_an_image_that_has_changed_or_vanished(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "src", {"ant": 3, "bee": 3})
     options = cc.EncodeOptions(encoder="bundled", size=64, val_fraction=0.0)
     cc.encode(source, tmp_path / "out", options)
     shutil.copy(source / "ant" / "001.jpg", source / "ant" / "000.jpg")
     with cc.OnlineLoader(cc.open_cache(tmp_path / "out")["train"], batch_size=2) as loader:
         with pytest.raises(errors.InputDataError, match=r"ant/000\.jpg .* has changed"):
+            list(loader)
+    (source / "ant" / "000.jpg").unlink()
+    with cc.OnlineLoader(cc.open_cache(tmp_path / "out")["train"], batch_size=2) as loader:
+        with pytest.raises(errors.ImageDecodeError, match=r"ant/000\.jpg \(row \d.* has vanished"):
             list(loader)
 
 

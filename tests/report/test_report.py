@@ -491,6 +491,19 @@ class TestTables:
         assert (ran.code, "differ in their seed alone" in ran.err) == (3, True)
         assert run("report", *seeds, "--over-seeds").code == 2
 
+    def test_seeds_without_validation_are_no_configuration(self, run, seeds, tmp_path):
+        for path in (write_run(tmp_path / name, seed=i) for i, name in enumerate("cd")):
+            head, *rows = (path / "summary.csv").read_text().splitlines()
+            place = head.split(",").index("val_loss")
+            cells = [row.split(",") for row in rows]
+            blank = [",".join([*row[:place], "", "", "", *row[place + 3 :]]) for row in cells]
+            (path / "summary.csv").write_text("\n".join([head, *blank, ""]))
+            seeds.append(path)
+        out = tmp_path / "r.html"
+        assert run("report", *seeds, "--out", out).code == 0
+        ran = run("report", *seeds, "--table", "csv", "--over-seeds")
+        assert (ran.code, "was not validated" in ran.err) == (3, True)
+
     def test_a_table_of_no_run_is_refused(self, run, cache, tmp_path):
         assert "no run folder is given" in run("report", cache.path, "--table", "csv").err
         begun = without_epochs(tmp_path / "begun", has_summary=True)
