@@ -161,7 +161,7 @@ def live_ranges(root: Path) -> list[tuple[ShardRange, LockHolder]]:
 
 
 def _acquire(path: Path, what: str, waits_for: Callable[[LockHolder], bool]) -> int:
-    """Creates the lock file, which names nobody yet, and locks it; returns its descriptor."""
+    """Creates the lock file, which names no holder yet, and locks it; returns its descriptor."""
     started = time.monotonic()
     while True:
         try:

@@ -103,9 +103,9 @@ def test_an_encoder_that_wakes_after_its_lock_was_taken_over_writes_nothing(
     before = tree(bench.out)
     assert len(bench.commits()) < bench.num_shards
     child.send_signal(signal.SIGCONT)
-    told = child.wait()
-    assert child.returncode == 4, told
-    assert "another process took over" in told
+    printed = child.wait()
+    assert child.returncode == 4, printed
+    assert "another process took over" in printed
     after = tree(bench.out)
     committed = {name for name in after if name.startswith("commits/")}
     assert committed == {name for name in before if name.startswith("commits/")}

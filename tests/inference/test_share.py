@@ -220,9 +220,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[errors.CacheError], str]] =
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_what_is_damaged_or_foreign_is_refused_by_name(shared: Path, case: str) -> None:
-    damage, kind, told = DAMAGES[case]
+    damage, kind, printed = DAMAGES[case]
     damage(shared)
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=printed):
         _ = cc.load_classifier(shared, device="cpu").encoder
 
 
@@ -250,14 +250,14 @@ class TestWhereItIsWritten:
         self, run: Callable[..., Ran], made: Path, tmp_path: Path
     ) -> None:
         words = ("export", made / "runs" / "run", "--format", "huggingface")
-        for out, told in (
+        for out, printed in (
             (made / "runs" / "run", "is a run folder"),
             (made / "shards" / "x", "is in the cache"),
             (tmp_path / "a.onnx", "is named as an export to onnx"),
         ):
             ran = run(*words, "--out", out, "--overwrite", out.name)
             assert ran.code == 2
-            assert told in " ".join(ran.err.split())
+            assert printed in " ".join(ran.err.split())
         (tmp_path / "file").touch()
         assert run(*words, "--out", tmp_path / "file").code == 6
         assert run(*words, "--what", "model", "--out", tmp_path / "x").code == 2

@@ -54,8 +54,8 @@ def main() -> int:
         command = _prepare(folder)
         nodes = machines(folder, 2)
         alone = launch(2, *command, "--out", folder / "alone")
-        told, _ = alone.communicate(timeout=LIMIT_SECONDS)
-        assert alone.returncode == 0, told
+        printed, _ = alone.communicate(timeout=LIMIT_SECONDS)
+        assert alone.returncode == 0, printed
         wanted = numbers(folder / "alone" / "run")
         for node in nodes:
             _set_retries(node, arguments.retries)

@@ -152,8 +152,8 @@ def _encode(folder: Path, source: Path, nodes: dict[str, Machine]) -> Iterator[s
         _show("scontrol", "update", f"nodename={drained}", "state=resume")
         _wait(lambda: not _told("squeue", "--noheader"), "the end of the array")
     _show("ci2p-cache", "status", out)
-    told = [path.read_text() for path in sorted(folder.glob("encode-*.txt"))]
-    ends = Counter("interrupted" if "interrupted" in text else "whole" for text in told)
+    output = [path.read_text() for path in sorted(folder.glob("encode-*.txt"))]
+    ends = Counter("interrupted" if "interrupted" in text else "whole" for text in output)
     whole, found = tree(folder / "one"), tree(folder / "shared" / "out")
     shards = sum(
         name.startswith("commits/") and digest != "folder" for name, digest in whole.items()
@@ -166,11 +166,12 @@ def _encode(folder: Path, source: Path, nodes: dict[str, Machine]) -> Iterator[s
     )
     if whole != found:
         names = whole.keys() | found.keys()
-        yield f"other bytes: {sorted(n for n in names if whole.get(n) != found.get(n))[:5]} {told}"
+        others = sorted(name for name in names if whole.get(name) != found.get(name))
+        yield f"other bytes: {others[:5]} {output}"
     if len(commits) != shards:
         yield f"{len(commits)} commit records were written for {shards} shards"
     if ends["interrupted"] != 1:
-        yield f"SIGTERM did not reach the requeued task: {told}"
+        yield f"SIGTERM did not reach the requeued task: {output}"
 
 
 @contextlib.contextmanager
@@ -216,8 +217,8 @@ def _train(folder: Path, nodes: dict[str, Machine]) -> Iterator[str]:
     words = ("--model", "vitds_tiny", "--epochs", 3, "--batch-size", 32, "--save-every", 1,
              "--device", "cpu", "--workers", 1, "--name", "run", "--out")  # fmt: skip
     alone = launch(2, "ci2p_cache", "train", folder / "one", *words, folder / "alone")
-    told, _ = alone.communicate(timeout=LIMIT_SECONDS)
-    assert alone.returncode == 0, told
+    output, _ = alone.communicate(timeout=LIMIT_SECONDS)
+    assert alone.returncode == 0, output
     script, log = REPO / "pipelines" / "cluster" / "slurm_train.sh", folder / "train.txt"
     fewer = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={log}")
     cache = folder / "mnt" / "out"
@@ -253,8 +254,8 @@ def _wait(is_so: Callable[[], bool], what: str, log: Path | None = None) -> None
     end = time.monotonic() + LIMIT_SECONDS
     while not is_so():
         if time.monotonic() > end:
-            told = log.read_text() if log is not None and log.exists() else ""
-            raise AssertionError(f"no {what} after {LIMIT_SECONDS} s: {told[-3000:]}")
+            output = log.read_text() if log is not None and log.exists() else ""
+            raise AssertionError(f"no {what} after {LIMIT_SECONDS} s: {output[-3000:]}")
         time.sleep(0.1)
 
 

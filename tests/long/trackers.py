@@ -102,8 +102,8 @@ class Trial:
 
     def finish(self, name: str) -> None:
         process = self.start(name)
-        told, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, told
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
 
     def parts(self, name: str) -> list[Path]:
         """The folders that wandb made for a run, in the order of time."""
@@ -152,8 +152,10 @@ class Trial:
         process = self.start("interrupted")
         self._wait_for_step(process, "interrupted", STEPS + 5)
         process.send_signal(signal.SIGINT)
-        told, _ = process.communicate(timeout=600)
-        found = [] if process.returncode == 130 else [f"Ctrl-C: exit {process.returncode}: {told}"]
+        output, _ = process.communicate(timeout=600)
+        found = (
+            [] if process.returncode == 130 else [f"Ctrl-C: exit {process.returncode}: {output}"]
+        )
         self.finish("interrupted")
         if len(self.parts("interrupted")) != 2:
             found.append("the interrupted run has not two parts")
@@ -179,10 +181,10 @@ class Trial:
     def not_logged_in(self) -> list[str]:
         process = self.start("online", WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9",
                              HOME=str(self._folder))  # fmt: skip
-        told, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=600)
         found = []
-        if process.returncode != 6 or "WANDB_MODE=offline" not in told:
-            found.append(f"not logged in: exit {process.returncode}: {told}")
+        if process.returncode != 6 or "WANDB_MODE=offline" not in output:
+            found.append(f"not logged in: exit {process.returncode}: {output}")
         if (self._folder / "runs" / "online" / "steps.csv").exists():
             found.append("not logged in, and steps were taken")
         self.finish("online")

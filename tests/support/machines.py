@@ -78,7 +78,7 @@ class Machine:
         subprocess.run(["ip", "link", "delete", self.name], stderr=subprocess.DEVNULL, check=False)
 
     def cut(self) -> None:
-        """Pulls the network cable; all goes on."""
+        """Pulls the network cable; everything keeps running."""
         _run("ip", "link", "set", self.name, "down")
 
     def mend(self) -> None:
